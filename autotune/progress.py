@@ -1,0 +1,89 @@
+"""Shows the tuning on stderr while it happens: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flashmoe.autotune.report import outcome
+from flashmoe.autotune.result import Result, Watch
+from flashmoe.autotune.search import Trial
+from flashmoe.problem import Problem
+
+
+def best_so_far(trials: Sequence[Trial]) -> str:
+    """The fastest trial, with how its time compares with the default's; empty without any."""
+    timed = [(trial.ratio.value, trial) for trial in trials if trial.ratio is not None]
+    if not timed:
+        return ""
+    _, best = min(timed, key=lambda pair: pair[0])
+    assert best.ratio is not None
+    ratio = best.ratio
+    return f"best {best.tile} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of the default"
+
+
+@contextlib.contextmanager
+def shown(console: Console) -> Iterator[Watch]:
+    """The Watch that suits `console`."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+    with progress:
+        yield _Live(progress)
+
+
+class _Lines(Watch):
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def problem(self, problem: Problem, number: int, total: int) -> None:
+        self._print(f"[{number}/{total}] {problem.label}")
+
+    def stage(self, text: str) -> None:
+        self._print(f"  {text}")
+
+    def trials(self, trials: Sequence[Trial], total: int) -> None:
+        note = best_so_far(trials)
+        self._print(f"  {len(trials)}/{total} tiles" + (f", {note}" if note else ""))
+
+    def result(self, result: Result) -> None:
+        self._print(f"  {outcome(result)} ({result.elapsed:.1f} s)")
+
+
+class _Live(Watch):
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._name = ""
+        self._task = progress.add_task("starting", total=None, note="")
+
+    def problem(self, problem: Problem, number: int, total: int) -> None:
+        self._name = f"[{number}/{total}] {problem.label}"
+        self._progress.reset(self._task, total=None, note="")
+
+    def stage(self, text: str) -> None:
+        self._progress.update(self._task, description=escape(f"{self._name}: {text}"))
+
+    def trials(self, trials: Sequence[Trial], total: int) -> None:
+        self._progress.update(
+            self._task, completed=len(trials), total=total, note=escape(best_so_far(trials))
+        )
+
+    def result(self, result: Result) -> None:
+        line = f"{self._name}: {outcome(result)} ({result.elapsed:.1f} s)"
+        self._progress.console.print(line, markup=False, highlight=False)

@@ -1,0 +1,71 @@
+"""Racing: few samples first, more only for candidates that are not clearly behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashmoe.autotune.bench import Bench
+from flashmoe.autotune.space import Candidate
+from flashmoe.stats import Interval, paired_ratio
+from flashmoe.timing import Measurement
+
+_ANCHOR = "anchor"
+
+
+class AnchorFailed(RuntimeError):
+    """The candidate that all others are compared with stopped working."""
+
+
+class Race:
+    """Samples of every candidate, each paired with one of the anchor from the same round: ratios
+    to the anchor are comparable across looks, times are not."""
+
+    def __init__(self, bench: Bench, anchor: Candidate) -> None:
+        self._bench = bench
+        self._anchor = anchor
+        self._pairs: dict[Candidate, list[tuple[float, float]]] = {}
+        self._ratios: dict[Candidate, Interval] = {}
+
+    def look(
+        self, candidates: Sequence[Candidate], rounds: int, max_seconds: float
+    ) -> dict[Candidate, Measurement]:
+        """Measure the candidates and the anchor together; a candidate that fails is out."""
+        rivals = {str(candidate): candidate for candidate in candidates}
+        rivals.pop(str(self._anchor), None)
+        measured = self._bench.measure(
+            {_ANCHOR: self._anchor, **rivals},
+            rounds=rounds,
+            warmup=1,
+            max_seconds=max(max_seconds, 0.0),
+        )
+        anchor = measured.pop(_ANCHOR)
+        if anchor.status != "ok":
+            raise AnchorFailed(f"{self._anchor}: {anchor.reason}")
+        results = {rivals[name]: measurement for name, measurement in measured.items()}
+        if self._anchor in candidates:
+            results[self._anchor] = anchor
+        for candidate, measurement in results.items():
+            self._add(candidate, measurement, anchor)
+        return results
+
+    def ratio(self, candidate: Candidate) -> Interval:
+        """The candidate's time over the anchor's."""
+        return self._ratios[candidate]
+
+    def contenders(self, limit: int) -> list[Candidate]:
+        """At most `limit` candidates, fastest first, without those clearly behind the fastest:
+        whose whole interval lies above the fastest's."""
+        ranked = sorted(self._ratios, key=lambda candidate: self._ratios[candidate].value)
+        if not ranked:
+            return []
+        high = self._ratios[ranked[0]].high
+        return [c for c in ranked if self._ratios[c].low <= high][:limit]
+
+    def _add(self, candidate: Candidate, measurement: Measurement, anchor: Measurement) -> None:
+        if measurement.status != "ok":
+            self._pairs.pop(candidate, None)
+            self._ratios.pop(candidate, None)
+            return
+        pairs = self._pairs.setdefault(candidate, [])
+        pairs.extend(zip(measurement.samples, anchor.samples, strict=True))
+        self._ratios[candidate] = paired_ratio(*zip(*pairs, strict=True))

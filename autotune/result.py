@@ -1,0 +1,82 @@
+"""What tuning one problem came to, and the eyes that watch it happen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flashmoe.autotune.search import Search, Trial
+from flashmoe.autotune.space import Candidate
+from flashmoe.database import Entry
+from flashmoe.device import Fingerprint
+from flashmoe.problem import Problem
+from flashmoe.stats import Interval
+
+# Statuses of a result, in words for the report.
+STATUSES = {
+    "tuned": "a faster choice was found",
+    "kept": "searched; nothing beat what was in place",
+    "confirmed": "stored before; measured again, and it still holds",
+    "unmeasured": "nothing could be measured",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One problem's outcome. `samples` are the final's, seconds by candidate name, and `seconds`
+    the winner's median; `store` says whether the database shall have it. Speed-ups are None where
+    the other could not run. An `unmeasured` result has a `reason` and nothing else."""
+
+    problem: Problem
+    status: str
+    reason: str
+    default: Candidate | None = None
+    best: Candidate | None = None
+    seconds: Interval | None = None
+    speedup_default: Interval | None = None
+    speedup_sdpa: Interval | None = None
+    noise: float = 0.0
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    search: Search | None = None
+    store: bool = False
+    elapsed: float = 0.0
+
+    def rejected(self) -> list[Trial]:
+        """The tiles that computed wrong numbers or failed."""
+        return [t for t in (self.search.trials if self.search else ()) if t.status != "ok"]
+
+    def entry(self, fingerprint: Fingerprint, command: str) -> Entry:
+        """As the database stores it. Raises ValueError for an unmeasured result."""
+        if self.best is None:
+            raise ValueError(f"result must be measured, got {self.status} ({self.reason})")
+        return Entry(
+            self.problem,
+            self.best.backend,
+            str(self.best.tile or ""),
+            str(self.default),
+            self.samples,
+            _triple(self.speedup_default),
+            _triple(self.speedup_sdpa),
+            fingerprint.to_json(),
+            command,
+        )
+
+
+def _triple(interval: Interval | None) -> tuple[float, float, float] | None:
+    return None if interval is None else (interval.value, interval.low, interval.high)
+
+
+class Watch:
+    """Sees the tuning happen. This one looks away; progress.py shows it."""
+
+    def problem(self, problem: Problem, number: int, total: int) -> None:
+        """A problem begins."""
+
+    def stage(self, text: str) -> None:
+        """What happens next in it."""
+
+    def trials(self, trials: Sequence[Trial], total: int) -> None:
+        """The trials of its search so far, and how many there may be."""
+
+    def result(self, result: Result) -> None:
+        """It is done."""

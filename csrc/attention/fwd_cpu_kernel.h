@@ -1,0 +1,339 @@
+// The CPU forward kernel, over a vector type Vec of one instruction set. Each fwd_cpu_<isa>.cpp
+// includes it once; like fwd_cpu_tiles.h it has internal linkage and uses nothing of std.
+//
+// Per task (a block of query rows) and tile of keys:
+//   S^T[key][row]  = K[key][:] . Q^T[:][row]      vector lanes are rows, K is broadcast
+//   P^T            = exp2(S^T - max)              reductions run down the lanes: no shuffles
+//   O[row][:]     += P^T[key][row] * V[key][:]    vector lanes are head_dim, P^T is broadcast
+// A tile of K and V is brought to float32 in the order it is read, once for the block_m rows of the
+// task. Rows go through it in panels of PANEL, so that S^T (block_n x PANEL) stays in L1.
+#pragma once
+
+#include "fwd_cpu_task.h"
+#include "fwd_cpu_tiles.h"
+
+namespace flashmoe {
+namespace {
+
+struct Half {
+  unsigned short bits;
+};
+struct BFloat16 {
+  unsigned short bits;
+};
+
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float LN_2 = 0.693147180559945309f;
+constexpr long long ALIGN_FLOATS = 16;  // one cache line
+
+template <typename I>
+FLASHMOE_INLINE I clamp(I x, I low, I high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+FLASHMOE_INLINE long long round_up(long long x, long long multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// One task of one (Vec, element type).
+template <class Vec, typename T>
+struct BlockForward {
+  static constexpr int PANEL = Vec::PANEL;
+  static constexpr int WIDTH = Vec::WIDTH;
+  static constexpr int V_COLUMNS = Vec::V_COLUMNS;
+  static_assert(PANEL % WIDTH == 0 && PANEL % 8 == 0, "Q is transposed eight rows at a time");
+  static_assert(PANEL % Vec::PV_ROWS == 0, "a panel is a whole number of PV row groups");
+  static_assert(V_COLUMNS == 2 * WIDTH && V_COLUMNS % 8 == 0, "PV tiles are two vectors wide");
+
+  const AttentionParams& params;
+  const CpuTask& task;
+  const int head_dim;
+  const int group;
+  const T* k_head;  // row 0 of this kv head
+  const T* v_head;
+  const int block_n;         // a multiple of KEY_GROUP
+  const long long o_stride;  // head_dim rounded up to whole vectors
+
+  float* q_t;        // [panel][head_dim][PANEL], scaled by softmax_scale * log2(e)
+  float* k_tile;     // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
+  float* v_tile;     // [head_dim / V_COLUMNS][block_n][V_COLUMNS]
+  float* s_t;        // [block_n][PANEL] scores, then probabilities
+  float* o;          // [row][o_stride], not yet divided by row_sum
+  float* row_max;    // [row], in units of log2
+  float* row_sum;    // [row]
+  float* alpha;      // [PANEL] exp2(old max - new max) of the current panel and tile
+  float* limit;      // [PANEL] visible keys of each row in the current tile
+  float* q_rows;     // [8][head_dim]
+  long long floats;  // scratch used
+
+  BlockForward(const AttentionParams& params, const CpuTask& task, long long block_m, int block_n,
+               float* scratch)
+      : params(params),
+        task(task),
+        head_dim(params.head_dim),
+        group(params.heads_q / params.heads_kv),
+        k_head(kv_head(params.k, task, params.k_batch_stride, params.k_head_stride)),
+        v_head(kv_head(params.v, task, params.v_batch_stride, params.v_head_stride)),
+        block_n(static_cast<int>(round_up(block_n, KEY_GROUP))),
+        o_stride(round_up(params.head_dim, WIDTH)) {
+    const long long rows = round_up(block_m, PANEL);
+    long long used = 0;
+    const auto take = [&](long long count) {
+      float* pointer = scratch + used;
+      used += round_up(count, ALIGN_FLOATS);
+      return pointer;
+    };
+    q_t = take(rows * head_dim);
+    k_tile = take(static_cast<long long>(this->block_n) * head_dim);
+    v_tile = take(this->block_n * round_up(head_dim, V_COLUMNS));
+    s_t = take(static_cast<long long>(this->block_n) * PANEL);
+    o = take(rows * o_stride);
+    row_max = take(rows);
+    row_sum = take(rows);
+    alpha = take(PANEL);
+    limit = take(PANEL);
+    q_rows = take(8 * head_dim);
+    floats = used;
+  }
+
+  // Row r sees keys [0, visible_keys(r)).
+  long long visible_keys(long long row) const {
+    if (!params.causal) return params.seqlen_kv;
+    const long long diagonal = row / group + 1 + params.seqlen_kv - params.seqlen_q;
+    return clamp<long long>(diagonal, 0, params.seqlen_kv);
+  }
+
+  long long query_head(long long row) const {
+    return static_cast<long long>(task.head_kv) * group + row % group;
+  }
+
+  static const T* kv_head(const void* base, const CpuTask& task, long long batch_stride,
+                          long long head_stride) {
+    return static_cast<const T*>(base) + task.batch * batch_stride + task.head_kv * head_stride;
+  }
+
+  // Rows of a (seqlen, heads, head_dim) tensor lie pages apart, where no hardware prefetcher
+  // follows: unaided, staging takes up to a quarter of the time.
+  void prefetch_row(const T* row) const {
+    constexpr int LINE = 64 / static_cast<int>(sizeof(T));
+    for (int d = 0; d < head_dim; d += LINE) __builtin_prefetch(row + d, 0, 2);
+  }
+
+  void prefetch_kv(long long begin, long long end) const {
+    for (long long n = begin; n < end; ++n) {
+      prefetch_row(k_head + n * params.k_row_stride);
+      prefetch_row(v_head + n * params.v_row_stride);
+    }
+  }
+
+  void pack_q(long long panel_begin, int rows, float* q_panel) const {
+    const auto scale = Vec::eight_set1(params.softmax_scale * LOG2_E);
+    for (int lane = 0; lane < rows; lane += 8) {
+      for (int i = 0; i < 8; ++i) {
+        // Lanes behind the last row repeat it; nobody reads their results.
+        const long long row = panel_begin + (lane + i < rows ? lane + i : rows - 1);
+        const T* src = static_cast<const T*>(params.q) + task.batch * params.q_batch_stride +
+                       row / group * params.q_row_stride + query_head(row) * params.q_head_stride;
+        for (int d = 0; d < head_dim; d += 8) {
+          Vec::eight_store(q_rows + i * head_dim + d,
+                           Vec::eight_mul(Vec::eight_load(src + d), scale));
+        }
+      }
+      for (int d = 0; d < head_dim; d += 8) {
+        Vec::transpose_8x8(q_rows + d, head_dim, q_panel + d * PANEL + lane, PANEL);
+      }
+    }
+  }
+
+  void stage_k(long long n_begin, int keys) const {
+    const T* src = k_head + n_begin * params.k_row_stride;
+    for (int n = 0; n < keys; n += KEY_GROUP) {
+      const T* row[KEY_GROUP];
+      for (int i = 0; i < KEY_GROUP; ++i) {
+        row[i] = src + (n + i < keys ? n + i : keys - 1) * params.k_row_stride;
+      }
+      for (int d = 0; d < head_dim; d += 8) {
+        Vec::store_interleaved(Vec::eight_load(row[0] + d), Vec::eight_load(row[1] + d),
+                               Vec::eight_load(row[2] + d), Vec::eight_load(row[3] + d),
+                               k_tile + n * head_dim + d * KEY_GROUP);
+      }
+    }
+  }
+
+  void stage_v(long long n_begin, int keys) const {
+    const T* src = v_head + n_begin * params.v_row_stride;
+    for (int n = 0; n < keys; ++n) {
+      const T* row = src + n * params.v_row_stride;
+      float* dst = v_tile + n * V_COLUMNS;
+      for (int d = 0; d < o_stride; d += 8) {
+        const auto v_d = d < head_dim ? Vec::eight_load(row + d) : Vec::eight_set1(0.0f);
+        Vec::eight_store(dst + d / V_COLUMNS * block_n * V_COLUMNS + d % V_COLUMNS, v_d);
+      }
+    }
+  }
+
+  // Online softmax of S^T[keys][rows], in place; keys from `common` on are masked by `limit`.
+  // Returns whether any row's maximum moved, i.e. whether O must be rescaled by alpha.
+  template <int NV>
+  FLASHMOE_NOINLINE bool softmax_panel(int common, int keys, float* m, float* l) {
+    const auto neg_inf = Vec::set1(-__builtin_inff());
+    bool moved = false;
+    for (int j = 0; j < NV; ++j) {
+      float* s = s_t + j * WIDTH;
+      const auto m_old = Vec::load(m + j * WIDTH);
+      // max(a, b) is b when either is NaN: a NaN score is skipped here and poisons the sum below.
+      auto m_even = m_old, m_odd = neg_inf;
+      int n = 0;
+      for (; n + 2 <= common; n += 2) {
+        m_even = Vec::max(Vec::load(s + n * PANEL), m_even);
+        m_odd = Vec::max(Vec::load(s + (n + 1) * PANEL), m_odd);
+      }
+      if (n < common) m_odd = Vec::max(Vec::load(s + n * PANEL), m_odd);
+      const auto limit_j = Vec::load(limit + j * WIDTH);
+      for (n = common; n < keys; ++n) {
+        const auto masked = Vec::select_greater(limit_j, Vec::set1(static_cast<float>(n)),
+                                                Vec::load(s + n * PANEL), neg_inf);
+        Vec::store(s + n * PANEL, masked);
+        m_odd = Vec::max(masked, m_odd);
+      }
+      const auto m_new = Vec::max(m_even, m_odd);
+      // A row that has seen nothing yet keeps -inf; -inf - (-inf) would make it NaN.
+      const auto m_used = Vec::select_greater(m_new, neg_inf, m_new, Vec::set1(0.0f));
+      const auto alpha_j = exp2_nonpositive<Vec>(Vec::sub(m_old, m_used));
+      auto sum = Vec::set1(0.0f);
+      for (n = 0; n < keys; ++n) {
+        const auto p = exp2_nonpositive<Vec>(Vec::sub(Vec::load(s + n * PANEL), m_used));
+        Vec::store(s + n * PANEL, p);
+        sum = Vec::add(sum, p);
+      }
+      Vec::store(m + j * WIDTH, m_new);
+      Vec::store(l + j * WIDTH, Vec::fma(Vec::load(l + j * WIDTH), alpha_j, sum));
+      Vec::store(alpha + j * WIDTH, alpha_j);
+      moved |= Vec::any_not_equal(alpha_j, Vec::set1(1.0f));
+    }
+    return moved;
+  }
+
+  // O[rows][NV vectors] += P . V for one column of V.
+  template <int NV>
+  void pv_panel(int rows, const float* v, Accumulate accumulate, float* o_panel) const {
+    for (int i = 0; i < rows; i += Vec::PV_ROWS) {
+      const int group_rows = rows - i < Vec::PV_ROWS ? rows - i : Vec::PV_ROWS;
+      // limit never decreases with the row: the group's first row sees the fewest keys. Beyond them
+      // each row goes alone up to its own limit, so a V row meets only queries that may see it.
+      const int group_keys = static_cast<int>(limit[i]);
+      float* o_group = o_panel + i * o_stride;
+      pv_rows<Vec, Vec::PV_ROWS, NV>(group_rows, group_keys, s_t + i, v, accumulate, alpha + i,
+                                     o_group, o_stride);
+      for (int r = 1; r < group_rows; ++r) {
+        const int extra = static_cast<int>(limit[i + r]) - group_keys;
+        if (extra == 0) continue;
+        pv_tile<Vec, 1, NV>(extra, s_t + group_keys * PANEL + i + r, v + group_keys * V_COLUMNS,
+                            Accumulate::add, alpha, o_group + r * o_stride, o_stride);
+      }
+    }
+  }
+
+  // Adds the staged keys [n_begin, n_begin + tile_keys) to one panel of rows.
+  template <int NV>
+  void add_tile(long long panel_begin, int rows, long long n_begin, int tile_keys) {
+    if constexpr (NV > 1) {
+      if (rows <= (NV - 1) * WIDTH) {
+        return add_tile<NV - 1>(panel_begin, rows, n_begin, tile_keys);
+      }
+    }
+    const auto visible_in_tile = [&](long long row) {
+      return static_cast<int>(clamp<long long>(visible_keys(row) - n_begin, 0, tile_keys));
+    };
+    const int common = visible_in_tile(panel_begin);
+    const int keys = visible_in_tile(panel_begin + rows - 1);
+    if (keys == 0) return;
+    for (int i = 0; i < NV * WIDTH; ++i) {
+      const int row = i < rows ? i : rows - 1;
+      limit[i] = static_cast<float>(common == keys ? keys : visible_in_tile(panel_begin + row));
+    }
+
+    const long long local = panel_begin - task.row_begin;
+    qk_panel<Vec, NV>(keys, k_tile, q_t + local * head_dim, head_dim, s_t);
+    const bool moved = softmax_panel<NV>(common, keys, row_max + local, row_sum + local);
+
+    const Accumulate accumulate = n_begin == 0 ? Accumulate::overwrite
+                                  : moved      ? Accumulate::rescale
+                                               : Accumulate::add;
+    float* o_panel = o + local * o_stride;
+    long long d = 0;
+    for (; d + V_COLUMNS <= o_stride; d += V_COLUMNS) {
+      pv_panel<2>(rows, v_tile + d * block_n, accumulate, o_panel + d);
+    }
+    if (d < o_stride) pv_panel<1>(rows, v_tile + d * block_n, accumulate, o_panel + d);
+  }
+
+  void write_row(long long row) const {
+    const long long local = row - task.row_begin;
+    const float sum = row_sum[local];
+    // A row without keys: its O is whatever the scratch held.
+    const bool empty = sum == 0.0f;
+    T* dst = static_cast<T*>(params.out) + task.batch * params.o_batch_stride +
+             row / group * params.o_row_stride + query_head(row) * params.o_head_stride;
+    const auto scale = Vec::eight_set1(empty ? 0.0f : 1.0f / sum);
+    for (int d = 0; d < head_dim; d += 8) {
+      const auto o_d = empty ? scale : Vec::eight_load(o + local * o_stride + d);
+      Vec::eight_store(dst + d, Vec::eight_mul(o_d, scale));
+    }
+    const long long batch_head =
+        static_cast<long long>(task.batch) * params.heads_q + query_head(row);
+    params.softmax_lse[batch_head * params.seqlen_q + row / group] =
+        empty ? -__builtin_inff() : row_max[local] * LN_2 + __builtin_logf(sum);
+  }
+
+  void run() {
+    for (long long begin = task.row_begin; begin < task.row_end; begin += PANEL) {
+      const long long local = begin - task.row_begin;
+      const int rows = static_cast<int>(clamp<long long>(task.row_end - begin, 0, PANEL));
+      pack_q(begin, rows, q_t + local * head_dim);
+      for (int i = 0; i < PANEL; ++i) {
+        row_max[local + i] = -__builtin_inff();
+        row_sum[local + i] = 0.0f;
+      }
+    }
+
+    const long long kv_end = visible_keys(task.row_end - 1);
+    for (long long n = 0; n < kv_end; n += block_n) {
+      const int keys = static_cast<int>(clamp<long long>(kv_end - n, 0, block_n));
+      stage_k(n, keys);
+      stage_v(n, keys);
+      // Each panel fetches its share of the next tile.
+      const long long next = n + keys, panels = (task.row_end - task.row_begin + PANEL - 1) / PANEL;
+      const long long next_keys = clamp<long long>(kv_end - next, 0, block_n);
+      for (long long i = 0; i < panels; ++i) {
+        const long long begin = task.row_begin + i * PANEL;
+        const int rows = static_cast<int>(clamp<long long>(task.row_end - begin, 0, PANEL));
+        prefetch_kv(next + next_keys * i / panels, next + next_keys * (i + 1) / panels);
+        add_tile<PANEL / WIDTH>(begin, rows, n, keys);
+      }
+    }
+
+    for (long long row = task.row_begin; row < task.row_end; ++row) write_row(row);
+  }
+};
+
+template <class Vec>
+long long scratch_floats(const AttentionParams& params, long long block_m, int block_n) {
+  return BlockForward<Vec, float>(params, CpuTask{}, block_m, block_n, nullptr).floats;
+}
+
+template <class Vec>
+void run_task(const AttentionParams& params, DType dtype, const CpuTask& task, long long block_m,
+              int block_n, float* scratch) {
+  switch (dtype) {
+    case DType::float32:
+      return BlockForward<Vec, float>(params, task, block_m, block_n, scratch).run();
+    case DType::float16:
+      return BlockForward<Vec, Half>(params, task, block_m, block_n, scratch).run();
+    case DType::bfloat16:
+      return BlockForward<Vec, BFloat16>(params, task, block_m, block_n, scratch).run();
+  }
+}
+
+}  // namespace
+}  // namespace flashmoe

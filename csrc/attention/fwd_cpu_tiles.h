@@ -1,0 +1,131 @@
+// The register tiles and the exponential of the CPU forward kernel, over a vector type Vec of one
+// instruction set. Everything here has internal linkage and nothing comes from std: an inline
+// function compiled for AVX-512 must never be the copy that the linker keeps for everyone.
+#pragma once
+
+namespace flashmoe {
+namespace {
+
+#define FLASHMOE_INLINE inline __attribute__((always_inline))
+#define FLASHMOE_NOINLINE __attribute__((noinline))
+
+// K is staged in groups of KEY_GROUP keys, the keys of a group interleaved: [group][head_dim][4].
+constexpr int KEY_GROUP = 4;
+
+// 2^x for x <= 0, within 3 * 2^-24 relative. Below -126.5 it is exactly 0 (-inf included); NaN
+// gives NaN. Polynomial: minimax for the relative error of 2^f on [-0.5, 0.5] with p(0) = 1.
+template <class Vec>
+FLASHMOE_INLINE typename Vec::Reg exp2_nonpositive(typename Vec::Reg x) {
+  // Adding 1.5 * 2^23 rounds to an integer; the extra 127 leaves the biased exponent in the low
+  // bits.
+  const auto magic = Vec::set1(12582912.0f + 127.0f);
+  x = Vec::max(Vec::set1(-127.0f), x);
+  const auto biased = Vec::add(x, magic);
+  const auto f = Vec::sub(x, Vec::sub(biased, magic));
+  auto p = Vec::set1(0x1.5bba14p-10f);
+  p = Vec::fma(p, f, Vec::set1(0x1.3cea88p-7f));
+  p = Vec::fma(p, f, Vec::set1(0x1.c6b752p-5f));
+  p = Vec::fma(p, f, Vec::set1(0x1.ebf9bcp-3f));
+  p = Vec::fma(p, f, Vec::set1(0x1.62e42ap-1f));
+  p = Vec::fma(p, f, Vec::set1(1.0f));
+  return Vec::mul(p, Vec::exponent_from_low_bits(biased));
+}
+
+// S^T[KEYS][NV vectors of rows] = K[KEYS][head_dim] . Q^T[head_dim][rows]
+template <class Vec, int KEYS, int NV>
+FLASHMOE_INLINE void qk_tile(const float* k, const float* q_t, int head_dim, float* s_t) {
+  static_assert(KEYS % KEY_GROUP == 0, "keys are staged in whole groups");
+  const long long group_stride = static_cast<long long>(head_dim) * KEY_GROUP;
+  typename Vec::Reg acc[KEYS][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < KEYS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vec::set1(0.0f);
+  }
+#pragma GCC unroll 2
+  for (int d = 0; d < head_dim; ++d) {
+    typename Vec::Reg q[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) q[j] = Vec::load(q_t + d * Vec::PANEL + j * Vec::WIDTH);
+#pragma GCC unroll 16
+    for (int i = 0; i < KEYS; ++i) {
+      const auto k_i = Vec::set1(k[i / KEY_GROUP * group_stride + d * KEY_GROUP + i % KEY_GROUP]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = Vec::fma(k_i, q[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < KEYS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) Vec::store(s_t + i * Vec::PANEL + j * Vec::WIDTH, acc[i][j]);
+  }
+}
+
+// `keys` is rounded up to whole groups; the scores of the excess are written and mean nothing.
+template <class Vec, int NV>
+FLASHMOE_NOINLINE void qk_panel(int keys, const float* k, const float* q_t, int head_dim,
+                                float* s_t) {
+  constexpr int KEYS = Vec::QK_KEYS[NV];
+  int n = 0;
+  for (; n + KEYS <= keys; n += KEYS) {
+    qk_tile<Vec, KEYS, NV>(k + n * head_dim, q_t, head_dim, s_t + n * Vec::PANEL);
+  }
+  for (; n < keys; n += KEY_GROUP) {
+    qk_tile<Vec, KEY_GROUP, NV>(k + n * head_dim, q_t, head_dim, s_t + n * Vec::PANEL);
+  }
+}
+
+// What becomes of the old O when a tile is added to it.
+enum class Accumulate : int { overwrite, rescale, add };
+
+// O[ROWS][NV vectors] = alpha[row] * O + sum over keys of P^T[key][row] * V[key][:]
+template <class Vec, int ROWS, int NV>
+FLASHMOE_INLINE void pv_tile(int keys, const float* p_t, const float* v, Accumulate accumulate,
+                             const float* alpha, float* o, long long o_stride) {
+  typename Vec::Reg acc[ROWS][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vec::set1(0.0f);
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < keys; ++n) {
+    typename Vec::Reg v_n[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) v_n[j] = Vec::load(v + n * Vec::V_COLUMNS + j * Vec::WIDTH);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const auto p_i = Vec::set1(p_t[n * Vec::PANEL + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = Vec::fma(p_i, v_n[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+    float* o_i = o + i * o_stride;
+    const auto alpha_i = Vec::set1(accumulate == Accumulate::rescale ? alpha[i] : 1.0f);
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      if (accumulate != Accumulate::overwrite) {
+        acc[i][j] = Vec::fma(alpha_i, Vec::load(o_i + j * Vec::WIDTH), acc[i][j]);
+      }
+      Vec::store(o_i + j * Vec::WIDTH, acc[i][j]);
+    }
+  }
+}
+
+template <class Vec, int ROWS, int NV>
+FLASHMOE_NOINLINE void pv_rows(int rows, int keys, const float* p_t, const float* v,
+                               Accumulate accumulate, const float* alpha, float* o,
+                               long long o_stride) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      pv_tile<Vec, ROWS, NV>(keys, p_t, v, accumulate, alpha, o, o_stride);
+    } else {
+      pv_rows<Vec, ROWS - 1, NV>(rows, keys, p_t, v, accumulate, alpha, o, o_stride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashmoe

@@ -1,0 +1,27 @@
+// The one description of an attention call that every kernel takes. Plain C++, no std headers: NVRTC
+// has none.
+#pragma once
+
+namespace flashmoe {
+
+enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// Layout: q, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_kv, heads_kv, head_dim);
+// softmax_lse (batch, heads_q, seqlen_q), contiguous, natural logarithm, -inf for a row that attends
+// to nothing (its out row is 0). Strides are in elements; the last dimension is contiguous.
+struct AttentionParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;
+  float* softmax_lse;
+  long long q_batch_stride, q_row_stride, q_head_stride;
+  long long k_batch_stride, k_row_stride, k_head_stride;
+  long long v_batch_stride, v_row_stride, v_head_stride;
+  long long o_batch_stride, o_row_stride, o_head_stride;
+  int batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim;
+  float softmax_scale;
+  int causal;  // 1: query i sees keys j <= i + (seqlen_kv - seqlen_q), aligned bottom-right
+};
+
+}  // namespace flashmoe

@@ -1,0 +1,19 @@
+// ldmatrix: four 8x8 matrices of 16-bit elements from shared memory into mma fragments (sm_75).
+// Lane l gives the address of row l % 8 of matrix l / 8, 16 bytes aligned.
+#pragma once
+
+namespace flashmoe::ptx {
+
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&rmem)[4], unsigned src_smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(rmem[0]), "=r"(rmem[1]), "=r"(rmem[2]), "=r"(rmem[3])
+               : "r"(src_smem));
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&rmem)[4], unsigned src_smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(rmem[0]), "=r"(rmem[1]), "=r"(rmem[2]), "=r"(rmem[3])
+               : "r"(src_smem));
+}
+
+}  // namespace flashmoe::ptx

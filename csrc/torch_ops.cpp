@@ -1,0 +1,247 @@
+// The binding: schemas, checks, allocation, stream, launch. The only file that includes torch, and
+// only its stable ABI, so one binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <climits>
+#include <string>
+#include <tuple>
+
+#include "attention/fwd_cpu.h"
+#include "attention/params.h"
+#include "instances/registry.h"
+
+#ifdef FLASHMOE_WITH_CUDA
+#include <dlfcn.h>
+#endif
+
+namespace flashmoe {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Users meet flashmoe/api.py's errors; these keep a direct call of the op from reading wild memory.
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                  "q, k and v must have 4 dimensions, got ", q.dim(), ", ", k.dim(), " and ",
+                  v.dim());
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "q, k and v must have one dtype");
+  STD_TORCH_CHECK(k.device() == q.device() && v.device() == q.device(),
+                  "q, k and v must be on one device");
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes(), v_sizes = v.sizes();
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(k_sizes[i] == v_sizes[i], "k and v must have one shape");
+    STD_TORCH_CHECK(q_sizes[i] <= INT_MAX && k_sizes[i] <= INT_MAX, "a dimension exceeds 2^31 - 1");
+  }
+  STD_TORCH_CHECK(k_sizes[0] == q_sizes[0] && k_sizes[3] == q_sizes[3],
+                  "k must have q's batch and head_dim");
+  STD_TORCH_CHECK(k_sizes[2] > 0 && q_sizes[2] % k_sizes[2] == 0,
+                  "q's heads must be a multiple of k's, got ", q_sizes[2], " and ", k_sizes[2]);
+  STD_TORCH_CHECK(q_sizes[3] % 8 == 0 && q_sizes[3] >= 8 && q_sizes[3] <= 256,
+                  "head_dim must be a multiple of 8 and at most 256, got ", q_sizes[3]);
+}
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "q must be float32, float16 or bfloat16");
+  }
+}
+
+template <size_t N>
+Tensor empty_contiguous(const std::array<int64_t, N>& sizes, int32_t dtype, const Tensor& like) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor last_contiguous(const Tensor& x) {
+  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+struct Call {
+  Tensor q, k, v, out, softmax_lse;
+  AttentionParams params;
+};
+
+// Checks, allocates the outputs and describes the call to a kernel.
+Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double softmax_scale,
+             bool causal) {
+  check_inputs(q_in, k_in, v_in);
+  const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes();
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  const int64_t batch = q_sizes[0], seqlen_q = q_sizes[1], heads_q = q_sizes[2];
+  const int64_t head_dim = q_sizes[3];
+  Tensor out = empty_contiguous<4>({batch, seqlen_q, heads_q, head_dim}, dtype, q);
+  Tensor lse = empty_contiguous<3>({batch, heads_q, seqlen_q}, aoti_torch_dtype_float32(), q);
+
+  const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides();
+  AttentionParams params;
+  params.q = q.data_ptr();
+  params.k = k.data_ptr();
+  params.v = v.data_ptr();
+  params.out = out.data_ptr();
+  params.softmax_lse = static_cast<float*>(lse.data_ptr());
+  params.q_batch_stride = q_strides[0];
+  params.q_row_stride = q_strides[1];
+  params.q_head_stride = q_strides[2];
+  params.k_batch_stride = k_strides[0];
+  params.k_row_stride = k_strides[1];
+  params.k_head_stride = k_strides[2];
+  params.v_batch_stride = v_strides[0];
+  params.v_row_stride = v_strides[1];
+  params.v_head_stride = v_strides[2];
+  params.o_batch_stride = seqlen_q * heads_q * head_dim;
+  params.o_row_stride = heads_q * head_dim;
+  params.o_head_stride = head_dim;
+  params.batch = static_cast<int>(batch);
+  params.heads_q = static_cast<int>(heads_q);
+  params.heads_kv = static_cast<int>(k_sizes[2]);
+  params.seqlen_q = static_cast<int>(seqlen_q);
+  params.seqlen_kv = static_cast<int>(k_sizes[1]);
+  params.head_dim = static_cast<int>(head_dim);
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.causal = causal ? 1 : 0;
+  return {q, k, v, std::move(out), std::move(lse), params};
+}
+
+bool is_empty(const AttentionParams& params) {
+  return params.batch == 0 || params.seqlen_q == 0 || params.heads_q == 0;
+}
+
+void torch_parallel_for_range(long long begin, long long end, long long grain, ParallelRange body,
+                              void* context) {
+  struct Body {
+    ParallelRange function;
+    void* context;
+  } bound{body, context};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+      begin, end, grain,
+      [](int64_t from, int64_t to, void* opaque) {
+        const Body* inner = static_cast<const Body*>(opaque);
+        inner->function(from, to, inner->context);
+      },
+      &bound));
+}
+
+std::tuple<Tensor, Tensor> fwd_cpu_op(Tensor q, Tensor k, Tensor v, double softmax_scale,
+                                      bool causal, int64_t block_m, int64_t block_n,
+                                      int64_t num_stages, int64_t num_warps) {
+  STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
+                  "block_m and block_n must be positive, got ", block_m, " and ", block_n);
+  STD_TORCH_CHECK(num_stages == 1 && num_warps == 1,
+                  "num_stages and num_warps must be 1 on a cpu, got ", num_stages, " and ",
+                  num_warps);
+  Call call = prepare(q, k, v, softmax_scale, causal);
+  if (!is_empty(call.params)) {
+    fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
+            best_cpu_isa(), torch_parallel_for_range,
+            static_cast<int>(torch::stable::get_num_threads()));
+  }
+  return {std::move(call.out), std::move(call.softmax_lse)};
+}
+
+#ifdef FLASHMOE_WITH_CUDA
+
+// torch's current stream, without linking libtorch_cuda: the same binary loads on a CPU-only torch.
+cudaStream_t current_stream(int device) {
+  using Getter = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    STD_TORCH_CHECK(library != nullptr, "libtorch_cuda.so is not loaded: is torch a CUDA build?");
+    return reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(getter != nullptr, "libtorch_cuda.so lacks aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+const Instance* find_instance(int head_dim, int64_t block_m, int64_t block_n, int64_t num_stages,
+                              int64_t num_warps) {
+  const Instance* found = nullptr;
+  for (int i = 0; i < num_instances; ++i) {
+    const Instance& instance = instances[i];
+    // The smallest compiled head_dim that holds this one; columns past it are zero-filled.
+    if (instance.head_dim >= head_dim && (!found || instance.head_dim < found->head_dim) &&
+        instance.block_m == block_m && instance.block_n == block_n &&
+        instance.num_stages == num_stages && instance.num_warps == num_warps) {
+      found = &instance;
+    }
+  }
+  return found;
+}
+
+bool rows_aligned(const AttentionParams& p) {
+  const auto aligned = [](const void* pointer, long long batch, long long row, long long head) {
+    return reinterpret_cast<unsigned long long>(pointer) % 16 == 0 && (batch | row | head) % 8 == 0;
+  };
+  return aligned(p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride) &&
+         aligned(p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride) &&
+         aligned(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
+}
+
+std::tuple<Tensor, Tensor> fwd_cuda_op(Tensor q, Tensor k, Tensor v, double softmax_scale,
+                                       bool causal, int64_t block_m, int64_t block_n,
+                                       int64_t num_stages, int64_t num_warps) {
+  const int device = static_cast<int>(q.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Call call = prepare(q, k, v, softmax_scale, causal);
+  const Instance* instance =
+      find_instance(call.params.head_dim, block_m, block_n, num_stages, num_warps);
+  STD_TORCH_CHECK(instance != nullptr, "no kernel is compiled in for head_dim ",
+                  call.params.head_dim, " with block_m=", block_m, ", block_n=", block_n,
+                  ", num_stages=", num_stages, ", num_warps=", num_warps);
+  if (!is_empty(call.params)) {
+    const auto launch =
+        rows_aligned(call.params) ? instance->launch : instance->launch_unaligned;
+    const cudaError_t error = launch(call.params, dtype_of(q), device, current_stream(device));
+    STD_TORCH_CHECK(error == cudaSuccess, "launching the forward kernel failed: ",
+                    cudaGetErrorString(error));
+  }
+  return {std::move(call.out), std::move(call.softmax_lse)};
+}
+
+#endif  // FLASHMOE_WITH_CUDA
+
+}  // namespace
+}  // namespace flashmoe
+
+extern "C" __attribute__((visibility("default"))) const char* flashmoe_build_info() {
+  return flashmoe::build_info;
+}
+
+STABLE_TORCH_LIBRARY(flashmoe, m) {
+  m.def(
+      "fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int block_m, "
+      "int block_n, int num_stages, int num_warps) -> (Tensor out, Tensor softmax_lse)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd", TORCH_BOX(&flashmoe::fwd_cpu_op)); }
+
+#ifdef FLASHMOE_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) { m.impl("fwd", TORCH_BOX(&flashmoe::fwd_cuda_op)); }
+#endif

@@ -1,0 +1,20 @@
+"""FlashAttention that installs anywhere in minutes, tunes itself and cannot get slower unnoticed."""
+
+from __future__ import annotations
+
+from flashmoe.api import flash_attn_func, scaled_dot_product_attention
+from flashmoe.plan import Plan, make_plan
+from flashmoe.problem import Problem
+from flashmoe.tiles import Arch, Tile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Arch",
+    "Plan",
+    "Problem",
+    "Tile",
+    "flash_attn_func",
+    "make_plan",
+    "scaled_dot_product_attention",
+]

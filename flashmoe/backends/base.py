@@ -1,0 +1,76 @@
+"""The protocol every backend follows. A backend knows its tiles and runs them; it chooses nothing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flashmoe.problem import Problem
+from flashmoe.tiles import Arch, Tile
+
+
+class Backend(Protocol):
+    """Tensors are (batch, seqlen, heads, head_dim) with a contiguous last dimension; softmax_lse
+    is (batch, heads_q, seqlen_q) float32, natural logarithm."""
+
+    name: str
+
+    def unavailable(self, device: torch.device) -> str:
+        """Why nothing can run on `device`, in one line; empty when it can."""
+        ...
+
+    def unsupported(self, problem: Problem, arch: Arch) -> str:
+        """Why `problem` cannot run here whatever the tile; empty when it can."""
+        ...
+
+    def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
+        """The tile used untuned; None for a backend without tiles. Legal for `problem`."""
+        ...
+
+    def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
+        """Every tile worth trying for `problem`, all legal; empty for a backend without tiles."""
+        ...
+
+    def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
+        """Why this backend cannot run `problem` with `tile`; empty when it can."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        tile: Tile | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """out as q (contiguous) and softmax_lse, None where the backend does not tell it."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        tile: Tile | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv from the forward's out and softmax_lse."""
+        ...
+
+
+def reject_without_tiles(name: str, tile: Tile | None) -> str:
+    """The `rejects` of a backend that has no tiles."""
+    return "" if tile is None else f"backend {name!r} has no tiles, got {tile}"
+
+
+def reject_illegal(tile: Tile | None, problem: Problem, arch: Arch) -> str:
+    """The `rejects` of a backend that runs every legal tile."""
+    return "it needs a tile" if tile is None else "; ".join(tile.violations(arch, problem))

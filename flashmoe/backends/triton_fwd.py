@@ -1,0 +1,384 @@
+"""Attention forward in Triton: online softmax over tiles of keys, one program per tile of queries.
+
+The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691): the scores of a
+block_m x block_n tile never leave the chip, the running maximum and sum rescale the output tile,
+and tiles above the causal diagonal are never visited.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+_NO_GUARD = nullcontext()
+
+# Causal programs that run at once share keys and values in L2 only if these fit in it. 32 MiB
+# leaves room in the 40-50 MiB of A100 and H100 for the queries and outputs streaming through.
+_L2_BUDGET_BYTES = 32 * 2**20
+
+
+@triton.jit
+def _tile_of_program(pid, num_tiles, num_heads, heads_per_section, LONGEST_FIRST: tl.constexpr):
+    """(tile, batch * head) of a program, in the order in which programs start.
+
+    Tiles of one head are neighbours, so that programs running at once share its keys and values.
+    Causal tiles differ in length: then a section of heads that fits in L2 is run through tile by
+    tile, the longest tiles of all its heads first, which leaves only short ones for the tail.
+    """
+    if LONGEST_FIRST:
+        section_size = heads_per_section * num_tiles
+        section = pid // section_size
+        first_head = section * heads_per_section
+        heads_here = tl.minimum(heads_per_section, num_heads - first_head)
+        index = pid - section * section_size
+        tile = num_tiles - 1 - index // heads_here
+        head = first_head + index % heads_here
+    else:
+        head = pid // num_tiles
+        tile = pid - head * num_tiles
+    return tile, head
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32."""
+    if PRECISION == "upcast":
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _load_rows(
+    base,
+    start,
+    stride,
+    seqlen,
+    offs_r,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """Rows start + offs_r of a (seqlen, HEAD_DIM) matrix; whatever lies outside it reads as 0."""
+    offs_d = tl.arange(0, BLOCK_D)
+    # 64-bit, and apart from `start`: the tensor of offsets is then the same in every iteration.
+    offsets = offs_r.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    pointers = (base + start.to(tl.int64) * stride) + offsets
+    if MASK_ROWS:
+        mask = (start + offs_r < seqlen)[:, None]
+        if HEAD_DIM != BLOCK_D:
+            mask = mask & (offs_d < HEAD_DIM)[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        tile = tl.load(pointers, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _attend(
+    acc,
+    row_sum,
+    row_max,
+    q,
+    k_base,
+    v_base,
+    stride_kn,
+    stride_vn,
+    batch,
+    head_kv,
+    begin,
+    end,
+    seqlen_kv,
+    causal_limit,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
+
+    row_max is in units of log2: scale contains log2(e). Only a MASKED range looks at the causal
+    limit of each row (its last visible key) and at seqlen_kv.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    for start in tl.range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        if USE_TMA:
+            k = k_base.load([batch, start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            k = _load_rows(
+                k_base,
+                start,
+                stride_kn,
+                seqlen_kv,
+                offs_n,
+                HEAD_DIM,
+                BLOCK_D,
+                MASKED and not EVEN_N,
+            )
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        scores = _dot(q, tl.trans(k), scores, PRECISION)
+        if not POSITIVE_SCALE:
+            # The maximum below is taken before scaling, which only a positive scale allows.
+            scores = scores * scale
+        if MASKED:
+            if CAUSAL:
+                visible = (start + offs_n)[None, :] <= causal_limit[:, None]
+                scores = tl.where(visible, scores, float("-inf"))
+            if not EVEN_N:
+                scores = tl.where((start + offs_n < seqlen_kv)[None, :], scores, float("-inf"))
+        factor = scale if POSITIVE_SCALE else 1.0
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+        # A row that has seen no key yet keeps -inf as its maximum; -inf - (-inf) would be NaN.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+        probs = tl.math.exp2(scores * factor - shift[:, None])
+        rescale = tl.math.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(probs, 1)
+        row_max = new_max
+        acc = acc * rescale[:, None]
+        if USE_TMA:
+            v = v_base.load([batch, start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            v = _load_rows(
+                v_base,
+                start,
+                stride_vn,
+                seqlen_kv,
+                offs_n,
+                HEAD_DIM,
+                BLOCK_D,
+                MASKED and not EVEN_N,
+            )
+        acc = _dot(probs.to(v.dtype), v, acc, PRECISION)
+    return acc, row_sum, row_max
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch_heads",
+        "heads_q",
+        "group",
+        "seqlen_q",
+        "seqlen_kv",
+        "heads_per_section",
+    ]
+)
+def _attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    scale,
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    batch_heads,
+    heads_q,
+    group,
+    seqlen_q,
+    seqlen_kv,
+    heads_per_section,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    tile, batch_head = _tile_of_program(
+        tl.program_id(0), num_tiles, batch_heads, heads_per_section, CAUSAL
+    )
+    head = batch_head % heads_q
+    batch = batch_head // heads_q
+    head_kv = head // group
+    # 64-bit from here on: a tensor may hold more than 2**31 elements.
+    batch64 = batch.to(tl.int64)
+    head64 = head.to(tl.int64)
+    head_kv64 = head_kv.to(tl.int64)
+
+    start_m = tile * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    rows = start_m + offs_m
+    q_base = q_ptr + batch64 * stride_qb + head64 * stride_qh
+    q = _load_rows(q_base, start_m, stride_qm, seqlen_q, offs_m, HEAD_DIM, BLOCK_D, not EVEN_M)
+    if USE_TMA:
+        k_base = k_ptr
+        v_base = v_ptr
+    else:
+        k_base = k_ptr + batch64 * stride_kb + head_kv64 * stride_kh
+        v_base = v_ptr + batch64 * stride_vb + head_kv64 * stride_vh
+
+    # Keys 0..full_end are seen by every row of the tile, full_end..end by some of them.
+    causal_limit = rows + (seqlen_kv - seqlen_q)
+    end = seqlen_kv
+    full_end = seqlen_kv // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        first_limit = start_m + (seqlen_kv - seqlen_q)
+        end = tl.maximum(tl.minimum(end, first_limit + BLOCK_M), 0)
+        full_end = tl.maximum(tl.minimum(full_end, (first_limit + 1) // BLOCK_N * BLOCK_N), 0)
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+        0, full_end, seqlen_kv, causal_limit, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, EVEN_N, POSITIVE_SCALE,
+        USE_TMA, PRECISION,
+    )  # fmt: skip
+    if CAUSAL or not EVEN_N:
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+            full_end, end, seqlen_kv, causal_limit, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, EVEN_N, POSITIVE_SCALE,
+            USE_TMA, PRECISION,
+        )  # fmt: skip
+
+    # A row that saw no key has sum 0: its output is 0 and its log-sum-exp -inf.
+    empty = row_sum == 0.0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    lse = tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN_2)
+    acc = acc / row_sum[:, None]
+    offs_d = tl.arange(0, BLOCK_D)
+    stride_om = heads_q * HEAD_DIM
+    out_base = out_ptr + (batch64 * seqlen_q + start_m) * stride_om + head64 * HEAD_DIM
+    out_pointers = out_base + offs_m.to(tl.int64)[:, None] * stride_om + offs_d[None, :]
+    out_mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    lse_pointers = lse_ptr + batch_head.to(tl.int64) * seqlen_q + rows
+    tl.store(lse_pointers, lse, mask=rows < seqlen_q)
+
+
+def device_guard(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of x. Setting it costs more
+    host time than asking for it."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _NO_GUARD
+
+
+def dot_precision(x: Tensor) -> str:
+    """How a kernel multiplies tiles of x. float32 is multiplied as float32: tf32 keeps 10 bits.
+    Triton's interpreter would multiply bfloat16 bit patterns as integers."""
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return "upcast"
+    return "ieee"
+
+
+def heads_per_section(heads: int, group: int, seqlen_kv: int, head_dim: int, itemsize: int) -> int:
+    """How many query heads (`group` of them read one head of K and V) run through L2 together."""
+    kv_bytes = max(1, 2 * seqlen_kv * head_dim * itemsize)
+    return min(heads, max(1, _L2_BUDGET_BYTES // kv_bytes) * group)
+
+
+def tma_descriptor(x: Tensor, block_rows: int, block_d: int) -> TensorDescriptor:
+    """Descriptor of (block_rows, block_d) tiles of a (batch, seqlen, heads, head_dim) tensor."""
+    # A dimension of size 1 may have any stride; the hardware wants multiples of 16 bytes in all.
+    align = 16 // x.element_size()
+    strides = [s if n > 1 else align for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, block_rows, 1, block_d])
+
+
+@functools.cache
+def _has_tma(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
+def can_use_tma(*tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator exists and can read the tensors: 16-byte alignment."""
+    if not tensors[0].is_cuda or not _has_tma(tensors[0].get_device()):
+        return False
+    for x in tensors:
+        align = 16 // x.element_size()
+        if x.data_ptr() % 16:
+            return False
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
+            if size > 1 and (stride % align or stride == 0):
+                return False
+    return True
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    *,
+    block_m: int,
+    block_n: int,
+    num_stages: int,
+    num_warps: int,
+    use_tma: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(softmax_scale * Q K^T) V and the natural log-sum-exp of every row of scores.
+
+    q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim), any
+    strides with a contiguous last dimension. Returns out (contiguous, as q) and softmax_lse
+    (batch, heads_q, seqlen_q) in float32; a row that sees no key has out 0 and lse -inf. `causal`
+    lets query i see keys up to i + seqlen_kv - seqlen_q. A key that no query sees is not read past
+    its block_m x block_n tile; inside such a tile it is read, and NaN or inf in V there spreads.
+    use_tma reads K and V through the tensor memory accelerator; by default wherever that can.
+    """
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    seqlen_kv, heads_kv = k.shape[1], k.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if seqlen_kv == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    group = heads_q // heads_kv
+    if use_tma is None:
+        use_tma = can_use_tma(k, v)
+    section = 1
+    if causal:
+        section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, q.element_size())
+    grid = (triton.cdiv(seqlen_q, block_m) * batch * heads_q,)
+    with device_guard(q):
+        _attention_forward_kernel[grid](
+            q,
+            tma_descriptor(k, block_n, block_d) if use_tma else k,
+            tma_descriptor(v, block_n, block_d) if use_tma else v,
+            out, lse, softmax_scale * LOG2_E,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            batch * heads_q, heads_q, group, seqlen_q, seqlen_kv, section,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
+            CAUSAL=causal, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
+            POSITIVE_SCALE=softmax_scale > 0, USE_TMA=use_tma,
+            PRECISION=dot_precision(q),
+            num_stages=num_stages, num_warps=num_warps,
+        )  # fmt: skip
+    return out, lse

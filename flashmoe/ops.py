@@ -1,0 +1,142 @@
+"""torch.library registration: what torch.compile, autograd and opcheck see of our kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashmoe import _extension
+from flashmoe.backends import BACKENDS
+from flashmoe.plan import make_plan
+from flashmoe.problem import Problem
+
+_extension.load()
+
+
+def problem_of(q: Tensor, k: Tensor, causal: bool, direction: str = "fwd") -> Problem:
+    """The Problem of q (batch, seqlen_q, heads_q, head_dim) and k (batch, seqlen_kv, heads_kv,
+    head_dim)."""
+    return Problem(
+        batch=q.shape[0],
+        heads_q=q.shape[2],
+        heads_kv=k.shape[2],
+        seqlen_q=q.shape[1],
+        seqlen_kv=k.shape[1],
+        head_dim=q.shape[3],
+        dtype=str(q.dtype).removeprefix("torch."),
+        causal=causal,
+        direction=direction,
+    )
+
+
+def _fake_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.register_fake("flashmoe::fwd")
+def _fwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    block_m: int,
+    block_n: int,
+    num_stages: int,
+    num_warps: int,
+) -> tuple[Tensor, Tensor]:
+    return _fake_forward(q)
+
+
+@torch.library.custom_op("flashmoe::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    backend: str,
+    tile: str,
+) -> tuple[Tensor, Tensor]:
+    """out and softmax_lse, differentiable in q, k and v through out. The plan is made at run time,
+    so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override."""
+    plan = make_plan(problem_of(q, k, causal), q.device, backend, tile, need_lse=True)
+    q, k, v = (_last_contiguous(x) for x in (q, k, v))
+    out, lse = BACKENDS[plan.backend].forward(q, k, v, softmax_scale, causal, plan.tile)
+    assert lse is not None, "make_plan(need_lse=True) chose a backend that does not tell lse"
+    return out, lse
+
+
+@attention.register_fake
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    backend: str,
+    tile: str,
+) -> tuple[Tensor, Tensor]:
+    return _fake_forward(q)
+
+
+@torch.library.custom_op("flashmoe::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, shaped and typed as q, k, v."""
+    plan = make_plan(problem_of(q, k, causal, "bwd"), q.device, backend)
+    dout, q, k, v = (_last_contiguous(x) for x in (dout, q, k, v))
+    return BACKENDS[plan.backend].backward(
+        dout, q, k, v, out, softmax_lse, softmax_scale, causal, plan.tile, deterministic
+    )
+
+
+@attention_backward.register_fake
+def _attention_backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, softmax_scale, causal, deterministic, backend, _ = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.arguments = (softmax_scale, causal, deterministic, backend)
+
+
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    # api hands out lse detached, so dlse is the zeros that autograd fills in.
+    q, k, v, out, lse = ctx.saved_tensors
+    dq, dk, dv = attention_backward(dout, q, k, v, out, lse, *ctx.arguments)
+    return dq, dk, dv, None, None, None, None, None
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

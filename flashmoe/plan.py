@@ -1,0 +1,122 @@
+"""Which backend and tile run a problem: override, then tuned databases, then heuristic."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+from flashmoe import database
+from flashmoe.backends import BACKENDS
+from flashmoe.device import arch
+from flashmoe.problem import Problem
+from flashmoe.tiles import Tile
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """backend and tile (None for a backend without tiles), and where the choice came from."""
+
+    backend: str
+    tile: Tile | None
+    source: str
+
+
+def why_not(backend: str, problem: Problem, device: torch.device) -> str:
+    """Why `backend` cannot run `problem` on `device`; empty when it can."""
+    candidate = BACKENDS[backend]
+    return candidate.unavailable(device) or candidate.unsupported(problem, arch(device))
+
+
+def make_plan(
+    problem: Problem,
+    device: torch.device,
+    backend: str | None = None,
+    tile: Tile | str | None = None,
+    need_lse: bool = False,
+) -> Plan:
+    """The plan for `problem` on `device`.
+
+    `backend` and `tile` override; so do the environment variables FLASHMOE_BACKEND and
+    FLASHMOE_TILE, wherever they can run the problem's direction. `need_lse` excludes backends that
+    do not tell softmax_lse. Raises ValueError for an override that cannot run, saying why.
+    """
+    chosen = _override(problem, device, backend, tile)
+    if chosen is not None:
+        if need_lse and chosen.backend == "sdpa":
+            raise ValueError("backend must be one that returns softmax_lse here, got 'sdpa'")
+        return chosen
+    for source, entries in _databases(arch(device).name):
+        entry = entries.get(problem.bucket)
+        if entry is None or (need_lse and entry.backend == "sdpa"):
+            continue
+        stored = Tile.parse(entry.tile) if entry.tile else None
+        if _runs(entry.backend, stored, problem, device):
+            return Plan(entry.backend, stored, source)
+    return heuristic(problem, device, need_lse)
+
+
+def heuristic(problem: Problem, device: torch.device, need_lse: bool = False) -> Plan:
+    """The plan for `problem` when nothing was tuned and nothing is overridden: the first backend
+    that runs it, with its default tile. Raises NotImplementedError when there is none."""
+    for name in BACKENDS:
+        if (need_lse and name == "sdpa") or why_not(name, problem, device):
+            continue
+        if name == "triton" and device.type == "cpu":
+            continue  # its interpreter is for tests, by override only
+        return Plan(name, BACKENDS[name].default_tile(problem, arch(device)), "heuristic")
+    reasons = "; ".join(f"{name}: {why_not(name, problem, device)}" for name in BACKENDS)
+    raise NotImplementedError(f"no backend runs {problem.label} on {device}: {reasons}")
+
+
+def reload_databases() -> None:
+    """Forget the databases read so far, so that the next plan sees what a tuner wrote."""
+    _databases.cache_clear()
+
+
+@functools.cache
+def _databases(device_name: str) -> tuple[tuple[str, dict[str, database.Entry]], ...]:
+    return (
+        ("user database", database.load(database.user_path(device_name))),
+        ("shipped database", database.load(database.shipped_path(device_name))),
+    )
+
+
+def _runs(backend: str, tile: Tile | None, problem: Problem, device: torch.device) -> bool:
+    if backend not in BACKENDS or why_not(backend, problem, device):
+        return False
+    return not BACKENDS[backend].rejects(tile, problem, arch(device))
+
+
+def _override(
+    problem: Problem, device: torch.device, backend: str | None, tile: Tile | str | None
+) -> Plan | None:
+    source = "argument"
+    if not backend and not tile:
+        backend, tile = os.environ.get("FLASHMOE_BACKEND"), os.environ.get("FLASHMOE_TILE")
+        source = "environment"
+    if not backend and not tile:
+        return None
+    parsed = Tile.parse(tile) if isinstance(tile, str) and tile else None
+    if isinstance(tile, Tile):
+        parsed = tile
+    name = backend or (parsed.backend if parsed else "")
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if problem.direction == "bwd":
+        # An override names the forward's choice; its tile is no tile for the backward, and not
+        # every backend has one.
+        if why_not(name, problem, device):
+            return None
+        parsed = None
+    if reason := why_not(name, problem, device):
+        raise ValueError(f"backend {name!r} cannot run {problem.label} on {device}: {reason}")
+    if parsed is None:
+        return Plan(name, BACKENDS[name].default_tile(problem, arch(device)), source)
+    if parsed.backend != name:
+        raise ValueError(f"tile {parsed} belongs to backend {parsed.backend!r}, got {name!r}")
+    if reason := BACKENDS[name].rejects(parsed, problem, arch(device)):
+        raise ValueError(f"tile {parsed} cannot run {problem.label}: {reason}")
+    return Plan(name, parsed, source)

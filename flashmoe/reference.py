@@ -1,0 +1,48 @@
+"""Attention as mathematics in float64: the judge of every kernel's correctness."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(seqlen_q: int, seqlen_kv: int, causal: bool, device: torch.device) -> Tensor:
+    """Boolean (seqlen_q, seqlen_kv): which keys a query sees, causal aligned bottom-right."""
+    ones = torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool, device=device)
+    return ones.tril(seqlen_kv - seqlen_q) if causal else ones
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * Q K^T) V, materialized, differentiable, computed in `dtype`.
+
+    q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim).
+    Returns out (as q) and softmax_lse (batch, heads_q, seqlen_q), both in `dtype`; a row that sees
+    no key has out 0 and lse -inf. With `dtype` the inputs' own it is the same-dtype PyTorch
+    computation that tolerances are measured against.
+    """
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    qh = q.transpose(1, 2).to(dtype)
+    kh = k.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
+    vh = v.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
+    scores = qh @ kh.transpose(-1, -2) * scale
+    mask = visible(q.shape[1], k.shape[1], causal, q.device)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    empty = ~mask.any(-1)
+    # exp(-inf - -inf) is NaN; a row that sees nothing is 0 by definition.
+    weights = torch.exp(scores - lse.masked_fill(empty, 0.0).unsqueeze(-1))
+    return (weights @ vh).transpose(1, 2), lse
+
+
+def error_bound(actual_dtype: torch.dtype, same_dtype_error: float, scale: float) -> float:
+    """Largest allowed absolute error: twice that of the same-dtype PyTorch computation, plus the
+    rounding of a reference value of magnitude `scale` to the output's dtype."""
+    return 2.0 * same_dtype_error + torch.finfo(actual_dtype).eps * scale

@@ -1,0 +1,159 @@
+"""Tile and Arch: the tunable shape of a kernel, and the one place that says which tiles are legal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from flashmoe.problem import DTYPE_BYTES, Problem
+
+# Head dimensions that the sm80 kernel is instantiated for; others are zero-filled to the next one.
+SM80_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+# Registers that the float32 fragments of S and O may take of a thread's 255 before ptxas spills.
+_SM80_FRAGMENT_REGISTERS = 208
+
+
+@dataclass(frozen=True, slots=True)
+class Arch:
+    """What a tile must fit. `capability` is the CUDA compute capability, (0, 0) for a CPU;
+    `smem_per_block` is the opt-in shared memory of one thread block in bytes."""
+
+    kind: str
+    name: str
+    capability: tuple[int, int] = (0, 0)
+    sm_count: int = 0
+    smem_per_block: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One configuration of one kernel. `kernel` is one of cpu, sm80, triton. A tile handles
+    block_m query rows by block_n keys a step, with num_stages K/V buffers in flight and num_warps
+    warps a thread block (1 and 1 for the cpu kernel, which has neither)."""
+
+    kernel: str
+    block_m: int
+    block_n: int
+    num_stages: int = 1
+    num_warps: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel}:{self.block_m}x{self.block_n}-stages{self.num_stages}"
+            f"-warps{self.num_warps}"
+        )
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs this kernel."""
+        return "cuda" if self.kernel.startswith("sm") else self.kernel
+
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        """The inverse of str(): `kernel:MxN-stagesS-warpsW`; stages and warps default to 1.
+
+        Raises ValueError naming the text and the form.
+        """
+        match = re.fullmatch(r"(\w+):(\d+)x(\d+)(?:-stages(\d+))?(?:-warps(\d+))?", text)
+        if match is None or match[1] not in _RULES:
+            raise ValueError(
+                f"tile must look like KERNEL:MxN-stagesS-warpsW with KERNEL one of "
+                f"{', '.join(_RULES)}, got {text!r}"
+            )
+        m, n, stages, warps = (int(x) if x else 1 for x in match.groups()[1:])
+        return cls(match[1], m, n, stages, warps)
+
+    def violations(self, arch: Arch, problem: Problem) -> list[str]:
+        """Why this tile cannot run `problem` on `arch`; empty when it is legal."""
+        if self.kernel not in _RULES:
+            return [f"kernel must be one of {', '.join(_RULES)}, got {self.kernel!r}"]
+        return list(_RULES[self.kernel](self, arch, problem))
+
+
+def instance_head_dim(head_dim: int) -> int:
+    """The head dimension of the sm80 instance that runs `head_dim`."""
+    return next(d for d in SM80_HEAD_DIMS if d >= head_dim)
+
+
+def _cpu_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
+    if arch.kind != "cpu":
+        yield f"the cpu kernel runs on cpu tensors, not on {arch.kind}"
+    if problem.direction != "fwd":
+        yield "the cpu kernel has no tile for the backward"
+    for name, value in (("block_m", tile.block_m), ("block_n", tile.block_n)):
+        if not 1 <= value <= 4096:
+            yield f"{name} must be from 1 to 4096, got {value}"
+    for name, value in (("num_stages", tile.num_stages), ("num_warps", tile.num_warps)):
+        if value != 1:
+            yield f"{name} must be 1 for the cpu kernel, got {value}"
+
+
+def sm80_smem_bytes(tile: Tile, head_dim: int) -> int:
+    """Shared memory of the sm80 kernel: Q, and num_stages buffers each of K and V, 16-bit."""
+    return 2 * head_dim * (tile.block_m + 2 * tile.num_stages * tile.block_n)
+
+
+def _sm80_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
+    if arch.kind != "cuda" or arch.capability < (8, 0):
+        yield f"the sm80 kernel needs compute capability 8.0, got {arch.capability} ({arch.kind})"
+    if problem.direction != "fwd":
+        yield "the sm80 kernel has no backward"
+    if problem.dtype not in ("float16", "bfloat16"):
+        yield f"dtype must be float16 or bfloat16 for the sm80 kernel, got {problem.dtype}"
+    if tile.num_warps not in (4, 8):
+        yield f"num_warps must be 4 or 8, got {tile.num_warps}"
+        return
+    rows = 16 * tile.num_warps
+    if tile.block_m % rows or not rows <= tile.block_m <= 256:
+        yield f"block_m must be a multiple of 16 * num_warps = {rows} up to 256, got {tile.block_m}"
+    if tile.block_n % 16 or not 16 <= tile.block_n <= 256:
+        yield f"block_n must be a multiple of 16 from 16 to 256, got {tile.block_n}"
+    if not 1 <= tile.num_stages <= 4:
+        yield f"num_stages must be from 1 to 4, got {tile.num_stages}"
+    head_dim = instance_head_dim(problem.head_dim)
+    smem = sm80_smem_bytes(tile, head_dim)
+    if smem > arch.smem_per_block:
+        yield f"shared memory of {smem} bytes exceeds the {arch.smem_per_block} of {arch.name}"
+    fragments = tile.block_m // rows * (tile.block_n // 2 + head_dim // 2)
+    if fragments > _SM80_FRAGMENT_REGISTERS:
+        yield (
+            f"registers: fragments of S and O take {fragments} a thread, at most "
+            f"{_SM80_FRAGMENT_REGISTERS} fit without spills"
+        )
+
+
+def _triton_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
+    if arch.kind != "cuda" or arch.capability < (8, 0):
+        yield f"the triton kernel needs compute capability 8.0, got {arch.capability} ({arch.kind})"
+    for name, value, low, high in (
+        ("block_m", tile.block_m, 16, 256),
+        ("block_n", tile.block_n, 16, 256),
+    ):
+        if value & (value - 1) or not low <= value <= high:
+            yield f"{name} must be a power of two from {low} to {high}, got {value}"
+    if tile.num_warps not in (1, 2, 4, 8):
+        yield f"num_warps must be 1, 2, 4 or 8, got {tile.num_warps}"
+    if not 1 <= tile.num_stages <= 5:
+        yield f"num_stages must be from 1 to 5, got {tile.num_stages}"
+    padded = max(16, 1 << (problem.head_dim - 1).bit_length())
+    size = DTYPE_BYTES[problem.dtype]
+    smem = size * padded * (tile.block_m + 2 * tile.num_stages * tile.block_n)
+    if smem > arch.smem_per_block:
+        yield f"shared memory of about {smem} bytes exceeds {arch.smem_per_block} of {arch.name}"
+
+
+_RULES: dict[str, Callable[[Tile, Arch, Problem], Iterator[str]]] = {
+    "cpu": _cpu_rules,
+    "sm80": _sm80_rules,
+    "triton": _triton_rules,
+}
+
+
+def grid(kernel: str, **axes: tuple[int, ...]) -> list[Tile]:
+    """Every Tile of `kernel` over the product of the axes, legal or not."""
+    names = list(axes)
+    return [
+        Tile(kernel, **dict(zip(names, values, strict=True))) for values in product(*axes.values())
+    ]

@@ -1,0 +1,139 @@
+"""The one timing engine: candidates interleaved, order shuffled every round, raw samples kept."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+STATUSES = ("ok", "illegal", "wrong", "failed", "timeout")
+# Larger than any L2 (H200: 60 MB), zeroed before every timed call so that none starts warm.
+_FLUSH_BYTES = 256 << 20
+# About 0.3 ms of idle GPU work, so that the host has enqueued the call before it starts.
+_SLEEP_CYCLES = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Raw samples in seconds, one a round, with what became of the candidate.
+
+    status is one of STATUSES; for any but `ok`, `reason` says why and `samples` holds what was
+    taken before it went wrong.
+    """
+
+    status: str
+    samples: tuple[float, ...] = ()
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
+
+
+@dataclass(slots=True)
+class _Candidate:
+    call: Callable[[], object]
+    samples: list[float] = field(default_factory=list)
+    reason: str = ""
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 3,
+    seed: int = 0,
+    max_seconds: float | None = None,
+) -> dict[str, Measurement]:
+    """Time every candidate once a round, in an order shuffled each round.
+
+    On CUDA a sample is device time between events around one call, with L2 flushed and the host
+    running ahead; on a CPU it is wall time. A candidate that raises is `failed` from then on and
+    the others go on. `max_seconds` ends the rounds early (after at least one), for all candidates
+    alike, so samples stay paired by round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
+    sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
+    running = {name: _Candidate(call) for name, call in candidates.items()}
+    rng = random.Random(seed)
+    deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+    for number in range(-warmup, rounds):
+        order = [name for name, candidate in running.items() if not candidate.reason]
+        rng.shuffle(order)
+        for name in order:
+            candidate = running[name]
+            try:
+                seconds = sample(candidate.call)
+            except Exception as error:  # noqa: BLE001 - a failing candidate is a result, not a crash
+                candidate.reason = f"{type(error).__name__}: {error}"
+                continue
+            if number >= 0:
+                candidate.samples.append(seconds)
+        if deadline is not None and number >= 0 and time.perf_counter() >= deadline:
+            break
+    return {
+        name: Measurement("failed" if c.reason else "ok", tuple(c.samples), c.reason)
+        for name, c in running.items()
+    }
+
+
+def _cpu_sample(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+
+    def sample(call: Callable[[], object]) -> float:
+        with torch.cuda.device(device):
+            flush.zero_()
+            torch.cuda._sleep(_SLEEP_CYCLES)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return sample
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the device sustains in this run: matmul rate in FLOP/s and copy rate in bytes/s (bytes
+    read plus bytes written)."""
+
+    matmul_flops: float
+    copy_bytes: float
+
+    def floor(self, flops: float, nbytes: float) -> float:
+        """Seconds below which no kernel runs: max of the arithmetic and the traffic time."""
+        return max(flops / self.matmul_flops, nbytes / self.copy_bytes)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> Limits:
+    """Measure both limits: on CUDA an 8192^3 matmul and a 1 GiB copy, on a CPU 1024^3 and 128 MiB
+    (an aarch64 or x86 laptop finishes that in well under a second)."""
+    n, nbytes = (8192, 1 << 30) if device.type == "cuda" else (1024, 128 << 20)
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    source = torch.ones(nbytes, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    measured = measure(
+        {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, rounds=rounds
+    )
+    for name, measurement in measured.items():
+        if measurement.status != "ok":
+            raise RuntimeError(f"measuring the {name} limit failed: {measurement.reason}")
+    matmul, copy = (sorted(measured[x].samples)[rounds // 2] for x in ("matmul", "copy"))
+    return Limits(2.0 * n**3 / matmul, 2.0 * nbytes / copy)

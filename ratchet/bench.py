@@ -1,0 +1,190 @@
+"""`bench`: measures every case in several fresh processes and puts the samples together."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from flashmoe.device import Fingerprint
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.results import CaseResult, PlanUsed, Results, Series
+from flashmoe.ratchet.suite import Case
+from flashmoe.timing import Limits
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`rounds` and `warmup` are totals of a case, spread evenly over `processes` (rounded up)."""
+
+    device: str
+    rounds: int
+    warmup: int
+    processes: int
+    seed: int
+    suite: str
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("warmup", 0), ("processes", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def job(self, process: int, cases: Sequence[Case]) -> dict[str, Any]:
+        """What process number `process` is told to do, the cases in an order of its own."""
+        names = [case.name for case in cases]
+        random.Random(self.seed + process).shuffle(names)
+        return {
+            "device": self.device,
+            "cases": names,
+            "rounds": -(-self.rounds // self.processes),
+            "warmup": -(-self.warmup // self.processes),
+            "seed": self.seed + process,
+            "first": process == 0,
+        }
+
+
+@dataclass(slots=True)
+class _Collected:
+    """One case's answers so far, a process after another."""
+
+    case: Case
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def broken(self) -> bool:
+        return any(a[side]["status"] != "ok" for a in self.answers for side in ("ours", "sdpa"))
+
+    def result(self) -> CaseResult:
+        ours, sdpa = (self._series(side) for side in ("ours", "sdpa"))
+        if ours.status != "ok" or sdpa.status != "ok":
+            # Half a case is no figure: without a partner a sample means nothing.
+            ours, sdpa = Series(ours.status, (), ours.reason), Series(sdpa.status, (), sdpa.reason)
+        first = self.answers[0]
+        plans = tuple(PlanUsed(**plan) for plan in first["plans"])
+        return CaseResult(self.case, ours, sdpa, plans, first["error"])
+
+    def _series(self, side: str) -> Series:
+        for answer in self.answers:
+            if answer[side]["status"] != "ok":
+                return Series(answer[side]["status"], (), answer[side]["reason"])
+        return Series("ok", tuple(tuple(answer[side]["samples"]) for answer in self.answers))
+
+
+def bench(
+    cases: Sequence[Case],
+    settings: Settings,
+    command: str,
+    progress: Callable[[str], None],
+    debug: bool = False,
+) -> Results:
+    """Measure `cases`. `progress` hears a line before each case of each process. A case that is
+    wrong, fails or kills its process has that as its result, and the others go on.
+
+    Raises UserError when no process can start measuring at all, saying why.
+    """
+    begun, started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    collected = {case.name: _Collected(case) for case in cases}
+    fingerprint: dict[str, Any] | None = None
+    limits: dict[str, Limits] = {}
+    for process in range(settings.processes):
+        left = [item.case for item in collected.values() if not item.broken]
+        if not left:
+            break
+        heading = f"process {process + 1} of {settings.processes}"
+        for answer in _answers(settings.job(process, left), debug):
+            if answer["event"] == "start":
+                if fingerprint not in (None, answer["fingerprint"]):
+                    raise UserError("the machine changed while it was measured; run it again")
+                fingerprint = answer["fingerprint"]
+                limits.update({k: Limits(**v) for k, v in answer["limits"].items()})
+            elif answer["event"] == "begin":
+                progress(f"{heading}: {answer['case']}")
+            else:
+                collected[answer["case"]].answers.append(answer)
+    assert fingerprint is not None, "a process that starts tells its fingerprint"
+    return Results(
+        started,
+        round(time.monotonic() - begun, 3),
+        command,
+        {
+            "suite": settings.suite,
+            "device": settings.device,
+            "rounds": settings.rounds,
+            "warmup": settings.warmup,
+            "processes": settings.processes,
+            "seed": settings.seed,
+        },
+        Fingerprint(**fingerprint),
+        limits,
+        tuple(item.result() for item in collected.values()),
+    )
+
+
+def _answers(job: dict[str, Any], debug: bool) -> Iterator[Answer]:
+    """The answers of one worker; where it dies within a case, that case's is `failed` and another
+    worker does the rest."""
+    left = list(job["cases"])
+    while left:
+        current: str | None = None
+        with tempfile.TemporaryFile("w+") as log:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "flashmoe.ratchet.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if debug else log,
+                text=True,
+            )
+            try:
+                assert worker.stdin is not None
+                assert worker.stdout is not None
+                with worker.stdin:
+                    worker.stdin.write(json.dumps({**job, "cases": left}))
+                for line in worker.stdout:
+                    answer = json.loads(line)
+                    if answer["event"] == "error":
+                        raise UserError(f"a worker could not measure: {answer['reason']}")
+                    current = answer["case"] if answer["event"] == "begin" else None
+                    if answer["event"] == "case":
+                        left.remove(answer["case"])
+                    yield answer
+                code = worker.wait()
+            finally:
+                worker.kill()
+                worker.wait()
+                assert worker.stdout is not None
+                worker.stdout.close()
+            if code == 0:
+                return
+            log.seek(0)
+            lines = log.read().strip().splitlines()
+        how = _death(code) + (f": {lines[-1].strip()}" if lines else "")
+        if current is None:
+            raise UserError(f"a worker {how}")
+        left.remove(current)
+        broken = {"status": "failed", "reason": f"the process {how}", "samples": []}
+        # A worker dies in our code or in SDPA; ours is the one under test.
+        sdpa = {"status": "ok", "reason": "", "samples": []}
+        yield {
+            "event": "case",
+            "case": current,
+            "ours": broken,
+            "sdpa": sdpa,
+            "plans": [],
+            "error": None,
+        }
+
+
+def _death(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

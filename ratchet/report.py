@@ -1,0 +1,172 @@
+"""The gate's outcome as Markdown for a pull request, and the list of cases worth profiling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashmoe.device import Fingerprint
+from flashmoe.ratchet import stats
+from flashmoe.ratchet.gate import (
+    FAIL,
+    IMPROVED,
+    INCONCLUSIVE,
+    PASS,
+    YARDSTICK,
+    Decision,
+    Verdict,
+    percent,
+)
+from flashmoe.ratchet.results import CaseResult, Results
+from flashmoe.stats import Interval
+
+# What GitHub accepts in a comment.
+MAX_CHARACTERS = 65536
+# Worst first.
+ORDER = (FAIL, YARDSTICK, IMPROVED, INCONCLUSIVE, PASS)
+_SIGNS = {FAIL: "🔴", YARDSTICK: "🟠", IMPROVED: "🟢", INCONCLUSIVE: "⚪", PASS: "✅"}
+
+
+def ranked(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Worst first; within a verdict the slowest change first."""
+    return sorted(
+        verdicts, key=lambda v: (ORDER.index(v.verdict), v.change.value if v.change else 0.0)
+    )
+
+
+def profile_targets(decision: Decision) -> tuple[str, ...]:
+    """Cases that ran and got slower or much faster: where a profile has something to explain.
+    Each is a name that `bench --case` takes."""
+    return tuple(v.name for v in ranked(decision.named(FAIL, IMPROVED)) if v.change is not None)
+
+
+def markdown(decision: Decision, current: Results, baseline: Results) -> str:
+    """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
+    end, best cases first, and the report says so."""
+    verdicts = ranked(decision.verdicts)
+    for shown in _halvings(len(verdicts)):
+        text = _markdown(decision, verdicts, shown, current, baseline)
+        if len(text) < MAX_CHARACTERS:
+            return text
+    return f"{_heading(decision)}\n\nThe report does not fit into a comment.\n"
+
+
+def _halvings(n: int) -> list[int]:
+    counts = [n]
+    while counts[-1] > 0:
+        counts.append(counts[-1] // 2)
+    return counts
+
+
+def _markdown(
+    decision: Decision,
+    verdicts: Sequence[Verdict],
+    shown: int,
+    current: Results,
+    baseline: Results,
+) -> str:
+    kept, left_out = verdicts[:shown], len(verdicts) - shown
+    parts = [_heading(decision), ""]
+    if decision.integrity:
+        parts += ["**The run and the baseline cannot be compared:**", ""]
+        parts += [f"- {_escaped(problem)}" for problem in decision.integrity[: max(shown, 20)]]
+        if len(decision.integrity) > max(shown, 20):
+            parts.append(f"- and {len(decision.integrity) - max(shown, 20)} more")
+        parts.append("")
+    urgent = [v for v in kept if v.verdict in (FAIL, YARDSTICK, IMPROVED)]
+    quiet = [v for v in kept if v.verdict in (INCONCLUSIVE, PASS)]
+    if urgent:
+        parts += [*_table(urgent), ""]
+    parts += [f"- {v.name}: {_escaped(v.reason)}" for v in urgent if v.reason]
+    if quiet:
+        parts += _details(f"{len(quiet)} cases without a significant change", _table(quiet))
+    notes = [f"- {v.name}: {_escaped(v.reason)}" for v in quiet if v.reason]
+    if notes:
+        parts += _details(f"{len(notes)} inconclusive", notes)
+    if left_out:
+        parts += [f"{left_out} more cases do not fit here; the result file has them.", ""]
+    plans = _plan_changes(kept)
+    if plans:
+        parts += _details(f"{len(plans)} cases run another plan than before", plans)
+    moved = [f"- {_escaped(note)}" for note in decision.environment[: max(shown, 20)]]
+    if moved:
+        title = f"The environment changed in {len(decision.environment)} ways (not the kernel)"
+        parts += _details(title, moved)
+    parts += _details("Environment and rule", _environment(decision, current, baseline))
+    return "\n".join(parts) + "\n"
+
+
+def _heading(decision: Decision) -> str:
+    sign = {0: "✅", 1: "🔴", 4: "🟠"}[decision.exit_code]
+    return f"### {sign} flashmoe ratchet {decision.summary}"
+
+
+def _table(verdicts: Sequence[Verdict]) -> list[str]:
+    rows = [
+        "| case | | speedup over SDPA: baseline | now | change | 95 % interval |",
+        "|:--|:--|--:|--:|--:|--:|",
+    ]
+    for v in verdicts:
+        cells = [f"`{v.name}`", f"{_SIGNS[v.verdict]} {v.verdict}"]
+        if v.change is None or v.current is None or v.baseline is None:
+            cells += ["", "", "", ""]
+        else:
+            cells += [
+                _speedup(v.baseline),
+                _speedup(v.current),
+                f"**{percent(v.change.value):+.1f} %**",
+                _bounds(v.change),
+            ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _speedup(case: CaseResult) -> str:
+    speedup = stats.speedup(case.ours.samples, case.sdpa.samples)
+    return f"{speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}]"
+
+
+def _bounds(interval: Interval) -> str:
+    return f"[{percent(interval.low):+.1f}, {percent(interval.high):+.1f}]"
+
+
+def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = []
+    for v in verdicts:
+        if v.current is None or v.baseline is None:
+            continue
+        old, new = (", ".join(map(str, case.plans)) for case in (v.baseline, v.current))
+        if old != new:
+            lines.append(f"- {v.name}: {old} before, {new} now")
+    return lines
+
+
+def _environment(decision: Decision, current: Results, baseline: Results) -> list[str]:
+    thresholds = decision.thresholds
+    return [
+        *_fingerprint_table(current.fingerprint, baseline.fingerprint),
+        "",
+        f"FAIL below {thresholds.fail:+g} %, IMPROVED above {thresholds.improve:+g} % of the "
+        "speedup over SDPA, each only if significant over the processes of both runs (Welch's "
+        "t-test, Holm over the cases, 5 %). Intervals of a change are 95 %, of one case alone.",
+        "",
+        f"Now: {current.started}, {current.duration:.0f} s, `{current.command}`  ",
+        f"Baseline: {baseline.started}, `{baseline.command}`",
+    ]
+
+
+def _fingerprint_table(current: Fingerprint, baseline: Fingerprint) -> list[str]:
+    old, new = baseline.to_json(), current.to_json()
+    rows = ["| | baseline | now |", "|:--|:--|:--|"]
+    return rows + [f"| {k} | {_escaped(str(old[k]))} | {_escaped(str(new[k]))} |" for k in new]
+
+
+def _details(title: str, lines: Sequence[str]) -> list[str]:
+    return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>", ""]
+
+
+def _escaped(text: str) -> str:
+    """Text from an exception or a file, so that it stays one cell and shows what it says."""
+    text = " ".join(text.split())
+    for character in "\\`*_<>[]|":
+        text = text.replace(character, f"\\{character}")
+    return text if len(text) <= 500 else f"{text[:500]}…"

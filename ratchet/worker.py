@@ -1,0 +1,139 @@
+"""One fresh process of a bench: takes a job on stdin, answers one JSON object a line on stdout.
+
+Started by `bench` as `python -m flashmoe.ratchet.worker`. A kernel that kills the process takes one
+case down with it, not the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from flashmoe import device as devices
+from flashmoe.plan import make_plan
+from flashmoe.ratchet.suite import Case, parse
+from flashmoe.ratchet.workload import Workload, calls
+from flashmoe.timing import measure, measure_limits
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+def main() -> int:
+    # Whatever a library prints must not mix with the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer, allow_nan=False) + "\n")
+        answers.flush()
+
+    job = json.load(sys.stdin)
+    try:
+        run(job, emit)
+    except Exception as error:  # noqa: BLE001 - a failure is a result
+        traceback.print_exc()
+        emit({"event": "error", "reason": f"{type(error).__name__}: {error}"})
+        return 1
+    return 0
+
+
+def run(job: dict[str, Any], emit: Emit) -> None:
+    """`job`: device, cases (names), rounds, warmup, seed; `first` also measures the limits and
+    checks correctness."""
+    device = torch.device(job["device"])
+    cases = [parse(name) for name in job["cases"]]
+    start: dict[str, Any] = {
+        "event": "start",
+        "fingerprint": devices.fingerprint(device).to_json(),
+        "limits": {},
+    }
+    if job["first"]:
+        start["limits"] = _limits(cases, device)
+    emit(start)
+    for case in cases:
+        emit({"event": "begin", "case": case.name})
+        emit({"event": "case", "case": case.name, **_measure(case, device, job)})
+
+
+def _limits(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, float]]:
+    """Limits by the dtypes of the cases. A CPU's are always float32's: most have no 16-bit matrix
+    units, where torch's own 16-bit matmul is a hundred times slower than any kernel here."""
+    dtypes = sorted({case.problem.dtype for case in cases})
+    if device.type == "cpu":
+        limits = asdict(measure_limits(device, torch.float32))
+        return dict.fromkeys(dtypes, limits)
+    return {dtype: asdict(measure_limits(device, getattr(torch, dtype))) for dtype in dtypes}
+
+
+def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        workload = Workload(case, device, job["seed"])
+        workload.sdpa()
+    except Exception as error:  # noqa: BLE001 - a failure is a result
+        return _answer(sdpa_status="failed", reason=f"{type(error).__name__}: {error}")
+    error_share: float | None = None
+    plans: list[dict[str, str]] = []
+    try:
+        plans = _plans(case, device)
+        if job["first"]:
+            correctness = workload.check()
+            error_share = correctness.error if math.isfinite(correctness.error) else None
+            if correctness.reason:
+                return _answer(ours_status="wrong", reason=correctness.reason, plans=plans)
+    except Exception as error:  # noqa: BLE001 - a failure is a result
+        reason = f"{type(error).__name__}: {error}"
+        return _answer(ours_status="failed", reason=reason, plans=plans)
+    measured = measure(
+        calls(workload), device, rounds=job["rounds"], warmup=job["warmup"], seed=job["seed"]
+    )
+    answer = _answer(plans=plans, error=error_share)
+    for side, measurement in measured.items():
+        # Six digits: a clock tells less, and files stay small.
+        samples = [float(f"{x:.6g}") for x in measurement.samples]
+        answer[side] = {
+            "status": measurement.status,
+            "reason": measurement.reason,
+            "samples": samples,
+        }
+    return answer
+
+
+def _answer(
+    ours_status: str = "ok",
+    sdpa_status: str = "ok",
+    reason: str = "",
+    plans: Sequence[dict[str, str]] = (),
+    error: float | None = None,
+) -> dict[str, Any]:
+    sides = {"ours": ours_status, "sdpa": sdpa_status}
+    answer: dict[str, Any] = {
+        side: {"status": status, "reason": reason if status != "ok" else "", "samples": []}
+        for side, status in sides.items()
+    }
+    return {**answer, "plans": list(plans), "error": error}
+
+
+def _plans(case: Case, device: torch.device) -> list[dict[str, str]]:
+    """What the calls run. The forward of a call that trains has to tell softmax_lse."""
+    made = [make_plan(p, device, need_lse=case.backward) for p in case.problems]
+    return [
+        {
+            "direction": problem.direction,
+            "backend": plan.backend,
+            "tile": str(plan.tile or ""),
+            "source": plan.source,
+        }
+        for problem, plan in zip(case.problems, made, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""A case as two calls on the same random data, ours and SDPA's, and whether ours is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flashmoe
+from flashmoe.ratchet.suite import Case
+from flashmoe.reference import attention_reference, error_bound
+
+_Results = tuple[Tensor, ...]
+# Elements of one materialized score matrix while checking: 0.25 GiB in float64.
+_MAX_SCORES = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
+class Correctness:
+    """Largest absolute errors against the reference as a share of what is allowed, over all
+    results; `reason` says what is wrong, empty when nothing is."""
+
+    error: float
+    reason: str = ""
+
+
+class Workload:
+    """Inputs of one case and the calls on them. Standard normal data, in each side's own layout:
+    (batch, seqlen, heads, head_dim) for ours, (batch, heads, seqlen, head_dim) for SDPA."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+        p = case.problem
+        self._case = case
+        generator = torch.Generator(device).manual_seed(seed)
+        dtype = getattr(torch, p.dtype)
+
+        def randn(seqlen: int, heads: int) -> Tensor:
+            shape = (p.batch, seqlen, heads, p.head_dim)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        self._inputs = (
+            randn(p.seqlen_q, p.heads_q),
+            randn(p.seqlen_kv, p.heads_kv),
+            randn(p.seqlen_kv, p.heads_kv),
+        )
+        self._dout = randn(p.seqlen_q, p.heads_q) if case.backward else None
+        self._sdpa_inputs = tuple(x.transpose(1, 2).contiguous() for x in self._inputs)
+        self._sdpa_dout = None if self._dout is None else self._dout.transpose(1, 2).contiguous()
+        for x in (*self._inputs, *self._sdpa_inputs):
+            x.requires_grad_(case.backward)
+
+    def ours(self) -> _Results:
+        """out, and dq, dk, dv with the backward."""
+        out = flashmoe.flash_attn_func(*self._inputs, causal=self._case.problem.causal)
+        assert isinstance(out, Tensor)
+        return self._with_gradients(out, self._inputs, self._dout)
+
+    def sdpa(self) -> _Results:
+        """As `ours`, in SDPA's layout."""
+        p = self._case.problem
+        out = F.scaled_dot_product_attention(
+            *self._sdpa_inputs, is_causal=p.causal, enable_gqa=p.heads_q != p.heads_kv
+        )
+        return self._with_gradients(out, self._sdpa_inputs, self._sdpa_dout)
+
+    def check(self) -> Correctness:
+        """Our results against the reference, with twice the error of the same computation in the
+        case's dtype allowed, plus the rounding of the result."""
+        names = ("out", "dq", "dk", "dv")
+        results = [x.detach() for x in self.ours()]
+        judges = [_Judge(name, x.dtype) for name, x in zip(names, results, strict=False)]
+        exact = torch.float64 if self._case.problem.dtype == "float32" else torch.float32
+        for batch, kv_heads, heads in self._slices():
+            inputs = [
+                x.detach()[batch, :, h]
+                for x, h in zip(self._inputs, (heads, kv_heads, kv_heads), strict=True)
+            ]
+            dout = None if self._dout is None else self._dout[batch, :, heads]
+            reference = self._reference(inputs, dout, exact)
+            same_dtype = self._reference(inputs, dout, inputs[0].dtype)
+            where = (heads, heads, kv_heads, kv_heads)
+            for i, judge in enumerate(judges):
+                judge.see(results[i][batch, :, where[i]], reference[i], same_dtype[i])
+        reasons = [reason for judge in judges if (reason := judge.reason())]
+        return Correctness(max(judge.share for judge in judges), "; ".join(reasons))
+
+    def _with_gradients(
+        self, out: Tensor, inputs: tuple[Tensor, ...], dout: Tensor | None
+    ) -> _Results:
+        return (out,) if dout is None else (out, *torch.autograd.grad(out, inputs, dout))
+
+    def _reference(self, inputs: list[Tensor], dout: Tensor | None, dtype: torch.dtype) -> _Results:
+        wide = tuple(x.to(dtype).detach().requires_grad_(dout is not None) for x in inputs)
+        out, _ = attention_reference(*wide, causal=self._case.problem.causal, dtype=dtype)
+        if dout is None:
+            return (out,)
+        return (out.detach(), *torch.autograd.grad(out, wide, dout.to(dtype)))
+
+    def _slices(self) -> Iterator[tuple[slice, slice, slice]]:
+        """(batch, kv heads, query heads) pieces whose scores fit in memory."""
+        p = self._case.problem
+        group = p.heads_q // p.heads_kv
+        scores = p.heads_q * p.seqlen_q * p.seqlen_kv
+        if scores <= _MAX_SCORES:
+            step = _MAX_SCORES // scores
+            for start in range(0, p.batch, step):
+                yield slice(start, start + step), slice(None), slice(None)
+            return
+        for b in range(p.batch):
+            for h in range(p.heads_kv):
+                yield slice(b, b + 1), slice(h, h + 1), slice(h * group, (h + 1) * group)
+
+
+class _Judge:
+    """Collects one result's errors piece by piece."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self._name, self._dtype = name, dtype
+        self._error = self._same_dtype_error = self._scale = 0.0
+
+    def see(self, actual: Tensor, reference: Tensor, same_dtype: Tensor) -> None:
+        error = (actual.to(reference.dtype) - reference).abs().max().item()
+        same = (same_dtype.to(reference.dtype) - reference).abs().max().item()
+        # max() drops a NaN on its right, and NaN here is as wrong as it gets.
+        self._error = max(self._error, math.inf if math.isnan(error) else error)
+        self._same_dtype_error = max(self._same_dtype_error, same)
+        self._scale = max(self._scale, reference.abs().max().item())
+
+    @property
+    def share(self) -> float:
+        return self._error / error_bound(self._dtype, self._same_dtype_error, self._scale)
+
+    def reason(self) -> str:
+        if self.share <= 1:
+            return ""
+        if math.isinf(self._error):
+            return f"{self._name} is not finite where the reference is"
+        bound = error_bound(self._dtype, self._same_dtype_error, self._scale)
+        return f"{self._name} is off by {self._error:.3g}, allowed is {bound:.3g}"
+
+
+def calls(workload: Workload) -> dict[str, Callable[[], object]]:
+    """The candidates to time, by the names that results are stored under."""
+    return {"ours": workload.ours, "sdpa": workload.sdpa}

@@ -1,0 +1,112 @@
+"""Builds one abi3 wheel for every torch >= 2.10: the CPU kernel always, CUDA kernels with nvcc.
+
+FLASHMOE_CUDA=auto|on|off, FLASHMOE_CUDA_ARCHS="80;90", MAX_JOBS=N.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch.utils.cpp_extension as cpp_extension
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+import build_config  # noqa: E402
+
+# torch 2.10 is the oldest that the wheel serves.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def find_nvcc() -> tuple[Path, str] | str:
+    """CUDA's home and version, or why there is none that can be used."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return "nvcc was not found (set CUDA_HOME)"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    if match is None:
+        return f"{nvcc} did not tell its version"
+    if (int(match[1]), int(match[2])) < build_config.MIN_NVCC:
+        minimum = ".".join(map(str, build_config.MIN_NVCC))
+        return f"nvcc {match[1]}.{match[2]} is older than {minimum}"
+    # nvcc may be a wrapper script somewhere else; its dry run tells where it really lives.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    here = re.search(r"^#\$ _HERE_=(.+)$", dry.stderr, re.MULTILINE)
+    binary = Path(here[1]) if here else Path(nvcc).resolve().parent
+    return binary.parent, f"{match[1]}.{match[2]}"
+
+
+def choose_cuda() -> tuple[Path, str] | None:
+    """CUDA's home and version when its kernels are to be built; says so in one line if not."""
+    wish = os.environ.get("FLASHMOE_CUDA", "auto")
+    if wish not in ("auto", "on", "off"):
+        raise SystemExit(f"FLASHMOE_CUDA must be auto, on or off, got {wish!r}")
+    found = "FLASHMOE_CUDA=off" if wish == "off" else find_nvcc()
+    if not isinstance(found, str):
+        return found
+    if wish == "on":
+        raise SystemExit(f"FLASHMOE_CUDA=on, but {found}")
+    print(f"flashmoe: building without CUDA kernels: {found}", file=sys.stderr)
+    return None
+
+
+def cuda_archs() -> tuple[str, ...]:
+    text = os.environ.get("FLASHMOE_CUDA_ARCHS", ";".join(build_config.DEFAULT_CUDA_ARCHS))
+    archs = tuple(arch.replace(".", "") for arch in re.split(r"[;, ]+", text.strip()) if arch)
+    if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+        raise SystemExit(f"FLASHMOE_CUDA_ARCHS must look like '80;90', got {text!r}")
+    if any(int(arch.rstrip("af")) < 80 for arch in archs):
+        raise SystemExit(f"FLASHMOE_CUDA_ARCHS must be 80 or newer, got {text!r}")
+    return archs
+
+
+def extension():
+    cuda = choose_cuda()
+    archs = cuda_archs() if cuda else ()
+    generated = build_config.generate(ROOT / "build" / "generated", archs, cuda[1] if cuda else "")
+    sources = [f"csrc/{source}" for source in ("torch_ops.cpp", *build_config.CPU_SOURCES)]
+    sources += [str(path.relative_to(ROOT)) for path in generated]
+    flags = {"cxx": [*build_config.CXX_FLAGS, TORCH_TARGET]}
+    options = {}
+    if cuda:
+        # A CPU-only torch has no CUDA_HOME, and its CUDAExtension refuses.
+        cpp_extension.CUDA_HOME = str(cuda[0])
+        flags["cxx"].append("-DFLASHMOE_WITH_CUDA")
+        flags["nvcc"] = [
+            *build_config.NVCC_FLAGS,
+            *build_config.gencode(archs),
+            "-DFLASHMOE_WITH_CUDA",
+        ]
+        libraries = [cuda[0] / "lib64", cuda[0] / "targets" / "x86_64-linux" / "lib"]
+        options = {
+            "libraries": ["cudart_static", "rt", "dl", "pthread"],
+            "library_dirs": [str(path) for path in libraries if path.is_dir()],
+        }
+    includes = [str(ROOT / "csrc")]
+    if cuda:
+        includes.append(str(cuda[0] / "include"))
+    return cpp_extension.CppExtension(
+        "flashmoe._C",
+        sources,
+        include_dirs=includes,
+        extra_compile_args=flags,
+        extra_link_args=["-Wl,--exclude-libs,ALL", "-s"],
+        py_limited_api=True,
+        **options,
+    )
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
