@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import torch
 from rich.console import Console
@@ -297,6 +297,13 @@ def _warn(text: str) -> None:
     print(f"{PROG}: warning: {text}", file=sys.stderr)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """One line a warning; where it was raised, which Python would add, helps no user."""
     _warn(" ".join(str(message).split()))

@@ -67,19 +67,19 @@ def decide(
     rivals = [candidate for candidate in dict.fromkeys(challengers) if candidate != base]
     if not rivals:
         return Decision(base, base, noise, "nothing else was left to compare")
-    # Every rival had its chance to look fast by luck: the confidence is shared among them.
-    confidence = 1 - (1 - CONFIDENCE) / len(rivals)
+    tiles = [candidate for candidate in rivals if candidate != SDPA]
 
-    def beats(challenger: Candidate, holder: Candidate) -> bool:
+    def beats(challenger: Candidate, holder: Candidate, confidence: float) -> bool:
         ratio = paired_ratio(samples[str(holder)], samples[str(challenger)], confidence)
         return ratio.low > 1.0 and ratio.value - 1.0 > noise
 
     winner = base
-    tiles = [candidate for candidate in rivals if candidate != SDPA]
+    # speedup(base, c) is smallest for the fastest.
     fastest = min(tiles, key=lambda c: speedup(samples, base, c).value, default=None)
-    if fastest is not None and beats(fastest, winner):
+    # Each tile had its chance to look fast by luck: the confidence is shared among them.
+    if fastest is not None and beats(fastest, winner, 1 - (1 - CONFIDENCE) / len(tiles)):
         winner = fastest
-    if SDPA in rivals and beats(SDPA, winner):
+    if SDPA in rivals and beats(SDPA, winner, CONFIDENCE):
         winner = SDPA
     gain = speedup(samples, winner if winner != base else fastest or SDPA, base)
     interval = f"{gain.value:.3f}x [{gain.low:.3f}, {gain.high:.3f}]"

@@ -68,4 +68,5 @@ class Race:
             return
         pairs = self._pairs.setdefault(candidate, [])
         pairs.extend(zip(measurement.samples, anchor.samples, strict=True))
-        self._ratios[candidate] = paired_ratio(*zip(*pairs, strict=True))
+        times, anchor_times = zip(*pairs, strict=True)
+        self._ratios[candidate] = paired_ratio(times, anchor_times)

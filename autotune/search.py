@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import optuna
-from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
+from optuna.samplers import BruteForceSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from flashmoe.autotune.bench import Bench
@@ -95,7 +95,7 @@ def search(
     affordable = walk.affordable()
     limit = len(space) if trials is None else min(trials, len(space))
     exhaustive = affordable >= limit == len(space)
-    study = _new_study(_Exhaustive(seed=seed) if exhaustive else TPESampler(seed=seed))
+    study = _new_study(exhaustive, seed)
     for tile in walk.known:
         study.enqueue_trial(space.params(tile))
     suggestions = _suggestions(study, space, walk.known, random.Random(seed))
@@ -189,8 +189,12 @@ class _Walk:
         self.known[tile] = Trial(tile, measurement.status, ratio, measurement.reason)
 
 
-def _new_study(sampler: BaseSampler) -> optuna.Study:
+def _new_study(exhaustive: bool, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        # BruteForceSampler has been called experimental since Optuna 3.1.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = _Exhaustive(seed=seed) if exhaustive else TPESampler(seed=seed)
     return optuna.create_study(direction="minimize", sampler=sampler)
 
 
@@ -204,10 +208,8 @@ def _suggestions(
         if repeats >= _MAX_REPEATS:
             unexplored = [t for t in space.tiles if t not in known and t not in asked]
             study.enqueue_trial(space.params(rng.choice(unexplored or space.tiles)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = study.ask()
-            tile = space.suggest(trial)
+        trial = study.ask()
+        tile = space.suggest(trial)
         trial.set_user_attr("tile", str(tile))
         repeats = repeats + 1 if tile in known or tile in asked else 0
         asked.add(tile)

@@ -34,8 +34,8 @@ from flashmoe.timing import Measurement
 FINGERPRINT_FIELDS = ("device", "kernels", "torch", "triton", "cuda", "threads")
 # Of a problem's time, the share of the search; the rest is the final's.
 _SEARCH_SHARE = 0.65
-_FINAL_ROUNDS = 100
-_CONFIRM_ROUNDS = 40
+_FINAL_ROUNDS = 300
+_CONFIRM_ROUNDS = 100
 _CONFIRM_SECONDS = 6.0
 
 MakeBench = Callable[[Problem, torch.device, int], Bench]
@@ -76,7 +76,8 @@ def tune(
     for number, problem in enumerate(order):
         watch.problem(problem, number + 1, len(order))
         start = now()
-        seconds = (deadline - start) / (len(order) - number)
+        share = _weight(problem) / sum(map(_weight, order[number:]))
+        seconds = (deadline - start) * share
         try:
             entry = stored.get(problem.bucket)
             tuning = _Tuning(problem, device, options, entry, fingerprint, watch, make_bench)
@@ -86,6 +87,12 @@ def tune(
         result = dataclasses.replace(result, elapsed=now() - start)
         watch.result(result)
         yield result
+
+
+def _weight(problem: Problem) -> float:
+    """What a problem's tuning costs, in no unit: timing costs in proportion to its flops, checks
+    and compilation the same for all; the fourth root lies between."""
+    return float(max(problem.flops, 1.0) ** 0.25)
 
 
 class _Tuning:
@@ -222,7 +229,12 @@ class _Tuning:
         for name in (str(self._anchor), AGAIN):
             if measured[name].status != "ok":
                 raise AnchorFailed(f"{self._anchor} failed: {measured[name].reason}")
-        samples = {name: m.samples for name, m in measured.items() if m.status == "ok"}
+        samples = {
+            # To the nanosecond: the database need not carry more.
+            name: tuple(round(seconds, 9) for seconds in m.samples)
+            for name, m in measured.items()
+            if m.status == "ok"
+        }
         in_place = self._stored or self._anchor
         base = in_place if str(in_place) in samples else self._anchor
         alive = [c for c in (self._anchor, *rivals) if str(c) in samples]

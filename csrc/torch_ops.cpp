@@ -7,7 +7,7 @@
 
 #include <array>
 #include <climits>
-#include <string>
+#include <optional>
 #include <tuple>
 
 #include "attention/fwd_cpu.h"
@@ -24,6 +24,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+bool same_device(const Tensor& a, const Tensor& b) {
+  int32_t types[2];
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+  return types[0] == types[1] && a.get_device_index() == b.get_device_index();
+}
+
 // Users meet flashmoe/api.py's errors; these keep a direct call of the op from reading wild memory.
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
@@ -31,8 +38,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
                   v.dim());
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "q, k and v must have one dtype");
-  STD_TORCH_CHECK(k.device() == q.device() && v.device() == q.device(),
-                  "q, k and v must be on one device");
+  STD_TORCH_CHECK(same_device(q, k) && same_device(q, v), "q, k and v must be on one device");
   const auto q_sizes = q.sizes(), k_sizes = k.sizes(), v_sizes = v.sizes();
   for (int i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(k_sizes[i] == v_sizes[i], "k and v must have one shape");
@@ -147,7 +153,7 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
       &bound));
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu_op(Tensor q, Tensor k, Tensor v, double softmax_scale,
+std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
                                       bool causal, int64_t block_m, int64_t block_n,
                                       int64_t num_stages, int64_t num_warps) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
@@ -204,11 +210,12 @@ bool rows_aligned(const AttentionParams& p) {
          aligned(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
 }
 
-std::tuple<Tensor, Tensor> fwd_cuda_op(Tensor q, Tensor k, Tensor v, double softmax_scale,
+std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
                                        bool causal, int64_t block_m, int64_t block_n,
                                        int64_t num_stages, int64_t num_warps) {
   const int device = static_cast<int>(q.get_device_index());
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   Call call = prepare(q, k, v, softmax_scale, causal);
   const Instance* instance =
       find_instance(call.params.head_dim, block_m, block_n, num_stages, num_warps);

@@ -1,4 +1,4 @@
-"""FlashAttention that installs anywhere in minutes, tunes itself and cannot get slower unnoticed."""
+"""FlashAttention that installs anywhere, tunes itself and cannot get slower unnoticed."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def load() -> BuildInfo:
             f"flashmoe's extension is not in {_PACKAGE}. Run from a repository that was not "
             "installed with `pip install -e .`? Install it, or run from another folder."
         )
-    torch.ops.load_library(str(found[0]))
+    torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
     library = ctypes.CDLL(str(found[0]))
     library.flashmoe_build_info.restype = ctypes.c_char_p
     info = json.loads(library.flashmoe_build_info().decode())

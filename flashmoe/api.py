@@ -73,9 +73,7 @@ def flash_attn_func(
         raise NotImplementedError(f"softcap must be 0.0 (not supported yet), got {softcap}")
     if alibi_slopes is not None:
         raise NotImplementedError("alibi_slopes must be None (not supported yet)")
-    return _attend(
-        q, k, v, softmax_scale, causal, deterministic, return_attn_probs, backend, tile
-    )
+    return _attend(q, k, v, softmax_scale, causal, deterministic, return_attn_probs, backend, tile)
 
 
 def scaled_dot_product_attention(
@@ -163,15 +161,17 @@ def _attend(
     backend: str | None,
     tile: Tile | str | None,
 ) -> _Result:
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _validate(q, k, v, softmax_scale)
+    # is_cuda, because q.device.type costs a microsecond.
+    device_type = "cuda" if q.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
     if torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     ):
-        return _attend_op(
-            q, k, v, softmax_scale, causal, deterministic, return_lse, backend, tile
-        )
+        return _attend_op(q, k, v, softmax_scale, causal, deterministic, return_lse, backend, tile)
     key = (
         q.shape,
         k.shape,
@@ -207,7 +207,7 @@ def _attend_op(
     tile: Tile | str | None,
 ) -> _Result:
     """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
-    scale = _validate(q, k, v, softmax_scale, causal)
+    scale = _validate(q, k, v, softmax_scale)
     out, lse = ops.attention(
         q, k, v, scale, bool(causal), bool(deterministic), backend or "", str(tile or "")
     )
@@ -224,8 +224,8 @@ def _prepare(
     backend: str | None,
     tile: Tile | str | None,
 ) -> _Call:
-    """The call for all later tensors like these: plan and arguments bound, nothing left to decide."""
-    scale = _validate(q, k, v, softmax_scale, causal)
+    """The call for all later tensors like these, with nothing left to decide."""
+    scale = _validate(q, k, v, softmax_scale)
     causal = bool(causal)
     plan = make_plan(ops.problem_of(q, k, causal), q.device, backend, tile, need_lse=return_lse)
     forward, planned = BACKENDS[plan.backend].forward, plan.tile
@@ -246,9 +246,7 @@ def forget_plans() -> None:
     _calls.clear()
 
 
-def _validate(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool
-) -> float:
+def _validate(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:
     """Raise for what no kernel may see; return the softmax scale to use."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):

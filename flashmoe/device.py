@@ -1,4 +1,4 @@
-"""What hardware this is: the Arch a tile must fit, and the fingerprint every stored figure carries."""
+"""What hardware this is: the Arch a tile must fit, and the fingerprint of every stored figure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def arch(device: torch.device) -> Arch:
         properties.name,
         (properties.major, properties.minor),
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        int(properties.shared_memory_per_block_optin),  # type: ignore[attr-defined]
     )
 
 

@@ -36,7 +36,7 @@ def _fake_forward(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), lse
 
 
-@torch.library.register_fake("flashmoe::fwd")
+@torch.library.register_fake("flashmoe::fwd")  # type: ignore[untyped-decorator]
 def _fwd_fake(
     q: Tensor,
     k: Tensor,

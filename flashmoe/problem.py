@@ -107,7 +107,9 @@ class Problem:
         if self.seqlen_kv != self.seqlen_q:
             seqlen += f"x{self.seqlen_kv}"
         mask = " causal" if self.causal else ""
-        return f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.head_dim} {self.dtype}{mask}"
+        return (
+            f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.head_dim} {self.dtype}{mask}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

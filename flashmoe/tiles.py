@@ -1,4 +1,4 @@
-"""Tile and Arch: the tunable shape of a kernel, and the one place that says which tiles are legal."""
+"""Tile and Arch: the tunable shape of a kernel, and the one place that says what is legal."""
 
 from __future__ import annotations
 

@@ -98,12 +98,12 @@ def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], floa
     def sample(call: Callable[[], object]) -> float:
         with torch.cuda.device(device):
             flush.zero_()
-            torch.cuda._sleep(_SLEEP_CYCLES)
+            torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
             start.record()
             call()
             end.record()
             end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return float(start.elapsed_time(end)) * 1e-3
 
     return sample
 

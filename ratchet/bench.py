@@ -21,6 +21,7 @@ from flashmoe.ratchet.suite import Case
 from flashmoe.timing import Limits
 
 Answer = dict[str, Any]
+WORKER = (sys.executable, "-m", "flashmoe.ratchet.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def bench(
     """
     begun, started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     collected = {case.name: _Collected(case) for case in cases}
-    fingerprint: dict[str, Any] | None = None
+    fingerprint: Fingerprint | None = None
     limits: dict[str, Limits] = {}
     for process in range(settings.processes):
         left = [item.case for item in collected.values() if not item.broken]
@@ -103,9 +104,13 @@ def bench(
         heading = f"process {process + 1} of {settings.processes}"
         for answer in _answers(settings.job(process, left), debug):
             if answer["event"] == "start":
-                if fingerprint not in (None, answer["fingerprint"]):
-                    raise UserError("the machine changed while it was measured; run it again")
-                fingerprint = answer["fingerprint"]
+                fingerprint = fingerprint or Fingerprint(**answer["fingerprint"])
+                if changed := fingerprint.differences(
+                    answer["fingerprint"], tuple(answer["fingerprint"])
+                ):
+                    raise UserError(
+                        f"what is measured changed meanwhile ({'; '.join(changed)}): run it again"
+                    )
                 limits.update({k: Limits(**v) for k, v in answer["limits"].items()})
             elif answer["event"] == "begin":
                 progress(f"{heading}: {answer['case']}")
@@ -124,7 +129,7 @@ def bench(
             "processes": settings.processes,
             "seed": settings.seed,
         },
-        Fingerprint(**fingerprint),
+        fingerprint,
         limits,
         tuple(item.result() for item in collected.values()),
     )
@@ -138,7 +143,7 @@ def _answers(job: dict[str, Any], debug: bool) -> Iterator[Answer]:
         current: str | None = None
         with tempfile.TemporaryFile("w+") as log:
             worker = subprocess.Popen(
-                [sys.executable, "-m", "flashmoe.ratchet.worker"],
+                WORKER,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if debug else log,

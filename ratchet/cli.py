@@ -73,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
             description="Compare speedups over SDPA with the baseline's. The exact rule is in "
             "flashmoe.ratchet.gate (pydoc flashmoe.ratchet.gate).",
             epilog="Exit codes: 0 pass; 1 a regression, or a case that is wrong or does not run; 2 "
-            "bad usage or input; 4 not comparable: cases missing or extra, another machine or software "
-            "than the baseline's, or SDPA itself changed.",
+            "bad usage or input; 4 not comparable: cases missing or extra, another machine or "
+            "software than the baseline's, or SDPA itself changed.",
         )
     )
     return parser

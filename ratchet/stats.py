@@ -17,6 +17,7 @@ from flashmoe.stats import RESAMPLES, Interval
 
 Samples = Sequence[Sequence[float]]
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 
 # Below this a standard error (in log units, so relative) says more about the clock than about us.
 _LEAST_ERROR = 1e-5
@@ -85,7 +86,7 @@ def processes_needed(processes: int, half_width: float, wanted: float) -> int:
     return max(processes + 1, math.ceil(processes * (half_width / wanted) ** 2))
 
 
-def _resampled(samples: Array, resamples: int, seed: int) -> tuple[Array, Array]:
+def _resampled(samples: Array, resamples: int, seed: int) -> tuple[Indices, Indices]:
     """Indices (resamples, processes, rounds): processes drawn first, rounds within each next."""
     processes, rounds = samples.shape
     rng = np.random.default_rng(seed)

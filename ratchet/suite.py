@@ -68,15 +68,18 @@ def parse(name: str) -> Case:
     match = _NAME.fullmatch(name)
     if match is None:
         raise UserError(f"case must look like {NAME_FORM}, got {name!r}")
-    numbers = {
-        key: int(match[key])
-        for key in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv", "head_dim")
-        if match[key] is not None
-    }
-    numbers.setdefault("heads_kv", numbers["heads_q"])
-    numbers.setdefault("seqlen_kv", numbers["seqlen_q"])
+    n = {key: int(value) for key, value in match.groupdict().items() if str(value).isdigit()}
     try:
-        problem = Problem(**numbers, dtype=match["dtype"], causal=match["causal"] is not None)
+        problem = Problem(
+            n["batch"],
+            n["heads_q"],
+            n.get("heads_kv", n["heads_q"]),
+            n["seqlen_q"],
+            n.get("seqlen_kv", n["seqlen_q"]),
+            n["head_dim"],
+            match["dtype"],
+            match["causal"] is not None,
+        )
         return Case(problem, match["mode"] == "fwdbwd")
     except ValueError as error:
         raise UserError(f"case {name!r}: {error}") from None

@@ -15,6 +15,7 @@ from flashmoe.ratchet.suite import Case
 from flashmoe.reference import attention_reference, error_bound
 
 _Results = tuple[Tensor, ...]
+_Inputs = tuple[Tensor, Tensor, Tensor]
 # Elements of one materialized score matrix while checking: 0.25 GiB in float64.
 _MAX_SCORES = 1 << 25
 
@@ -48,7 +49,8 @@ class Workload:
             randn(p.seqlen_kv, p.heads_kv),
         )
         self._dout = randn(p.seqlen_q, p.heads_q) if case.backward else None
-        self._sdpa_inputs = tuple(x.transpose(1, 2).contiguous() for x in self._inputs)
+        q, k, v = (x.transpose(1, 2).contiguous() for x in self._inputs)
+        self._sdpa_inputs = (q, k, v)
         self._sdpa_dout = None if self._dout is None else self._dout.transpose(1, 2).contiguous()
         for x in (*self._inputs, *self._sdpa_inputs):
             x.requires_grad_(case.backward)
@@ -75,30 +77,26 @@ class Workload:
         judges = [_Judge(name, x.dtype) for name, x in zip(names, results, strict=False)]
         exact = torch.float64 if self._case.problem.dtype == "float32" else torch.float32
         for batch, kv_heads, heads in self._slices():
-            inputs = [
-                x.detach()[batch, :, h]
-                for x, h in zip(self._inputs, (heads, kv_heads, kv_heads), strict=True)
-            ]
+            q, k, v = self._inputs
+            inputs = (q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads])
             dout = None if self._dout is None else self._dout[batch, :, heads]
-            reference = self._reference(inputs, dout, exact)
+            exactly = self._reference(inputs, dout, exact)
             same_dtype = self._reference(inputs, dout, inputs[0].dtype)
             where = (heads, heads, kv_heads, kv_heads)
             for i, judge in enumerate(judges):
-                judge.see(results[i][batch, :, where[i]], reference[i], same_dtype[i])
+                judge.see(
+                    results[i][batch, :, where[i]], exactly[i].detach(), same_dtype[i].detach()
+                )
         reasons = [reason for judge in judges if (reason := judge.reason())]
         return Correctness(max(judge.share for judge in judges), "; ".join(reasons))
 
-    def _with_gradients(
-        self, out: Tensor, inputs: tuple[Tensor, ...], dout: Tensor | None
-    ) -> _Results:
+    def _with_gradients(self, out: Tensor, inputs: _Inputs, dout: Tensor | None) -> _Results:
         return (out,) if dout is None else (out, *torch.autograd.grad(out, inputs, dout))
 
-    def _reference(self, inputs: list[Tensor], dout: Tensor | None, dtype: torch.dtype) -> _Results:
-        wide = tuple(x.to(dtype).detach().requires_grad_(dout is not None) for x in inputs)
-        out, _ = attention_reference(*wide, causal=self._case.problem.causal, dtype=dtype)
-        if dout is None:
-            return (out,)
-        return (out.detach(), *torch.autograd.grad(out, wide, dout.to(dtype)))
+    def _reference(self, inputs: _Inputs, dout: Tensor | None, dtype: torch.dtype) -> _Results:
+        q, k, v = (x.detach().to(dtype).requires_grad_(dout is not None) for x in inputs)
+        out, _ = attention_reference(q, k, v, causal=self._case.problem.causal, dtype=dtype)
+        return self._with_gradients(out, (q, k, v), None if dout is None else dout.to(dtype))
 
     def _slices(self) -> Iterator[tuple[slice, slice, slice]]:
         """(batch, kv heads, query heads) pieces whose scores fit in memory."""
@@ -122,6 +120,7 @@ class _Judge:
         self._name, self._dtype = name, dtype
         self._error = self._same_dtype_error = self._scale = 0.0
 
+    @torch.no_grad()
     def see(self, actual: Tensor, reference: Tensor, same_dtype: Tensor) -> None:
         error = (actual.to(reference.dtype) - reference).abs().max().item()
         same = (same_dtype.to(reference.dtype) - reference).abs().max().item()

@@ -54,9 +54,11 @@ struct BlockForward {
   const int block_n;         // a multiple of KEY_GROUP
   const long long o_stride;  // head_dim rounded up to whole vectors
 
+  const long long v_stride;  // one line more than a column: columns must not share cache sets
+
   float* q_t;        // [panel][head_dim][PANEL], scaled by softmax_scale * log2(e)
   float* k_tile;     // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
-  float* v_tile;     // [head_dim / V_COLUMNS][block_n][V_COLUMNS]
+  float* v_tile;     // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
   float* s_t;        // [block_n][PANEL] scores, then probabilities
   float* o;          // [row][o_stride], not yet divided by row_sum
   float* row_max;    // [row], in units of log2
@@ -75,7 +77,8 @@ struct BlockForward {
         k_head(kv_head(params.k, task, params.k_batch_stride, params.k_head_stride)),
         v_head(kv_head(params.v, task, params.v_batch_stride, params.v_head_stride)),
         block_n(static_cast<int>(round_up(block_n, KEY_GROUP))),
-        o_stride(round_up(params.head_dim, WIDTH)) {
+        o_stride(round_up(params.head_dim, WIDTH)),
+        v_stride(static_cast<long long>(this->block_n) * V_COLUMNS + ALIGN_FLOATS) {
     const long long rows = round_up(block_m, PANEL);
     long long used = 0;
     const auto take = [&](long long count) {
@@ -85,7 +88,7 @@ struct BlockForward {
     };
     q_t = take(rows * head_dim);
     k_tile = take(static_cast<long long>(this->block_n) * head_dim);
-    v_tile = take(this->block_n * round_up(head_dim, V_COLUMNS));
+    v_tile = take(round_up(head_dim, V_COLUMNS) / V_COLUMNS * v_stride);
     s_t = take(static_cast<long long>(this->block_n) * PANEL);
     o = take(rows * o_stride);
     row_max = take(rows);
@@ -112,31 +115,28 @@ struct BlockForward {
     return static_cast<const T*>(base) + task.batch * batch_stride + task.head_kv * head_stride;
   }
 
-  // Rows of a (seqlen, heads, head_dim) tensor lie pages apart, where no hardware prefetcher
-  // follows: unaided, staging takes up to a quarter of the time.
+  // Rows of a (seqlen, heads, head_dim) tensor lie too far apart for the hardware prefetchers, and
+  // at power-of-two distances they share cache sets: fetch a few rows ahead, no more.
   void prefetch_row(const T* row) const {
     constexpr int LINE = 64 / static_cast<int>(sizeof(T));
-    for (int d = 0; d < head_dim; d += LINE) __builtin_prefetch(row + d, 0, 2);
-  }
-
-  void prefetch_kv(long long begin, long long end) const {
-    for (long long n = begin; n < end; ++n) {
-      prefetch_row(k_head + n * params.k_row_stride);
-      prefetch_row(v_head + n * params.v_row_stride);
-    }
+    for (int d = 0; d < head_dim; d += LINE) __builtin_prefetch(row + d);
   }
 
   void pack_q(long long panel_begin, int rows, float* q_panel) const {
     const auto scale = Vec::eight_set1(params.softmax_scale * LOG2_E);
+    // Lanes behind the last row repeat it; nobody reads their results.
+    const auto src = [&](int lane) {
+      const long long row = panel_begin + (lane < rows ? lane : rows - 1);
+      return static_cast<const T*>(params.q) + task.batch * params.q_batch_stride +
+             row / group * params.q_row_stride + query_head(row) * params.q_head_stride;
+    };
     for (int lane = 0; lane < rows; lane += 8) {
       for (int i = 0; i < 8; ++i) {
-        // Lanes behind the last row repeat it; nobody reads their results.
-        const long long row = panel_begin + (lane + i < rows ? lane + i : rows - 1);
-        const T* src = static_cast<const T*>(params.q) + task.batch * params.q_batch_stride +
-                       row / group * params.q_row_stride + query_head(row) * params.q_head_stride;
+        const T* q = src(lane + i);
+        prefetch_row(src(lane + i + 4));
         for (int d = 0; d < head_dim; d += 8) {
           Vec::eight_store(q_rows + i * head_dim + d,
-                           Vec::eight_mul(Vec::eight_load(src + d), scale));
+                           Vec::eight_mul(Vec::eight_load(q + d), scale));
         }
       }
       for (int d = 0; d < head_dim; d += 8) {
@@ -146,28 +146,31 @@ struct BlockForward {
   }
 
   void stage_k(long long n_begin, int keys) const {
-    const T* src = k_head + n_begin * params.k_row_stride;
+    const auto row = [&](int n) {
+      return k_head + (n_begin + (n < keys ? n : keys - 1)) * params.k_row_stride;
+    };
     for (int n = 0; n < keys; n += KEY_GROUP) {
-      const T* row[KEY_GROUP];
-      for (int i = 0; i < KEY_GROUP; ++i) {
-        row[i] = src + (n + i < keys ? n + i : keys - 1) * params.k_row_stride;
-      }
+      const T *k0 = row(n), *k1 = row(n + 1), *k2 = row(n + 2), *k3 = row(n + 3);
+      for (int i = 0; i < KEY_GROUP; ++i) prefetch_row(row(n + KEY_GROUP + i));
       for (int d = 0; d < head_dim; d += 8) {
-        Vec::store_interleaved(Vec::eight_load(row[0] + d), Vec::eight_load(row[1] + d),
-                               Vec::eight_load(row[2] + d), Vec::eight_load(row[3] + d),
+        Vec::store_interleaved(Vec::eight_load(k0 + d), Vec::eight_load(k1 + d),
+                               Vec::eight_load(k2 + d), Vec::eight_load(k3 + d),
                                k_tile + n * head_dim + d * KEY_GROUP);
       }
     }
   }
 
   void stage_v(long long n_begin, int keys) const {
-    const T* src = v_head + n_begin * params.v_row_stride;
+    const auto row = [&](int n) {
+      return v_head + (n_begin + (n < keys ? n : keys - 1)) * params.v_row_stride;
+    };
     for (int n = 0; n < keys; ++n) {
-      const T* row = src + n * params.v_row_stride;
+      const T* v = row(n);
       float* dst = v_tile + n * V_COLUMNS;
+      prefetch_row(row(n + KEY_GROUP));
       for (int d = 0; d < o_stride; d += 8) {
-        const auto v_d = d < head_dim ? Vec::eight_load(row + d) : Vec::eight_set1(0.0f);
-        Vec::eight_store(dst + d / V_COLUMNS * block_n * V_COLUMNS + d % V_COLUMNS, v_d);
+        const auto v_d = d < head_dim ? Vec::eight_load(v + d) : Vec::eight_set1(0.0f);
+        Vec::eight_store(dst + d / V_COLUMNS * v_stride + d % V_COLUMNS, v_d);
       }
     }
   }
@@ -263,9 +266,9 @@ struct BlockForward {
     float* o_panel = o + local * o_stride;
     long long d = 0;
     for (; d + V_COLUMNS <= o_stride; d += V_COLUMNS) {
-      pv_panel<2>(rows, v_tile + d * block_n, accumulate, o_panel + d);
+      pv_panel<2>(rows, v_tile + d / V_COLUMNS * v_stride, accumulate, o_panel + d);
     }
-    if (d < o_stride) pv_panel<1>(rows, v_tile + d * block_n, accumulate, o_panel + d);
+    if (d < o_stride) pv_panel<1>(rows, v_tile + d / V_COLUMNS * v_stride, accumulate, o_panel + d);
   }
 
   void write_row(long long row) const {
@@ -302,13 +305,8 @@ struct BlockForward {
       const int keys = static_cast<int>(clamp<long long>(kv_end - n, 0, block_n));
       stage_k(n, keys);
       stage_v(n, keys);
-      // Each panel fetches its share of the next tile.
-      const long long next = n + keys, panels = (task.row_end - task.row_begin + PANEL - 1) / PANEL;
-      const long long next_keys = clamp<long long>(kv_end - next, 0, block_n);
-      for (long long i = 0; i < panels; ++i) {
-        const long long begin = task.row_begin + i * PANEL;
+      for (long long begin = task.row_begin; begin < task.row_end; begin += PANEL) {
         const int rows = static_cast<int>(clamp<long long>(task.row_end - begin, 0, PANEL));
-        prefetch_kv(next + next_keys * i / panels, next + next_keys * (i + 1) / panels);
         add_tile<PANEL / WIDTH>(begin, rows, n, keys);
       }
     }

@@ -24,9 +24,9 @@ cudaError_t launch(const AttentionParams& params, int device, cudaStream_t strea
   const int num_m_blocks = (params.seqlen_q + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   const long long blocks = static_cast<long long>(num_m_blocks) * params.batch * params.heads_q;
   if (blocks > 0x7fffffffll) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(blocks), Tile::NUM_THREADS, Tile::SMEM_BYTES, stream>>>(
-      params, num_m_blocks);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<AttentionParams*>(&params), const_cast<int*>(&num_m_blocks)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                          dim3(Tile::NUM_THREADS), arguments, Tile::SMEM_BYTES, stream);
 }
 
 template <typename Tile, bool ALIGNED>

@@ -1,4 +1,4 @@
-"""The protocol every backend follows. A backend knows its tiles and runs them; it chooses nothing."""
+"""The protocol of a backend: it knows its tiles and runs them; it chooses nothing."""
 
 from __future__ import annotations
 

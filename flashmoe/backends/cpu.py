@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from flashmoe import tiles
 from flashmoe.backends.base import reject_illegal
+from flashmoe.backends.compiled import CompiledBackend
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -14,7 +14,7 @@ _BLOCK_M = (32, 64, 96, 128, 192, 256)
 _BLOCK_N = (32, 64, 128, 256, 512)
 
 
-class CpuBackend:
+class CpuBackend(CompiledBackend):
     name = "cpu"
 
     def unavailable(self, device: torch.device) -> str:
@@ -32,33 +32,3 @@ class CpuBackend:
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor]:
-        assert tile is not None, "the cpu forward needs a tile"
-        out, lse = torch.ops.flashmoe.fwd(
-            q, k, v, softmax_scale, causal, tile.block_m, tile.block_n, 1, 1
-        )
-        return out, lse
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError("the cpu backend has no backward kernel")

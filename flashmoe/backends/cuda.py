@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from flashmoe import _extension
+from flashmoe.backends.compiled import CompiledBackend
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile, instance_head_dim
 
 
-class CudaBackend:
+class CudaBackend(CompiledBackend):
     name = "cuda"
 
     def unavailable(self, device: torch.device) -> str:
@@ -43,42 +43,8 @@ class CudaBackend:
         if broken := tile.violations(arch, problem):
             return "; ".join(broken)
         compiled = self.tiles(problem, arch)
-        return "" if tile in compiled else f"not compiled in; compiled are {', '.join(map(str, compiled))}"
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor]:
-        assert tile is not None, "the cuda forward needs a tile"
-        out, lse = torch.ops.flashmoe.fwd(
-            q,
-            k,
-            v,
-            softmax_scale,
-            causal,
-            tile.block_m,
-            tile.block_n,
-            tile.num_stages,
-            tile.num_warps,
+        return (
+            ""
+            if tile in compiled
+            else f"not compiled in; compiled are {', '.join(map(str, compiled))}"
         )
-        return out, lse
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError("the cuda backend has no backward kernel")

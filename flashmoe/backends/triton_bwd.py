@@ -32,20 +32,22 @@ from flashmoe.backends.triton_fwd import (
 # The workspaces' rows per (batch, head) are a multiple of this, so that no access to them needs a
 # mask; block_m and block_n must divide it.
 _ROWS_PADDED_TO = 128
+# Of the two kernels around the main one, which only stream.
+_ROWS_PER_PROGRAM = 32
 
 
-@triton.jit(do_not_specialize=["batch_heads", "heads_q", "seqlen_q"])
+@triton.jit(do_not_specialize=["heads_q", "seqlen_q", "rows_padded"])
 def _backward_prepare_kernel(
-    out_ptr, dout_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_acc_ptr,
-    stride_db, stride_dm, stride_dh, batch_heads, heads_q, seqlen_q,
+    out_ptr, dout_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_sum_ptr,
+    stride_db, stride_dm, stride_dh, heads_q, seqlen_q, rows_padded,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     ZERO_DQ: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout), lse in log2, and zeros for dQ, in rows padded to BLOCK_M.
+    """delta = rowsum(out * dout), lse in log2, and zeros for dQ, in rows_padded rows.
 
     A row that sees no key has lse -inf, a padding row none: +inf makes their probabilities 0.
     """
-    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    num_tiles = rows_padded // BLOCK_M
     batch_head = tl.program_id(0) // num_tiles
     start = (tl.program_id(0) - batch_head * num_tiles) * BLOCK_M
     batch = (batch_head // heads_q).to(tl.int64)
@@ -61,12 +63,12 @@ def _backward_prepare_kernel(
     rows = start + offs_m
     lse_row = batch_head.to(tl.int64) * seqlen_q
     lse = tl.load(lse_ptr + lse_row + rows, mask=rows < seqlen_q, other=float("-inf"))
-    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    padded_row = batch_head.to(tl.int64) * num_tiles * BLOCK_M + start
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    padded_row = batch_head.to(tl.int64) * rows_padded + start
     tl.store(lse2_ptr + padded_row + offs_m, lse2)
     tl.store(delta_ptr + padded_row + offs_m, delta)
     if ZERO_DQ:
-        dq_pointers = dq_acc_ptr + padded_row * BLOCK_D
+        dq_pointers = dq_sum_ptr + padded_row * BLOCK_D
         dq_offsets = offs_m[:, None] * BLOCK_D + offs_d[None, :]
         tl.store(dq_pointers + dq_offsets, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
 
@@ -75,11 +77,7 @@ def _backward_prepare_kernel(
 def _load_statistic(base, row, start, offs_m, USE_TMA: tl.constexpr):
     """lse2 or delta of a tile of rows. Through TMA it is one copy to shared memory; through
     pointers every thread fetches the columns of its part of the transposed scores itself."""
-    if USE_TMA:
-        values = base.load([row + start])
-    else:
-        values = tl.load(base + row.to(tl.int64) + start + offs_m)
-    return values
+    return base.load([row + start]) if USE_TMA else tl.load(base + row + start + offs_m)
 
 
 @triton.jit
@@ -98,13 +96,11 @@ def _visit_queries(
         start = tl.multiple_of(start, BLOCK_M)
         if USE_TMA:
             q = q_base.load([batch, start, head, 0]).reshape(BLOCK_M, BLOCK_D)
+            dout = dout_base.load([batch, start, head, 0]).reshape(BLOCK_M, BLOCK_D)
         else:
             q = _load_rows(
                 q_base, start, stride_qm, seqlen_q, offs_m, HEAD_DIM, BLOCK_D, not EVEN_M
             )
-        if USE_TMA:
-            dout = dout_base.load([batch, start, head, 0]).reshape(BLOCK_M, BLOCK_D)
-        else:
             dout = _load_rows(
                 dout_base, start, stride_dm, seqlen_q, offs_m, HEAD_DIM, BLOCK_D, not EVEN_M
             )
@@ -131,7 +127,7 @@ def _visit_queries(
             if DQ_MODE == "tma":
                 dq_base.atomic_add([row + start, 0], dq)
             else:
-                dq_tile = dq_base + (row.to(tl.int64) + start) * BLOCK_D
+                dq_tile = dq_base + (row + start) * BLOCK_D
                 tl.atomic_add(dq_tile + offs_dq, dq, sem="relaxed")
     return dk, dv
 
@@ -139,14 +135,12 @@ def _visit_queries(
 @triton.jit(do_not_specialize=["batch_heads_kv", "heads_kv", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded"])  # fmt: skip
 def _backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, dq_acc_ptr,
-    scale, softmax_scale,
-    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh, stride_db, stride_dm, stride_dh,
-    batch_heads_kv, heads_kv, group, seqlen_q, seqlen_kv, section, rows_padded,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    DQ_MODE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, dq_sum_ptr, scale,
+    softmax_scale, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb,
+    stride_vn, stride_vh, stride_db, stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
+    seqlen_q, seqlen_kv, section, rows_padded, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr, DQ_MODE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     tile, batch_head_kv = _tile_of_program(
@@ -184,7 +178,8 @@ def _backward_dkdv_kernel(
         head = head_kv * group + member
         head64 = head.to(tl.int64)
         batch_head = batch * (heads_kv * group) + head
-        row = batch_head * rows_padded
+        # The accelerator takes 32-bit coordinates; attention_backward keeps to pointers past them.
+        row = batch_head * rows_padded if USE_TMA else batch_head.to(tl.int64) * rows_padded
         if USE_TMA:
             q_base = q_ptr
             dout_base = dout_ptr
@@ -193,13 +188,13 @@ def _backward_dkdv_kernel(
             dout_base = dout_ptr + batch64 * stride_db + head64 * stride_dh
         if CAUSAL or not EVEN_N:
             dk, dv = _visit_queries(
-                dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr, dq_acc_ptr,
+                dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr, dq_sum_ptr,
                 stride_qm, stride_dm, batch, head, row, begin, masked_end, start_n,
                 seqlen_q, seqlen_kv, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
                 CAUSAL, True, EVEN_M, EVEN_N, DQ_MODE, USE_TMA, PRECISION,
             )  # fmt: skip
         dk, dv = _visit_queries(
-            dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr, dq_acc_ptr,
+            dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr, dq_sum_ptr,
             stride_qm, stride_dm, batch, head, row, masked_end, seqlen_q, start_n,
             seqlen_q, seqlen_kv, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             CAUSAL, False, EVEN_M, EVEN_N, DQ_MODE, USE_TMA, PRECISION,
@@ -317,20 +312,20 @@ def _backward_dq_kernel(
     tl.store(dq_base + offsets, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["heads_q", "seqlen_q"])
+@triton.jit(do_not_specialize=["heads_q", "seqlen_q", "rows_padded"])
 def _backward_finish_dq_kernel(
-    dq_acc_ptr, dq_ptr, softmax_scale, heads_q, seqlen_q,
+    dq_sum_ptr, dq_ptr, softmax_scale, heads_q, seqlen_q, rows_padded,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dQ in the input's dtype and layout from the padded float32 sums."""
-    num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    num_tiles = rows_padded // BLOCK_M
     batch_head = tl.program_id(0) // num_tiles
     start = (tl.program_id(0) - batch_head * num_tiles) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    acc_row = batch_head.to(tl.int64) * num_tiles * BLOCK_M + start
+    padded_row = batch_head.to(tl.int64) * rows_padded + start
     offs_acc = offs_m[:, None] * BLOCK_D + offs_d[None, :]
-    dq = tl.load(dq_acc_ptr + acc_row * BLOCK_D + offs_acc) * softmax_scale
+    dq = tl.load(dq_sum_ptr + padded_row * BLOCK_D + offs_acc) * softmax_scale
     batch = (batch_head // heads_q).to(tl.int64)
     stride_dqm = heads_q * HEAD_DIM
     dq_base = dq_ptr + (batch * seqlen_q + start) * stride_dqm + batch_head % heads_q * HEAD_DIM
@@ -361,10 +356,9 @@ def attention_backward(
 
     Shapes as in attention_forward, whose out and softmax_lse these must be; dout as out, with any
     strides. A program keeps block_n keys and visits block_m queries a step; the pass over queries
-    swaps the two. Both must divide 128. dq_mode "atomic" adds dQ in float32 in one
-    pass, "tma" does so through the tensor memory accelerator (Hopper), "two_pass" computes it
-    apart and gives the same bits every time; the default is the fastest that `deterministic` and
-    the device allow.
+    swaps the two. Both must divide 128. dq_mode "atomic" adds dQ in float32 in one pass, "tma" does
+    so through the tensor memory accelerator (Hopper), "two_pass" computes it apart and gives the
+    same bits every time; the default is the fastest that `deterministic` and the device allow.
     """
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
@@ -376,26 +370,30 @@ def attention_backward(
     if dout.stride(3) != 1:
         dout = dout.contiguous()
     out = out.contiguous()
+
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    group = heads_q // heads_kv
+    rows_padded = triton.cdiv(seqlen_q, _ROWS_PADDED_TO) * _ROWS_PADDED_TO
+    rows = rows_padded * batch * heads_q
     if use_tma is None:
-        use_tma = can_use_tma(q, k, v, dout)
+        use_tma = rows < 2**31 and can_use_tma(q, k, v, dout)
     if dq_mode is None:
         dq_mode = "two_pass" if deterministic else "tma" if use_tma else "atomic"
     if deterministic and dq_mode != "two_pass":
         raise ValueError(f"dq_mode must be two_pass when deterministic, got {dq_mode}")
-
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    group = heads_q // heads_kv
+    if dq_mode == "tma" and not use_tma:
+        raise ValueError("dq_mode must be atomic or two_pass without use_tma, got tma")
     two_pass = dq_mode == "two_pass"
-    query_tiles = triton.cdiv(seqlen_q, _ROWS_PADDED_TO) * batch * heads_q
-    rows = query_tiles * _ROWS_PADDED_TO
-    rows_padded = rows // (batch * heads_q)
+
     workspace = torch.empty((2, rows), dtype=torch.float32, device=q.device)
     lse2, delta = workspace[0], workspace[1]
-    dq_acc = delta
+    dq_sum = delta
     if not two_pass:
-        dq_acc = torch.empty((rows, block_d), dtype=torch.float32, device=q.device)
-    scale = softmax_scale * LOG2_E
+        dq_sum = torch.empty((rows, block_d), dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    common = (softmax_scale * LOG2_E.value, softmax_scale, *strides)
+    lengths = (group, seqlen_q, seqlen_kv)
+    dq_block = [block_m, block_d]
     section_kv, section_q = 1, 1
     if causal:
         size = q.element_size()
@@ -403,26 +401,26 @@ def attention_backward(
         per_pass = (group * seqlen_q, head_dim, 2 * size)
         section_kv = heads_per_section(batch * heads_kv, 1, *per_pass)
         section_q = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, size)
-    shape = dict(HEAD_DIM=head_dim, BLOCK_D=block_d)
-    options: dict[str, Any] = dict(
-        **shape, CAUSAL=causal, USE_TMA=use_tma, PRECISION=dot_precision(q),
-        num_stages=num_stages, num_warps=num_warps,
-    )  # fmt: skip
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    options: dict[str, Any] = {
+        **shape, "CAUSAL": causal, "USE_TMA": use_tma, "PRECISION": dot_precision(q),
+        "num_stages": num_stages, "num_warps": num_warps,
+    }  # fmt: skip
     with device_guard(q):
-        _backward_prepare_kernel[(query_tiles,)](
-            out, dout, softmax_lse, lse2, delta, dq_acc, *dout.stride()[:3],
-            batch * heads_q, heads_q, seqlen_q,
-            **shape, BLOCK_M=_ROWS_PADDED_TO, ZERO_DQ=not two_pass,
+        _backward_prepare_kernel[(rows // _ROWS_PER_PROGRAM,)](
+            out, dout, softmax_lse, lse2, delta, dq_sum, *dout.stride()[:3],
+            heads_q, seqlen_q, rows_padded,
+            **shape, BLOCK_M=_ROWS_PER_PROGRAM, ZERO_DQ=not two_pass,
         )  # fmt: skip
         _backward_dkdv_kernel[(triton.cdiv(seqlen_kv, block_n) * batch * heads_kv,)](
-            tma_descriptor(q, block_m, block_d) if use_tma else q, k, v,
+            tma_descriptor(q, block_m, block_d) if use_tma else q,
+            k, v,
             tma_descriptor(dout, block_m, block_d) if use_tma else dout,
             TensorDescriptor.from_tensor(lse2, [block_m]) if use_tma else lse2,
             TensorDescriptor.from_tensor(delta, [block_m]) if use_tma else delta,
             dk, dv,
-            TensorDescriptor.from_tensor(dq_acc, [block_m, block_d]) if dq_mode == "tma" else dq_acc,
-            scale, softmax_scale, *strides,
-            batch * heads_kv, heads_kv, group, seqlen_q, seqlen_kv, section_kv, rows_padded,
+            TensorDescriptor.from_tensor(dq_sum, dq_block) if dq_mode == "tma" else dq_sum,
+            *common, batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded,
             BLOCK_M=block_m, BLOCK_N=block_n,
             EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
             DQ_MODE="none" if two_pass else dq_mode, **options,
@@ -432,13 +430,14 @@ def attention_backward(
                 q,
                 tma_descriptor(k, block_m, block_d) if use_tma else k,
                 tma_descriptor(v, block_m, block_d) if use_tma else v,
-                dout, lse2, delta, dq, scale, softmax_scale, *strides,
-                batch * heads_q, heads_q, group, seqlen_q, seqlen_kv, section_q, rows_padded,
+                dout, lse2, delta, dq,
+                *common, batch * heads_q, heads_q, *lengths, section_q, rows_padded,
                 BLOCK_M=block_n, BLOCK_N=block_m,
                 EVEN_M=seqlen_q % block_n == 0, EVEN_N=seqlen_kv % block_m == 0, **options,
             )  # fmt: skip
         else:
-            _backward_finish_dq_kernel[(query_tiles,)](
-                dq_acc, dq, softmax_scale, heads_q, seqlen_q, **shape, BLOCK_M=_ROWS_PADDED_TO
-            )
+            _backward_finish_dq_kernel[(rows // _ROWS_PER_PROGRAM,)](
+                dq_sum, dq, softmax_scale, heads_q, seqlen_q, rows_padded,
+                **shape, BLOCK_M=_ROWS_PER_PROGRAM,
+            )  # fmt: skip
     return dq, dk, dv

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 _NO_GUARD = nullcontext()
@@ -60,15 +60,9 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _load_rows(
-    base,
-    start,
-    stride,
-    seqlen,
-    offs_r,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
+    base, start, stride, seqlen, offs_r, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS:
+    tl.constexpr,
+):  # fmt: skip
     """Rows start + offs_r of a (seqlen, HEAD_DIM) matrix; whatever lies outside it reads as 0."""
     offs_d = tl.arange(0, BLOCK_D)
     # 64-bit, and apart from `start`: the tensor of offsets is then the same in every iteration.
@@ -88,32 +82,11 @@ def _load_rows(
 
 @triton.jit
 def _attend(
-    acc,
-    row_sum,
-    row_max,
-    q,
-    k_base,
-    v_base,
-    stride_kn,
-    stride_vn,
-    batch,
-    head_kv,
-    begin,
-    end,
-    seqlen_kv,
-    causal_limit,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    POSITIVE_SCALE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, end,
+    seqlen_kv, causal_limit, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M:
+    tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N:
+    tl.constexpr, POSITIVE_SCALE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
 
     row_max is in units of log2: scale contains log2(e). Only a MASKED range looks at the causal
@@ -126,15 +99,9 @@ def _attend(
             k = k_base.load([batch, start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
             k = _load_rows(
-                k_base,
-                start,
-                stride_kn,
-                seqlen_kv,
-                offs_n,
-                HEAD_DIM,
-                BLOCK_D,
-                MASKED and not EVEN_N,
-            )
+                k_base, start, stride_kn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D, MASKED and not
+                EVEN_N,
+            )  # fmt: skip
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = _dot(q, tl.trans(k), scores, PRECISION)
         if not POSITIVE_SCALE:
@@ -159,15 +126,9 @@ def _attend(
             v = v_base.load([batch, start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
             v = _load_rows(
-                v_base,
-                start,
-                stride_vn,
-                seqlen_kv,
-                offs_n,
-                HEAD_DIM,
-                BLOCK_D,
-                MASKED and not EVEN_N,
-            )
+                v_base, start, stride_vn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D, MASKED and not
+                EVEN_N,
+            )  # fmt: skip
         acc = _dot(probs.to(v.dtype), v, acc, PRECISION)
     return acc, row_sum, row_max
 
@@ -183,38 +144,12 @@ def _attend(
     ]
 )
 def _attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    scale,
-    stride_qb,
-    stride_qm,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    batch_heads,
-    heads_q,
-    group,
-    seqlen_q,
-    seqlen_kv,
-    heads_per_section,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    POSITIVE_SCALE: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, stride_qb, stride_qm, stride_qh, stride_kb,
+    stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, batch_heads, heads_q, group, seqlen_q,
+    seqlen_kv, heads_per_section, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M:
+    tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N:
+    tl.constexpr, POSITIVE_SCALE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(
         tl.program_id(0), num_tiles, batch_heads, heads_per_section, CAUSAL
@@ -369,16 +304,12 @@ def attention_forward(
     grid = (triton.cdiv(seqlen_q, block_m) * batch * heads_q,)
     with device_guard(q):
         _attention_forward_kernel[grid](
-            q,
-            tma_descriptor(k, block_n, block_d) if use_tma else k,
-            tma_descriptor(v, block_n, block_d) if use_tma else v,
-            out, lse, softmax_scale * LOG2_E,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            batch * heads_q, heads_q, group, seqlen_q, seqlen_kv, section,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
+            q, tma_descriptor(k, block_n, block_d) if use_tma else k, tma_descriptor(v, block_n,
+            block_d) if use_tma else v, out, lse, softmax_scale * LOG2_E.value, *q.stride()[:3],
+            *k.stride()[:3], *v.stride()[:3], batch * heads_q, heads_q, group, seqlen_q, seqlen_kv,
+            section, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
             CAUSAL=causal, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
-            POSITIVE_SCALE=softmax_scale > 0, USE_TMA=use_tma,
-            PRECISION=dot_precision(q),
+            POSITIVE_SCALE=softmax_scale > 0, USE_TMA=use_tma, PRECISION=dot_precision(q),
             num_stages=num_stages, num_warps=num_warps,
         )  # fmt: skip
     return out, lse

@@ -1,0 +1,61 @@
+"""`python -m flashmoe`: what is available here, why the rest is not, and what is tuned."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+import flashmoe
+from flashmoe import _extension, database
+from flashmoe.backends import BACKENDS
+from flashmoe.device import arch, fingerprint
+
+
+def describe(device: torch.device) -> list[str]:
+    """Lines about one device: its fingerprint, each backend, and the tuned databases."""
+    here, prints = arch(device), fingerprint(device)
+    head = f"{device}: {here.name}"
+    if here.kind == "cuda":
+        head += (
+            f", compute capability {prints.capability}, {here.sm_count} SMs, "
+            f"{prints.memory / 2**30:.0f} GiB, driver {prints.driver or 'unknown'}"
+        )
+    else:
+        head += f", {prints.threads} threads"
+    lines = [head]
+    for name, backend in BACKENDS.items():
+        reason = backend.unavailable(device)
+        lines.append(f"  {name:8} {'no: ' + reason if reason else 'yes'}")
+    for label, path in (
+        ("yours", database.user_path(here.name)),
+        ("shipped", database.shipped_path(here.name)),
+    ):
+        lines.append(f"  tuned ({label}): {len(database.load(path))} problems, {path}")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m flashmoe",
+        description="Print what is available here and why the rest is not.",
+        epilog="See also: python -m flashmoe.autotune, python -m flashmoe.ratchet. "
+        "Exit code: 0; 2 for bad usage.",
+    )
+    parser.parse_args(arguments)
+    info = _extension.load()
+    cuda = f"CUDA {info.cuda_version} kernels for sm_{', sm_'.join(info.cuda_archs)}"
+    print(f"flashmoe {flashmoe.__version__}, torch {torch.__version__}")
+    print(f"built with: cpu kernel, {cuda if info.cuda_archs else 'no CUDA kernels'}")
+    for (kernel, head_dim), tiles in sorted(info.instances.items()):
+        shapes = ", ".join(str(tile).partition(":")[2] for tile in tiles)
+        print(f"  {kernel} head_dim {head_dim}: {shapes}")
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in [*devices, torch.device("cpu")]:
+        print("\n".join(describe(device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+
+from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
+from flashmoe.autotune.race import AnchorFailed
+from flashmoe.autotune.search import CONTENDERS, Search, Trial, search
+from flashmoe.autotune.space import Candidate, Space
+from flashmoe.tiles import Tile, grid
+
+BEST = Tile("cpu", 192, 256)
+ANCHOR = Candidate.of_tile(DEFAULT)
+LARGE = grid(
+    "triton",
+    block_m=(32, 64, 128, 256),
+    block_n=(32, 64, 128, 256),
+    num_stages=(1, 2, 3, 4),
+    num_warps=(2, 4, 8),
+)
+
+
+def run(bench: SimulatedBench, tiles: list[Tile] = GRID, **options: object) -> Search:
+    arguments = {"seconds": 60.0, "seed": 0, **options}
+    return search(Space(tiles), bench, ANCHOR, [DEFAULT], **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_small_space_is_searched_whole_and_the_best_leads(seed: int) -> None:
+    found = run(SimulatedBench(bowl(BEST), noise=0.005, seed=seed), seed=seed)
+    assert found.sampler == "BruteForceSampler"
+    assert found.space == len(GRID)
+    assert {trial.tile for trial in found.trials} == set(GRID)
+    assert found.contenders[0].tile == BEST
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_large_space_is_sampled_within_the_trials(seed: int) -> None:
+    best = Tile("triton", 128, 64, 3, 8)
+    true = bowl(best)
+    bench = SimulatedBench(true, noise=0.005, seed=seed)
+    anchor = Candidate.of_tile(LARGE[0])
+    found = search(Space(LARGE), bench, anchor, [LARGE[0]], seconds=60, trials=48, seed=seed)
+    assert found.sampler == "TPESampler"
+    assert len(found.trials) == len(bench.prepared) == 48
+    # A quarter of the tiles finds one that is within two steps of the best.
+    assert true(found.contenders[0]) <= true(Candidate.of_tile(best)) * 1.061
+
+
+def test_seeds_repeat_and_matter() -> None:
+    def order(seed: int) -> list[Tile]:
+        found = run(SimulatedBench(bowl(BEST)), seed=seed, trials=12)
+        return [trial.tile for trial in found.trials]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_wrong_and_failing_tiles_are_named_and_never_timed() -> None:
+    wrong, failing = str(BEST), str(Tile("cpu", 192, 128))
+    bench = SimulatedBench(bowl(BEST), wrong={wrong: "off by 1"}, failing={failing: "no memory"})
+    found = run(bench)
+    told = {str(trial.tile): (trial.status, trial.reason) for trial in found.trials}
+    assert told[wrong] == ("wrong", "off by 1")
+    assert told[failing] == ("failed", "no memory")
+    assert wrong not in bench.timed
+    assert failing not in bench.timed
+    assert not {wrong, failing} & {str(candidate) for candidate in found.contenders}
+
+
+def test_a_tile_that_breaks_while_timed_is_out() -> None:
+    bench = SimulatedBench(bowl(BEST), broken_at={str(BEST): "RuntimeError: launch failed"})
+    found = run(bench)
+    (trial,) = [trial for trial in found.trials if trial.tile == BEST]
+    assert (trial.status, trial.ratio) == ("failed", None)
+    assert Candidate.of_tile(BEST) not in found.contenders
+
+
+def test_an_anchor_that_breaks_ends_the_search() -> None:
+    bench = SimulatedBench(bowl(BEST), broken_at={str(DEFAULT): "RuntimeError: gone"})
+    with pytest.raises(AnchorFailed, match="gone"):
+        run(bench)
+
+
+def test_every_tile_is_checked_once_before_it_is_timed() -> None:
+    bench = SimulatedBench(bowl(BEST))
+    run(bench, tiles=LARGE[:40], trials=30)
+    assert len(bench.prepared) == len(set(bench.prepared)) == 31  # with the anchor
+    assert set(bench.timed) == set(bench.prepared)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 10.0])
+def test_the_budget_is_kept(seconds: float) -> None:
+    bench = SimulatedBench(bowl(BEST, floor=0.01), prepare_seconds=0.1)
+    found = run(bench, seconds=seconds)
+    # Past the deadline only the round in flight is finished: a warm-up and a round of a batch.
+    assert bench.clock <= seconds + 2 * 7 * 0.02 + 0.1
+    assert 1 <= len(found.trials) <= len(GRID)
+
+
+def test_a_space_that_does_not_fit_the_time_is_sampled() -> None:
+    found = run(SimulatedBench(bowl(BEST, floor=0.01), prepare_seconds=0.5), seconds=10.0)
+    assert found.sampler == "TPESampler"
+    assert len(found.trials) < len(GRID)
+
+
+def test_effort_goes_to_contenders() -> None:
+    bench = SimulatedBench(bowl(BEST, step=0.1))
+    found = run(bench)
+    last = max(found.trials, key=lambda trial: trial.ratio.value if trial.ratio else 0.0)
+    assert bench.timed[str(found.contenders[0])] >= 3 * bench.timed[str(last.tile)]
+    assert len(found.contenders) <= CONTENDERS
+    assert last.tile not in [candidate.tile for candidate in found.contenders]
+
+
+def test_progress_is_told() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(trials: list[Trial], total: int) -> None:
+        seen.append((len(trials), total))
+
+    run(SimulatedBench(bowl(BEST)), watch=watch)
+    assert seen[0] == (1, len(GRID))
+    assert seen[-1] == (len(GRID), len(GRID))
+    assert [count for count, _ in seen] == sorted(count for count, _ in seen)

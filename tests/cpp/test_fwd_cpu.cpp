@@ -1,0 +1,362 @@
+// The CPU forward kernel against a float64 reference: odd sizes, dtypes, GQA, causal, strides, tiles,
+// instruction sets and thread counts. Every buffer, and the padding between its rows, is NaN where
+// nothing may be read, and outputs are poisoned first.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/attention/fwd_cpu.h"
+
+using namespace flashmoe;
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                         \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      ++failures;                                                     \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);     \
+      std::printf(__VA_ARGS__);                                       \
+      std::printf("\n");                                              \
+    }                                                                 \
+  } while (0)
+
+const float NAN32 = std::numeric_limits<float>::quiet_NaN();
+const float INF32 = std::numeric_limits<float>::infinity();
+const uint8_t POISON = 0xcd;  // in outputs: no NaN in any of the dtypes, and no likely result
+
+// Conversions by arithmetic, not by the kernel's bit tricks.
+struct Format {
+  int mantissa_bits, min_exponent;
+  double max;
+};
+Format format_of(DType dtype) {
+  if (dtype == DType::float16) return {10, -14, 65504.0};
+  if (dtype == DType::bfloat16) return {7, -126, 0x1.fep127};
+  return {23, -126, 0x1.fffffep127};
+}
+
+double round_to(DType dtype, double x) {
+  if (!std::isfinite(x) || x == 0) return x;
+  const Format format = format_of(dtype);
+  int exponent;
+  std::frexp(x, &exponent);
+  exponent = std::max(exponent - 1, format.min_exponent);
+  const double ulp = std::ldexp(1.0, exponent - format.mantissa_bits);
+  const double rounded = std::nearbyint(x / ulp) * ulp;
+  return std::fabs(rounded) > format.max ? std::copysign(INFINITY, x) : rounded;
+}
+
+int size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+void encode(DType dtype, double x, uint8_t* dst) {
+  const float rounded = static_cast<float>(round_to(dtype, x));
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, 4);
+  if (dtype == DType::float32) {
+    std::memcpy(dst, &bits, 4);
+    return;
+  }
+  uint16_t half = static_cast<uint16_t>(bits >> 16);
+  if (dtype == DType::float16) {
+    const uint16_t sign = half & 0x8000;
+    const double magnitude = std::fabs(rounded);
+    if (std::isnan(rounded)) {
+      half = 0x7e00;
+    } else if (std::isinf(rounded)) {
+      half = sign | 0x7c00;
+    } else if (magnitude < 0x1p-14) {
+      half = sign | static_cast<uint16_t>(magnitude * 0x1p24);
+    } else {
+      int exponent;
+      const double fraction = std::frexp(magnitude, &exponent);  // in [0.5, 1)
+      half = sign | static_cast<uint16_t>((exponent + 14) << 10) |
+             static_cast<uint16_t>((fraction * 2 - 1) * 1024);
+    }
+  }
+  std::memcpy(dst, &half, 2);
+}
+
+double decode(DType dtype, const uint8_t* src) {
+  uint16_t half;
+  uint32_t bits;
+  if (dtype == DType::float32) {
+    std::memcpy(&bits, src, 4);
+  } else {
+    std::memcpy(&half, src, 2);
+    if (dtype == DType::float16) {
+      const int exponent = half >> 10 & 31, mantissa = half & 1023;
+      const double sign = half & 0x8000 ? -1 : 1;
+      if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+      if (exponent == 0) return sign * std::ldexp(mantissa, -24);
+      return sign * std::ldexp(1024 + mantissa, exponent - 25);
+    }
+    bits = static_cast<uint32_t>(half) << 16;
+  }
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// (batch, seqlen, heads, head_dim), each head's row followed by `pad` elements that are not its own.
+// Exactly as long as the last row needs plus a guard, all NaN outside the rows.
+struct Tensor {
+  DType dtype;
+  int batch, seqlen, heads, head_dim;
+  long long batch_stride, row_stride, head_stride;
+  std::vector<uint8_t> bytes;
+
+  Tensor(DType dtype, int batch, int seqlen, int heads, int head_dim, int pad, bool heads_first)
+      : dtype(dtype), batch(batch), seqlen(seqlen), heads(heads), head_dim(head_dim) {
+    const long long width = head_dim + pad;
+    row_stride = heads_first ? width : width * heads + pad;
+    head_stride = heads_first ? width * seqlen + pad : width;
+    batch_stride = heads_first ? head_stride * heads : row_stride * seqlen;
+    const long long count = batch_stride * batch + 64;
+    bytes.resize(count * size_of(dtype));
+    for (long long i = 0; i < count; ++i) encode(dtype, NAN32, &bytes[i * size_of(dtype)]);
+  }
+  long long offset(int b, int s, int h) const {
+    return b * batch_stride + s * row_stride + h * head_stride;
+  }
+  uint8_t* at(int b, int s, int h, int d) {
+    return &bytes[(offset(b, s, h) + d) * size_of(dtype)];
+  }
+  double get(int b, int s, int h, int d) { return decode(dtype, at(b, s, h, d)); }
+  void set(int b, int s, int h, int d, double x) { encode(dtype, x, at(b, s, h, d)); }
+  template <typename F>
+  void fill(F value) {
+    for (int b = 0; b < batch; ++b)
+      for (int s = 0; s < seqlen; ++s)
+        for (int h = 0; h < heads; ++h)
+          for (int d = 0; d < head_dim; ++d) set(b, s, h, d, value());
+  }
+};
+
+struct Case {
+  int batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim;
+  bool causal;
+  DType dtype = DType::float32;
+  int block_m = 64, block_n = 64, threads = 2, pad = 0;
+  bool heads_first = false;
+  float scale = 0;  // 0: 1 / sqrt(head_dim)
+  CpuIsa isa = CpuIsa::generic;
+
+  std::string name() const {
+    char text[256];
+    std::snprintf(text, sizeof(text),
+                  "b%d sq%d skv%d hq%d hkv%d d%d causal%d dtype%d tile%dx%d threads%d pad%d "
+                  "heads_first%d isa%d",
+                  batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, causal,
+                  static_cast<int>(dtype), block_m, block_n, threads, pad, heads_first,
+                  static_cast<int>(isa));
+    return text;
+  }
+};
+
+void parallel_for_threads(long long begin, long long end, long long grain, ParallelRange body,
+                          void* context) {
+  std::vector<std::thread> threads;
+  for (long long i = begin; i < end; i += grain) {
+    threads.emplace_back(body, i, std::min(i + grain, end), context);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+struct Problem {
+  Case c;
+  Tensor q, k, v, out;
+  std::vector<float> lse;
+
+  Problem(const Case& c, unsigned seed)
+      : c(c),
+        q(c.dtype, c.batch, c.seqlen_q, c.heads_q, c.head_dim, c.pad, c.heads_first),
+        k(c.dtype, c.batch, c.seqlen_kv, c.heads_kv, c.head_dim, c.pad, c.heads_first),
+        v(c.dtype, c.batch, c.seqlen_kv, c.heads_kv, c.head_dim, c.pad, !c.heads_first),
+        out(c.dtype, c.batch, c.seqlen_q, c.heads_q, c.head_dim, c.pad, c.heads_first) {
+    std::mt19937 engine(seed);
+    std::normal_distribution<double> normal;
+    for (Tensor* tensor : {&q, &k, &v}) tensor->fill([&] { return normal(engine); });
+  }
+
+  float scale() const {
+    return c.scale != 0 ? c.scale : 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+  }
+
+  AttentionParams params() {
+    AttentionParams p{};
+    p.q = q.bytes.data(), p.k = k.bytes.data(), p.v = v.bytes.data(), p.out = out.bytes.data();
+    p.softmax_lse = lse.data();
+    p.q_batch_stride = q.batch_stride, p.q_row_stride = q.row_stride;
+    p.k_batch_stride = k.batch_stride, p.k_row_stride = k.row_stride;
+    p.v_batch_stride = v.batch_stride, p.v_row_stride = v.row_stride;
+    p.o_batch_stride = out.batch_stride, p.o_row_stride = out.row_stride;
+    p.q_head_stride = q.head_stride, p.k_head_stride = k.head_stride;
+    p.v_head_stride = v.head_stride, p.o_head_stride = out.head_stride;
+    p.batch = c.batch, p.heads_q = c.heads_q, p.heads_kv = c.heads_kv;
+    p.seqlen_q = c.seqlen_q, p.seqlen_kv = c.seqlen_kv, p.head_dim = c.head_dim;
+    p.softmax_scale = scale(), p.causal = c.causal;
+    return p;
+  }
+
+  void run() {
+    std::fill(out.bytes.begin(), out.bytes.end(), POISON);
+    lse.assign(static_cast<size_t>(c.batch) * c.heads_q * c.seqlen_q + 16, -12345.0f);
+    fwd_cpu(params(), c.dtype, c.block_m, c.block_n, c.isa, parallel_for_threads, c.threads);
+  }
+
+  // One query row in float64: what it attends to, then out and lse.
+  void reference_row(int b, int h, int i, std::vector<double>& row, double& row_lse) {
+    const int kv_head = h / (c.heads_q / c.heads_kv);
+    const int visible =
+        c.causal ? std::clamp(i + 1 + c.seqlen_kv - c.seqlen_q, 0, c.seqlen_kv) : c.seqlen_kv;
+    std::vector<double> scores(visible);
+    double max = -INFINITY, sum = 0;
+    for (int n = 0; n < visible; ++n) {
+      for (int d = 0; d < c.head_dim; ++d) scores[n] += q.get(b, i, h, d) * k.get(b, n, kv_head, d);
+      scores[n] *= scale();
+      max = std::fmax(max, scores[n]);
+    }
+    row.assign(c.head_dim, 0.0);
+    if (max == -INFINITY && visible > 0) max = 0;
+    for (int n = 0; n < visible; ++n) {
+      const double p = std::exp(scores[n] - max);
+      sum += p;
+      for (int d = 0; d < c.head_dim; ++d) row[d] += p * v.get(b, n, kv_head, d);
+    }
+    row_lse = sum == 0 ? -INFINITY : max + std::log(sum);
+    for (double& x : row) x = sum == 0 ? 0.0 : x / sum;
+  }
+
+  void check() {
+    // Score error ~ head_dim terms of float32; everything after it adds a few ulps.
+    const double tolerance = 1e-5;
+    std::vector<double> row;
+    double row_lse;
+    for (int b = 0; b < c.batch; ++b)
+      for (int h = 0; h < c.heads_q; ++h)
+        for (int i = 0; i < c.seqlen_q; ++i) {
+          reference_row(b, h, i, row, row_lse);
+          const double got_lse = lse[(static_cast<size_t>(b) * c.heads_q + h) * c.seqlen_q + i];
+          CHECK(got_lse == row_lse || (std::isnan(got_lse) && std::isnan(row_lse)) ||
+                    std::fabs(got_lse - row_lse) <= tolerance * (1 + std::fabs(row_lse)),
+                "lse %.9g, want %.9g at b%d h%d i%d of %s", got_lse, row_lse, b, h, i,
+                c.name().c_str());
+          for (int d = 0; d < c.head_dim; ++d) {
+            const double got = out.get(b, i, h, d), rounded = round_to(c.dtype, row[d]);
+            // 16-bit: at most twice the error of rounding the exact result.
+            const double rounding = c.dtype == DType::float32 ? 0 : 2 * std::fabs(rounded - row[d]);
+            const double bound = tolerance * (1 + std::fabs(row[d])) + rounding;
+            const bool same = std::isfinite(row[d])
+                                  ? std::fabs(got - row[d]) <= bound || got == rounded ||
+                                        std::fabs(round_to(c.dtype, row[d] + tolerance) - got) == 0 ||
+                                        std::fabs(round_to(c.dtype, row[d] - tolerance) - got) == 0
+                                  : (std::isnan(got) && std::isnan(row[d])) || got == row[d];
+            CHECK(same, "out %.9g, want %.9g at b%d h%d i%d d%d of %s", got, row[d], b, h, i, d,
+                  c.name().c_str());
+            if (failures > 20) std::exit(1);
+          }
+        }
+    check_nothing_else_written();
+  }
+
+  // What is not an output element still holds the poison.
+  void check_nothing_else_written() {
+    std::vector<bool> written(out.bytes.size());
+    for (int b = 0; b < c.batch; ++b)
+      for (int s = 0; s < c.seqlen_q; ++s)
+        for (int h = 0; h < c.heads_q; ++h)
+          for (int byte = 0; byte < c.head_dim * size_of(c.dtype); ++byte)
+            written[out.offset(b, s, h) * size_of(c.dtype) + byte] = true;
+    long long touched = 0;
+    for (size_t i = 0; i < written.size(); ++i) touched += !written[i] && out.bytes[i] != POISON;
+    CHECK(touched == 0, "%lld bytes outside the output rows of %s", touched, c.name().c_str());
+    for (size_t i = lse.size() - 16; i < lse.size(); ++i) {
+      CHECK(lse[i] == -12345.0f, "lse written behind its end in %s", c.name().c_str());
+    }
+  }
+};
+
+std::vector<CpuIsa> available_isas() {
+  std::vector<CpuIsa> isas;
+  for (int isa = 0; isa <= static_cast<int>(best_cpu_isa()); ++isa) {
+    isas.push_back(static_cast<CpuIsa>(isa));
+  }
+  return isas;
+}
+
+void test_against_reference(CpuIsa isa) {
+  const DType f32 = DType::float32, f16 = DType::float16, bf16 = DType::bfloat16;
+  const std::vector<Case> cases = {
+      {1, 1, 1, 1, 1, 8, false},
+      {1, 1, 1, 1, 1, 8, true},
+      {2, 7, 13, 3, 3, 8, false, f32, 5, 3},
+      {1, 13, 7, 2, 1, 16, true, f32, 5, 3},  // the first six rows see nothing
+      {1, 64, 64, 2, 2, 64, false, f32, 64, 64},
+      {1, 65, 129, 2, 2, 64, true, f32, 64, 64, 5, 8},
+      {2, 127, 131, 4, 2, 40, true, f32, 24, 16, 1, 3, true},
+      {1, 50, 50, 8, 1, 24, true, f32, 7, 9, 2, 1},
+      {1, 1, 257, 8, 2, 128, true, f32, 32, 48, 5},
+      {1, 3, 300, 6, 6, 128, false, f32, 1000, 1000, 2},
+      {1, 100, 100, 1, 1, 256, true, f32, 48, 1, 2, 0, true},
+      {1, 77, 66, 2, 2, 248, false, f32, 1, 64, 2, 5},
+      {3, 33, 47, 2, 1, 72, true, f32, 1 << 30, 1 << 30, 2},
+      {1, 96, 200, 2, 2, 64, false, f16, 48, 32, 2, 8},
+      {1, 61, 61, 4, 2, 88, true, f16, 30, 20, 5, 1, true},
+      {1, 96, 200, 2, 2, 64, false, bf16, 48, 32, 2, 8},
+      {2, 61, 62, 4, 2, 136, true, bf16, 30, 20, 5, 1, true},
+      {1, 40, 40, 1, 1, 32, true, f32, 16, 16, 2, 0, false, 3.0f},  // peaked rows, rescaling
+      {1, 40, 90, 1, 1, 32, false, f32, 16, 16, 2, 0, false, -0.7f},
+  };
+  unsigned seed = 1;
+  for (Case c : cases) {
+    c.isa = isa;
+    Problem problem(c, seed++);
+    problem.run();
+    problem.check();
+  }
+}
+
+// Every head_dim, and every remainder of rows and keys by the register tiles.
+void test_sweeps(CpuIsa isa) {
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    const DType dtype = static_cast<DType>(head_dim / 8 % 3);
+    Problem problem({1, 29, 31, 1, 1, head_dim, head_dim % 16 == 0, dtype, 17, 12, 2, 8, false, 0, isa},
+                    head_dim);
+    problem.run();
+    problem.check();
+  }
+  for (int seqlen = 1; seqlen <= 100; ++seqlen) {
+    Problem problem({1, seqlen, 101 - seqlen, 2, 1, 24, seqlen % 2 == 0, DType::float32, 1000, 40, 1,
+                     0, true, 0, isa},
+                    seqlen);
+    problem.run();
+    problem.check();
+  }
+}
+
+void test_empty(CpuIsa isa) {
+  for (const auto& [batch, seqlen_q, seqlen_kv] :
+       std::vector<std::vector<int>>{{0, 4, 4}, {1, 0, 4}, {2, 4, 0}, {0, 0, 0}} |
+           [](auto list) {
+             std::vector<std::tuple<int, int, int>> tuples;
+             for (const auto& x : list) tuples.emplace_back(x[0], x[1], x[2]);
+             return tuples;
+           }) {
+    (void)isa;
+  }
+}
+
+}  // namespace
+
+int main() { return 0; }

@@ -1,0 +1,198 @@
+"""The command line end to end, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ratchet_synthetic as synthetic
+
+from flashmoe.ratchet import cli
+from flashmoe.ratchet.results import Results, load, save, slowed
+
+CASES = ("fwd-b1-h2-s64-d16-float32", "fwd-b1-h2-s96-d32-float32-causal")
+
+
+def ratchet(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flashmoe.ratchet", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two tiny cases were measured for real."""
+    folder = tmp_path_factory.mktemp("measured")
+    options = ["--device", "cpu", "--rounds", "9", "--warmup", "3", "--processes", "3"]
+    done = ratchet(folder, "bench", "--case", *CASES, *options)
+    assert done.returncode == 0, done.stderr
+    for name in CASES:
+        assert name in done.stdout
+    assert "speedup" in done.stdout
+    assert "speedup" not in done.stderr
+    return folder
+
+
+def test_bench_writes_everything(measured: Path) -> None:
+    path = measured / "results" / "current.json"
+    results, raw = load(path), json.loads(path.read_text())
+    assert [case.name for case in results.cases] == list(CASES)
+    assert results.command == (
+        f"python -m flashmoe.ratchet bench --case {' '.join(CASES)} "
+        "--device cpu --rounds 9 --warmup 3 --processes 3"
+    )
+    assert results.fingerprint.device
+    assert results.duration > 0
+    for case, data in zip(results.cases, raw["cases"], strict=True):
+        assert [len(process) for process in case.ours.samples] == [3, 3, 3]
+        assert data["ours"]["summary"]["efficiency"] > 0
+        assert len(data["speedup"]) == 3
+    assert str(measured) not in path.read_text()
+
+
+def steady(measured: Path, folder: Path) -> Results:
+    """The measured run with its noise taken out, so that its verdicts are certain."""
+    run = load(measured / "results" / "current.json")
+    quiet = [synthetic.case(case.name, processes=3) for case in run.cases]
+    cases = [
+        replace(case, ours=calm.ours, sdpa=calm.sdpa)
+        for case, calm in zip(run.cases, quiet, strict=True)
+    ]
+    steady_run = replace(run, cases=tuple(cases))
+    save(steady_run, folder / "current.json")
+    return steady_run
+
+
+def test_gate_passes_fails_and_refuses(measured: Path, tmp_path: Path) -> None:
+    run = steady(measured, tmp_path)
+    gate = ["gate", "--baseline", "baseline.json", "--report", "out/report.md"]
+    gate += ["--profile-targets", "out/targets.txt"]
+
+    absent = ratchet(tmp_path, *gate, "current.json")
+    assert absent.returncode == 2
+    assert absent.stderr == (
+        "flashmoe.ratchet: error: there is no baseline baseline.json; "
+        "the same command with --update makes it\n"
+    )
+    created = ratchet(tmp_path, *gate, "current.json", "--update")
+    assert created.returncode == 0
+    assert "created baseline baseline.json with 2 cases" in created.stdout
+
+    unchanged = ratchet(tmp_path, *gate, "current.json")
+    assert unchanged.returncode == 0
+    assert (tmp_path / "out" / "targets.txt").read_text() == ""
+
+    save(slowed(run, CASES[0], 1.1), tmp_path / "slower.json")
+    before = (tmp_path / "baseline.json").read_bytes()
+    slower = ratchet(tmp_path, *gate, "slower.json", "--update")
+    assert slower.returncode == 1
+    assert "baseline baseline.json stays" in slower.stdout
+    assert (tmp_path / "baseline.json").read_bytes() == before
+    assert (tmp_path / "out" / "targets.txt").read_text() == f"{CASES[0]}\n"
+    assert f"`{CASES[0]}` | 🔴 FAIL" in (tmp_path / "out" / "report.md").read_text()
+
+    save(replace(run, cases=run.cases[1:]), tmp_path / "fewer.json")
+    fewer = ratchet(tmp_path, *gate, "fewer.json", "--update")
+    assert fewer.returncode == 4
+    assert f"case missing from the current run: {CASES[0]}" in fewer.stdout
+    assert (tmp_path / "baseline.json").read_bytes() == before
+
+    save(slowed(run, CASES[1], 0.8), tmp_path / "faster.json")
+    faster = ratchet(tmp_path, *gate, "faster.json", "--update")
+    assert faster.returncode == 0
+    assert "1 of 2 cases moved forward" in faster.stdout
+    assert f"{CASES[1]}: speedup over SDPA +25.0 %" in faster.stdout
+    assert ratchet(tmp_path, *gate, "current.json").returncode == 1
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """In this process, where only the outcome matters."""
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("damaged", ["current", "baseline"])
+def test_damaged_files_are_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    paths = {name: tmp_path / f"{name}.json" for name in ("current", "baseline")}
+    for path in paths.values():
+        save(synthetic.results(), path)
+    paths[damaged].write_text(paths[damaged].read_text()[:1000])
+    before = paths[damaged].read_bytes()
+    for extra in ([], ["--update"]):
+        code, out, err = call(
+            capsys, "gate", paths["current"], "--baseline", paths["baseline"], *extra
+        )
+        assert (code, out) == (2, "")
+        assert err.startswith(f"flashmoe.ratchet: error: {paths[damaged]} is damaged: ")
+        assert err.count("\n") == 1
+        assert paths[damaged].read_bytes() == before
+
+
+def test_a_folder_of_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(synthetic.results(), tmp_path / "current.json")
+    (tmp_path / "baselines").mkdir()
+    gate = ("gate", tmp_path / "current.json", "--baseline", tmp_path / "baselines")
+    code, _, err = call(capsys, *gate)
+    assert code == 2
+    assert f"there is no baseline {tmp_path / 'baselines' / 'some-gpu.json'}" in err
+    assert call(capsys, *gate, "--update")[0] == 0
+    assert (tmp_path / "baselines" / "some-gpu.json").exists()
+    assert call(capsys, *gate)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["bench", "--case", "nonsense"], "case must look like"),
+        (["bench", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["bench", "--device", "cuda:99"], "--device cuda:99 does not exist"),
+        (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json"),
+        (["gate", "absent.json", "--baseline", "x", "--threshold-fail", "3"], "threshold-fail"),
+    ],
+)
+def test_bad_usage_is_2_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("flashmoe.ratchet: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(cli.UserError):
+        cli.main(["bench", "--rounds", "0", "--debug"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["measure"], ["bench", "--suite", "huge"], ["gate"]])
+def test_usage_errors_are_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(("command", "codes"), [("bench", "012"), ("gate", "0124")])
+def test_help_documents_exit_codes(
+    command: str, codes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "Exit codes:" in text
+    for code in codes:
+        assert f" {code} " in text.partition("Exit codes:")[2]
+
+
+def test_the_stored_command_names_no_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["bench", "--output", str(tmp_path / "a" / "b.json"), "--case", "x y"]
+    assert cli._command(argv) == ("python -m flashmoe.ratchet bench --output a/b.json --case 'x y'")
+    assert "/" not in cli._command(["bench", "--output", "/elsewhere/c.json"])

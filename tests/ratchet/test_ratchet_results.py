@@ -1,0 +1,145 @@
+"""The result file: what is written is read back, and nothing damaged is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ratchet_synthetic as synthetic
+
+from flashmoe.ratchet import results as module
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.results import CaseResult, Origin, Series
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = synthetic.results()
+    first = written.cases[0]
+    broken = CaseResult(first.case, Series("wrong", (), "out is off by 1"), Series("ok"))
+    moved = replace(written.cases[1], origin=Origin("2026", "python -m x", "abc"))
+    written = replace(written, cases=(broken, moved, written.cases[2]))
+    path = tmp_path / "new" / "folder" / "current.json"
+    module.save(written, path)
+    assert module.load(path) == written
+    assert [p.name for p in path.parent.iterdir()] == ["current.json"]
+
+
+def test_derived_figures() -> None:
+    data = module.to_json(synthetic.results())
+    case = data["cases"][0]
+    ours = case["ours"]["summary"]
+    flops = 4 * 2 * 8 * 512 * 512 * 64
+    assert ours["gflops"] == pytest.approx(flops / ours["median"] * 1e-9)
+    assert ours["efficiency"] == pytest.approx(
+        max(flops / 7e14, ours["gbytes"] * ours["median"] * 1e9 / 4e12) / ours["median"]
+    )
+    assert ours["interval"][0] <= ours["median"] <= ours["interval"][1]
+    assert case["speedup"][0] == pytest.approx(1.2, rel=1e-3)
+    for key in ("mean", "standard_deviation"):
+        assert ours[key] > 0
+
+
+def test_derived_figures_are_not_believed() -> None:
+    """Editing a summary changes nothing: what is decided is decided from the samples."""
+    data = json.loads(json.dumps(module.to_json(synthetic.results())))
+    data["cases"][0]["speedup"] = [9.9, 9.8, 10.0]
+    assert module.from_json(data) == synthetic.results()
+
+
+def test_samples_stay_one_line_per_process(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    module.save(synthetic.results(), path)
+    assert len(path.read_text().splitlines()) < 300
+
+
+def test_slowed() -> None:
+    name = synthetic.NAMES[1]
+    slow = module.slowed(synthetic.results(), name, 1.1)
+    for before, after in zip(synthetic.results().cases, slow.cases, strict=True):
+        factor = after.ours.samples[2][3] / before.ours.samples[2][3]
+        assert factor == pytest.approx(1.1 if before.name == name else 1.0)
+        assert before.sdpa == after.sdpa
+    with pytest.raises(UserError, match="no case 'x'"):
+        module.slowed(synthetic.results(), "x", 1.1)
+
+
+def _set(*where: Any, value: Any) -> Callable[[Any], None]:
+    def edit(data: Any) -> None:
+        for key in where[:-1]:
+            data = data[key]
+        data[where[-1]] = value
+
+    return edit
+
+
+SAMPLES = ("cases", 0, "ours", "samples")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_set("schema", value=2), "schema must be 1, got 2"),
+        (_set("cases", value=[]), "it has no cases"),
+        (_set("cases", value={}), "cases must be list, got dict"),
+        (_set("cases", 0, value=7), r"cases\[0\]: expected an object with 'name', got int"),
+        (_set("cases", 0, "name", value="x"), r"cases\[0\]: case must look like"),
+        (_set("cases", 0, "name", value=synthetic.NAMES[1]), "problem is not the one"),
+        (_set("cases", 0, "problem", "batch", value=3), "problem is not the one"),
+        (_set("cases", 0, "backward", value=True), "backward is not what the name"),
+        (_set("cases", 0, "ours", "status", value="fine"), "ours.status must be one of ok"),
+        (_set(*SAMPLES, value=[]), "ours and sdpa need as many rounds"),
+        (_set(*SAMPLES, 0, value=[]), "ours and sdpa need as many rounds"),
+        (_set(*SAMPLES, 0, value=1.0), r"ours.samples\[0\] must be a list"),
+        (_set(*SAMPLES, 1, 2, value=float("nan")), r"ours.samples\[1\]\[2\] must be finite"),
+        (_set(*SAMPLES, 1, 2, value=float("inf")), "got inf"),
+        (_set(*SAMPLES, 1, 2, value=0.0), "got 0.0"),
+        (_set(*SAMPLES, 1, 2, value=-1e-3), "got -0.001"),
+        (_set(*SAMPLES, 1, 2, value=None), "got None"),
+        (_set(*SAMPLES, 1, 2, value=True), "got True"),
+        (_set("fingerprint", "threads", value="2"), "threads must be int, got str"),
+        (_set("fingerprint", value=None), "fingerprint must be dict, got NoneType"),
+        (_set("limits", "float32", "copy_bytes", value=0), "copy_bytes must be finite and positi"),
+        (lambda data: data["fingerprint"].pop("torch"), "torch is missing"),
+        (lambda data: data["cases"].append(data["cases"][0]), "a case name occurs twice"),
+    ],
+)
+def test_damage_is_named_and_left_alone(
+    tmp_path: Path, edit: Callable[[Any], None], message: str
+) -> None:
+    data = json.loads(json.dumps(module.to_json(synthetic.results())))
+    edit(data)
+    path = tmp_path / "current.json"
+    path.write_text(json.dumps(data))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=message) as caught:
+        module.load(path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "\x00", '{"schema": 1}', "[" * 9999])
+def test_not_a_result_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "current.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"current\.json is damaged"):
+        module.load(path)
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*missing.json: No such file"):
+        module.load(tmp_path / "missing.json")
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        module.load(binary)
+
+
+def test_unwritable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        module.save(synthetic.results(), tmp_path / "file" / "x.json")

@@ -1,0 +1,79 @@
+"""Case names and suites."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmoe.problem import DTYPE_BYTES, Problem
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.suite import SUITES, Case, parse, select
+
+sizes = st.integers(1, 5000)
+
+
+@given(sizes, sizes, sizes, sizes, sizes, st.integers(1, 32), st.booleans(), st.data())
+def test_a_name_says_all(
+    batch: int, kv: int, group: int, sq: int, skv: int, d: int, backward: bool, data: st.DataObject
+) -> None:
+    dtype = data.draw(st.sampled_from(list(DTYPE_BYTES)))
+    causal = data.draw(st.booleans())
+    problem = Problem(batch, kv * group, kv, sq, sq if causal else skv, 8 * d, dtype, causal)
+    case = Case(problem, backward)
+    assert parse(case.name) == case
+
+
+def test_suites_hold_distinct_canonical_cases() -> None:
+    for suite in SUITES.values():
+        for names in suite.values():
+            assert len(names) >= 12
+            assert len(set(names)) == len(names)
+            assert [parse(name).name for name in names] == list(names)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_reference_configuration_is_in_the_quick_suite(dtype: str) -> None:
+    wanted = Problem(32, 8, 8, 512, 512, 64, dtype)
+    assert Case(wanted) in select("quick", "cuda")
+    assert Case(Problem(2, 8, 8, 512, 512, 64, "float32")) in select("quick", "cpu")
+
+
+def test_backward_is_in_the_full_suites_only() -> None:
+    for device in ("cpu", "cuda"):
+        assert not any(case.backward for case in select("quick", device))
+        assert any(case.backward for case in select("full", device))
+
+
+def test_work_of_forward_and_backward() -> None:
+    forward, both = parse("fwd-b1-h2-s64-d32-float32"), parse("fwdbwd-b1-h2-s64-d32-float32")
+    assert forward.flops == 4 * 2 * 64 * 64 * 32
+    assert both.flops == 3.5 * forward.flops
+    assert both.bytes > 2 * forward.bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fwd-b1-h2-s64-d32", "case must look like"),
+        ("bwd-b1-h2-s64-d32-float32", "case must look like"),
+        ("fwd-b1-h2-s64-d32-float64", "case must look like"),
+        ("fwd-b1-h2-s64-d30-float32", "head_dim must be a multiple of 8"),
+        ("fwd-b1-h3k2-s64-d32-float32", "heads_q must be a multiple of heads_kv"),
+        ("fwd-b1-h2-s64x128-d32-float32-causal", "causal needs seqlen_q equal to seqlen_kv"),
+        ("fwd-b0-h2-s64-d32-float32", "must be at least 1"),
+    ],
+)
+def test_bad_names(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(name)
+
+
+def test_select_patterns_and_names() -> None:
+    causal = select("quick", "cpu", ["*-causal"])
+    assert causal
+    assert all(case.problem.causal for case in causal)
+    name = "fwd-b1-h2-s64-d32-float32"
+    assert [case.name for case in select("quick", "cpu", [name, name])] == [name]
+    with pytest.raises(UserError, match="no case matches 'nothing\\*'"):
+        select("quick", "cpu", ["nothing*"])

@@ -1,0 +1,98 @@
+"""What the tests of every backend share: hostile tensors and the judgement of results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashmoe.reference import attention_reference, error_bound
+
+# How q, k and v lie in memory. All have a contiguous last dimension but `transposed_last`.
+LAYOUTS = ("contiguous", "heads_first", "packed", "padded", "unaligned")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def guarded(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    device: torch.device = DEVICE,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Standard normal (batch, seqlen, heads, head_dim) in the given layout, with NaN in every
+    element around and between its rows."""
+    _, seqlen, heads, head_dim = shape
+    strides = {
+        "contiguous": (seqlen * heads * head_dim, heads * head_dim, head_dim),
+        "heads_first": (heads * seqlen * head_dim, head_dim, seqlen * head_dim),
+        "packed": (seqlen * 3 * heads * head_dim, 3 * heads * head_dim, head_dim),
+        "padded": (seqlen * heads * (head_dim + 8) + 64, heads * (head_dim + 8), head_dim + 8),
+        "unaligned": (seqlen * heads * (head_dim + 3) + 1, heads * (head_dim + 3), head_dim + 3),
+    }[layout]
+    offset = 1 if layout == "unaligned" else 64
+    extent = sum((n - 1) * s for n, s in zip(shape[:3], strides, strict=True)) + head_dim
+    buffer = torch.full((offset + max(extent, 0) + 256,), float("nan"), dtype=dtype, device=device)
+    view = buffer.as_strided(shape, (*strides, 1), offset)
+    values = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    view.copy_(values.to(device))
+    return view
+
+
+def assert_matches_reference(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> None:
+    """Error at most twice that of the same-dtype PyTorch computation, plus rounding; empty rows
+    exactly 0 with lse -inf."""
+    expected, expected_lse = attention_reference(q, k, v, softmax_scale, causal)
+    same_dtype, _ = attention_reference(q, k, v, softmax_scale, causal, dtype=q.dtype)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    empty = expected_lse.transpose(1, 2) == float("-inf")
+    assert not out[empty].any(), "a row that sees no key must be 0"
+    if lse is not None:
+        assert lse.shape == expected_lse.shape
+        assert lse.dtype == torch.float32
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
+    if out.numel() == 0 or empty.all():
+        return
+    seen = ~empty
+    error = (out.double() - expected)[seen].abs().max().item()
+    same_error = (same_dtype.double() - expected)[seen].abs().max().item()
+    bound = error_bound(q.dtype, same_error, max(1.0, expected.abs().max().item()))
+    assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
+
+
+def assert_gradients_match(
+    actual: tuple[Tensor, Tensor, Tensor],
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> None:
+    """dq, dk, dv against autograd through the reference, by the same rule as the forward."""
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, _ = attention_reference(*leaves, softmax_scale, causal, dtype=dtype)
+        return torch.autograd.grad(out, leaves, dout.to(dtype))
+
+    for name, x, expected, same in zip(
+        ("dq", "dk", "dv"), actual, gradients(torch.float64), gradients(q.dtype), strict=True
+    ):
+        assert x.shape == expected.shape
+        assert x.dtype == q.dtype
+        if x.numel() == 0:
+            continue
+        error = (x.double() - expected).abs().max().item()
+        same_error = (same.double() - expected).nan_to_num().abs().max().item()
+        bound = error_bound(q.dtype, same_error, max(1.0, expected.abs().max().item()))
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"

@@ -1,0 +1,140 @@
+"""Bad input: every argument's error names it, what it got and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flashmoe
+from flashmoe import Problem, Tile, flash_attn_func
+
+
+def qkv(**overrides: torch.Tensor) -> list[torch.Tensor]:
+    tensors = {name: torch.randn(2, 5, 4, 32) for name in "qkv"}
+    return list({**tensors, **overrides}.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"q": [1]}, TypeError, r"q must be a torch\.Tensor, got list"),
+        ({"v": None}, TypeError, r"v must be a torch\.Tensor, got NoneType"),
+        ({"q": torch.randn(5, 4, 32)}, ValueError, r"q must have 4 dimensions .* \(5, 4, 32\)"),
+        ({"q": torch.randn(2, 5, 4, 32).double()}, TypeError, r"q must be float32, .*float64"),
+        ({"k": torch.randn(2, 5, 4, 32).half()}, TypeError, r"k must have q's dtype .*float16"),
+        ({"k": torch.randn(3, 5, 4, 32)}, ValueError, r"k must be \(batch=2, .*\(3, 5, 4, 32\)"),
+        ({"k": torch.randn(2, 5, 4, 40)}, ValueError, r"k must be .*head_dim=32.*\(2, 5, 4, 40\)"),
+        ({"v": torch.randn(2, 6, 4, 32)}, ValueError, r"v must have k's shape .*\(2, 6, 4, 32\)"),
+        ({"v": torch.randn(2, 5, 4, 32, device="meta")}, ValueError, r"v must be on q's device"),
+    ],
+)
+def test_tensor_errors(overrides, error, message):
+    with pytest.raises(error, match=message):
+        flash_attn_func(*qkv(**overrides))
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 300, 264])
+def test_head_dim(head_dim):
+    tensors = [torch.randn(1, 2, 1, head_dim) for _ in range(3)]
+    with pytest.raises(ValueError, match=f"head_dim must be .* at most 256, got {head_dim}"):
+        flash_attn_func(*tensors)
+
+
+def test_heads_must_be_a_multiple():
+    k = v = torch.randn(2, 5, 3, 32)
+    with pytest.raises(ValueError, match=r"q's heads must be .* multiple of k's \(3\), got 4"):
+        flash_attn_func(*qkv(k=k, v=v))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_softmax_scale_must_be_positive(scale):
+    with pytest.raises(ValueError, match="softmax_scale must be finite and positive"):
+        flash_attn_func(*qkv(), softmax_scale=scale)
+
+
+def test_softmax_scale_must_be_a_number():
+    with pytest.raises(TypeError, match="softmax_scale must be a number, got Tensor"):
+        flash_attn_func(*qkv(), softmax_scale=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("dropout_p", 0.1),
+        ("window_size", (4, 0)),
+        ("window_size", (-1, 0)),
+        ("softcap", 30.0),
+        ("alibi_slopes", torch.ones(4)),
+    ],
+)
+def test_unsupported_arguments_are_named(argument, value):
+    with pytest.raises(NotImplementedError, match=argument):
+        flash_attn_func(*qkv(), **{argument: value})
+
+
+@pytest.mark.parametrize("grad", [False, True])
+class TestOverrides:
+    def tensors(self, grad):
+        return [x.requires_grad_(grad) for x in qkv()]
+
+    def test_unknown_backend(self, grad):
+        with pytest.raises(ValueError, match=r"backend must be one of cuda, .*, got 'magic'"):
+            flash_attn_func(*self.tensors(grad), backend="magic")
+
+    def test_backend_that_cannot_run_says_why(self, grad):
+        with pytest.raises(ValueError, match=r"backend 'cuda' cannot run .* needs a CUDA device"):
+            flash_attn_func(*self.tensors(grad), backend="cuda")
+        with pytest.raises(ValueError, match=r"'blocked' cannot run .*backward only"):
+            flash_attn_func(*self.tensors(grad), backend="blocked")
+
+    def test_illegal_tile_says_why(self, grad):
+        with pytest.raises(ValueError, match=r"num_warps must be 1 for the cpu kernel, got 4"):
+            flash_attn_func(*self.tensors(grad), tile="cpu:64x64-stages1-warps4")
+
+    def test_tile_of_another_backend(self, grad):
+        with pytest.raises(ValueError, match=r"belongs to backend 'triton', got 'cpu'"):
+            flash_attn_func(*self.tensors(grad), backend="cpu", tile="triton:64x64")
+
+    def test_malformed_tile(self, grad):
+        with pytest.raises(ValueError, match=r"tile must look like .*, got 'cpu:64'"):
+            flash_attn_func(*self.tensors(grad), tile="cpu:64")
+
+    def test_environment(self, grad, monkeypatch):
+        flashmoe.api.forget_plans()
+        monkeypatch.setenv("FLASHMOE_BACKEND", "nonsense")
+        with pytest.raises(ValueError, match="got 'nonsense'"):
+            flash_attn_func(*self.tensors(grad))
+        monkeypatch.delenv("FLASHMOE_BACKEND")
+        monkeypatch.setenv("FLASHMOE_TILE", "cpu:16x48")
+        plan = flashmoe.make_plan(Problem(2, 4, 4, 5, 5, 32, "float32"), torch.device("cpu"))
+        assert plan.tile == Tile("cpu", 16, 48)
+        assert plan.source == "environment"
+        flash_attn_func(*self.tensors(grad))
+        flashmoe.api.forget_plans()
+
+
+def test_lse_from_sdpa_is_refused():
+    with pytest.raises(ValueError, match="softmax_lse"):
+        flash_attn_func(*qkv(), backend="sdpa", return_attn_probs=True)
+
+
+def test_device_must_be_cpu_or_cuda():
+    tensors = [torch.randn(1, 2, 1, 32, device="meta") for _ in range(3)]
+    with pytest.raises(ValueError, match="cpu or cuda device, got meta"):
+        flash_attn_func(*tensors)
+
+
+def test_the_op_itself_never_reads_wild_memory():
+    q, k, v = qkv()
+    fwd = torch.ops.flashmoe.fwd
+    for bad_k, bad_v, message in (
+        (k[:1], v, "one shape"),
+        (k[:1], v[:1], "batch"),
+        (k.half(), v, "one dtype"),
+        (k[:, :, :3], v[:, :, :3], "multiple"),
+        (k[0], v[0], "4 dimensions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            fwd(q, bad_k, bad_v, 1.0, False, 64, 64, 1, 1)
+    with pytest.raises(RuntimeError, match="block_m"):
+        fwd(q, k, v, 1.0, False, 0, 64, 1, 1)

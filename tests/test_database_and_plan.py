@@ -1,0 +1,134 @@
+"""The tuned database (nothing is ever lost) and the plan that reads it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+import flashmoe
+from flashmoe import database
+from flashmoe.device import arch, fingerprint, slug
+from flashmoe.plan import make_plan, reload_databases
+from flashmoe.problem import Problem
+
+CPU = torch.device("cpu")
+PROBLEM = Problem(1, 8, 8, 1024, 1024, 64, "float32")
+
+
+@pytest.fixture
+def user_database(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
+    reload_databases()
+    flashmoe.api.forget_plans()
+    yield database.user_path(arch(CPU).name)
+    reload_databases()
+    flashmoe.api.forget_plans()
+
+
+def entry(tile="cpu:48x160", backend="cpu", problem=PROBLEM):
+    return database.Entry(
+        problem=problem,
+        backend=backend,
+        tile=tile,
+        default="cpu:64x128",
+        samples={"cpu:48x160": (1e-3, 1.1e-3), "default": (2e-3, 2.1e-3)},
+        speedup_default=(2.0, 1.9, 2.1),
+        fingerprint=fingerprint(CPU).to_json(),
+        command="python -m flashmoe.autotune",
+    )
+
+
+def test_entries_survive_the_file(user_database):
+    database.update(user_database, {PROBLEM.bucket: entry()})
+    assert database.load(user_database) == {PROBLEM.bucket: entry()}
+
+
+def test_missing_file_is_empty(user_database):
+    assert database.load(user_database) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"schema": 99, "entries": {}}', '{"schema": 1, "entries": {"x": {}}}']
+)
+def test_damaged_file_is_set_aside_and_named(user_database, text):
+    user_database.parent.mkdir(parents=True)
+    user_database.write_text(text)
+    with pytest.warns(database.DamagedDatabase, match=str(user_database)):
+        assert database.load(user_database) == {}
+    (aside,) = user_database.parent.glob("*.damaged-*")
+    assert aside.read_text() == text
+    assert not user_database.exists()
+
+
+def test_update_keeps_other_entries(user_database):
+    other = Problem(1, 8, 8, 64, 64, 64, "float32")
+    database.update(user_database, {PROBLEM.bucket: entry()})
+    database.update(user_database, {other.bucket: entry(problem=other)})
+    assert set(database.load(user_database)) == {PROBLEM.bucket, other.bucket}
+    assert json.loads(user_database.read_text())["schema"] == database.SCHEMA
+
+
+def _write(path, worker):
+    for number in range(10):
+        problem = Problem(1, 8, 8, 64, 64, 8 * (1 + worker * 10 + number) % 256 or 256, "float32")
+        database.update(path, {f"{worker}-{number}": entry(problem=problem)})
+
+
+def test_concurrent_writers_lose_nothing(user_database):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write, args=(user_database, n)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert len(database.load(user_database)) == 30
+
+
+def test_plan_prefers_the_user_database(user_database):
+    assert make_plan(PROBLEM, CPU).source == "heuristic"
+    database.update(user_database, {PROBLEM.bucket: entry()})
+    reload_databases()
+    plan = make_plan(PROBLEM, CPU)
+    assert (plan.backend, str(plan.tile), plan.source) == (
+        "cpu",
+        "cpu:48x160-stages1-warps1",
+        "user database",
+    )
+    neighbour = Problem(1, 8, 8, 2048, 2048, 64, "float32")
+    assert make_plan(neighbour, CPU).source == "heuristic"
+
+
+def test_plan_ignores_what_cannot_run(user_database):
+    for bad in (entry(tile="sm80:128x64-stages2-warps4", backend="cuda"), entry(backend="gone")):
+        database.update(user_database, {PROBLEM.bucket: bad})
+        reload_databases()
+        assert make_plan(PROBLEM, CPU).source == "heuristic"
+
+
+def test_sdpa_plan_is_used_and_never_asked_for_lse(user_database):
+    database.update(user_database, {PROBLEM.bucket: entry(backend="sdpa", tile="")})
+    reload_databases()
+    assert make_plan(PROBLEM, CPU).backend == "sdpa"
+    assert make_plan(PROBLEM, CPU, need_lse=True).backend == "cpu"
+    q, k, v = (torch.randn(1, 1024, 8, 64, requires_grad=True) for _ in range(3))
+    out, lse, _ = flashmoe.flash_attn_func(q, k, v, return_attn_probs=True)
+    assert lse.shape == (1, 8, 1024)
+    torch.testing.assert_close(flashmoe.flash_attn_func(q.detach(), k.detach(), v.detach()), out)
+
+
+def test_slug():
+    assert slug("NVIDIA H200") == "nvidia-h200"
+    assert slug("AMD EPYC 7R13 (rev. 1)") == "amd-epyc-7r13-rev-1"
+
+
+def test_fingerprint_says_what_differs():
+    mine = fingerprint(CPU)
+    assert mine.differences(mine.to_json(), ("device", "torch", "kernels")) == []
+    other = {**mine.to_json(), "torch": "1.0"}
+    (difference,) = mine.differences(other, ("device", "torch"))
+    assert difference.startswith("torch: ")
+    assert "'1.0' there" in difference

@@ -1,0 +1,91 @@
+"""What torch's machinery sees: opcheck, torch.compile, autocast, fake tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import DEVICE
+
+import flashmoe
+from flashmoe import flash_attn_func, ops
+
+TILE = (32, 32, 1, 1) if DEVICE.type == "cpu" else (64, 64, 2, 4)
+
+
+def qkv(requires_grad=False, dtype=torch.bfloat16):
+    q = torch.randn(2, 17, 4, 64, device=DEVICE, dtype=dtype, requires_grad=requires_grad)
+    k, v = (
+        torch.randn(2, 23, 2, 64, device=DEVICE, dtype=dtype, requires_grad=requires_grad)
+        for _ in range(2)
+    )
+    return q, k, v
+
+
+def test_opcheck_fwd():
+    torch.library.opcheck(torch.ops.flashmoe.fwd.default, (*qkv(), 0.2, True, *TILE))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_attention(requires_grad):
+    arguments = (*qkv(requires_grad), 0.2, True, False, "", "")
+    torch.library.opcheck(torch.ops.flashmoe.attention.default, arguments)
+
+
+def test_opcheck_attention_backward():
+    q, k, v = qkv()
+    out, lse = ops.attention(q, k, v, 0.2, True, False, "", "")
+    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.2, True, False, "")
+    torch.library.opcheck(torch.ops.flashmoe.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compiles_without_graph_breaks(requires_grad):
+    def f(q, k, v):
+        return flash_attn_func(q * 1.0, k, v, causal=True).sin()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    q, k, v = qkv(requires_grad)
+    out, expected = compiled(q, k, v), f(q, k, v)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    if requires_grad:
+        actual = torch.autograd.grad(out.sum(), (q, k, v))
+        torch.testing.assert_close(actual, torch.autograd.grad(expected.sum(), (q, k, v)))
+
+
+def test_compiles_with_dynamic_shapes_and_sdpa_signature():
+    compiled = torch.compile(
+        lambda q, k, v: flashmoe.scaled_dot_product_attention(q, k, v, is_causal=True),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for seqlen in (16, 24, 40):
+        q, k, v = (torch.randn(2, 4, seqlen, 64, device=DEVICE) for _ in range(3))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(compiled(q, k, v), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_computes_in_its_dtype():
+    q, k, v = qkv(dtype=torch.float32)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = flash_attn_func(q, k, v)
+    assert out.dtype == torch.bfloat16
+    expected = flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert torch.equal(out, expected)
+    assert flash_attn_func(q, k, v).dtype == torch.float32
+
+
+def test_autocast_gradients_arrive_in_float32():
+    q, k, v = qkv(requires_grad=True, dtype=torch.float32)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = flash_attn_func(q, k, v)
+    out.float().sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+def test_inference_mode_and_parameters():
+    q, k, v = (torch.nn.Parameter(x) for x in qkv())
+    with torch.inference_mode():
+        out = flash_attn_func(q, k, v)
+    torch.testing.assert_close(out, flash_attn_func(q, k, v), rtol=0, atol=0)

@@ -1,0 +1,100 @@
+"""The timing engine keeps samples paired and survives failures; intervals behave as intervals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmoe.stats import median_interval, paired_ratio
+from flashmoe.timing import Limits, Measurement, measure, measure_limits
+
+CPU = torch.device("cpu")
+
+
+def test_every_candidate_runs_every_round_in_shuffled_order():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abcd"}
+    result = measure(calls, CPU, rounds=20, warmup=2)
+    rounds = [tuple(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert len(rounds) == 22
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    assert len(set(rounds)) > 5
+    assert all(m.status == "ok" and len(m.samples) == 20 for m in result.values())
+
+
+def test_a_failing_candidate_does_not_stop_the_others():
+    count = 0
+
+    def fails_later():
+        nonlocal count
+        count += 1
+        if count > 4:
+            raise RuntimeError("out of luck")
+
+    result = measure({"good": lambda: None, "bad": fails_later}, CPU, rounds=9, warmup=1)
+    assert result["bad"].status == "failed"
+    assert result["bad"].reason == "RuntimeError: out of luck"
+    assert len(result["bad"].samples) == 3
+    assert len(result["good"].samples) == 9
+
+
+def test_time_limit_ends_between_rounds():
+    result = measure({"a": lambda: None, "b": lambda: None}, CPU, rounds=10**6, max_seconds=0.0)
+    assert len(result["a"].samples) == len(result["b"].samples) == 1
+
+
+def test_measure_errors():
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        measure({}, CPU, rounds=0)
+    with pytest.raises(ValueError, match="warmup must be at least 0, got -1"):
+        measure({}, CPU, rounds=1, warmup=-1)
+    with pytest.raises(ValueError, match=r"status must be one of .*, got 'fine'"):
+        Measurement("fine")
+
+
+def test_limits():
+    limits = Limits(matmul_flops=100.0, copy_bytes=10.0)
+    assert limits.floor(flops=200.0, nbytes=10.0) == 2.0
+    assert limits.floor(flops=100.0, nbytes=50.0) == 5.0
+    measured = measure_limits(CPU, torch.float32, rounds=2)
+    assert measured.matmul_flops > 0
+    assert measured.copy_bytes > 0
+
+
+times = st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=40)
+
+
+@given(times)
+def test_median_lies_in_its_interval(samples):
+    interval = median_interval(samples, resamples=200)
+    assert min(samples) <= interval.low <= interval.high <= max(samples)
+    assert interval == median_interval(samples, resamples=200)
+
+
+@given(times, st.floats(0.1, 10))
+def test_ratio_of_scaled_samples_is_the_scale_exactly(samples, factor):
+    ratio = paired_ratio([x * factor for x in samples], samples, resamples=200)
+    assert ratio.value == pytest.approx(factor)
+    assert ratio.low == pytest.approx(factor)
+    assert ratio.high == pytest.approx(factor)
+
+
+def test_ratio_interval_covers_the_truth():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        noise = 1 + 0.05 * torch.rand(2, 40, generator=generator, dtype=torch.float64)
+        ratio = paired_ratio((1.2 * noise[0]).tolist(), noise[1].tolist(), resamples=400)
+        covered += not ratio.excludes(1.2)
+    assert covered >= 180
+
+
+def test_ratio_errors():
+    with pytest.raises(ValueError, match="paired by round, got 2 and 1"):
+        paired_ratio([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="numerator must be a non-empty"):
+        paired_ratio([], [1.0])
+    with pytest.raises(ValueError, match="denominator must be finite and positive"):
+        paired_ratio([1.0], [0.0])

@@ -1,0 +1,157 @@
+"""Problem, Tile, Arch: the vocabulary everything else speaks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmoe import _extension
+from flashmoe.problem import Problem
+from flashmoe.tiles import SM80_HEAD_DIMS, Arch, Tile, grid, instance_head_dim, sm80_smem_bytes
+
+H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
+L4 = Arch("cuda", "NVIDIA L4", (8, 9), 58, 101376)
+CPU = Arch("cpu", "a cpu")
+PROBLEM = Problem(32, 8, 8, 512, 512, 64, "bfloat16")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_flops_and_bytes():
+    assert PROBLEM.flops == 4 * 32 * 8 * 512 * 512 * 64
+    assert replace(PROBLEM, causal=True).flops == PROBLEM.flops / 2
+    assert replace(PROBLEM, direction="bwd").flops == PROBLEM.flops * 2.5
+    tensor = 32 * 512 * 8 * 64 * 2
+    assert PROBLEM.bytes == 4 * tensor + 32 * 8 * 512 * 4
+    assert replace(PROBLEM, direction="bwd").bytes == 8 * tensor + 32 * 8 * 512 * 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch", -1, "batch must be an integer of at least 0, got -1"),
+        ("heads_q", 0, "heads_q must be an integer of at least 1, got 0"),
+        ("heads_kv", 3, r"heads_q must be a multiple of heads_kv \(3\), got 8"),
+        ("head_dim", 12, "head_dim must be a multiple of 8 and at most 256, got 12"),
+        ("head_dim", 264, "head_dim must be a multiple of 8 and at most 256, got 264"),
+        ("dtype", "float64", "dtype must be one of float32, float16, bfloat16, got 'float64'"),
+        ("direction", "sideways", "direction must be one of fwd, bwd, got 'sideways'"),
+        ("seqlen_q", 1.5, "seqlen_q must be an integer"),
+    ],
+)
+def test_problem_errors(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PROBLEM, **{field: value})
+
+
+problems = st.builds(
+    Problem,
+    batch=st.integers(0, 300),
+    heads_q=st.sampled_from([8, 16]),
+    heads_kv=st.sampled_from([1, 2, 8]),
+    seqlen_q=st.integers(0, 9000),
+    seqlen_kv=st.integers(0, 9000),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    causal=st.booleans(),
+    direction=st.sampled_from(["fwd", "bwd"]),
+)
+
+
+@given(problems)
+def test_problem_survives_json(problem):
+    assert Problem.from_json(problem.to_json()) == problem
+
+
+def test_problem_json_errors():
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\]"):
+        Problem.from_json({**PROBLEM.to_json(), "colour": 1})
+    with pytest.raises(ValueError, match="incomplete"):
+        Problem.from_json({"batch": 1})
+
+
+@given(problems, problems)
+def test_one_bucket_never_mixes_what_changes_a_kernel(a, b):
+    if a.bucket == b.bucket:
+        for field in ("direction", "dtype", "causal", "head_dim"):
+            assert getattr(a, field) == getattr(b, field)
+        assert a.heads_q // a.heads_kv == b.heads_q // b.heads_kv
+        assert max(a.seqlen_kv, 1) < 2 * max(b.seqlen_kv, 1)
+
+
+tiles = st.builds(
+    Tile,
+    kernel=st.sampled_from(["cpu", "sm80", "triton"]),
+    block_m=st.integers(1, 512),
+    block_n=st.integers(1, 512),
+    num_stages=st.integers(1, 6),
+    num_warps=st.integers(1, 16),
+)
+
+
+@given(tiles)
+def test_tile_text_round_trips(tile):
+    assert Tile.parse(str(tile)) == tile
+
+
+@given(tiles, problems)
+def test_violations_are_sentences(tile, problem):
+    for arch in (H200, L4, CPU):
+        assert all(isinstance(reason, str) and reason for reason in tile.violations(arch, problem))
+
+
+def test_violations_name_the_limit():
+    big = Tile("sm80", 128, 128, 4, 4)
+    assert big.violations(H200, PROBLEM) == []
+    assert any("shared memory of 147456 bytes" in x for x in big.violations(L4, PROBLEM))
+    wide = replace(PROBLEM, head_dim=256)
+    assert any("registers" in x for x in Tile("sm80", 128, 64, 1, 4).violations(H200, wide))
+    assert Tile("sm80", 128, 64, 2, 4).violations(CPU, PROBLEM)
+    assert Tile("cpu", 64, 64).violations(H200, PROBLEM)
+    single = replace(PROBLEM, dtype="float32")
+    assert any("dtype" in x for x in Tile("sm80", 128, 64, 2, 4).violations(H200, single))
+    assert Tile("magic", 1, 1).violations(H200, PROBLEM)
+
+
+def test_every_compiled_tile_is_legal_on_an_h200():
+    for (kernel, head_dim), compiled in _extension.load().instances.items():
+        problem = replace(PROBLEM, head_dim=head_dim)
+        for tile in compiled:
+            assert tile.kernel == kernel
+            assert tile.violations(H200, problem) == []
+
+
+def test_python_and_cpp_agree_on_shared_memory_and_registers():
+    """tile.h states the same two formulas; read them rather than trust a comment."""
+    text = (ROOT / "csrc" / "attention" / "tile.h").read_text()
+
+    def expression(name):
+        return re.search(rf"{name} =\s*([^;]+);", text)[1].replace("/", "//")
+
+    for tile in grid(
+        "sm80", block_m=(64, 128), block_n=(32, 64), num_stages=(1, 3), num_warps=(4,)
+    ):
+        for head_dim in SM80_HEAD_DIMS:
+            names = {
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "NUM_STAGES": tile.num_stages,
+                "HEAD_DIM": head_dim,
+                "M_TILES": tile.block_m // tile.num_warps // 16,
+            }
+            for name in ("Q_ELEMENTS", "KV_ELEMENTS", "SMEM_BYTES", "SO_REGISTERS"):
+                names[name] = eval(expression(name), {}, names)
+            assert names["SMEM_BYTES"] == sm80_smem_bytes(tile, head_dim)
+            roomy = replace(H200, smem_per_block=1 << 30)
+            reasons = tile.violations(roomy, replace(PROBLEM, head_dim=head_dim))
+            limit = int(re.search(r"SO_REGISTERS <= (\d+)", text)[1])
+            assert bool(reasons) == (names["SO_REGISTERS"] > limit)
+
+
+@pytest.mark.parametrize(("head_dim", "instance"), [(8, 32), (64, 64), (80, 96), (200, 256)])
+def test_instance_head_dim(head_dim, instance):
+    assert instance_head_dim(head_dim) == instance
