@@ -184,7 +184,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
     here = device.fingerprint(target)
     path = database.user_path(here.device)
-    stored = {**database.load(database.shipped_path(here.device)), **database.load(path)}
+    stored = {**_load(database.shipped_path(here.device)), **_load(path)}
     command = shlex.join(["python", "-m", PROG, *words])
     options = Options(args.backend, args.trials, args.budget, args.seed, args.force)
     problems = default_suite(target.type) if problem is None else (problem,)
@@ -271,6 +271,13 @@ def _output_folder(folder: Path) -> Path:
             f"--output must be a folder that can be written, got {str(folder)!r}: {error.strerror}"
         ) from None
     return folder
+
+
+def _load(path: Path) -> dict[str, database.Entry]:
+    try:
+        return database.load(path)
+    except OSError as error:
+        raise RuntimeError(f"{path} could not be read: {error.strerror}") from error
 
 
 def _store(path: Path, result: Result, here: device.Fingerprint, command: str) -> bool:

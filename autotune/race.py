@@ -25,6 +25,12 @@ class Race:
         self._anchor = anchor
         self._pairs: dict[Candidate, list[tuple[float, float]]] = {}
         self._ratios: dict[Candidate, Interval] = {}
+        # What one sample costs on the clock, with what surrounds it; as of the last look.
+        self.sample_seconds = 0.0
+
+    def cost(self, candidates: int, rounds: int) -> float:
+        """Seconds that a look at so many candidates takes, the anchor and the warm-up included."""
+        return (candidates + 1) * (rounds + 1) * self.sample_seconds
 
     def look(
         self, candidates: Sequence[Candidate], rounds: int, max_seconds: float
@@ -32,6 +38,7 @@ class Race:
         """Measure the candidates and the anchor together; a candidate that fails is out."""
         rivals = {str(candidate): candidate for candidate in candidates}
         rivals.pop(str(self._anchor), None)
+        start = self._bench.now()
         measured = self._bench.measure(
             {_ANCHOR: self._anchor, **rivals},
             rounds=rounds,
@@ -41,6 +48,8 @@ class Race:
         anchor = measured.pop(_ANCHOR)
         if anchor.status != "ok":
             raise AnchorFailed(f"{self._anchor}: {anchor.reason}")
+        taken = sum(len(m.samples) + 1 for m in measured.values()) + len(anchor.samples) + 1
+        self.sample_seconds = (self._bench.now() - start) / taken
         results = {rivals[name]: measurement for name, measurement in measured.items()}
         if self._anchor in candidates:
             results[self._anchor] = anchor

@@ -30,6 +30,8 @@ _FIRST_ROUNDS = (3, 15)
 # How many candidates get a second look, and how many of them the final.
 CONTENDERS = 8
 FINALISTS = 3
+# Of the search's time, the share that is left to the second look.
+_SECOND_SHARE = 0.3
 # Repeated suggestions in a row after which an unexplored tile is enqueued instead.
 _MAX_REPEATS = 20
 
@@ -47,13 +49,14 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The trials in the order of their first look, the contenders fastest first, and which
-    sampler walked a space of how many tiles."""
+    """The trials in the order of their first look, the contenders fastest first, which sampler
+    walked a space of how many tiles, and what a sample costs on the clock."""
 
     trials: tuple[Trial, ...]
     contenders: tuple[Candidate, ...]
     sampler: str
     space: int
+    sample_seconds: float = 0.0
 
 
 Watch = Callable[[Sequence[Trial], int], None]
@@ -90,7 +93,7 @@ def search(
     BruteForceSampler; otherwise TPESampler(seed) chooses. `watch` sees the trials so far and how
     many there may be. `anchor` is known to be right; AnchorFailed when it cannot be timed.
     """
-    walk = _Walk(space, bench, anchor, deadline=bench.now() + seconds)
+    walk = _Walk(space, bench, anchor, seconds)
     walk.try_tiles(list(dict.fromkeys(first))[:trials])
     affordable = walk.affordable()
     limit = len(space) if trials is None else min(trials, len(space))
@@ -114,71 +117,76 @@ def search(
         watch(list(walk.known.values()), limit)
     contenders = walk.second_look()
     sampler = "BruteForceSampler" if exhaustive else "TPESampler"
-    return Search(tuple(walk.known.values()), tuple(contenders), sampler, len(space))
+    trials_made = tuple(walk.known.values())
+    return Search(trials_made, tuple(contenders), sampler, len(space), walk.sample_seconds)
 
 
 class _Walk:
     """The tiles tried so far, and the time they took."""
 
-    def __init__(self, space: Space, bench: Bench, anchor: Candidate, deadline: float) -> None:
+    def __init__(self, space: Space, bench: Bench, anchor: Candidate, seconds: float) -> None:
         self._space = space
         self._bench = bench
         self._race = Race(bench, anchor)
-        self._deadline = deadline
+        self._seconds = seconds
+        self._deadline = bench.now() + seconds
         self.known: dict[Tile, Trial] = {}
         self._prepare_seconds: dict[str, float] = {}
-        start = bench.now()
-        sample = self._race.look([anchor], rounds=3, max_seconds=deadline - start)[anchor]
-        # A sample's cost on the clock, with what surrounds it; four were taken with the warm-up.
-        self._sample_seconds = (bench.now() - start) / (len(sample.samples) + 1)
+        self._race.look([anchor], rounds=3, max_seconds=self.left())
         low, high = _FIRST_ROUNDS
-        self.rounds = min(max(round(_FIRST_SECONDS / max(self._sample_seconds, 1e-9)), low), high)
+        seconds = max(self._race.sample_seconds, 1e-9)
+        self.rounds = min(max(round(_FIRST_SECONDS / seconds), low), high)
 
     def left(self) -> float:
         return self._deadline - self._bench.now()
 
     def late(self) -> bool:
-        return self.left() <= 0
+        """Whether what is left belongs to the second look."""
+        return self.left() <= _SECOND_SHARE * self._seconds
+
+    @property
+    def sample_seconds(self) -> float:
+        return self._race.sample_seconds
 
     def affordable(self) -> int:
-        """How many tiles of the space the time left allows, going by those tried, and leaving a
-        quarter of it for the second look."""
+        """How many tiles of the space the time for the first look allows, going by those tried."""
         kernels = [tile.kernel for tile in self._space.tiles]
-        known = self._prepare_seconds
-        prepare = sum(known.get(kernel, 0.0) for kernel in kernels) / len(kernels)
-        look = (self.rounds + 1) * self._sample_seconds * (1 + 1 / BATCH)
-        return len(self.known) + int(max(0.75 * self.left(), 0.0) / (prepare + look))
+        prepare = sum(self._prepare_seconds.get(kernel, 0.0) for kernel in kernels) / len(kernels)
+        look = self._race.cost(BATCH, self.rounds) / BATCH
+        left = max(self.left() - _SECOND_SHARE * self._seconds, 0.0)
+        return len(self.known) + int(left / (prepare + look))
 
     def try_tiles(self, tiles: Sequence[Tile]) -> None:
         """Check and time new tiles; those that time does not allow stay unknown."""
-        ready = []
+        ready: list[Candidate] = []
         for tile in tiles:
-            if self.late():
+            # What is ready must still be timed: leave the time for two rounds of it.
+            if self.late() or self.left() < self._race.cost(len(ready) + 1, 2):
                 break
-            prepared = self._bench.prepare(Candidate.of_tile(tile))
+            candidate = Candidate.of_tile(tile)
+            prepared = self._bench.prepare(candidate)
             self._prepare_seconds[tile.kernel] = prepared.samples[0]
             if prepared.status == "ok":
-                ready.append(tile)
+                ready.append(candidate)
             else:
                 self.known[tile] = Trial(tile, prepared.status, reason=prepared.reason)
-        if ready and not self.late():
-            measured = self._race.look(
-                [Candidate.of_tile(tile) for tile in ready], self.rounds, self.left()
-            )
-            for candidate, measurement in measured.items():
-                self._record(candidate, measurement)
+        if ready and self.left() > 0:
+            self._look(ready, self.rounds)
 
     def second_look(self) -> list[Candidate]:
         """Halve the field, doubling the rounds, until it is small or time is up."""
         contenders = self._race.contenders(CONTENDERS)
         rounds = self.rounds
-        while len(contenders) > FINALISTS and not self.late():
+        while len(contenders) > FINALISTS and self.left() > self._race.cost(len(contenders), 2):
             rounds *= 2
-            for candidate, measurement in self._race.look(contenders, rounds, self.left()).items():
-                self._record(candidate, measurement)
+            self._look(contenders, rounds)
             contenders = self._race.contenders(max(FINALISTS, len(contenders) // 2))
         # All that survived, so that a finalist that turns out wrong has a successor.
         return self._race.contenders(CONTENDERS)
+
+    def _look(self, candidates: Sequence[Candidate], rounds: int) -> None:
+        for candidate, measurement in self._race.look(candidates, rounds, self.left()).items():
+            self._record(candidate, measurement)
 
     def _record(self, candidate: Candidate, measurement: Measurement) -> None:
         tile = candidate.tile

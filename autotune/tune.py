@@ -35,6 +35,7 @@ FINGERPRINT_FIELDS = ("device", "kernels", "torch", "triton", "cuda", "threads")
 # Of a problem's time, the share of the search; the rest is the final's.
 _SEARCH_SHARE = 0.65
 _FINAL_ROUNDS = 300
+_FINAL_WARMUP = 2
 _CONFIRM_ROUNDS = 100
 _CONFIRM_SECONDS = 6.0
 
@@ -113,6 +114,7 @@ class _Tuning:
         self._device = device
         self._options = options
         self._watch = watch
+        self._sample_seconds = 0.0
         self._unverified: dict[Tile, Measurement] = {}
         self._has_sdpa = not why_not("sdpa", problem, device)
         self._backends = searched_backends(problem, device, options.backend)
@@ -142,6 +144,7 @@ class _Tuning:
             if not decision.changed:
                 return self._result("confirmed", decision, samples, None)
         found = self._search(self._left(deadline) * _SEARCH_SHARE)
+        self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
         self._watch.stage("measuring the finalists again")
         decision, samples = self._final(found.contenders, self._left(deadline), _FINAL_ROUNDS)
         return self._result("tuned" if decision.changed else "kept", decision, samples, found)
@@ -181,13 +184,17 @@ class _Tuning:
         """Raise Unmeasurable unless a final of the anchor, twice, with two others fits."""
         start = self._bench.now()
         self._bench.measure({"once": self._anchor}, rounds=1, warmup=0)
-        once = self._bench.now() - start
-        needed = once * 4 * (MIN_ROUNDS + 2)
+        self._sample_seconds = self._bench.now() - start
+        needed = 4 * self._final_seconds()
         if needed > seconds:
             raise Unmeasurable(
                 f"a comparison takes about {needed:.1f} s, and the budget leaves "
                 f"{max(seconds, 0.0):.1f} s for this problem; raise --budget"
             )
+
+    def _final_seconds(self) -> float:
+        """What one candidate costs in the shortest final that may change anything."""
+        return self._sample_seconds * (MIN_ROUNDS + _FINAL_WARMUP)
 
     def _search(self, seconds: float) -> Search:
         here = arch(self._device)
@@ -216,15 +223,15 @@ class _Tuning:
     ) -> tuple[Decision, dict[str, tuple[float, ...]]]:
         """Fresh samples of the finalists, the anchor (twice), what is stored, and SDPA."""
         deadline = self._bench.now() + seconds
-        rivals = self._finalists(contenders)
-        if self._stored is not None:
-            rivals.insert(0, self._stored)
-        if self._has_sdpa:
-            rivals.append(SDPA)
+        rivals = [self._stored] if self._stored is not None else []
+        rivals += [SDPA] if self._has_sdpa else []
+        # Two of the field are the anchor; fewer finalists if they would leave too few rounds.
+        room = int(seconds / self._final_seconds()) - 2 - len(rivals)
+        rivals += self._finalists(contenders, min(max(room, 1), FINALISTS))
         field = {AGAIN: self._anchor, str(self._anchor): self._anchor}
         field |= {str(candidate): candidate for candidate in rivals}
         measured = self._bench.measure(
-            field, rounds=rounds, warmup=2, max_seconds=self._left(deadline)
+            field, rounds=rounds, warmup=_FINAL_WARMUP, max_seconds=self._left(deadline)
         )
         for name in (str(self._anchor), AGAIN):
             if measured[name].status != "ok":
@@ -240,11 +247,11 @@ class _Tuning:
         alive = [c for c in (self._anchor, *rivals) if str(c) in samples]
         return decide(samples, base, self._anchor, alive), samples
 
-    def _finalists(self, contenders: Sequence[Candidate]) -> list[Candidate]:
+    def _finalists(self, contenders: Sequence[Candidate], count: int) -> list[Candidate]:
         """The fastest contenders that also pass the check with odd sizes and guarded memory."""
         finalists: list[Candidate] = []
         for candidate in contenders:
-            if len(finalists) == FINALISTS:
+            if len(finalists) == count:
                 break
             verified = self._bench.verify(candidate)
             if verified.status == "ok":
@@ -282,6 +289,8 @@ class _Tuning:
             noise=decision.noise,
             samples=samples,
             search=found,
+            # Too few rounds decide nothing that is worth keeping.
             # What holds with this software stays as it is; what was found with another is renewed.
-            store=status == "tuned" or (status == "kept" and not self._current),
+            store=status == "tuned"
+            or (status == "kept" and not self._current and len(samples[AGAIN]) >= MIN_ROUNDS),
         )

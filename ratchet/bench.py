@@ -21,6 +21,10 @@ from flashmoe.ratchet.suite import Case
 from flashmoe.timing import Limits
 
 Answer = dict[str, Any]
+# A process's share of disturbed rounds (see `quiet`) from which another one is asked as well.
+_DISTURBED = 0.2
+# Processes asked at most, for each one wanted.
+_MOST_PROCESSES = 2
 WORKER = (sys.executable, "-m", "flashmoe.ratchet.worker")
 
 
@@ -65,20 +69,32 @@ class _Collected:
     def broken(self) -> bool:
         return any(a[side]["status"] != "ok" for a in self.answers for side in ("ours", "sdpa"))
 
-    def result(self) -> CaseResult:
-        ours, sdpa = (self._series(side) for side in ("ours", "sdpa"))
-        if ours.status != "ok" or sdpa.status != "ok":
-            # Half a case is no figure: without a partner a sample means nothing.
-            ours, sdpa = Series(ours.status, (), ours.reason), Series(sdpa.status, (), sdpa.reason)
-        first = self.answers[0]
-        plans = tuple(PlanUsed(**plan) for plan in first["plans"])
-        return CaseResult(self.case, ours, sdpa, plans, first["error"])
+    def quiet(self) -> int:
+        """How many processes could measure this case without much disturbance."""
+        return sum(answer["disturbed"] <= _DISTURBED for answer in self.answers)
 
-    def _series(self, side: str) -> Series:
+    def result(self, processes: int) -> CaseResult:
+        """From the `processes` least disturbed processes."""
+        ours, sdpa = (self._status(side) for side in ("ours", "sdpa"))
+        first = self.answers[0]
+        disturbed = 0.0
+        if ours.status == sdpa.status == "ok":
+            # Stable: among the equally quiet the earlier ones.
+            kept = sorted(self.answers, key=lambda answer: float(answer["disturbed"]))[:processes]
+            disturbed = sum(answer["disturbed"] for answer in kept) / processes
+            ours, sdpa = (
+                Series("ok", tuple(tuple(answer[side]["samples"]) for answer in kept))
+                for side in ("ours", "sdpa")
+            )
+        # Otherwise half a case is no figure: without a partner a sample means nothing.
+        plans = tuple(PlanUsed(**plan) for plan in first["plans"])
+        return CaseResult(self.case, ours, sdpa, plans, first["error"], round(disturbed, 4))
+
+    def _status(self, side: str) -> Series:
         for answer in self.answers:
             if answer[side]["status"] != "ok":
                 return Series(answer[side]["status"], (), answer[side]["reason"])
-        return Series("ok", tuple(tuple(answer[side]["samples"]) for answer in self.answers))
+        return Series("ok")
 
 
 def bench(
@@ -89,7 +105,9 @@ def bench(
     debug: bool = False,
 ) -> Results:
     """Measure `cases`. `progress` hears a line before each case of each process. A case that is
-    wrong, fails or kills its process has that as its result, and the others go on.
+    wrong, fails or kills its process has that as its result, and the others go on. Where other
+    programs disturbed a process, another one measures those cases again, up to twice as many in
+    all, and the least disturbed ones count.
 
     Raises UserError when no process can start measuring at all, saying why.
     """
@@ -97,11 +115,17 @@ def bench(
     collected = {case.name: _Collected(case) for case in cases}
     fingerprint: Fingerprint | None = None
     limits: dict[str, Limits] = {}
-    for process in range(settings.processes):
-        left = [item.case for item in collected.values() if not item.broken]
+    for process in range(_MOST_PROCESSES * settings.processes):
+        left = [
+            item.case
+            for item in collected.values()
+            if not item.broken and item.quiet() < settings.processes
+        ]
         if not left:
             break
         heading = f"process {process + 1} of {settings.processes}"
+        if process >= settings.processes:
+            heading = "the machine is busy, again"
         for answer in _answers(settings.job(process, left), debug):
             if answer["event"] == "start":
                 fingerprint = fingerprint or Fingerprint(**answer["fingerprint"])
@@ -131,7 +155,7 @@ def bench(
         },
         fingerprint,
         limits,
-        tuple(item.result() for item in collected.values()),
+        tuple(item.result(settings.processes) for item in collected.values()),
     )
 
 
@@ -186,6 +210,7 @@ def _answers(job: dict[str, Any], debug: bool) -> Iterator[Answer]:
             "sdpa": sdpa,
             "plans": [],
             "error": None,
+            "disturbed": 0.0,
         }
 
 

@@ -31,6 +31,8 @@ from flashmoe.ratchet.suite import NAME_FORM, SUITES, select
 
 PROGRAM = "flashmoe.ratchet"
 INTERRUPTED = 130
+# On a CPU, processes differ more from each other, and start sooner.
+PROCESSES = {"cpu": 10, "cuda": 5}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,8 +100,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add(
         "--processes",
         type=int,
-        default=5,
-        help="fresh processes that share the rounds (default: %(default)s)",
+        help="fresh processes that share the rounds (default: "
+        + ", ".join(f"{number} on {kind}" for kind, number in PROCESSES.items())
+        + ")",
     )
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--seed", type=int, default=0, help="of inputs and orders (default: %(default)s)")
@@ -140,12 +143,13 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = _device(arguments.device)
-    cases = select(arguments.suite, torch.device(device).type, arguments.case)
+    kind = torch.device(device).type
+    cases = select(arguments.suite, kind, arguments.case)
     settings = Settings(
         device,
         arguments.rounds,
         arguments.warmup,
-        arguments.processes,
+        PROCESSES[kind] if arguments.processes is None else arguments.processes,
         arguments.seed,
         "" if arguments.case else arguments.suite,
     )
@@ -156,12 +160,13 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=len(cases) * settings.processes)
+        total = len(cases) * settings.processes
+        task = bar.add_task("starting", total=total)
         begun = 0
 
         def progress(line: str) -> None:
             nonlocal begun
-            bar.update(task, description=line, completed=begun)
+            bar.update(task, description=line, completed=begun, total=max(total, begun + 1))
             begun += 1
 
         results = bench(cases, settings, _command(argv), progress, arguments.debug)

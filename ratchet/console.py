@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from rich.console import Console
@@ -19,14 +18,14 @@ _FILE_WIDTH = 160
 
 
 def stdout() -> Console:
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _FILE_WIDTH
+    wide = None if sys.stdout.isatty() else _FILE_WIDTH
     return Console(width=wide, highlight=False)
 
 
 def results_table(results: Results) -> Table:
     device, seconds = results.fingerprint.device, results.duration
     table = Table(title=f"{device}: {len(results.cases)} cases in {seconds:.0f} s")
-    table.add_column("case", overflow="fold")
+    table.add_column("case", no_wrap=True)
     for name in ("ours", "SDPA", "speedup [95 %]", "GFLOP/s", "GB/s", "efficiency"):
         table.add_column(name, justify="right")
     table.add_column("plan", overflow="fold")
@@ -55,7 +54,7 @@ def _result_row(case: CaseResult, results: Results) -> list[str]:
 
 def decision_table(decision: Decision) -> Table:
     table = Table(title=f"ratchet {decision.summary}")
-    table.add_column("case", overflow="fold")
+    table.add_column("case", no_wrap=True)
     table.add_column("verdict")
     table.add_column("change of speedup", justify="right")
     table.add_column("95 % interval", justify="right")

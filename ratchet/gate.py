@@ -251,6 +251,13 @@ def _environment(
     """What moved besides the kernel: SDPA's own time, the measured limits, the rest of the
     fingerprint. None of it decides anything."""
     notes = []
+    for which, run in (("now", current), ("in the baseline", baseline)):
+        if busy := [case for case in run.cases if case.disturbed > 0]:
+            most = max(case.disturbed for case in busy)
+            notes.append(
+                f"other programs disturbed {len(busy)} of {len(run.cases)} cases {which} "
+                f"(up to {most:.0%} of the rounds): intervals are wider than they need be"
+            )
     beyond = max(-thresholds.fail, thresholds.improve) / 100
     for v in verdicts:
         if v.sdpa and v.sdpa.excludes(1.0) and abs(v.sdpa.value - 1) > beyond:

@@ -21,6 +21,11 @@ from flashmoe.stats import Interval
 
 # What GitHub accepts in a comment.
 MAX_CHARACTERS = 65536
+_LEAST_LISTED = 20
+_HEADER = (
+    "| case | | speedup over SDPA: baseline | now | change | 95 % interval |",
+    "|:--|:--|--:|--:|--:|--:|",
+)
 # Worst first.
 ORDER = (FAIL, YARDSTICK, IMPROVED, INCONCLUSIVE, PASS)
 _SIGNS = {FAIL: "🔴", YARDSTICK: "🟠", IMPROVED: "🟢", INCONCLUSIVE: "⚪", PASS: "✅"}
@@ -42,9 +47,9 @@ def profile_targets(decision: Decision) -> tuple[str, ...]:
 def markdown(decision: Decision, current: Results, baseline: Results) -> str:
     """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
     end, best cases first, and the report says so."""
-    verdicts = ranked(decision.verdicts)
-    for shown in _halvings(len(verdicts)):
-        text = _markdown(decision, verdicts, shown, current, baseline)
+    rows = [(v, _row(v)) for v in ranked(decision.verdicts)]
+    for shown in _halvings(len(rows)):
+        text = _markdown(decision, rows, shown, current, baseline)
         if len(text) < MAX_CHARACTERS:
             return text
     return f"{_heading(decision)}\n\nThe report does not fit into a comment.\n"
@@ -59,40 +64,41 @@ def _halvings(n: int) -> list[int]:
 
 def _markdown(
     decision: Decision,
-    verdicts: Sequence[Verdict],
+    rows: Sequence[tuple[Verdict, str]],
     shown: int,
     current: Results,
     baseline: Results,
 ) -> str:
-    kept, left_out = verdicts[:shown], len(verdicts) - shown
+    kept, left_out = rows[:shown], len(rows) - shown
+    listed = max(shown, _LEAST_LISTED)
     parts = [_heading(decision), ""]
     if decision.integrity:
         parts += ["**The run and the baseline cannot be compared:**", ""]
-        parts += [f"- {_escaped(problem)}" for problem in decision.integrity[: max(shown, 20)]]
-        if len(decision.integrity) > max(shown, 20):
-            parts.append(f"- and {len(decision.integrity) - max(shown, 20)} more")
-        parts.append("")
-    urgent = [v for v in kept if v.verdict in (FAIL, YARDSTICK, IMPROVED)]
-    quiet = [v for v in kept if v.verdict in (INCONCLUSIVE, PASS)]
+        parts += [*_list(decision.integrity, listed), ""]
+    urgent = [(v, row) for v, row in kept if v.verdict in (FAIL, YARDSTICK, IMPROVED)]
+    quiet = [(v, row) for v, row in kept if v.verdict in (INCONCLUSIVE, PASS)]
     if urgent:
-        parts += [*_table(urgent), ""]
-    parts += [f"- {v.name}: {_escaped(v.reason)}" for v in urgent if v.reason]
+        parts += [*_HEADER, *(row for _, row in urgent), ""]
+        parts += [*(f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in urgent if v.reason), ""]
     if quiet:
-        parts += _details(f"{len(quiet)} cases without a significant change", _table(quiet))
-    notes = [f"- {v.name}: {_escaped(v.reason)}" for v in quiet if v.reason]
-    if notes:
-        parts += _details(f"{len(notes)} inconclusive", notes)
+        title = f"{len(quiet)} cases without a significant change"
+        parts += _details(title, [*_HEADER, *(row for _, row in quiet)])
+    if notes := [f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in quiet if v.reason]:
+        parts += _details(f"{len(notes)} of them inconclusive", notes)
     if left_out:
         parts += [f"{left_out} more cases do not fit here; the result file has them.", ""]
-    plans = _plan_changes(kept)
-    if plans:
+    if plans := _plan_changes([v for v, _ in kept]):
         parts += _details(f"{len(plans)} cases run another plan than before", plans)
-    moved = [f"- {_escaped(note)}" for note in decision.environment[: max(shown, 20)]]
-    if moved:
+    if decision.environment:
         title = f"The environment changed in {len(decision.environment)} ways (not the kernel)"
-        parts += _details(title, moved)
+        parts += _details(title, _list(decision.environment, listed))
     parts += _details("Environment and rule", _environment(decision, current, baseline))
     return "\n".join(parts) + "\n"
+
+
+def _list(items: Sequence[str], most: int) -> list[str]:
+    lines = [f"- {_escaped(item)}" for item in items[:most]]
+    return lines + ([f"- and {len(items) - most} more"] if len(items) > most else [])
 
 
 def _heading(decision: Decision) -> str:
@@ -100,24 +106,14 @@ def _heading(decision: Decision) -> str:
     return f"### {sign} flashmoe ratchet {decision.summary}"
 
 
-def _table(verdicts: Sequence[Verdict]) -> list[str]:
-    rows = [
-        "| case | | speedup over SDPA: baseline | now | change | 95 % interval |",
-        "|:--|:--|--:|--:|--:|--:|",
-    ]
-    for v in verdicts:
-        cells = [f"`{v.name}`", f"{_SIGNS[v.verdict]} {v.verdict}"]
-        if v.change is None or v.current is None or v.baseline is None:
-            cells += ["", "", "", ""]
-        else:
-            cells += [
-                _speedup(v.baseline),
-                _speedup(v.current),
-                f"**{percent(v.change.value):+.1f} %**",
-                _bounds(v.change),
-            ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+def _row(v: Verdict) -> str:
+    cells = [f"`{v.name}`", f"{_SIGNS[v.verdict]} {v.verdict}"]
+    if v.change is None or v.current is None or v.baseline is None:
+        cells += ["", "", "", ""]
+    else:
+        change = f"**{percent(v.change.value):+.1f} %**"
+        cells += [_speedup(v.baseline), _speedup(v.current), change, _bounds(v.change)]
+    return f"| {' | '.join(cells)} |"
 
 
 def _speedup(case: CaseResult) -> str:
@@ -136,7 +132,7 @@ def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
             continue
         old, new = (", ".join(map(str, case.plans)) for case in (v.baseline, v.current))
         if old != new:
-            lines.append(f"- {v.name}: {old} before, {new} now")
+            lines.append(f"- `{v.name}`: {old} before, {new} now")
     return lines
 
 

@@ -10,18 +10,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flashmoe.device import Fingerprint
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.fields import get, is_number, positive
 from flashmoe.ratchet.suite import Case, parse
 from flashmoe.timing import STATUSES, Limits
 
 SCHEMA = 1
 SIDES = ("ours", "sdpa")
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +57,16 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One measured case. ours[p][r] and sdpa[p][r] were taken in the same round."""
+    """One measured case. ours[p][r] and sdpa[p][r] were taken in the same round. `error` is the
+    largest error as a share of the allowed one; `disturbed` the share of rounds during which other
+    programs had our cores."""
 
     case: Case
     ours: Series
     sdpa: Series
     plans: tuple[PlanUsed, ...] = ()
     error: float | None = None
+    disturbed: float = 0.0
     origin: Origin | None = None
 
     @property
@@ -173,6 +175,7 @@ def _case_to_json(result: CaseResult, limits: Mapping[str, Limits]) -> dict[str,
         "backward": result.case.backward,
         "plans": [asdict(plan) for plan in result.plans],
         "error": result.error,
+        "disturbed": result.disturbed,
         "origin": asdict(result.origin) if result.origin else None,
     }
     for side in SIDES:
@@ -209,21 +212,21 @@ def summary(case: Case, series: Series, limits: Mapping[str, Limits]) -> dict[st
 def from_json(data: Any) -> Results:
     """Raises ValueError or UserError naming the field, what it holds and what is allowed. Derived
     figures are not read: everything is decided from the samples."""
-    schema = _get(data, "schema", int)
+    schema = get(data, "schema", int)
     if schema != SCHEMA:
         raise ValueError(f"schema must be {SCHEMA}, got {schema}")
     limits = {
-        dtype: Limits(_positive(value, "matmul_flops"), _positive(value, "copy_bytes"))
-        for dtype, value in _get(data, "limits", dict).items()
+        dtype: Limits(positive(value, "matmul_flops"), positive(value, "copy_bytes"))
+        for dtype, value in get(data, "limits", dict).items()
     }
     results = Results(
-        _get(data, "started", str),
-        float(_get(data, "duration", (int, float))),
-        _get(data, "command", str),
-        _get(data, "settings", dict),
-        _fingerprint(_get(data, "fingerprint", dict)),
+        get(data, "started", str),
+        float(get(data, "duration", (int, float))),
+        get(data, "command", str),
+        get(data, "settings", dict),
+        _fingerprint(get(data, "fingerprint", dict)),
         limits,
-        tuple(_located(f"cases[{i}]", case) for i, case in enumerate(_get(data, "cases", list))),
+        tuple(_located(f"cases[{i}]", case) for i, case in enumerate(get(data, "cases", list))),
     )
     if not results.cases:
         raise ValueError("it has no cases")
@@ -240,13 +243,13 @@ def _located(where: str, data: Any) -> CaseResult:
 
 
 def _case(data: Any) -> CaseResult:
-    name = _get(data, "name", str)
+    name = get(data, "name", str)
     case = parse(name)
-    if _get(data, "problem", dict) != case.problem.to_json():
+    if get(data, "problem", dict) != case.problem.to_json():
         raise ValueError(f"problem is not the one that the name {name!r} says")
-    if _get(data, "backward", bool) != case.backward:
+    if get(data, "backward", bool) != case.backward:
         raise ValueError(f"backward is not what the name {name!r} says")
-    ours, sdpa = (_series(side, _get(data, side, dict)) for side in SIDES)
+    ours, sdpa = (_series(side, get(data, side, dict)) for side in SIDES)
     if ours.status == sdpa.status == "ok":
         shapes = [[len(process) for process in series.samples] for series in (ours, sdpa)]
         if shapes[0] != shapes[1] or len(set(shapes[0])) != 1 or 0 in shapes[0]:
@@ -260,28 +263,29 @@ def _case(data: Any) -> CaseResult:
         ours,
         sdpa,
         tuple(
-            PlanUsed(*(_get(plan, key, str) for key in ("direction", "backend", "tile", "source")))
-            for plan in _get(data, "plans", list)
+            PlanUsed(*(get(plan, key, str) for key in ("direction", "backend", "tile", "source")))
+            for plan in get(data, "plans", list)
         ),
         float(error) if isinstance(error, (int, float)) else None,
+        float(get(data, "disturbed", (int, float))),
         None
         if origin is None
-        else Origin(*(_get(origin, key, str) for key in ("started", "command", "kernels"))),
+        else Origin(*(get(origin, key, str) for key in ("started", "command", "kernels"))),
     )
 
 
 def _series(side: str, data: dict[str, Any]) -> Series:
-    status = _get(data, "status", str)
+    status = get(data, "status", str)
     if status not in STATUSES:
         raise ValueError(f"{side}.status must be one of {', '.join(STATUSES)}, got {status!r}")
     if status != "ok":
-        return Series(status, (), _get(data, "reason", str))
+        return Series(status, (), get(data, "reason", str))
     samples: list[tuple[float, ...]] = []
-    for p, process in enumerate(_get(data, "samples", list)):
+    for p, process in enumerate(get(data, "samples", list)):
         if not isinstance(process, list):
             raise ValueError(f"{side}.samples[{p}] must be a list of seconds, got {process!r}")
         for r, x in enumerate(process):
-            if not _is_number(x) or not 0 < x < math.inf:
+            if not is_number(x) or not 0 < x < math.inf:
                 raise ValueError(
                     f"{side}.samples[{p}][{r}] must be finite and positive seconds, got {x!r}"
                 )
@@ -292,28 +296,4 @@ def _series(side: str, data: dict[str, Any]) -> Series:
 def _fingerprint(data: dict[str, Any]) -> Fingerprint:
     kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
     fields = Fingerprint.__dataclass_fields__
-    return Fingerprint(**{name: _get(data, name, kinds[str(f.type)]) for name, f in fields.items()})
-
-
-def _get(data: Any, key: str, kind: type[_T] | tuple[type, ...]) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"expected an object with {key!r}, got {type(data).__name__}")
-    if key not in data:
-        raise ValueError(f"{key} is missing")
-    value = data[key]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(k.__name__ for k in names)
-        raise ValueError(f"{key} must be {wanted}, got {type(value).__name__}")
-    return value
-
-
-def _positive(data: Any, key: str) -> float:
-    value = _get(data, key, (int, float))
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} must be finite and positive, got {value!r}")
-    return float(value)
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return Fingerprint(**{name: get(data, name, kinds[str(f.type)]) for name, f in fields.items()})

@@ -19,9 +19,10 @@ import torch
 
 from flashmoe import device as devices
 from flashmoe.plan import make_plan
+from flashmoe.ratchet.quiet import measure_quietly, quietest
 from flashmoe.ratchet.suite import Case, parse
 from flashmoe.ratchet.workload import Workload, calls
-from flashmoe.timing import measure, measure_limits
+from flashmoe.timing import measure_limits
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -68,8 +69,8 @@ def _limits(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, 
     units, where torch's own 16-bit matmul is a hundred times slower than any kernel here."""
     dtypes = sorted({case.problem.dtype for case in cases})
     if device.type == "cpu":
-        limits = asdict(measure_limits(device, torch.float32))
-        return dict.fromkeys(dtypes, limits)
+        limits = quietest(lambda: measure_limits(device, torch.float32))
+        return dict.fromkeys(dtypes, asdict(limits))
     return {dtype: asdict(measure_limits(device, getattr(torch, dtype))) for dtype in dtypes}
 
 
@@ -91,10 +92,10 @@ def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str,
     except Exception as error:  # noqa: BLE001 - a failure is a result
         reason = f"{type(error).__name__}: {error}"
         return _answer(ours_status="failed", reason=reason, plans=plans)
-    measured = measure(
+    measured, disturbed = measure_quietly(
         calls(workload), device, rounds=job["rounds"], warmup=job["warmup"], seed=job["seed"]
     )
-    answer = _answer(plans=plans, error=error_share)
+    answer = _answer(plans=plans, error=error_share, disturbed=disturbed)
     for side, measurement in measured.items():
         # Six digits: a clock tells less, and files stay small.
         samples = [float(f"{x:.6g}") for x in measurement.samples]
@@ -112,13 +113,14 @@ def _answer(
     reason: str = "",
     plans: Sequence[dict[str, str]] = (),
     error: float | None = None,
+    disturbed: float = 0.0,
 ) -> dict[str, Any]:
     sides = {"ours": ours_status, "sdpa": sdpa_status}
     answer: dict[str, Any] = {
         side: {"status": status, "reason": reason if status != "ok" else "", "samples": []}
         for side, status in sides.items()
     }
-    return {**answer, "plans": list(plans), "error": error}
+    return {**answer, "plans": list(plans), "error": error, "disturbed": disturbed}
 
 
 def _plans(case: Case, device: torch.device) -> list[dict[str, str]]:

@@ -53,7 +53,8 @@ void check(bool ok, const char* what, long long got) {
 }
 
 const CpuKernel& kernel_of(CpuIsa isa) {
-  check(isa <= detected_cpu_isa(), "isa must be one this CPU supports", static_cast<int>(isa));
+  check(isa >= CpuIsa::generic && isa <= detected_cpu_isa(), "isa must be one this CPU supports",
+        static_cast<int>(isa));
 #if defined(__x86_64__)
   if (isa == CpuIsa::avx512) return cpu_kernel_avx512;
   if (isa == CpuIsa::avx2) return cpu_kernel_avx2;
@@ -125,6 +126,8 @@ void fwd_cpu(const AttentionParams& params, DType dtype, int block_m, int block_
   check(params.heads_kv > 0, "heads_kv must be positive", params.heads_kv);
   check(params.heads_q % params.heads_kv == 0, "heads_q must be a multiple of heads_kv",
         params.heads_q);
+  check(dtype >= DType::float32 && dtype <= DType::bfloat16, "dtype must be 0, 1 or 2",
+        static_cast<int>(dtype));
   check(block_m > 0, "block_m must be positive", block_m);
   check(block_n > 0, "block_n must be positive", block_n);
 

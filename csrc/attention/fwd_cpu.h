@@ -23,10 +23,9 @@ using ParallelFor = void (*)(long long begin, long long end, long long grain, Pa
 // Computes params.out and params.softmax_lse; any of float32, float16, bfloat16 (all four tensors
 // the same). Every row's head_dim elements are read, nothing between or behind the rows.
 //
-// block_m query rows share each tile of block_n keys that is brought into the cache; rows are
-// (position, query head of the kv head's group) pairs, so block_m counts seqlen_q * group rows.
-// Both may be any positive number and are clamped to the problem. The result depends on block_n and
-// isa (order of summation), never on block_m's remainder, num_threads or scheduling.
+// block_m query rows share each tile of block_n keys that is staged; rows are (position, query head
+// of the kv head's group) pairs, so there are seqlen_q * group of them. Both may be any positive
+// number and are clamped to the problem. The result is the same, bit for bit, for any num_threads.
 //
 // A query row depends only on the keys and values it may see: NaN or inf elsewhere never reaches
 // it, and NaN or inf it sees propagates as in PyTorch. A row whose visible scores are all -inf,

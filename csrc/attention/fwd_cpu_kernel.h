@@ -130,7 +130,7 @@ struct BlockForward {
       return static_cast<const T*>(params.q) + task.batch * params.q_batch_stride +
              row / group * params.q_row_stride + query_head(row) * params.q_head_stride;
     };
-    for (int lane = 0; lane < rows; lane += 8) {
+    for (int lane = 0; lane < round_up(rows, WIDTH); lane += 8) {
       for (int i = 0; i < 8; ++i) {
         const T* q = src(lane + i);
         prefetch_row(src(lane + i + 4));

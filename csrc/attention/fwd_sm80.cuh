@@ -70,7 +70,7 @@ __device__ __forceinline__ float finite_max(float row_max) {
 }
 
 template <typename T, typename Tile, bool ALIGNED>
-__global__ void __launch_bounds__(Tile::NUM_THREADS)
+__global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     attention_forward_kernel(const __grid_constant__ AttentionParams params, int num_m_blocks) {
   constexpr int HEAD_DIM = Tile::HEAD_DIM;
   constexpr int BLOCK_M = Tile::BLOCK_M;

@@ -21,6 +21,13 @@ struct Sm80Tile {
   static constexpr int SO_REGISTERS = M_TILES * (BLOCK_N / 2 + HEAD_DIM / 2);
   static constexpr bool Q_IN_REGISTERS = SO_REGISTERS + M_TILES * HEAD_DIM / 4 <= 168;
 
+  // Thread blocks an SM should hold: as many as the fragments and the rest of a thread's registers
+  // allow (the rest as ptxas -v shows it). Told to ptxas, which otherwise spends more registers on
+  // scheduling than another resident block is worth.
+  static constexpr int THREAD_REGISTERS =
+      SO_REGISTERS + (Q_IN_REGISTERS ? M_TILES * HEAD_DIM / 4 + 40 : 48);
+  static constexpr int MIN_BLOCKS_PER_SM = 65536 / (NUM_THREADS * THREAD_REGISTERS);
+
   static constexpr int Q_ELEMENTS = BLOCK_M * HEAD_DIM;
   static constexpr int KV_ELEMENTS = BLOCK_N * HEAD_DIM;
   static constexpr int SMEM_BYTES = 2 * (Q_ELEMENTS + 2 * NUM_STAGES * KV_ELEMENTS);

@@ -251,8 +251,13 @@ def _has_tma(device_index: int) -> bool:
 
 
 def can_use_tma(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator exists and can read the tensors: 16-byte alignment."""
-    if not tensors[0].is_cuda or not _has_tma(tensors[0].get_device()):
+    """Whether the tensor memory accelerator exists, pays and can read the tensors.
+
+    It needs 16-byte alignment. float32 has no tensor core path whose operands it could feed, and
+    Triton 3.6 then spills (16 KiB a thread at head_dim 128 and 32 x 32 tiles, sm_90).
+    """
+    first = tensors[0]
+    if not first.is_cuda or first.dtype == torch.float32 or not _has_tma(first.get_device()):
         return False
     for x in tensors:
         align = 16 // x.element_size()

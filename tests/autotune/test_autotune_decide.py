@@ -35,10 +35,10 @@ def test_noise_alone_changes_nothing() -> None:
     equal = {DEFAULT: 1.0, A: 1.0, B: 1.0, C: 1.0, SDPA: 1.0}
     changed = [
         seed
-        for seed in range(200)
+        for seed in range(60)
         if decide(samples(equal, seed=seed), DEFAULT, DEFAULT, [A, B, C, SDPA]).changed
     ]
-    assert len(changed) <= 2
+    assert len(changed) <= 1
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-
 from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
+
 from flashmoe.autotune.race import AnchorFailed
 from flashmoe.autotune.search import CONTENDERS, Search, Trial, search
 from flashmoe.autotune.space import Candidate, Space
@@ -83,8 +83,8 @@ def test_an_anchor_that_breaks_ends_the_search() -> None:
 
 def test_every_tile_is_checked_once_before_it_is_timed() -> None:
     bench = SimulatedBench(bowl(BEST))
-    run(bench, tiles=LARGE[:40], trials=30)
-    assert len(bench.prepared) == len(set(bench.prepared)) == 31  # with the anchor
+    run(bench, tiles=[DEFAULT, *LARGE], trials=30)
+    assert len(bench.prepared) == len(set(bench.prepared)) == 30
     assert set(bench.timed) == set(bench.prepared)
 
 
@@ -104,10 +104,10 @@ def test_a_space_that_does_not_fit_the_time_is_sampled() -> None:
 
 
 def test_effort_goes_to_contenders() -> None:
-    bench = SimulatedBench(bowl(BEST, step=0.1))
+    bench = SimulatedBench(bowl(BEST, step=0.04), noise=0.03)
     found = run(bench)
     last = max(found.trials, key=lambda trial: trial.ratio.value if trial.ratio else 0.0)
-    assert bench.timed[str(found.contenders[0])] >= 3 * bench.timed[str(last.tile)]
+    assert bench.timed[str(found.contenders[0])] >= 2 * bench.timed[str(last.tile)]
     assert len(found.contenders) <= CONTENDERS
     assert last.tile not in [candidate.tile for candidate in found.contenders]
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import optuna
 import pytest
+from autotune_simulated import GRID, PROBLEM
 
 from flashmoe.autotune.space import Candidate, Space, searched_backends
 from flashmoe.tiles import Tile, grid
-from autotune_simulated import GRID, PROBLEM
 
 RAGGED = [
     *(t for t in grid("sm80", block_m=(64, 128), block_n=(32, 64, 128), num_stages=(1, 2))),

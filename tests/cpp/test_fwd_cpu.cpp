@@ -1,6 +1,7 @@
-// The CPU forward kernel against a float64 reference: odd sizes, dtypes, GQA, causal, strides, tiles,
-// instruction sets and thread counts. Every buffer, and the padding between its rows, is NaN where
-// nothing may be read, and outputs are poisoned first.
+// The CPU forward kernel against a float64 reference: odd sizes, dtypes, GQA, causal, strides,
+// tiles, instruction sets and thread counts. Every buffer, and the padding between its rows, is NaN
+// where nothing may be read, and outputs are poisoned first.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -21,18 +22,17 @@ namespace {
 
 int failures = 0;
 
-#define CHECK(condition, ...)                                         \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      ++failures;                                                     \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);     \
-      std::printf(__VA_ARGS__);                                       \
-      std::printf("\n");                                              \
-    }                                                                 \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++failures;                                                 \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 const float NAN32 = std::numeric_limits<float>::quiet_NaN();
-const float INF32 = std::numeric_limits<float>::infinity();
 const uint8_t POISON = 0xcd;  // in outputs: no NaN in any of the dtypes, and no likely result
 
 // Conversions by arithmetic, not by the kernel's bit tricks.
@@ -46,15 +46,17 @@ Format format_of(DType dtype) {
   return {23, -126, 0x1.fffffep127};
 }
 
-double round_to(DType dtype, double x) {
-  if (!std::isfinite(x) || x == 0) return x;
+double half_ulp(DType dtype, double x) {
   const Format format = format_of(dtype);
-  int exponent;
-  std::frexp(x, &exponent);
-  exponent = std::max(exponent - 1, format.min_exponent);
-  const double ulp = std::ldexp(1.0, exponent - format.mantissa_bits);
-  const double rounded = std::nearbyint(x / ulp) * ulp;
-  return std::fabs(rounded) > format.max ? std::copysign(INFINITY, x) : rounded;
+  int exponent = format.min_exponent + 1;
+  if (x != 0) std::frexp(x, &exponent);
+  return std::ldexp(0.5, std::max(exponent - 1, format.min_exponent) - format.mantissa_bits);
+}
+
+double round_to(DType dtype, double x) {
+  if (!std::isfinite(x)) return x;
+  const double ulp = 2 * half_ulp(dtype, x), rounded = std::nearbyint(x / ulp) * ulp;
+  return std::fabs(rounded) > format_of(dtype).max ? std::copysign(INFINITY, x) : rounded;
 }
 
 int size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
@@ -108,8 +110,8 @@ double decode(DType dtype, const uint8_t* src) {
   return value;
 }
 
-// (batch, seqlen, heads, head_dim), each head's row followed by `pad` elements that are not its own.
-// Exactly as long as the last row needs plus a guard, all NaN outside the rows.
+// (batch, seqlen, heads, head_dim), each head's row followed by `pad` elements that are not its
+// own. Exactly as long as the last row needs plus a guard, all NaN outside the rows.
 struct Tensor {
   DType dtype;
   int batch, seqlen, heads, head_dim;
@@ -129,9 +131,7 @@ struct Tensor {
   long long offset(int b, int s, int h) const {
     return b * batch_stride + s * row_stride + h * head_stride;
   }
-  uint8_t* at(int b, int s, int h, int d) {
-    return &bytes[(offset(b, s, h) + d) * size_of(dtype)];
-  }
+  uint8_t* at(int b, int s, int h, int d) { return &bytes[(offset(b, s, h) + d) * size_of(dtype)]; }
   double get(int b, int s, int h, int d) { return decode(dtype, at(b, s, h, d)); }
   void set(int b, int s, int h, int d, double x) { encode(dtype, x, at(b, s, h, d)); }
   template <typename F>
@@ -253,16 +253,12 @@ struct Problem {
                 "lse %.9g, want %.9g at b%d h%d i%d of %s", got_lse, row_lse, b, h, i,
                 c.name().c_str());
           for (int d = 0; d < c.head_dim; ++d) {
-            const double got = out.get(b, i, h, d), rounded = round_to(c.dtype, row[d]);
-            // 16-bit: at most twice the error of rounding the exact result.
-            const double rounding = c.dtype == DType::float32 ? 0 : 2 * std::fabs(rounded - row[d]);
-            const double bound = tolerance * (1 + std::fabs(row[d])) + rounding;
-            const bool same = std::isfinite(row[d])
-                                  ? std::fabs(got - row[d]) <= bound || got == rounded ||
-                                        std::fabs(round_to(c.dtype, row[d] + tolerance) - got) == 0 ||
-                                        std::fabs(round_to(c.dtype, row[d] - tolerance) - got) == 0
-                                  : (std::isnan(got) && std::isnan(row[d])) || got == row[d];
-            CHECK(same, "out %.9g, want %.9g at b%d h%d i%d d%d of %s", got, row[d], b, h, i, d,
+            const double got = out.get(b, i, h, d), want = row[d];
+            const double error = tolerance * (1 + std::fabs(want));
+            const bool close = std::isfinite(want)
+                                   ? std::fabs(got - want) <= error + half_ulp(c.dtype, want)
+                                   : got == want || (std::isnan(got) && std::isnan(want));
+            CHECK(close, "out %.9g, want %.9g at b%d h%d i%d d%d of %s", got, want, b, h, i, d,
                   c.name().c_str());
             if (failures > 20) std::exit(1);
           }
@@ -331,14 +327,15 @@ void test_against_reference(CpuIsa isa) {
 void test_sweeps(CpuIsa isa) {
   for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
     const DType dtype = static_cast<DType>(head_dim / 8 % 3);
-    Problem problem({1, 29, 31, 1, 1, head_dim, head_dim % 16 == 0, dtype, 17, 12, 2, 8, false, 0, isa},
-                    head_dim);
+    Problem problem(
+        {1, 29, 31, 1, 1, head_dim, head_dim % 16 == 0, dtype, 17, 12, 2, 8, false, 0, isa},
+        head_dim);
     problem.run();
     problem.check();
   }
   for (int seqlen = 1; seqlen <= 100; ++seqlen) {
-    Problem problem({1, seqlen, 101 - seqlen, 2, 1, 24, seqlen % 2 == 0, DType::float32, 1000, 40, 1,
-                     0, true, 0, isa},
+    Problem problem({1, seqlen, 101 - seqlen, 2, 1, 24, seqlen % 2 == 0, DType::float32, 1000, 40,
+                     1, 0, true, 0, isa},
                     seqlen);
     problem.run();
     problem.check();
@@ -346,17 +343,153 @@ void test_sweeps(CpuIsa isa) {
 }
 
 void test_empty(CpuIsa isa) {
-  for (const auto& [batch, seqlen_q, seqlen_kv] :
-       std::vector<std::vector<int>>{{0, 4, 4}, {1, 0, 4}, {2, 4, 0}, {0, 0, 0}} |
-           [](auto list) {
-             std::vector<std::tuple<int, int, int>> tuples;
-             for (const auto& x : list) tuples.emplace_back(x[0], x[1], x[2]);
-             return tuples;
-           }) {
-    (void)isa;
+  const std::vector<Case> cases = {
+      {0, 4, 4, 2, 1, 16, false}, {1, 0, 4, 2, 1, 16, true}, {2, 5, 0, 2, 1, 16, false},
+      {2, 5, 0, 2, 1, 16, true},  {0, 0, 0, 1, 1, 8, false},
+  };
+  for (Case c : cases) {
+    c.isa = isa;
+    Problem problem(c, 1);
+    problem.run();
+    problem.check();
   }
+}
+
+// NaN and inf reach exactly the rows that see them: the reference reads nothing else.
+void test_special_values(CpuIsa isa) {
+  const double special[] = {NAN, INFINITY, -INFINITY};
+  for (DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+    for (int position = 0; position < 60; position += 7) {
+      for (int which = 0; which < 9; ++which) {
+        Case c{1, 70, 61, 2, 1, 40, true, dtype, 48, 16, 2, 3, false, 0, isa};
+        Problem problem(c, 100 + position);
+        Tensor& tensor = which < 3 ? problem.q : which < 6 ? problem.k : problem.v;
+        tensor.set(0, position, 0, position % 40, special[which % 3]);
+        problem.run();
+        problem.check();
+      }
+    }
+  }
+  // Everything from one key on is NaN: rows before it stay finite.
+  Case c{1, 64, 64, 1, 1, 64, true, DType::float32, 24, 16, 2, 0, false, 0, isa};
+  for (int first = 0; first < 64; ++first) {
+    Problem problem(c, first);
+    for (int n = first; n < 64; ++n) {
+      for (int d = 0; d < 64; ++d) problem.k.set(0, n, 0, d, NAN), problem.v.set(0, n, 0, d, NAN);
+    }
+    problem.run();
+    problem.check();
+  }
+}
+
+// With one key of score 0, out is v: every 16-bit value must come back. With two adjacent values,
+// out is their midpoint: it must go to the even one.
+void test_conversions(CpuIsa isa) {
+  for (DType dtype : {DType::float16, DType::bfloat16}) {
+    for (int keys = 1; keys <= 2; ++keys) {
+      Case c{1024, 1, keys, 1, 1, 64, false, dtype, 8, 8, 2, 0, false, 0, isa};
+      Problem problem(c, 1);
+      problem.q.fill([] { return 0.0; });
+      problem.k.fill([] { return 0.0; });
+      for (int i = 0; i < 65536; ++i) {
+        for (int n = 0; n < keys; ++n) {
+          const uint16_t bits = static_cast<uint16_t>(i + n);
+          std::memcpy(problem.v.at(i / 64, n, 0, i % 64), &bits, 2);
+        }
+      }
+      problem.run();
+      const int infinity = dtype == DType::float16 ? 0x7c00 : 0x7f80;
+      // The sum of the two largest bfloat16 values is not a float32.
+      const int last = keys == 1 ? infinity : dtype == DType::float16 ? infinity - 2 : 0x7effu;
+      for (int i = 0; i < 65536; ++i) {
+        uint16_t got;
+        std::memcpy(&got, problem.out.at(i / 64, 0, 0, i % 64), 2);
+        const int magnitude = i & 0x7fff;
+        if (magnitude > infinity) {
+          CHECK((got & 0x7fff) > infinity, "NaN 0x%04x gave 0x%04x, dtype %d", i, got,
+                static_cast<int>(dtype));
+        } else if (magnitude <= last) {
+          const int want = keys == 1 ? i : i + (i & 1);
+          // 0 * x + v turns -0 into +0.
+          CHECK(got == want || (got == 0 && want == 0x8000), "0x%04x gave 0x%04x, want 0x%04x", i,
+                got, want);
+        }
+        if (failures > 20) std::exit(1);
+      }
+    }
+  }
+}
+
+void test_threads_do_not_change_the_result(CpuIsa isa) {
+  Case c{2, 150, 170, 4, 2, 64, true, DType::float32, 32, 48, 1, 0, false, 0, isa};
+  Problem problem(c, 9);
+  problem.run();
+  const auto out = problem.out.bytes;
+  const auto lse = problem.lse;
+  for (int threads : {2, 5}) {
+    problem.c.threads = threads;
+    problem.run();
+    CHECK(out == problem.out.bytes && lse == problem.lse, "%s", problem.c.name().c_str());
+  }
+}
+
+void test_bad_arguments() {
+  const Case good{1, 4, 4, 2, 1, 16, false};
+  std::vector<std::pair<Case, const char*>> bad(7, {good, "got 12"});
+  bad[0].first.head_dim = 12;
+  bad[1].first.head_dim = 264, bad[1].second = "got 264";
+  bad[2].first.heads_kv = 3, bad[2].second = "heads_kv";
+  bad[3].first.block_m = 0, bad[3].second = "block_m";
+  bad[4].first.block_n = -5, bad[4].second = "got -5";
+  bad[5].first.isa = static_cast<CpuIsa>(7), bad[5].second = "isa";
+  bad[6].first.dtype = static_cast<DType>(9), bad[6].second = "dtype";
+  for (const auto& [c, expected] : bad) {
+    Case shape = c;
+    shape.dtype = DType::float32;
+    Problem problem(shape, 1);
+    problem.c = c;
+    std::string message;
+    try {
+      problem.run();
+    } catch (const std::invalid_argument& error) {
+      message = error.what();
+    }
+    CHECK(message.find(expected) != std::string::npos, "message '%s' lacks '%s'", message.c_str(),
+          expected);
+  }
+}
+
+// Before anything else asks for the instruction set, which is detected once.
+void test_isa_variable() {
+  for (const char* value : {"avx9", "", "AVX2"}) {
+    setenv("FLASHMOE_CPU_ISA", value, 1);
+    std::string message;
+    try {
+      best_cpu_isa();
+    } catch (const std::invalid_argument& error) {
+      message = error.what();
+    }
+    const std::string quoted = "'" + std::string(value) + "'";
+    CHECK(message.find(quoted) != std::string::npos, "message '%s' lacks %s", message.c_str(),
+          quoted.c_str());
+  }
+  unsetenv("FLASHMOE_CPU_ISA");
 }
 
 }  // namespace
 
-int main() { return 0; }
+int main() {
+  test_isa_variable();
+  test_bad_arguments();
+  for (CpuIsa isa : available_isas()) {
+    test_against_reference(isa);
+    test_sweeps(isa);
+    test_empty(isa);
+    test_special_values(isa);
+    test_conversions(isa);
+    test_threads_do_not_change_the_result(isa);
+  }
+  std::printf("%d failures, instruction sets up to %d\n", failures,
+              static_cast<int>(best_cpu_isa()));
+  return failures != 0;
+}

@@ -66,53 +66,71 @@ def steady(measured: Path, folder: Path) -> Results:
     return steady_run
 
 
-def test_gate_passes_fails_and_refuses(measured: Path, tmp_path: Path) -> None:
-    run = steady(measured, tmp_path)
-    gate = ["gate", "--baseline", "baseline.json", "--report", "out/report.md"]
-    gate += ["--profile-targets", "out/targets.txt"]
-
-    absent = ratchet(tmp_path, *gate, "current.json")
-    assert absent.returncode == 2
-    assert absent.stderr == (
-        "flashmoe.ratchet: error: there is no baseline baseline.json; "
-        "the same command with --update makes it\n"
-    )
-    created = ratchet(tmp_path, *gate, "current.json", "--update")
-    assert created.returncode == 0
-    assert "created baseline baseline.json with 2 cases" in created.stdout
-
-    unchanged = ratchet(tmp_path, *gate, "current.json")
-    assert unchanged.returncode == 0
-    assert (tmp_path / "out" / "targets.txt").read_text() == ""
-
-    save(slowed(run, CASES[0], 1.1), tmp_path / "slower.json")
-    before = (tmp_path / "baseline.json").read_bytes()
-    slower = ratchet(tmp_path, *gate, "slower.json", "--update")
-    assert slower.returncode == 1
-    assert "baseline baseline.json stays" in slower.stdout
-    assert (tmp_path / "baseline.json").read_bytes() == before
-    assert (tmp_path / "out" / "targets.txt").read_text() == f"{CASES[0]}\n"
-    assert f"`{CASES[0]}` | 🔴 FAIL" in (tmp_path / "out" / "report.md").read_text()
-
-    save(replace(run, cases=run.cases[1:]), tmp_path / "fewer.json")
-    fewer = ratchet(tmp_path, *gate, "fewer.json", "--update")
-    assert fewer.returncode == 4
-    assert f"case missing from the current run: {CASES[0]}" in fewer.stdout
-    assert (tmp_path / "baseline.json").read_bytes() == before
-
-    save(slowed(run, CASES[1], 0.8), tmp_path / "faster.json")
-    faster = ratchet(tmp_path, *gate, "faster.json", "--update")
-    assert faster.returncode == 0
-    assert "1 of 2 cases moved forward" in faster.stdout
-    assert f"{CASES[1]}: speedup over SDPA +25.0 %" in faster.stdout
-    assert ratchet(tmp_path, *gate, "current.json").returncode == 1
-
-
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """In this process, where only the outcome matters."""
+    """In this process: starting another costs seconds."""
     code = cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_gate_passes_fails_and_refuses(
+    measured: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = steady(measured, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    gate = ["gate", "--baseline", "baseline.json", "--report", "out/report.md"]
+    gate += ["--profile-targets", "out/targets.txt"]
+
+    assert call(capsys, *gate, "current.json") == (
+        2,
+        "",
+        "flashmoe.ratchet: error: there is no baseline baseline.json; "
+        "the same command with --update makes it\n",
+    )
+    code, out, _ = call(capsys, *gate, "current.json", "--update")
+    assert code == 0
+    assert "created baseline baseline.json with 2 cases" in out
+
+    assert call(capsys, *gate, "current.json")[0] == 0
+    assert Path("out/targets.txt").read_text() == ""
+
+    save(slowed(run, CASES[0], 1.1), Path("slower.json"))
+    before = Path("baseline.json").read_bytes()
+    code, out, _ = call(capsys, *gate, "slower.json", "--update")
+    assert code == 1
+    assert "baseline baseline.json stays" in out
+    assert Path("baseline.json").read_bytes() == before
+    assert Path("out/targets.txt").read_text() == f"{CASES[0]}\n"
+    assert f"`{CASES[0]}` | 🔴 FAIL" in Path("out/report.md").read_text()
+
+    save(replace(run, cases=run.cases[1:]), Path("fewer.json"))
+    code, out, _ = call(capsys, *gate, "fewer.json", "--update")
+    assert code == 4
+    assert f"case missing from the current run: {CASES[0]}" in out
+    assert Path("baseline.json").read_bytes() == before
+
+    save(slowed(run, CASES[1], 0.8), Path("faster.json"))
+    code, out, _ = call(capsys, *gate, "faster.json", "--update")
+    assert code == 0
+    assert "1 of 2 cases moved forward" in out
+    assert f"{CASES[1]}: speedup over SDPA +25.0 %" in out
+    assert call(capsys, *gate, "current.json")[0] == 1
+
+
+def test_exit_codes_reach_the_shell(measured: Path, tmp_path: Path) -> None:
+    run = steady(measured, tmp_path)
+    save(slowed(run, CASES[0], 1.1), tmp_path / "slower.json")
+    slower = ratchet(tmp_path, "gate", "slower.json", "--baseline", "current.json")
+    assert slower.returncode == 1
+    assert "1 FAIL, 1 PASS" in slower.stdout
+    absent = ratchet(tmp_path, "gate", "absent.json", "--baseline", "current.json")
+    assert absent.returncode == 2
+    assert absent.stderr == (
+        "flashmoe.ratchet: error: cannot read absent.json: No such file or directory\n"
+    )
 
 
 @pytest.mark.parametrize("damaged", ["current", "baseline"])
@@ -185,10 +203,9 @@ def test_help_documents_exit_codes(
 ) -> None:
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
-    text = capsys.readouterr().out
-    assert "Exit codes:" in text
+    told = " ".join(capsys.readouterr().out.partition("Exit codes:")[2].split())
     for code in codes:
-        assert f" {code} " in text.partition("Exit codes:")[2]
+        assert f" {code} " in f" {told}"
 
 
 def test_the_stored_command_names_no_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flashmoe
+from flashmoe import database
+from flashmoe.autotune.cli import main
+from flashmoe.device import cpu_name
+
+TINY = ["--device", "cpu", "--heads", "2", "--seqlen", "64", "--head-dim", "16", "--trials", "3"]
+PROBLEM = flashmoe.Problem(1, 2, 2, 64, 64, 16, "float32")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLASHMOE_BACKEND", raising=False)
+    monkeypatch.delenv("FLASHMOE_TILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def autotune(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flashmoe.autotune", *words], capture_output=True, text=True
+    )
+
+
+def plan_source() -> str:
+    flashmoe.plan.reload_databases()
+    return flashmoe.make_plan(PROBLEM, torch.device("cpu")).source
+
+
+def test_a_run_ends_with_a_table_a_database_and_suggestions(home: Path) -> None:
+    assert plan_source() == "heuristic"
+    done = autotune(*TINY)
+    assert done.returncode == 0, done.stderr
+    for text in (PROBLEM.label, "over default", "over SDPA", "cpu:", "database: "):
+        assert text in done.stdout
+    assert "[1/1]" in done.stderr
+    assert "export FLASHMOE_BACKEND=" in (home / "tuning" / "suggestions.md").read_text()
+    assert plan_source() == "user database"
+    (entry,) = database.load(database.user_path(cpu_name())).values()
+    assert entry.problem == PROBLEM
+    assert entry.command.startswith("python -m flashmoe.autotune --device cpu")
+    assert entry.fingerprint["torch"] == torch.__version__
+
+
+def test_json_is_the_only_thing_on_stdout_and_a_second_run_confirms(home: Path) -> None:
+    def run() -> dict[str, Any]:
+        done = autotune(*TINY, "--json", "--output", "elsewhere")
+        assert done.returncode == 0, done.stderr
+        document: dict[str, Any] = json.loads(done.stdout)
+        return document
+
+    first = run()
+    (result,) = first["results"]
+    assert result["status"] in ("tuned", "kept")
+    assert result["problem"] == PROBLEM.to_json()
+    assert len(result["trials"]) == 3
+    assert len(result["speedup_sdpa"]) == 3
+    assert set(result["samples"]) >= {result["default"], result["best"], "sdpa"}
+    assert Path(first["suggestions"]) == Path("elsewhere/suggestions.md")
+    before = Path(first["database"]).read_text()
+    (again,) = run()["results"]
+    # Noise may make a confirmation fall through to a search; what is stored must not move for less
+    # than a gain that was measured.
+    if again["status"] == "confirmed":
+        assert again["trials"] == []
+        assert again["best"] == result["best"]
+        assert Path(first["database"]).read_text() == before
+    else:
+        assert again["status"] in ("kept", "tuned")
+
+
+def test_a_corrupt_database_is_set_aside_and_named(home: Path) -> None:
+    path = database.user_path(cpu_name())
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 1, "entries"')
+    done = autotune(*TINY)
+    assert done.returncode == 0
+    (warning,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    (aside,) = path.parent.glob(f"{path.name}.damaged-*")
+    assert warning.startswith(f"flashmoe.autotune: warning: {path} is damaged")
+    assert aside.name in warning
+    assert aside.read_text() == '{"schema": 1, "entries"'
+    assert len(database.load(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--batch", "0"], ["--batch", "at least 1", "'0'"]),
+        (["--heads", "x"], ["--heads", "at least 1", "'x'"]),
+        (["--seqlen", "-3"], ["--seqlen", "at least 1", "'-3'"]),
+        (["--seqlen-kv", "1.5"], ["--seqlen-kv", "integer", "'1.5'"]),
+        (["--head-dim", "300"], ["--head-dim", "multiple of 8", "256", "'300'"]),
+        (["--head-dim", "60"], ["--head-dim", "multiple of 8", "'60'"]),
+        (["--heads", "8", "--kv-heads", "3"], ["--kv-heads", "divide --heads (8)", "3"]),
+        (["--dtype", "int8"], ["--dtype", "float32", "int8"]),
+        (["--backend", "sdpa"], ["--backend", "cpu", "sdpa"]),
+        (["--device", "cpu", "--backend", "cuda"], ["--backend", "cuda", "cpu"]),
+        (["--device", "tpu"], ["--device", "cuda:N", "tpu"]),
+        (["--device", "meta"], ["--device", "cuda:N", "meta"]),
+        (["--trials", "0"], ["--trials", "at least 1", "'0'"]),
+        (["--budget", "-1"], ["--budget", "positive", "'-1'"]),
+        (["--budget", "nan"], ["--budget", "positive", "'nan'"]),
+        (["--seed", "-1"], ["--seed", "2**32", "'-1'"]),
+        (["--frobnicate"], ["--frobnicate"]),
+        (["--output", "file/below"], ["--output", "folder", "file/below"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_code_2(
+    home: Path, words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "file").write_text("")
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    (line,) = told.err.splitlines()
+    assert line.startswith("flashmoe.autotune: error: ")
+    assert all(part in line for part in parts), line
+    assert not (home / "cache").exists()
+
+
+def test_bad_usage_as_a_process(home: Path) -> None:
+    done = autotune("--batch", "none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_debug_adds_the_traceback(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--batch", "0", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_nothing_measured_is_code_1(home: Path) -> None:
+    done = autotune("--device", "cpu", "--seqlen", "2048", "--budget", "0.001")
+    assert done.returncode == 1
+    assert "unmeasured" in done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "raise --budget" in line
+    assert not (home / "tuning" / "suggestions.md").exists()
+
+
+def test_a_database_that_cannot_be_written_is_code_1_with_the_report(home: Path) -> None:
+    path = database.user_path(cpu_name())
+    path.with_suffix(".lock").mkdir(parents=True)
+    done = autotune(*TINY)
+    assert done.returncode == 1
+    assert PROBLEM.label in done.stdout
+    (warning,) = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert f"{path} could not be written" in warning
+
+
+def test_a_database_that_cannot_be_read_is_code_1_at_once(home: Path) -> None:
+    (home / "cache").write_text("a file where the folder should be")
+    done = autotune(*TINY)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("flashmoe.autotune: error: ")
+    assert "could not be read" in line
+
+
+def test_an_override_in_the_environment_is_pointed_out(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHMOE_BACKEND", "sdpa")
+    assert "FLASHMOE_BACKEND is set and overrides" in autotune(*TINY).stderr
+
+
+def test_help_documents_defaults_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for line in ("exit codes:", "130  interrupted", "on cpu: --batch 1 --heads 8", "--kv-heads"):
+        assert line in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals to a process are POSIX")
+def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flashmoe.autotune", "--device", "cpu", "--trials", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stdout is not None
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if line.startswith("[2/4]"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, rest = process.communicate()
+    assert process.returncode == 130, "".join(told) + rest
+    assert "Traceback" not in rest
+    assert "interrupted" in rest
+    assert "b4 h8 s128" in out
+    (entry,) = database.load(database.user_path(cpu_name())).values()
+    assert entry.problem.batch == 4

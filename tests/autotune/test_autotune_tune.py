@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from autotune_simulated import DEFAULT, PROBLEM, SimulatedBench, bowl
+
+from flashmoe.autotune.result import Result, Watch
+from flashmoe.autotune.space import Candidate
+from flashmoe.autotune.suite import CPU_SUITE
+from flashmoe.autotune.tune import Options, tune
+from flashmoe.backends import BACKENDS
+from flashmoe.database import Entry
+from flashmoe.device import fingerprint
+from flashmoe.tiles import Tile
+
+CPU = torch.device("cpu")
+BEST = Tile("cpu", 192, 256)
+HERE = fingerprint(CPU)
+
+
+@pytest.fixture(autouse=True)
+def _default_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulated times are made for this default, whatever the kernel's is."""
+    backend = type(BACKENDS["cpu"])
+    monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
+    monkeypatch.setattr(
+        "flashmoe.autotune.tune.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
+    )
+
+
+def run(
+    bench: SimulatedBench,
+    stored: Mapping[str, Entry] | None = None,
+    **options: Any,
+) -> Result:
+    (result,) = tune(
+        [PROBLEM],
+        CPU,
+        Options(**options),
+        stored or {},
+        HERE,
+        Watch(),
+        bench.now,
+        lambda problem, device, seed: bench,
+    )
+    return result
+
+
+def entry(tile: Tile | None, **changes: Any) -> dict[str, Entry]:
+    known = {**HERE.to_json(), **changes}
+    backend = "sdpa" if tile is None else "cpu"
+    name = "" if tile is None else str(tile)
+    return {PROBLEM.bucket: Entry(PROBLEM, backend, name, str(DEFAULT), fingerprint=known)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_tile_is_found_and_told_with_its_evidence(seed: int) -> None:
+    result = run(SimulatedBench(bowl(BEST, step=0.05), seed=seed), seed=seed)
+    assert result.status == "tuned"
+    assert result.best == Candidate.of_tile(BEST)
+    assert result.default == Candidate.of_tile(DEFAULT)
+    assert result.store
+    assert result.speedup_default is not None
+    assert result.speedup_default.low > 1
+    assert result.speedup_sdpa is not None
+    assert result.speedup_sdpa.value == pytest.approx(3, rel=0.02)
+    assert result.seconds is not None
+    assert result.seconds.value == pytest.approx(1e-3, rel=0.3)
+    written = result.entry(HERE, "command")
+    assert (written.backend, written.tile, written.problem) == ("cpu", str(BEST), PROBLEM)
+    assert set(written.samples) >= {str(BEST), str(DEFAULT), "sdpa"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_alone_keeps_the_default(seed: int) -> None:
+    result = run(SimulatedBench(lambda _: 1e-3, noise=0.03, seed=seed), seed=seed)
+    assert result.best == Candidate.of_tile(DEFAULT)
+    assert result.status == "kept"
+    assert result.store
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_default_that_is_the_best_stays(seed: int) -> None:
+    result = run(SimulatedBench(bowl(DEFAULT), noise=0.05, seed=seed), seed=seed)
+    assert result.best == Candidate.of_tile(DEFAULT)
+
+
+def test_sdpa_is_chosen_when_it_is_faster_than_every_tile() -> None:
+    def seconds(candidate: Candidate) -> float:
+        return 0.5e-3 if candidate.tile is None else bowl(BEST)(candidate)
+
+    result = run(SimulatedBench(seconds))
+    assert result.best == Candidate("sdpa")
+    assert result.entry(HERE, "").tile == ""
+
+
+def test_a_stored_winner_is_confirmed_without_a_search() -> None:
+    bench = SimulatedBench(bowl(BEST))
+    result = run(bench, entry(BEST))
+    assert result.status == "confirmed"
+    assert result.best == Candidate.of_tile(BEST)
+    assert not result.store
+    assert result.search is None
+    assert set(bench.timed) == {str(DEFAULT), str(BEST), "sdpa"}
+
+
+def test_a_stored_winner_that_no_longer_wins_is_searched_again() -> None:
+    result = run(SimulatedBench(bowl(BEST, step=0.05)), entry(Tile("cpu", 32, 32)))
+    assert result.status == "tuned"
+    assert result.best == Candidate.of_tile(BEST)
+    assert result.store
+
+
+def test_force_searches_but_a_tie_keeps_what_is_stored() -> None:
+    def seconds(candidate: Candidate) -> float:
+        return 1e-3 if candidate.tile in (BEST, Tile("cpu", 256, 256)) else 2e-3
+
+    stored = Tile("cpu", 256, 256)
+    result = run(SimulatedBench(seconds), entry(stored), force=True)
+    assert result.search is not None
+    assert result.best == Candidate.of_tile(stored)
+    assert (result.status, result.store) == ("kept", False)
+
+
+def test_another_fingerprint_is_searched_and_renewed() -> None:
+    result = run(SimulatedBench(bowl(BEST, step=0.05)), entry(BEST, kernels="0123"))
+    assert result.search is not None
+    assert (result.status, result.best) == ("kept", Candidate.of_tile(BEST))
+    assert result.store
+
+
+def test_another_power_limit_is_the_same_machine() -> None:
+    assert run(SimulatedBench(bowl(BEST)), entry(BEST, driver="9")).status == "confirmed"
+
+
+def test_another_problem_of_the_bucket_is_searched() -> None:
+    stored = entry(BEST)
+    other = dataclasses.replace(PROBLEM, seqlen_q=1000, seqlen_kv=1000)
+    assert other.bucket == PROBLEM.bucket
+    stored = {k: dataclasses.replace(e, problem=other) for k, e in stored.items()}
+    assert run(SimulatedBench(bowl(BEST)), stored).search is not None
+
+
+@pytest.mark.parametrize("tile", ["cpu:0x0", "nonsense", "triton:64x64-stages2-warps4"])
+def test_a_stored_tile_that_cannot_run_is_replaced(tile: str) -> None:
+    stored = {k: dataclasses.replace(e, tile=tile) for k, e in entry(BEST).items()}
+    result = run(SimulatedBench(bowl(BEST, step=0.05)), stored)
+    assert result.best == Candidate.of_tile(BEST)
+    assert result.store
+
+
+def test_a_wrong_winner_is_dropped_and_named() -> None:
+    bench = SimulatedBench(bowl(BEST, step=0.05), wrong={str(BEST): "off by 1"})
+    result = run(bench)
+    assert result.best not in (Candidate.of_tile(BEST), None)
+    assert [(t.tile, t.status, t.reason) for t in result.rejected()] == [
+        (BEST, "wrong", "off by 1")
+    ]
+
+
+def test_a_finalist_that_fails_at_odd_sizes_is_dropped_and_named() -> None:
+    bench = SimulatedBench(bowl(BEST, step=0.05), ragged={str(BEST): "reads past the end"})
+    result = run(bench)
+    assert result.best not in (Candidate.of_tile(BEST), None)
+    assert [(t.tile, t.reason) for t in result.rejected()] == [(BEST, "reads past the end")]
+
+
+def test_a_wrong_default_leaves_sdpa_to_beat() -> None:
+    bench = SimulatedBench(bowl(BEST, step=0.05), wrong={str(DEFAULT): "off by 1"})
+    result = run(bench)
+    assert result.best == Candidate.of_tile(BEST)
+    assert result.speedup_default is None
+    assert DEFAULT in [trial.tile for trial in result.rejected()]
+
+
+def test_when_every_tile_is_wrong_sdpa_remains() -> None:
+    everything = {
+        str(Tile("cpu", m, n)): "off" for m in range(512) for n in (32, 64, 128, 256, 512)
+    }
+    result = run(SimulatedBench(bowl(BEST), wrong=everything))
+    assert result.best == Candidate("sdpa")
+
+
+def test_a_budget_too_small_to_compare_is_told() -> None:
+    result = run(SimulatedBench(bowl(BEST, floor=1.0)), budget=5.0)
+    assert result.status == "unmeasured"
+    assert "raise --budget" in result.reason
+    with pytest.raises(ValueError, match="must be measured"):
+        result.entry(HERE, "")
+
+
+def test_inputs_that_do_not_fit_are_told() -> None:
+    def make_bench(*_: Any) -> SimulatedBench:
+        raise RuntimeError("not enough memory")
+
+    (result,) = tune([PROBLEM], CPU, Options(), {}, HERE, Watch(), lambda: 0.0, make_bench)
+    assert result.status == "unmeasured"
+    assert "not enough memory" in result.reason
+
+
+@pytest.mark.parametrize("budget", [6.0, 20.0])
+def test_the_suite_keeps_its_budget(budget: float) -> None:
+    clock = SimulatedBench(bowl(BEST, floor=0.01), prepare_seconds=0.05)
+
+    def make_bench(*_: Any) -> SimulatedBench:
+        return clock
+
+    options = Options(budget=budget)
+    results = list(tune(CPU_SUITE, CPU, options, {}, HERE, Watch(), clock.now, make_bench))
+    assert len(results) == len(CPU_SUITE)
+    assert all(result.best for result in results)
+    assert clock.clock <= budget * 1.1
+    assert [r.problem.flops for r in results] == sorted(p.flops for p in CPU_SUITE)

@@ -1,0 +1,297 @@
+"""The Triton kernels against float64 mathematics: on the GPU, or interpreted on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashmoe.reference import attention_reference
+
+pytest.importorskip("triton")
+
+from flashmoe.backends import triton_fwd
+from flashmoe.backends.triton_bwd import attention_backward
+from flashmoe.backends.triton_fwd import attention_forward, can_use_tma, heads_per_section
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# The interpreter needs no hardware for descriptors, but does not know their atomic addition.
+HAS_TMA = not ON_GPU or torch.cuda.get_device_capability() >= (9, 0)
+DQ_MODES = ("atomic", "two_pass", *(("tma",) if ON_GPU and HAS_TMA else ()))
+
+pytestmark = pytest.mark.skipif(
+    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or TRITON_INTERPRET=1",
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations() -> Iterator[None]:
+    """Every torch.empty is filled with NaN, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def guarded(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int, order: int) -> Tensor:
+    """Random (batch, seqlen, heads, head_dim) inside a larger buffer of NaN, batch, seqlen and
+    heads laid out in memory in one of the six orders."""
+    dims = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)][order]
+    # Eight more elements keep rows 16-byte aligned for the tensor memory accelerator.
+    big = torch.full([shape[d] + 2 for d in dims] + [shape[3] + 8], float("nan"), dtype=dtype)
+    inner = big[1:-1, 1:-1, 1:-1, : shape[3]].permute(*(dims.index(d) for d in range(3)), 3)
+    inner.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+    big = big.to(DEVICE)
+    return big[1:-1, 1:-1, 1:-1, : shape[3]].permute(*(dims.index(d) for d in range(3)), 3)
+
+
+def within_bound(actual: Tensor, gold: Tensor, same_dtype: Tensor) -> None:
+    """At most twice the error of PyTorch in the same dtype, plus rounding: of the result, and of
+    the float32 intermediates, of magnitude about 10, whose difference may be exactly 0."""
+    assert actual.shape == gold.shape
+    assert actual.dtype == same_dtype.dtype
+    assert actual.is_contiguous()
+    error = (actual.double() - gold).abs().max().item()
+    reference_error = (same_dtype.double() - gold).abs().max().item()
+    rounding = 4 * torch.finfo(actual.dtype).eps * gold.abs().max().item()
+    rounding += 32 * torch.finfo(torch.float32).eps
+    assert error <= 2 * reference_error + rounding
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, causal: bool, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    out, _ = attention_reference(*leaves, scale, causal, dtype)
+    return torch.autograd.grad(out, leaves, dout.to(dtype))
+
+
+def check(
+    batch: int = 1,
+    heads_q: int = 2,
+    heads_kv: int = 2,
+    seqlen_q: int = 32,
+    seqlen_kv: int = 32,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    causal: bool = False,
+    scale: float | None = None,
+    tile: tuple[int, int] = (32, 16),
+    dq_mode: str | None = "two_pass",
+    use_tma: bool = False,
+    order: int = 0,
+    seed: int = 0,
+) -> None:
+    scale = head_dim**-0.5 if scale is None else scale
+    q_shape = (batch, seqlen_q, heads_q, head_dim)
+    kv_shape = (batch, seqlen_kv, heads_kv, head_dim)
+    q, k, v, dout = (
+        guarded(shape, dtype, seed + i, (order + i) % 6)
+        for i, shape in enumerate((q_shape, kv_shape, kv_shape, q_shape))
+    )
+    block_m, block_n = tile
+    options = {"num_stages": 1, "num_warps": 4, "use_tma": use_tma}
+    out, lse = attention_forward(
+        q, k, v, scale, causal, block_m=block_m, block_n=block_n, **options
+    )
+    gold, gold_lse = attention_reference(q, k, v, scale, causal)
+    same, _ = attention_reference(q, k, v, scale, causal, dtype)
+    within_bound(out, gold, same)
+    assert lse.shape == (batch, heads_q, seqlen_q)
+    assert lse.dtype == torch.float32
+    assert lse.is_contiguous()
+    torch.testing.assert_close(lse.double(), gold_lse, rtol=1e-5, atol=1e-5)
+    if dq_mode is None:
+        return
+    computed = attention_backward(
+        dout, q, k, v, out, lse, scale, causal,
+        block_m=block_n, block_n=block_m, dq_mode=dq_mode, **options,
+    )  # fmt: skip
+    expected = gradients(q, k, v, dout, scale, causal, torch.float64)
+    same_dtype = gradients(q, k, v, dout, scale, causal, dtype)
+    for a, g, s in zip(computed, expected, same_dtype, strict=True):
+        within_bound(a, g, s)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dq_mode", DQ_MODES)
+def test_odd_lengths(dtype: torch.dtype, causal: bool, dq_mode: str) -> None:
+    # "tma" adds through the accelerator what the accelerator's mode of reading computes.
+    check(
+        heads_q=1, heads_kv=1, seqlen_q=37, seqlen_kv=45, dtype=dtype, causal=causal,
+        dq_mode=dq_mode, use_tma=dq_mode == "tma",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 96, 256])
+def test_head_dims(head_dim: int) -> None:
+    check(1, 1, 1, 19, 21, head_dim, causal=True, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (16, 32), (64, 32)])
+@pytest.mark.parametrize("seqlens", [(64, 64), (50, 64), (64, 50), (1, 40), (40, 1)])
+def test_tiles_and_lengths(tile: tuple[int, int], seqlens: tuple[int, int]) -> None:
+    check(heads_q=1, heads_kv=1, seqlen_q=seqlens[0], seqlen_kv=seqlens[1], causal=True, tile=tile)
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (4, 2)])
+@pytest.mark.parametrize("dq_mode", DQ_MODES)
+def test_query_heads_share_key_heads(heads: tuple[int, int], dq_mode: str) -> None:
+    check(
+        heads_q=heads[0], heads_kv=heads[1], seqlen_q=17, seqlen_kv=20, causal=True,
+        dq_mode=dq_mode, use_tma=dq_mode == "tma", dtype=torch.float16,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not HAS_TMA, reason="needs the tensor memory accelerator of Hopper")
+@pytest.mark.parametrize(("causal", "order"), [(False, 0), (True, 2), (True, 5)])
+def test_tensor_memory_accelerator(causal: bool, order: int) -> None:
+    check(
+        batch=2, heads_q=2, heads_kv=1, seqlen_q=23, seqlen_kv=33, head_dim=24, dtype=torch.float16,
+        causal=causal, use_tma=True, order=order,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3, 2.0])
+def test_any_scale(scale: float) -> None:
+    check(1, 1, 1, seqlen_q=21, seqlen_kv=25, scale=scale, causal=True)
+
+
+@pytest.mark.parametrize("dq_mode", DQ_MODES)
+def test_rows_that_see_no_key(dq_mode: str) -> None:
+    q, k, v, dout = (
+        torch.randn(1, n, 2, 16, device=DEVICE, dtype=torch.float16) for n in (40, 5, 5, 40)
+    )
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    out, lse = attention_forward(q, k, v, 0.25, True, **options)
+    assert torch.equal(out[:, :35], torch.zeros_like(out[:, :35]))
+    assert (lse[:, :, :35] == float("-inf")).all()
+    assert lse[:, :, 35:].isfinite().all()
+    use_tma = dq_mode == "tma"
+    dq, dk, dv = attention_backward(
+        dout, q, k, v, out, lse, 0.25, True, dq_mode=dq_mode, use_tma=use_tma, **options
+    )
+    assert torch.equal(dq[:, :35], torch.zeros_like(dq[:, :35]))
+    assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0)])
+def test_empty(shape: tuple[int, int, int]) -> None:
+    batch, seqlen_q, seqlen_kv = shape
+    q = torch.randn(batch, seqlen_q, 2, 16, device=DEVICE)
+    k = torch.randn(batch, seqlen_kv, 2, 16, device=DEVICE)
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    out, lse = attention_forward(q, k, k, 0.25, False, **options)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, torch.full((batch, 2, seqlen_q), float("-inf"), device=DEVICE))
+    grads = attention_backward(q, q, k, k, out, lse, 0.25, False, **options)
+    for grad, x in zip(grads, (q, k, k), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
+
+
+def test_tiles_above_the_diagonal_are_not_read() -> None:
+    q, k, v = (torch.randn(1, 48, 1, 16, device=DEVICE) for _ in range(3))
+    k[:, 32:] = float("nan")
+    v[:, 32:] = float("nan")
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    out, lse = attention_forward(q, k, v, 0.25, True, **options)
+    assert out[:, :32].isfinite().all()
+    assert lse[:, :, :32].isfinite().all()
+    assert out[:, 32:].isnan().all()
+
+
+@pytest.mark.parametrize("dq_mode", ["atomic", "two_pass"])
+def test_dout_with_any_strides(dq_mode: str) -> None:
+    q, k, v = (torch.randn(1, 20, 2, 16, device=DEVICE) for _ in range(3))
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    out, lse = attention_forward(q, k, v, 0.25, False, **options)
+    strided = torch.randn(16, 2, 20, 1, device=DEVICE).permute(3, 2, 1, 0)
+    for dout in (torch.ones((), device=DEVICE).expand(out.shape), strided):
+        computed = attention_backward(
+            dout, q, k, v, out, lse, 0.25, False, dq_mode=dq_mode, **options
+        )
+        expected = gradients(q, k, v, dout, 0.25, False, torch.float64)
+        for a, g in zip(computed, expected, strict=True):
+            torch.testing.assert_close(a.double(), g, rtol=1e-4, atol=1e-5)
+
+
+def test_deterministic_gives_the_same_bits_and_refuses_other_modes() -> None:
+    q, k, v, dout = (torch.randn(1, 40, 2, 16, device=DEVICE) for _ in range(4))
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    out, lse = attention_forward(q, k, v, 0.25, True, **options)
+    first, second = (
+        attention_backward(dout, q, k, v, out, lse, 0.25, True, deterministic=True, **options)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(ValueError, match="dq_mode must be two_pass when deterministic, got atomic"):
+        attention_backward(
+            dout, q, k, v, out, lse, 0.25, True, deterministic=True, dq_mode="atomic", **options
+        )
+    with pytest.raises(ValueError, match="without use_tma, got tma"):
+        attention_backward(
+            dout, q, k, v, out, lse, 0.25, True, dq_mode="tma", use_tma=False, **options
+        )
+
+
+@pytest.mark.parametrize("budget", [1, 2 * 2 * 33 * 16 * 4, 2**25])
+def test_every_order_of_programs_covers_every_tile(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sections of one, two (the last one short) and all five heads."""
+    monkeypatch.setattr(triton_fwd, "_L2_BUDGET_BYTES", budget)
+    check(1, 5, 5, 33, 33, 16, causal=True)
+
+
+def test_a_section_of_heads_fits_in_l2() -> None:
+    # 32 MiB hold four heads of 8 MiB, each read by `group` query heads.
+    assert heads_per_section(32, 1, 16384, 128, 2) == 4
+    assert heads_per_section(32, 4, 16384, 128, 2) == 16
+    assert heads_per_section(3, 1, 16, 16, 2) == 3
+    assert heads_per_section(8, 2, 2**24, 128, 2) == 2
+
+
+def test_the_accelerator_is_used_only_where_it_can_read() -> None:
+    x = torch.randn(2, 16, 2, 24, device=DEVICE, dtype=torch.float16)
+    assert can_use_tma(x) == (ON_GPU and HAS_TMA)
+    misaligned = torch.randn(2, 16, 2, 28, device=DEVICE, dtype=torch.float16)[..., 4:]
+    assert not can_use_tma(misaligned)
+    assert not can_use_tma(x, x[:1].expand(2, -1, -1, -1))
+    assert not can_use_tma(x.float())
+
+
+@settings(
+    max_examples=12 if not ON_GPU else 100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    batch=st.integers(1, 2),
+    heads_kv=st.integers(1, 2),
+    group=st.integers(1, 3),
+    seqlen_q=st.integers(1, 50),
+    seqlen_kv=st.integers(1, 50),
+    head_dim=st.integers(1, 8).map(lambda n: 8 * n),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    causal=st.booleans(),
+    tile=st.sampled_from([(16, 16), (32, 16), (32, 32), (64, 32)]),
+    dq_mode=st.sampled_from(["atomic", "two_pass"]),
+    order=st.integers(0, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_any_problem(
+    batch: int, heads_kv: int, group: int, seqlen_q: int, seqlen_kv: int, head_dim: int,
+    dtype: torch.dtype, causal: bool, tile: tuple[int, int], dq_mode: str, order: int, seed: int,
+) -> None:  # fmt: skip
+    check(
+        batch, heads_kv * group, heads_kv, seqlen_q, seqlen_kv, head_dim, dtype, causal,
+        tile=tile, dq_mode=dq_mode, order=order, seed=seed,
+    )  # fmt: skip
