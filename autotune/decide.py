@@ -24,11 +24,13 @@ Samples = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The winner, what it replaced (itself if nothing changed), and the noise floor, as a share
-    of the time. `reason` says in one line why."""
+    """The winner, what it replaced (itself if nothing changed), the best choice that has a tile
+    (None if no tile ran), and the noise floor, as a share of the time. `reason` says in one line
+    why."""
 
     winner: Candidate
     base: Candidate
+    tile: Candidate | None
     noise: float
     reason: str
 
@@ -61,30 +63,37 @@ def decide(
     """
     noise = noise_floor(samples, default)
     rounds = len(samples[str(base)])
+    everyone = dict.fromkeys([base, default, *challengers])
+    rivals = [candidate for candidate in everyone if candidate != base]
+    tiles = [candidate for candidate in everyone if candidate != SDPA]
+    in_place = next((c for c in (base, default) if c != SDPA), None)
     if rounds < MIN_ROUNDS:
         reason = f"{rounds} rounds are too few to change anything (at least {MIN_ROUNDS})"
-        return Decision(base, base, noise, reason)
-    rivals = [candidate for candidate in dict.fromkeys(challengers) if candidate != base]
+        return Decision(base, base, in_place, noise, reason)
     if not rivals:
-        return Decision(base, base, noise, "nothing else was left to compare")
-    tiles = [candidate for candidate in rivals if candidate != SDPA]
+        return Decision(base, base, in_place, noise, "nothing else was left to compare")
 
     def beats(challenger: Candidate, holder: Candidate, confidence: float) -> bool:
         ratio = paired_ratio(samples[str(holder)], samples[str(challenger)], confidence)
         return ratio.low > 1.0 and ratio.value - 1.0 > noise
 
-    winner = base
     # speedup(base, c) is smallest for the fastest.
     fastest = min(tiles, key=lambda c: speedup(samples, base, c).value, default=None)
     # Each tile had its chance to look fast by luck: the confidence is shared among them.
-    if fastest is not None and beats(fastest, winner, 1 - (1 - CONFIDENCE) / len(tiles)):
-        winner = fastest
+    shared = 1 - (1 - CONFIDENCE) / max(len(tiles), 1)
+    best_tile = in_place
+    if fastest is not None and (in_place is None or beats(fastest, in_place, shared)):
+        best_tile = fastest
+    winner = base
+    if best_tile is not None and best_tile != base and beats(best_tile, base, shared):
+        winner = best_tile
     if SDPA in rivals and beats(SDPA, winner, CONFIDENCE):
         winner = SDPA
-    gain = speedup(samples, winner if winner != base else fastest or SDPA, base)
+    best_other = min(rivals, key=lambda c: speedup(samples, base, c).value)
+    gain = speedup(samples, winner if winner != base else best_other, base)
     interval = f"{gain.value:.3f}x [{gain.low:.3f}, {gain.high:.3f}]"
     if winner != base:
         reason = f"{winner} is {interval} as fast as {base}; noise floor {noise:.1%}"
     else:
         reason = f"nothing beats {base}: best other {interval}; noise floor {noise:.1%}"
-    return Decision(winner, base, noise, reason)
+    return Decision(winner, base, best_tile, noise, reason)

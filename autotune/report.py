@@ -172,6 +172,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "best": None if result.best is None else str(result.best),
         "backend": None if result.best is None else result.best.backend,
         "tile": None if result.best is None or result.best.tile is None else str(result.best.tile),
+        "tile_with_lse": result.tile_with_lse or None,
         "seconds": _interval_json(result.seconds),
         "speedup_default": _interval_json(result.speedup_default),
         "speedup_sdpa": _interval_json(result.speedup_sdpa),

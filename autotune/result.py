@@ -24,8 +24,9 @@ STATUSES = {
 @dataclass(frozen=True, slots=True)
 class Result:
     """One problem's outcome. `samples` are the final's, seconds by candidate name, and `seconds`
-    the winner's median; `store` says whether the database shall have it. Speed-ups are None where
-    the other could not run. An `unmeasured` result has a `reason` and nothing else."""
+    the winner's median. `tile_with_lse` names the best tile where the winner has none; `store`
+    says whether the database shall have the result. Speed-ups are None where the other could not
+    run. An `unmeasured` result has a `reason` and nothing else."""
 
     problem: Problem
     status: str
@@ -36,6 +37,7 @@ class Result:
     speedup_default: Interval | None = None
     speedup_sdpa: Interval | None = None
     noise: float = 0.0
+    tile_with_lse: str = ""
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     search: Search | None = None
     store: bool = False
@@ -59,6 +61,7 @@ class Result:
             _triple(self.speedup_sdpa),
             fingerprint.to_json(),
             command,
+            self.tile_with_lse,
         )
 
 

@@ -32,8 +32,8 @@ from flashmoe.timing import Measurement
 
 # A stored result holds while these agree; the rest of the fingerprint is for the reader.
 FINGERPRINT_FIELDS = ("device", "kernels", "torch", "triton", "cuda", "threads")
-# Of a problem's time, the share of the search; the rest is the final's.
-_SEARCH_SHARE = 0.65
+# Of a problem's time, the largest share that is left to the final.
+_FINAL_SHARE = 0.35
 _FINAL_ROUNDS = 300
 _FINAL_WARMUP = 2
 _CONFIRM_ROUNDS = 100
@@ -143,7 +143,9 @@ class _Tuning:
             decision, samples = self._final([], limit, _CONFIRM_ROUNDS)
             if not decision.changed:
                 return self._result("confirmed", decision, samples, None)
-        found = self._search(self._left(deadline) * _SEARCH_SHARE)
+        final = self._sample_seconds * (_FINAL_ROUNDS + _FINAL_WARMUP) * (FINALISTS + 4)
+        left = self._left(deadline)
+        found = self._search(left - min(final, left * _FINAL_SHARE))
         self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
         self._watch.stage("measuring the finalists again")
         decision, samples = self._final(found.contenders, self._left(deadline), _FINAL_ROUNDS)
@@ -200,9 +202,9 @@ class _Tuning:
         here = arch(self._device)
         backends = [BACKENDS[name] for name in self._backends]
         defaults = [backend.default_tile(self._problem, here) for backend in backends]
-        if self._stored is not None and self._stored.backend in self._backends:
+        if self._stored is not None:
             defaults.append(self._stored.tile)
-        first = [tile for tile in defaults if tile is not None]
+        first = [tile for tile in defaults if tile and tile.backend in self._backends]
         tiles = [tile for backend in backends for tile in backend.tiles(self._problem, here)]
         if not tiles:
             return Search((), (), "", 0)
@@ -287,6 +289,7 @@ class _Tuning:
             ),
             speedup_sdpa=speedup(samples, best, SDPA) if str(SDPA) in samples else None,
             noise=decision.noise,
+            tile_with_lse=str(decision.tile) if best == SDPA and decision.tile else "",
             samples=samples,
             search=found,
             # Too few rounds decide nothing that is worth keeping.

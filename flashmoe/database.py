@@ -26,7 +26,9 @@ class DamagedDatabase(UserWarning):
 class Entry:
     """A tuned result. `backend` and `tile` (text form, empty for a backend without tiles) won
     `problem`; samples are raw seconds by candidate name, paired by round; intervals are
-    [ratio, low, high] of the winner's speed over the default's and over SDPA's."""
+    [ratio, low, high] of the winner's speed over the default's and over SDPA's. `tile_with_lse` is
+    the best tile where the winner has none: for calls that need softmax_lse, training's among them.
+    """
 
     problem: Problem
     backend: str
@@ -37,6 +39,7 @@ class Entry:
     speedup_sdpa: tuple[float, float, float] | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    tile_with_lse: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,7 +12,12 @@ from flashmoe import database
 from flashmoe.backends import BACKENDS
 from flashmoe.device import arch
 from flashmoe.problem import Problem
-from flashmoe.tiles import Tile
+from flashmoe.tiles import Arch, Tile
+
+
+# From here on, Triton's wgmma outweighs its launch on Hopper: at 3e10 FLOP a forward takes about
+# 0.1 ms there, which is what one launch costs the host (H200: 85 to 130 us, the cuda kernel 15 us).
+_TRITON_FLOPS = 3e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +55,25 @@ def make_plan(
         return chosen
     for source, entries in _databases(arch(device).name):
         entry = entries.get(problem.bucket)
-        if entry is None or (need_lse and entry.backend == "sdpa"):
+        if entry is None:
             continue
-        stored = Tile.parse(entry.tile) if entry.tile else None
-        if _runs(entry.backend, stored, problem, device):
-            return Plan(entry.backend, stored, source)
+        backend, tile = entry.backend, entry.tile
+        if need_lse and backend == "sdpa":
+            if not entry.tile_with_lse:
+                continue
+            backend, tile = Tile.parse(entry.tile_with_lse).backend, entry.tile_with_lse
+        stored = Tile.parse(tile) if tile else None
+        if _runs(backend, stored, problem, device):
+            return Plan(backend, stored, source)
     return heuristic(problem, device, need_lse)
 
 
 def heuristic(problem: Problem, device: torch.device, need_lse: bool = False) -> Plan:
     """The plan for `problem` when nothing was tuned and nothing is overridden: the first backend
     that runs it, with its default tile. Raises NotImplementedError when there is none."""
-    for name in BACKENDS:
+    for name in _preference(problem, arch(device)):
         if (need_lse and name == "sdpa") or why_not(name, problem, device):
             continue
-        if name == "triton" and device.type == "cpu":
-            continue  # its interpreter is for tests, by override only
         return Plan(name, BACKENDS[name].default_tile(problem, arch(device)), "heuristic")
     reasons = "; ".join(f"{name}: {why_not(name, problem, device)}" for name in BACKENDS)
     raise NotImplementedError(f"no backend runs {problem.label} on {device}: {reasons}")
@@ -74,6 +82,15 @@ def heuristic(problem: Problem, device: torch.device, need_lse: bool = False) ->
 def reload_databases() -> None:
     """Forget the databases read so far, so that the next plan sees what a tuner wrote."""
     _databases.cache_clear()
+
+
+def _preference(problem: Problem, here: Arch) -> list[str]:
+    """Backends in the order in which an untuned problem tries them."""
+    if here.kind == "cpu":
+        return [name for name in BACKENDS if name != "triton"]  # interpreted, for tests only
+    if here.capability >= (9, 0) and problem.flops >= _TRITON_FLOPS:
+        return sorted(BACKENDS, key=lambda name: name != "triton")
+    return list(BACKENDS)
 
 
 @functools.cache

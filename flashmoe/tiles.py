@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from flashmoe.problem import DTYPE_BYTES, Problem
 
@@ -31,18 +32,20 @@ class Arch:
 class Tile:
     """One configuration of one kernel. `kernel` is one of cpu, sm80, triton. A tile handles
     block_m query rows by block_n keys a step, with num_stages K/V buffers in flight and num_warps
-    warps a thread block (1 and 1 for the cpu kernel, which has neither)."""
+    warps a thread block (1 and 1 for the cpu kernel, which has neither). `tma`: operands are
+    fetched by the tensor memory accelerator, where alignment allows it."""
 
     kernel: str
     block_m: int
     block_n: int
     num_stages: int = 1
     num_warps: int = 1
+    tma: bool = False
 
     def __str__(self) -> str:
         return (
             f"{self.kernel}:{self.block_m}x{self.block_n}-stages{self.num_stages}"
-            f"-warps{self.num_warps}"
+            f"-warps{self.num_warps}{'-tma' if self.tma else ''}"
         )
 
     @property
@@ -52,18 +55,19 @@ class Tile:
 
     @classmethod
     def parse(cls, text: str) -> Tile:
-        """The inverse of str(): `kernel:MxN-stagesS-warpsW`; stages and warps default to 1.
+        """The inverse of str(): `kernel:MxN-stagesS-warpsW`, with `-tma` where it is used; stages
+        and warps default to 1.
 
         Raises ValueError naming the text and the form.
         """
-        match = re.fullmatch(r"(\w+):(\d+)x(\d+)(?:-stages(\d+))?(?:-warps(\d+))?", text)
+        match = re.fullmatch(r"(\w+):(\d+)x(\d+)(?:-stages(\d+))?(?:-warps(\d+))?(-tma)?", text)
         if match is None or match[1] not in _RULES:
             raise ValueError(
-                f"tile must look like KERNEL:MxN-stagesS-warpsW with KERNEL one of "
+                f"tile must look like KERNEL:MxN-stagesS-warpsW[-tma] with KERNEL one of "
                 f"{', '.join(_RULES)}, got {text!r}"
             )
-        m, n, stages, warps = (int(x) if x else 1 for x in match.groups()[1:])
-        return cls(match[1], m, n, stages, warps)
+        m, n, stages, warps = (int(x) if x else 1 for x in match.groups()[1:5])
+        return cls(match[1], m, n, stages, warps, match[6] is not None)
 
     def violations(self, arch: Arch, problem: Problem) -> list[str]:
         """Why this tile cannot run `problem` on `arch`; empty when it is legal."""
@@ -88,6 +92,8 @@ def _cpu_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     for name, value in (("num_stages", tile.num_stages), ("num_warps", tile.num_warps)):
         if value != 1:
             yield f"{name} must be 1 for the cpu kernel, got {value}"
+    if tile.tma:
+        yield "tma must be false for the cpu kernel"
 
 
 def sm80_smem_bytes(tile: Tile, head_dim: int) -> int:
@@ -102,6 +108,8 @@ def _sm80_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield "the sm80 kernel has no backward"
     if problem.dtype not in ("float16", "bfloat16"):
         yield f"dtype must be float16 or bfloat16 for the sm80 kernel, got {problem.dtype}"
+    if tile.tma:
+        yield "tma must be false for the sm80 kernel"
     if tile.num_warps not in (4, 8):
         yield f"num_warps must be 4 or 8, got {tile.num_warps}"
         return
@@ -137,6 +145,8 @@ def _triton_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield f"num_warps must be 1, 2, 4 or 8, got {tile.num_warps}"
     if not 1 <= tile.num_stages <= 5:
         yield f"num_stages must be from 1 to 5, got {tile.num_stages}"
+    if tile.tma and (arch.capability < (9, 0) or problem.dtype == "float32"):
+        yield "tma needs compute capability 9.0 and a 16-bit dtype"
     padded = max(16, 1 << (problem.head_dim - 1).bit_length())
     size = DTYPE_BYTES[problem.dtype]
     smem = size * padded * (tile.block_m + 2 * tile.num_stages * tile.block_n)
@@ -151,7 +161,7 @@ _RULES: dict[str, Callable[[Tile, Arch, Problem], Iterator[str]]] = {
 }
 
 
-def grid(kernel: str, **axes: tuple[int, ...]) -> list[Tile]:
+def grid(kernel: str, **axes: tuple[Any, ...]) -> list[Tile]:
     """Every Tile of `kernel` over the product of the axes, legal or not."""
     names = list(axes)
     return [

@@ -135,7 +135,8 @@ def bench(
                     raise UserError(
                         f"what is measured changed meanwhile ({'; '.join(changed)}): run it again"
                     )
-                limits.update({k: Limits(**v) for k, v in answer["limits"].items()})
+                for dtype, rates in answer["limits"].items():
+                    limits[dtype] = _larger(limits.get(dtype), Limits(**rates))
             elif answer["event"] == "begin":
                 progress(f"{heading}: {answer['case']}")
             else:
@@ -157,6 +158,13 @@ def bench(
         limits,
         tuple(item.result(settings.processes) for item in collected.values()),
     )
+
+
+def _larger(a: Limits | None, b: Limits) -> Limits:
+    """What the device sustains is the most that any process saw it sustain."""
+    if a is None:
+        return b
+    return Limits(max(a.matmul_flops, b.matmul_flops), max(a.copy_bytes, b.copy_bytes))
 
 
 def _answers(job: dict[str, Any], debug: bool) -> Iterator[Answer]:

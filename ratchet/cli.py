@@ -32,7 +32,7 @@ from flashmoe.ratchet.suite import NAME_FORM, SUITES, select
 PROGRAM = "flashmoe.ratchet"
 INTERRUPTED = 130
 # On a CPU, processes differ more from each other, and start sooner.
-PROCESSES = {"cpu": 10, "cuda": 5}
+PROCESSES = {"cpu": 20, "cuda": 5}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

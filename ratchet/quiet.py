@@ -11,17 +11,16 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from flashmoe.timing import Measurement, measure
 
-_T = TypeVar("_T")
-
-# A round is disturbed when its run delay exceeds this share of its wall time. Quiet rounds show
-# about 0.1 %, one competing process on two cores more than 100 % (sum over our threads).
-_DISTURBED = 0.05
+# A round is disturbed when its run delay exceeds this many seconds and this share of its wall time.
+# Waking our own threads takes about 0.1 ms of a round; one competing process on two cores costs
+# more than the round itself (the delay sums over our threads).
+_WAKING = 2e-4
+_DISTURBED = 0.01
 # Attempts for each round that is wanted.
 _ATTEMPTS = 2
 
@@ -34,21 +33,6 @@ def run_delay() -> float | None:
             total += int(path.read_text().split()[1])
             found = True
     return total * 1e-9 if found else None
-
-
-def quietest(
-    call: Callable[[], _T], attempts: int = 5, delay: Callable[[], float | None] = run_delay
-) -> _T:
-    """The result of the first attempt that nothing disturbed, or of the least disturbed one."""
-    taken: list[tuple[float, _T]] = []
-    for _ in range(attempts):
-        before, start = delay() or 0.0, time.perf_counter()
-        result = call()
-        waited = (delay() or 0.0) - before
-        taken.append((waited / (time.perf_counter() - start), result))
-        if taken[-1][0] <= _DISTURBED:
-            break
-    return min(taken, key=lambda item: item[0])[1]
 
 
 def measure_quietly(
@@ -73,7 +57,7 @@ def measure_quietly(
         measured = measure(candidates, device, rounds=1, warmup=0, seed=seed + number)
         if any(m.status != "ok" for m in measured.values()):
             return measured, 0.0
-        waited = (delay() or 0.0) - before
+        waited = max((delay() or 0.0) - before - _WAKING, 0.0)
         taken.append((waited / (time.perf_counter() - start), measured))
         if sum(share <= _DISTURBED for share, _ in taken) == rounds:
             break

@@ -142,7 +142,7 @@ def _environment(decision: Decision, current: Results, baseline: Results) -> lis
         *_fingerprint_table(current.fingerprint, baseline.fingerprint),
         "",
         f"FAIL below {thresholds.fail:+g} %, IMPROVED above {thresholds.improve:+g} % of the "
-        "speedup over SDPA, each only if significant over the processes of both runs (Welch's "
+        "speedup over SDPA, each only if significant over the processes of both runs (Yuen's "
         "t-test, Holm over the cases, 5 %). Intervals of a change are 95 %, of one case alone.",
         "",
         f"Now: {current.started}, {current.duration:.0f} s, `{current.command}`  ",

@@ -19,6 +19,8 @@ Samples = Sequence[Sequence[float]]
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
+# Of the processes, at each end.
+TRIM = 0.2
 # Below this a standard error (in log units, so relative) says more about the clock than about us.
 _LEAST_ERROR = 1e-5
 
@@ -48,15 +50,17 @@ def log_speedups(ours: Samples, sdpa: Samples) -> Array:
 
 
 def change(current: Array, baseline: Array) -> Change:
-    """The change between two sets of per-process logarithms, by Welch's t-test (Welch 1947, with
-    Satterthwaite's degrees of freedom). Needs two processes on each side."""
-    n, m = len(current), len(baseline)
-    if min(n, m) < 2:
-        raise ValueError(f"change needs at least 2 processes on each side, got {n} and {m}")
-    difference = float(current.mean() - baseline.mean())
-    a, b = float(current.var(ddof=1)) / n, float(baseline.var(ddof=1)) / m
-    error = math.sqrt(a + b)
-    freedom = float(n + m - 2)
+    """The change between two sets of per-process logarithms, by Yuen's test on trimmed means (Yuen
+    1974): Welch's t-test for data in which a few processes, up to TRIM on either side, were hit by
+    something else. Needs two processes on each side."""
+    if min(len(current), len(baseline)) < 2:
+        raise ValueError(
+            f"change needs at least 2 processes on each side, got {len(current)} and "
+            f"{len(baseline)}"
+        )
+    new, a, n = _trimmed(current)
+    old, b, m = _trimmed(baseline)
+    difference, error, freedom = new - old, math.sqrt(a + b), float(n + m - 2)
     if error < _LEAST_ERROR:
         error = _LEAST_ERROR
     else:
@@ -66,6 +70,17 @@ def change(current: Array, baseline: Array) -> Change:
     ratio = Interval(math.exp(difference), math.exp(difference - half), math.exp(difference + half))
     below = float(t.cdf(difference / error))
     return Change(ratio, below, float(t.sf(difference / error)), error, freedom)
+
+
+def _trimmed(x: Array) -> tuple[float, float, int]:
+    """The mean without the TRIM smallest and largest values, the square of its standard error
+    (from the winsorized variance), and how many values are left."""
+    n = len(x)
+    cut = int(TRIM * n)
+    kept = np.sort(x)[cut : n - cut]
+    winsorized = np.clip(x, kept[0], kept[-1])
+    h = len(kept)
+    return float(kept.mean()), float(winsorized.var(ddof=1)) * (n - 1) / (h * (h - 1)), h
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -19,7 +19,7 @@ import torch
 
 from flashmoe import device as devices
 from flashmoe.plan import make_plan
-from flashmoe.ratchet.quiet import measure_quietly, quietest
+from flashmoe.ratchet.quiet import measure_quietly
 from flashmoe.ratchet.suite import Case, parse
 from flashmoe.ratchet.workload import Workload, calls
 from flashmoe.timing import measure_limits
@@ -47,18 +47,16 @@ def main() -> int:
 
 
 def run(job: dict[str, Any], emit: Emit) -> None:
-    """`job`: device, cases (names), rounds, warmup, seed; `first` also measures the limits and
-    checks correctness."""
+    """`job`: device, cases (names), rounds, warmup, seed; `first` also checks correctness."""
     device = torch.device(job["device"])
     cases = [parse(name) for name in job["cases"]]
-    start: dict[str, Any] = {
-        "event": "start",
-        "fingerprint": devices.fingerprint(device).to_json(),
-        "limits": {},
-    }
-    if job["first"]:
-        start["limits"] = _limits(cases, device)
-    emit(start)
+    emit(
+        {
+            "event": "start",
+            "fingerprint": devices.fingerprint(device).to_json(),
+            "limits": _limits(cases, device),
+        }
+    )
     for case in cases:
         emit({"event": "begin", "case": case.name})
         emit({"event": "case", "case": case.name, **_measure(case, device, job)})
@@ -69,8 +67,7 @@ def _limits(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, 
     units, where torch's own 16-bit matmul is a hundred times slower than any kernel here."""
     dtypes = sorted({case.problem.dtype for case in cases})
     if device.type == "cpu":
-        limits = quietest(lambda: measure_limits(device, torch.float32))
-        return dict.fromkeys(dtypes, asdict(limits))
+        return dict.fromkeys(dtypes, asdict(measure_limits(device, torch.float32)))
     return {dtype: asdict(measure_limits(device, getattr(torch, dtype))) for dtype in dtypes}
 
 

@@ -90,6 +90,7 @@ tiles = st.builds(
     block_n=st.integers(1, 512),
     num_stages=st.integers(1, 6),
     num_warps=st.integers(1, 16),
+    tma=st.booleans(),
 )
 
 

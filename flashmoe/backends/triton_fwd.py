@@ -81,6 +81,59 @@ def _load_rows(
 
 
 @triton.jit
+def _head_base(ptr, batch, head, stride_b, stride_h, USE_TMA: tl.constexpr):
+    """Where _load_tile finds one head; a descriptor spans them all."""
+    if USE_TMA:
+        base = ptr
+    else:
+        # 64-bit: a tensor may hold more than 2**31 elements.
+        base = ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return base
+
+
+@triton.jit
+def _load_tile(
+    base, batch, head, start, stride, seqlen, offs_r, HEAD_DIM: tl.constexpr, BLOCK_D:
+    tl.constexpr, ROWS: tl.constexpr, MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """_load_rows, through the tensor memory accelerator if USE_TMA."""
+    if USE_TMA:
+        tile = base.load([batch, start, head, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        tile = _load_rows(base, start, stride, seqlen, offs_r, HEAD_DIM, BLOCK_D, MASK_ROWS)
+    return tile
+
+
+@triton.jit
+def _store_rows(
+    ptr, tile, batch, head, start, heads, seqlen, offs_r, HEAD_DIM: tl.constexpr, BLOCK_D:
+    tl.constexpr,
+):  # fmt: skip
+    """tile as rows start + offs_r of one head of a contiguous (batch, seqlen, heads, HEAD_DIM)."""
+    offs_d = tl.arange(0, BLOCK_D)
+    stride = heads * HEAD_DIM
+    base = ptr + (batch.to(tl.int64) * seqlen + start) * stride + head.to(tl.int64) * HEAD_DIM
+    pointers = base + offs_r.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    mask = (start + offs_r < seqlen)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _visible_keys(
+    start_m, seqlen_q, seqlen_kv, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """(full_end, end): every row of a tile of queries sees the keys 0..full_end, a multiple of
+    BLOCK_N, and some rows see full_end..end."""
+    end = seqlen_kv
+    full_end = seqlen_kv // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        first_limit = start_m + (seqlen_kv - seqlen_q)
+        end = tl.maximum(tl.minimum(end, first_limit + BLOCK_M), 0)
+        full_end = tl.maximum(tl.minimum(full_end, (first_limit + 1) // BLOCK_N * BLOCK_N), 0)
+    return full_end, end
+
+
+@triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, end,
     seqlen_kv, causal_limit, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M:
@@ -95,13 +148,10 @@ def _attend(
     offs_n = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
-        if USE_TMA:
-            k = k_base.load([batch, start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
-        else:
-            k = _load_rows(
-                k_base, start, stride_kn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D, MASKED and not
-                EVEN_N,
-            )  # fmt: skip
+        k = _load_tile(
+            k_base, batch, head_kv, start, stride_kn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D,
+            BLOCK_N, MASKED and not EVEN_N, USE_TMA,
+        )  # fmt: skip
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = _dot(q, tl.trans(k), scores, PRECISION)
         if not POSITIVE_SCALE:
@@ -122,13 +172,10 @@ def _attend(
         row_sum = row_sum * rescale + tl.sum(probs, 1)
         row_max = new_max
         acc = acc * rescale[:, None]
-        if USE_TMA:
-            v = v_base.load([batch, start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
-        else:
-            v = _load_rows(
-                v_base, start, stride_vn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D, MASKED and not
-                EVEN_N,
-            )  # fmt: skip
+        v = _load_tile(
+            v_base, batch, head_kv, start, stride_vn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D,
+            BLOCK_N, MASKED and not EVEN_N, USE_TMA,
+        )  # fmt: skip
         acc = _dot(probs.to(v.dtype), v, acc, PRECISION)
     return acc, row_sum, row_max
 
@@ -157,32 +204,16 @@ def _attention_forward_kernel(
     head = batch_head % heads_q
     batch = batch_head // heads_q
     head_kv = head // group
-    # 64-bit from here on: a tensor may hold more than 2**31 elements.
-    batch64 = batch.to(tl.int64)
-    head64 = head.to(tl.int64)
-    head_kv64 = head_kv.to(tl.int64)
-
     start_m = tile * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     rows = start_m + offs_m
-    q_base = q_ptr + batch64 * stride_qb + head64 * stride_qh
+    q_base = _head_base(q_ptr, batch, head, stride_qb, stride_qh, False)
     q = _load_rows(q_base, start_m, stride_qm, seqlen_q, offs_m, HEAD_DIM, BLOCK_D, not EVEN_M)
-    if USE_TMA:
-        k_base = k_ptr
-        v_base = v_ptr
-    else:
-        k_base = k_ptr + batch64 * stride_kb + head_kv64 * stride_kh
-        v_base = v_ptr + batch64 * stride_vb + head_kv64 * stride_vh
+    k_base = _head_base(k_ptr, batch, head_kv, stride_kb, stride_kh, USE_TMA)
+    v_base = _head_base(v_ptr, batch, head_kv, stride_vb, stride_vh, USE_TMA)
 
-    # Keys 0..full_end are seen by every row of the tile, full_end..end by some of them.
     causal_limit = rows + (seqlen_kv - seqlen_q)
-    end = seqlen_kv
-    full_end = seqlen_kv // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        first_limit = start_m + (seqlen_kv - seqlen_q)
-        end = tl.maximum(tl.minimum(end, first_limit + BLOCK_M), 0)
-        full_end = tl.maximum(tl.minimum(full_end, (first_limit + 1) // BLOCK_N * BLOCK_N), 0)
-
+    full_end, end = _visible_keys(start_m, seqlen_q, seqlen_kv, BLOCK_M, BLOCK_N, CAUSAL)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -205,12 +236,7 @@ def _attention_forward_kernel(
     row_sum = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN_2)
     acc = acc / row_sum[:, None]
-    offs_d = tl.arange(0, BLOCK_D)
-    stride_om = heads_q * HEAD_DIM
-    out_base = out_ptr + (batch64 * seqlen_q + start_m) * stride_om + head64 * HEAD_DIM
-    out_pointers = out_base + offs_m.to(tl.int64)[:, None] * stride_om + offs_d[None, :]
-    out_mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    _store_rows(out_ptr, acc, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
     lse_pointers = lse_ptr + batch_head.to(tl.int64) * seqlen_q + rows
     tl.store(lse_pointers, lse, mask=rows < seqlen_q)
 
@@ -251,13 +277,14 @@ def _has_tma(device_index: int) -> bool:
 
 
 def can_use_tma(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator exists, pays and can read the tensors.
+    """Whether the tensor memory accelerator (Triton's interpreter emulates it) exists, pays and
+    can read the tensors.
 
     It needs 16-byte alignment. float32 has no tensor core path whose operands it could feed, and
     Triton 3.6 then spills (16 KiB a thread at head_dim 128 and 32 x 32 tiles, sm_90).
     """
     first = tensors[0]
-    if not first.is_cuda or first.dtype == torch.float32 or not _has_tma(first.get_device()):
+    if first.dtype == torch.float32 or (first.is_cuda and not _has_tma(first.get_device())):
         return False
     for x in tensors:
         align = 16 // x.element_size()
@@ -280,7 +307,7 @@ def attention_forward(
     block_n: int,
     num_stages: int,
     num_warps: int,
-    use_tma: bool | None = None,
+    use_tma: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale * Q K^T) V and the natural log-sum-exp of every row of scores.
 
@@ -289,7 +316,7 @@ def attention_forward(
     (batch, heads_q, seqlen_q) in float32; a row that sees no key has out 0 and lse -inf. `causal`
     lets query i see keys up to i + seqlen_kv - seqlen_q. A key that no query sees is not read past
     its block_m x block_n tile; inside such a tile it is read, and NaN or inf in V there spreads.
-    use_tma reads K and V through the tensor memory accelerator; by default wherever that can.
+    use_tma reads K and V through the tensor memory accelerator, where that can.
     """
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
@@ -301,12 +328,12 @@ def attention_forward(
         return out.zero_(), lse.fill_(float("-inf"))
     block_d = max(16, triton.next_power_of_2(head_dim))
     group = heads_q // heads_kv
-    if use_tma is None:
-        use_tma = can_use_tma(k, v)
+    use_tma = use_tma and can_use_tma(k, v)
     section = 1
     if causal:
         section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, q.element_size())
     grid = (triton.cdiv(seqlen_q, block_m) * batch * heads_q,)
+    # enable_fp_fusion: Triton 3.10 no longer fuses multiply and add unasked.
     with device_guard(q):
         _attention_forward_kernel[grid](
             q, tma_descriptor(k, block_n, block_d) if use_tma else k, tma_descriptor(v, block_n,
@@ -315,6 +342,6 @@ def attention_forward(
             section, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
             CAUSAL=causal, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
             POSITIVE_SCALE=softmax_scale > 0, USE_TMA=use_tma, PRECISION=dot_precision(q),
-            num_stages=num_stages, num_warps=num_warps,
+            num_stages=num_stages, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

@@ -210,3 +210,14 @@ def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
     assert "b4 h8 s128" in out
     (entry,) = database.load(database.user_path(cpu_name())).values()
     assert entry.problem.batch == 4
+
+
+def test_where_sdpa_won_a_call_that_needs_lse_gets_the_best_tile(home: Path) -> None:
+    entry = database.Entry(PROBLEM, "sdpa", "", "", tile_with_lse="cpu:96x32-stages1-warps1")
+    database.update(database.user_path(cpu_name()), {PROBLEM.bucket: entry})
+    flashmoe.plan.reload_databases()
+    cpu = torch.device("cpu")
+    assert flashmoe.make_plan(PROBLEM, cpu).backend == "sdpa"
+    planned = flashmoe.make_plan(PROBLEM, cpu, need_lse=True)
+    assert (planned.backend, str(planned.tile)) == ("cpu", "cpu:96x32-stages1-warps1")
+    assert planned.source == "user database"

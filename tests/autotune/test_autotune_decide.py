@@ -91,3 +91,19 @@ def test_the_default_takes_over_from_a_stored_tile_that_became_slower() -> None:
 def test_nothing_to_compare_keeps_the_base() -> None:
     decision = decide(samples({DEFAULT: 1.0}), DEFAULT, DEFAULT, [DEFAULT])
     assert not decision.changed
+
+
+def test_sdpa_as_winner_tells_the_best_tile_too() -> None:
+    true = {DEFAULT: 1.0, A: 0.9, SDPA: 0.8}
+    for base in (DEFAULT, SDPA):
+        decision = decide(samples(true), base, DEFAULT, [DEFAULT, A, SDPA])
+        assert (decision.winner, decision.tile) == (SDPA, A)
+    tie = decide(samples({**true, A: 1.0}), SDPA, DEFAULT, [DEFAULT, A, SDPA])
+    assert (tie.winner, tie.tile) == (SDPA, DEFAULT)
+
+
+def test_without_a_default_the_fastest_tile_is_the_best_tile() -> None:
+    taken = samples({A: 1.2, B: 1.1, SDPA: 1.0, DEFAULT: 9.0})
+    taken[AGAIN] = taken[str(SDPA)]
+    decision = decide(taken, SDPA, SDPA, [A, B, SDPA])
+    assert (decision.winner, decision.tile) == (SDPA, B)

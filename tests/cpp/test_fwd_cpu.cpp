@@ -1,6 +1,9 @@
 // The CPU forward kernel against a float64 reference: odd sizes, dtypes, GQA, causal, strides,
 // tiles, instruction sets and thread counts. Every buffer, and the padding between its rows, is NaN
 // where nothing may be read, and outputs are poisoned first.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -110,23 +113,57 @@ double decode(DType dtype, const uint8_t* src) {
   return value;
 }
 
+// Bytes that end where an unreadable page begins.
+class GuardedBytes {
+ public:
+  explicit GuardedBytes(size_t size) : size_(size) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t usable = (size + page - 1) / page * page;
+    mapped_ = usable + page;
+    void* base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || mprotect(static_cast<char*>(base) + usable, page, PROT_NONE) != 0) {
+      std::perror("guard page");
+      std::exit(1);
+    }
+    base_ = static_cast<uint8_t*>(base);
+    data_ = base_ + usable - size;
+  }
+  ~GuardedBytes() { munmap(base_, mapped_); }
+  GuardedBytes(const GuardedBytes&) = delete;
+  GuardedBytes& operator=(const GuardedBytes&) = delete;
+
+  uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+  uint8_t& operator[](size_t i) const { return data_[i]; }
+  uint8_t* begin() const { return data_; }
+  uint8_t* end() const { return data_ + size_; }
+
+ private:
+  size_t size_, mapped_;
+  uint8_t *base_, *data_;
+};
+
 // (batch, seqlen, heads, head_dim), each head's row followed by `pad` elements that are not its
 // own. Exactly as long as the last row needs plus a guard, all NaN outside the rows.
 struct Tensor {
   DType dtype;
   int batch, seqlen, heads, head_dim;
-  long long batch_stride, row_stride, head_stride;
-  std::vector<uint8_t> bytes;
+  long long row_stride, head_stride, batch_stride;
+  GuardedBytes bytes;
 
   Tensor(DType dtype, int batch, int seqlen, int heads, int head_dim, int pad, bool heads_first)
-      : dtype(dtype), batch(batch), seqlen(seqlen), heads(heads), head_dim(head_dim) {
-    const long long width = head_dim + pad;
-    row_stride = heads_first ? width : width * heads + pad;
-    head_stride = heads_first ? width * seqlen + pad : width;
-    batch_stride = heads_first ? head_stride * heads : row_stride * seqlen;
-    const long long count = batch_stride * batch + 64;
-    bytes.resize(count * size_of(dtype));
-    for (long long i = 0; i < count; ++i) encode(dtype, NAN32, &bytes[i * size_of(dtype)]);
+      : dtype(dtype),
+        batch(batch),
+        seqlen(seqlen),
+        heads(heads),
+        head_dim(head_dim),
+        row_stride(heads_first ? head_dim + pad : (head_dim + pad) * heads + pad),
+        head_stride(heads_first ? (head_dim + pad) * seqlen + pad : head_dim + pad),
+        batch_stride(heads_first ? head_stride * heads : row_stride * seqlen),
+        bytes(size_of(dtype) * (batch * seqlen * heads == 0
+                                    ? 0
+                                    : offset(batch - 1, seqlen - 1, heads - 1) + head_dim)) {
+    for (size_t i = 0; i < bytes.size(); i += size_of(dtype)) encode(dtype, NAN32, &bytes[i]);
   }
   long long offset(int b, int s, int h) const {
     return b * batch_stride + s * row_stride + h * head_stride;
@@ -424,12 +461,13 @@ void test_threads_do_not_change_the_result(CpuIsa isa) {
   Case c{2, 150, 170, 4, 2, 64, true, DType::float32, 32, 48, 1, 0, false, 0, isa};
   Problem problem(c, 9);
   problem.run();
-  const auto out = problem.out.bytes;
+  const std::vector<uint8_t> out(problem.out.bytes.begin(), problem.out.bytes.end());
   const auto lse = problem.lse;
   for (int threads : {2, 5}) {
     problem.c.threads = threads;
     problem.run();
-    CHECK(out == problem.out.bytes && lse == problem.lse, "%s", problem.c.name().c_str());
+    CHECK(std::equal(out.begin(), out.end(), problem.out.bytes.begin()) && lse == problem.lse, "%s",
+          problem.c.name().c_str());
   }
 }
 

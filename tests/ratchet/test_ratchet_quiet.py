@@ -61,7 +61,7 @@ def test_disturbed_rounds_are_replaced(rounds: list[int]) -> None:
 
 
 def test_a_busy_machine_ends_with_the_least_disturbed(rounds: list[int]) -> None:
-    samples, disturbed = taken(clock(900, 5, 0, 700, 0, 800))
+    samples, disturbed = taken(clock(900, 5, 0, 700, 1e-4, 800))
     assert samples == (2.0, 3.0, 5.0)
     assert disturbed == pytest.approx(1 / 3)
     assert len(rounds) == 6
@@ -81,17 +81,6 @@ def test_a_failure_is_passed_on() -> None:
     )
     assert measured["ours"].status == "failed"
     assert "boom" in measured["ours"].reason
-
-
-def test_the_first_quiet_attempt_counts() -> None:
-    results = iter("abcde")
-    delay = clock(9, 0, 0)
-    delay()
-    assert quiet.quietest(lambda: next(results), delay=delay) == "b"
-    results = iter("abcde")
-    delay = clock(9000, 5000, 70, 8000, 9000)
-    delay()
-    assert quiet.quietest(lambda: next(results), delay=delay) == "c"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the scheduler tells its delays on Linux")
