@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -59,6 +60,24 @@ def gencode(archs: tuple[str, ...]) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
+def source_hashes() -> dict[str, str]:
+    """For each kind of device, SHA-256 (16 digits) over the sources that its kernels depend on."""
+    shared = [CSRC / "attention" / "params.h", CSRC / "torch_ops.cpp"]
+    cpu = sorted((CSRC / "attention").glob("fwd_cpu*"))
+    cuda = [
+        *sorted(set((CSRC / "attention").iterdir()) - set(cpu)),
+        *sorted((CSRC / "ptx").glob("*.cuh")),
+        *sorted((CSRC / "instances").glob("*.txt")),
+    ]
+    hashes = {}
+    for kind, sources in (("cpu", cpu), ("cuda", cuda)):
+        digest = hashlib.sha256()
+        for path in [*shared, *sources]:
+            digest.update(path.name.encode() + path.read_bytes())
+        hashes[kind] = digest.hexdigest()[:16]
+    return hashes
+
+
 def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> list[Path]:
     """Write the instance sources and the registry into `directory`; return them.
 
@@ -105,7 +124,14 @@ def _registry_source(
     archs: tuple[str, ...],
     cuda_version: str,
 ) -> str:
-    info = json.dumps({"cuda_archs": archs, "cuda_version": cuda_version, "instances": listed})
+    info = json.dumps(
+        {
+            "cuda_archs": archs,
+            "cuda_version": cuda_version,
+            "instances": listed,
+            "source_hashes": source_hashes(),
+        }
+    )
     lines = ['#include "instances/registry.h"', "", "namespace flashmoe {", ""]
     if listed:
         for instance in listed:

@@ -18,12 +18,13 @@ _PACKAGE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class BuildInfo:
-    """What setup.py compiled: CUDA architectures (empty without CUDA), and for each (kernel,
-    head_dim) the tiles that are compiled in."""
+    """What setup.py compiled: CUDA architectures (empty without CUDA), for each (kernel, head_dim)
+    the tiles that are compiled in, and for each kind of device a hash of the kernels' sources."""
 
     cuda_archs: tuple[str, ...]
     cuda_version: str
     instances: dict[tuple[str, int], tuple[Tile, ...]]
+    source_hashes: dict[str, str]
 
 
 @functools.cache
@@ -49,15 +50,18 @@ def load() -> BuildInfo:
         tuple(info["cuda_archs"]),
         info["cuda_version"],
         {key: tuple(tiles) for key, tiles in instances.items()},
+        info["source_hashes"],
     )
 
 
 @functools.cache
-def kernel_hash() -> str:
-    """SHA-256 (first 16 digits) over the compiled extension and the Triton kernels' sources."""
-    digest = hashlib.sha256()
-    files = [*_PACKAGE.glob("_C*.so"), *(_PACKAGE / "backends").glob("triton_*.py")]
-    for path in sorted(files):
-        digest.update(path.name.encode())
+def kernel_hash(kind: str) -> str:
+    """SHA-256 (16 digits) over the sources of the kernels for a kind of device, cpu or cuda: those
+    compiled in, and for cuda Triton's too."""
+    compiled = load().source_hashes[kind]
+    if kind == "cpu":
+        return compiled
+    digest = hashlib.sha256(compiled.encode())
+    for path in sorted((_PACKAGE / "backends").glob("triton_*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

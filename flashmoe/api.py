@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,9 @@ def flash_attn_func(
             query head h uses head h // (heads_q // heads_kv).
         softmax_scale: default 1 / sqrt(head_dim).
         causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
-        deterministic: bitwise repeatable gradients, possibly slower.
+        deterministic: gradients are bitwise repeatable with every backend of today, so this changes
+            nothing; it is there for flash-attn's signature. Only `backend="sdpa"`, whose gradients
+            are torch's own, refuses it.
         return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
         backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
 
@@ -208,9 +211,13 @@ def _attend_op(
 ) -> _Result:
     """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
     scale = _validate(q, k, v, softmax_scale)
-    out, lse = ops.attention(
-        q, k, v, scale, bool(causal), bool(deterministic), backend or "", str(tile or "")
-    )
+    override = backend or (None if tile else os.environ.get("FLASHMOE_BACKEND"))
+    if override == "sdpa" and not return_lse and not (causal and q.shape[1] != k.shape[1]):
+        # Asked for by name, SDPA brings its own backward.
+        if deterministic:
+            raise ValueError("deterministic must be False with backend 'sdpa', got True")
+        return BACKENDS["sdpa"].forward(q, k, v, scale, bool(causal), None)[0]
+    out, lse = ops.attention(q, k, v, scale, bool(causal), backend or "", str(tile or ""))
     return (out, lse.detach(), None) if return_lse else out
 
 

@@ -93,7 +93,7 @@ def fingerprint(device: torch.device) -> Fingerprint:
         torch=torch.__version__,
         triton=_version("triton"),
         threads=0 if cuda else torch.get_num_threads(),
-        kernels=_extension.kernel_hash(),
+        kernels=_extension.kernel_hash(here.kind),
     )
 
 

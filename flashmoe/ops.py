@@ -58,7 +58,6 @@ def attention(
     v: Tensor,
     softmax_scale: float,
     causal: bool,
-    deterministic: bool,
     backend: str,
     tile: str,
 ) -> tuple[Tensor, Tensor]:
@@ -78,7 +77,6 @@ def _attention_fake(
     v: Tensor,
     softmax_scale: float,
     causal: bool,
-    deterministic: bool,
     backend: str,
     tile: str,
 ) -> tuple[Tensor, Tensor]:
@@ -95,14 +93,13 @@ def attention_backward(
     softmax_lse: Tensor,
     softmax_scale: float,
     causal: bool,
-    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, shaped and typed as q, k, v."""
     plan = make_plan(problem_of(q, k, causal, "bwd"), q.device, backend)
     dout, q, k, v = (_last_contiguous(x) for x in (dout, q, k, v))
     return BACKENDS[plan.backend].backward(
-        dout, q, k, v, out, softmax_lse, softmax_scale, causal, plan.tile, deterministic
+        dout, q, k, v, out, softmax_lse, softmax_scale, causal, plan.tile
     )
 
 
@@ -116,23 +113,22 @@ def _attention_backward_fake(
     softmax_lse: Tensor,
     softmax_scale: float,
     causal: bool,
-    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, softmax_scale, causal, deterministic, backend, _ = inputs
+    q, k, v, softmax_scale, causal, backend, _ = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.arguments = (softmax_scale, causal, deterministic, backend)
+    ctx.arguments = (softmax_scale, causal, backend)
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     # api hands out lse detached, so dlse is the zeros that autograd fills in.
     q, k, v, out, lse = ctx.saved_tensors
     dq, dk, dv = attention_backward(dout, q, k, v, out, lse, *ctx.arguments)
-    return dq, dk, dv, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

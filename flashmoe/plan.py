@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,6 @@ from flashmoe.backends import BACKENDS
 from flashmoe.device import arch
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
-
 
 # From here on, Triton's wgmma outweighs its launch on Hopper: at 3e10 FLOP a forward takes about
 # 0.1 ms there, which is what one launch costs the host (H200: 85 to 130 us, the cuda kernel 15 us).
@@ -54,17 +54,9 @@ def make_plan(
             raise ValueError("backend must be one that returns softmax_lse here, got 'sdpa'")
         return chosen
     for source, entries in _databases(arch(device).name):
-        entry = entries.get(problem.bucket)
-        if entry is None:
-            continue
-        backend, tile = entry.backend, entry.tile
-        if need_lse and backend == "sdpa":
-            if not entry.tile_with_lse:
-                continue
-            backend, tile = Tile.parse(entry.tile_with_lse).backend, entry.tile_with_lse
-        stored = Tile.parse(tile) if tile else None
-        if _runs(backend, stored, problem, device):
-            return Plan(backend, stored, source)
+        stored = _stored(entries.get(problem.bucket), need_lse, source)
+        if stored is not None and _runs(stored.backend, stored.tile, problem, device):
+            return stored
     return heuristic(problem, device, need_lse)
 
 
@@ -99,6 +91,26 @@ def _databases(device_name: str) -> tuple[tuple[str, dict[str, database.Entry]],
         ("user database", database.load(database.user_path(device_name))),
         ("shipped database", database.load(database.shipped_path(device_name))),
     )
+
+
+def _stored(entry: database.Entry | None, need_lse: bool, source: str) -> Plan | None:
+    """The plan that a tuned entry holds; None without one for this use."""
+    if entry is None:
+        return None
+    without_lse = need_lse and entry.backend == "sdpa"
+    text = entry.tile_with_lse if without_lse else entry.tile
+    if without_lse and not text:
+        return None
+    try:
+        tile = Tile.parse(text) if text else None
+    except ValueError as error:
+        warnings.warn(
+            f"{source}: entry {entry.problem.bucket} is skipped: {error}",
+            database.DamagedDatabase,
+            stacklevel=2,
+        )
+        return None
+    return Plan(tile.backend if tile and without_lse else entry.backend, tile, source)
 
 
 def _runs(backend: str, tile: Tile | None, problem: Problem, device: torch.device) -> bool:

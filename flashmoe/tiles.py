@@ -14,6 +14,9 @@ from flashmoe.problem import DTYPE_BYTES, Problem
 SM80_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 # Registers that the float32 fragments of S and O may take of a thread's 255 before ptxas spills.
 _SM80_FRAGMENT_REGISTERS = 208
+# The same for Triton's kernels. The backward spills long before 256, and is fastest there all the
+# same (H200, bfloat16, head_dim 128: 64x64 with 4 warps, at 256, beats every tile below).
+_TRITON_REGISTERS = {"fwd": 192, "bwd": 256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,26 +135,66 @@ def _sm80_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         )
 
 
+def triton_smem_bytes(tile: Tile, problem: Problem) -> int:
+    """Shared memory of the triton kernels, at most what Triton 3.6 and 3.9 report for sm_80 and
+    sm_90: forward Q and num_stages buffers of K and V; backward K and V (in the pass over queries
+    Q and dO) and num_stages buffers of the other two with their statistics; and scratch."""
+    row = DTYPE_BYTES[problem.dtype] * triton_head_dim(problem.head_dim)
+    m, n, stages = tile.block_m, tile.block_n, tile.num_stages
+    if problem.direction == "fwd":
+        return row * (m + 2 * stages * n) + 1024
+    return row * 2 * (n + stages * m) + DTYPE_BYTES[problem.dtype] * m * n + 8 * stages * m + 1024
+
+
+def triton_registers(tile: Tile, problem: Problem) -> float:
+    """Registers of a thread that the triton kernels' large fragments take: forward O, and S with P
+    in half its width; backward dK, dV, S, dP and what is visited."""
+    head_dim = triton_head_dim(problem.head_dim)
+    m, n = tile.block_m, tile.block_n
+    if problem.direction == "fwd":
+        elements = m * (head_dim + 1.5 * n)
+    else:
+        elements = 2.0 * n * head_dim + 2.0 * m * n + m * head_dim
+    return elements / (32 * tile.num_warps)
+
+
+def triton_head_dim(head_dim: int) -> int:
+    """The head dimension of the triton kernels' tiles: a power of two, zero-filled from head_dim
+    on."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def _triton_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
-    if arch.kind != "cuda" or arch.capability < (8, 0):
-        yield f"the triton kernel needs compute capability 8.0, got {arch.capability} ({arch.kind})"
-    for name, value, low, high in (
-        ("block_m", tile.block_m, 16, 256),
-        ("block_n", tile.block_n, 16, 256),
-    ):
-        if value & (value - 1) or not low <= value <= high:
-            yield f"{name} must be a power of two from {low} to {high}, got {value}"
-    if tile.num_warps not in (1, 2, 4, 8):
-        yield f"num_warps must be 1, 2, 4 or 8, got {tile.num_warps}"
+    if arch.kind == "cuda" and arch.capability < (8, 0):
+        yield f"the triton kernels need compute capability 8.0, got {arch.capability}"
+    largest = 256 if problem.direction == "fwd" else 128
+    if problem.dtype == "float32":
+        largest = 32  # no tensor core multiplies it in full precision
+    blocks_ok = True
+    for name, value in (("block_m", tile.block_m), ("block_n", tile.block_n)):
+        if value & (value - 1) or not 16 <= value <= largest:
+            blocks_ok = False
+            yield (
+                f"{name} must be a power of two from 16 to {largest} for {problem.dtype} "
+                f"{problem.direction}, got {value}"
+            )
     if not 1 <= tile.num_stages <= 5:
         yield f"num_stages must be from 1 to 5, got {tile.num_stages}"
-    if tile.tma and (arch.capability < (9, 0) or problem.dtype == "float32"):
-        yield "tma needs compute capability 9.0 and a 16-bit dtype"
-    padded = max(16, 1 << (problem.head_dim - 1).bit_length())
-    size = DTYPE_BYTES[problem.dtype]
-    smem = size * padded * (tile.block_m + 2 * tile.num_stages * tile.block_n)
+    if tile.tma and arch.capability < (9, 0):
+        yield f"tma needs compute capability 9.0, got {arch.capability}"
+    if tile.tma and problem.dtype == "float32":
+        yield "tma needs a 16-bit dtype, got float32"
+    if tile.num_warps not in (4, 8):
+        yield f"num_warps must be 4 or 8, got {tile.num_warps}"
+        return
+    if arch.kind != "cuda" or not blocks_ok:
+        return  # the interpreter has neither shared memory nor registers
+    smem = triton_smem_bytes(tile, problem)
     if smem > arch.smem_per_block:
-        yield f"shared memory of about {smem} bytes exceeds {arch.smem_per_block} of {arch.name}"
+        yield f"shared memory of {smem} bytes exceeds the {arch.smem_per_block} of {arch.name}"
+    registers, limit = triton_registers(tile, problem), _TRITON_REGISTERS[problem.direction]
+    if registers > limit:
+        yield f"registers: fragments take {registers:.0f} a thread, at most {limit} run well"
 
 
 _RULES: dict[str, Callable[[Tile, Arch, Problem], Iterator[str]]] = {

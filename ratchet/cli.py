@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             "flashmoe.ratchet.gate (pydoc flashmoe.ratchet.gate).",
             epilog="Exit codes: 0 pass; 1 a regression, or a case that is wrong or does not run; 2 "
             "bad usage or input; 4 not comparable: cases missing or extra, another machine or "
-            "software than the baseline's, or SDPA itself changed.",
+            "software than the baseline's, or SDPA itself moved in every case.",
         )
     )
     return parser

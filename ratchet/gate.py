@@ -28,8 +28,8 @@ The rule, for each case:
   slowdown of the threshold's size could hide in it. Passes, and says how many processes would do.
 * PASS: everything else.
 
-Exit code of the whole: 4 when the two files are not about the same thing (a case missing or extra,
-a fingerprint that differs in COMPARED), else 1 for any FAIL, else 4 if every case is YARDSTICK,
+Exit code of the whole: 4 when the two files are not about the same thing (a case missing, extra or
+without SDPA's figures, a fingerprint that differs in COMPARED), else 1 for any FAIL, else 4 if every case is YARDSTICK,
 else 0.
 
 To see it work, slow one case down and gate the result; it must exit 1:
@@ -145,6 +145,11 @@ def decide(current: Results, baseline: Results, thresholds: Thresholds) -> Decis
     ]
     integrity += [f"case missing from the current run: {name}" for name in old if name not in new]
     integrity += [f"case not in the baseline: {name}" for name in new if name not in old]
+    integrity += [
+        f"SDPA did not run in {case.name}: {case.reason}"
+        for case in current.cases
+        if case.sdpa.status != "ok" and case.ours.status == "ok"
+    ]
     verdicts = _verdicts([(new[name], old[name]) for name in new if name in old], thresholds)
     if integrity:
         code = EXIT_INTEGRITY

@@ -161,6 +161,17 @@ def test_gradients_of_empty_rows_and_dimensions_are_zero():
         assert torch.isfinite(dk).all()
 
 
+def test_sdpa_by_name_is_differentiated_by_torch(monkeypatch):
+    q, k, v = (torch.randn(1, 20, 2, 32, device=DEVICE, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).sum(), (q, k, v))
+    by_argument = flash_attn_func(q, k, v, causal=True, backend="sdpa")
+    monkeypatch.setenv("FLASHMOE_BACKEND", "sdpa")
+    by_environment = flash_attn_func(q, k, v, causal=True)
+    for out in (by_argument, by_environment):
+        actual = torch.autograd.grad(out.sum(), (q, k, v))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_lse_is_not_differentiable():
     q, k, v = (torch.randn(1, 4, 2, 32, device=DEVICE, requires_grad=True) for _ in range(3))
     _, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)

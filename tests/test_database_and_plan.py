@@ -109,6 +109,15 @@ def test_plan_ignores_what_cannot_run(user_database):
         assert make_plan(PROBLEM, CPU).source == "heuristic"
 
 
+def test_plan_skips_an_entry_of_an_unknown_kind_and_says_so(user_database):
+    database.update(user_database, {PROBLEM.bucket: entry(tile="sm250:64x64-warps9000")})
+    reload_databases()
+    with pytest.warns(
+        database.DamagedDatabase, match=r"user database: entry .* tile must look like"
+    ):
+        assert make_plan(PROBLEM, CPU).source == "heuristic"
+
+
 def test_sdpa_plan_is_used_and_never_asked_for_lse(user_database):
     database.update(user_database, {PROBLEM.bucket: entry(backend="sdpa", tile="")})
     reload_databases()

@@ -27,14 +27,14 @@ def test_opcheck_fwd():
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_attention(requires_grad):
-    arguments = (*qkv(requires_grad), 0.2, True, False, "", "")
+    arguments = (*qkv(requires_grad), 0.2, True, "", "")
     torch.library.opcheck(torch.ops.flashmoe.attention.default, arguments)
 
 
 def test_opcheck_attention_backward():
     q, k, v = qkv()
-    out, lse = ops.attention(q, k, v, 0.2, True, False, "", "")
-    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.2, True, False, "")
+    out, lse = ops.attention(q, k, v, 0.2, True, "", "")
+    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.2, True, "")
     torch.library.opcheck(torch.ops.flashmoe.attention_backward.default, arguments)
 
 

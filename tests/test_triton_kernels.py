@@ -21,9 +21,8 @@ from flashmoe.backends.triton_fwd import attention_forward, can_use_tma, heads_p
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-# The interpreter needs no hardware for descriptors, but does not know their atomic addition.
+# The interpreter needs no hardware for descriptors.
 HAS_TMA = not ON_GPU or torch.cuda.get_device_capability() >= (9, 0)
-DQ_MODES = ("atomic", "two_pass", *(("tma",) if ON_GPU and HAS_TMA else ()))
 
 pytestmark = pytest.mark.skipif(
     not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
@@ -83,7 +82,6 @@ def check(
     causal: bool = False,
     scale: float | None = None,
     tile: tuple[int, int] = (32, 16),
-    dq_mode: str | None = "two_pass",
     use_tma: bool = False,
     order: int = 0,
     seed: int = 0,
@@ -107,12 +105,9 @@ def check(
     assert lse.dtype == torch.float32
     assert lse.is_contiguous()
     torch.testing.assert_close(lse.double(), gold_lse, rtol=1e-5, atol=1e-5)
-    if dq_mode is None:
-        return
     computed = attention_backward(
-        dout, q, k, v, out, lse, scale, causal,
-        block_m=block_n, block_n=block_m, dq_mode=dq_mode, **options,
-    )  # fmt: skip
+        dout, q, k, v, out, lse, scale, causal, block_m=block_n, block_n=block_m, **options
+    )
     expected = gradients(q, k, v, dout, scale, causal, torch.float64)
     same_dtype = gradients(q, k, v, dout, scale, causal, dtype)
     for a, g, s in zip(computed, expected, same_dtype, strict=True):
@@ -121,13 +116,9 @@ def check(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dq_mode", DQ_MODES)
-def test_odd_lengths(dtype: torch.dtype, causal: bool, dq_mode: str) -> None:
-    # "tma" adds through the accelerator what the accelerator's mode of reading computes.
-    check(
-        heads_q=1, heads_kv=1, seqlen_q=37, seqlen_kv=45, dtype=dtype, causal=causal,
-        dq_mode=dq_mode, use_tma=dq_mode == "tma",
-    )  # fmt: skip
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_odd_lengths(dtype: torch.dtype, causal: bool, use_tma: bool) -> None:
+    check(1, 1, 1, 37, 45, dtype=dtype, causal=causal, use_tma=use_tma)
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 40, 96, 256])
@@ -142,12 +133,9 @@ def test_tiles_and_lengths(tile: tuple[int, int], seqlens: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2)])
-@pytest.mark.parametrize("dq_mode", DQ_MODES)
-def test_query_heads_share_key_heads(heads: tuple[int, int], dq_mode: str) -> None:
-    check(
-        heads_q=heads[0], heads_kv=heads[1], seqlen_q=17, seqlen_kv=20, causal=True,
-        dq_mode=dq_mode, use_tma=dq_mode == "tma", dtype=torch.float16,
-    )  # fmt: skip
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_query_heads_share_key_heads(heads: tuple[int, int], use_tma: bool) -> None:
+    check(1, *heads, 17, 20, dtype=torch.float16, causal=True, use_tma=use_tma)
 
 
 @pytest.mark.skipif(not HAS_TMA, reason="needs the tensor memory accelerator of Hopper")
@@ -164,20 +152,17 @@ def test_any_scale(scale: float) -> None:
     check(1, 1, 1, seqlen_q=21, seqlen_kv=25, scale=scale, causal=True)
 
 
-@pytest.mark.parametrize("dq_mode", DQ_MODES)
-def test_rows_that_see_no_key(dq_mode: str) -> None:
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_rows_that_see_no_key(use_tma: bool) -> None:
     q, k, v, dout = (
         torch.randn(1, n, 2, 16, device=DEVICE, dtype=torch.float16) for n in (40, 5, 5, 40)
     )
-    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4, "use_tma": use_tma}
     out, lse = attention_forward(q, k, v, 0.25, True, **options)
     assert torch.equal(out[:, :35], torch.zeros_like(out[:, :35]))
     assert (lse[:, :, :35] == float("-inf")).all()
     assert lse[:, :, 35:].isfinite().all()
-    use_tma = dq_mode == "tma"
-    dq, dk, dv = attention_backward(
-        dout, q, k, v, out, lse, 0.25, True, dq_mode=dq_mode, use_tma=use_tma, **options
-    )
+    dq, dk, dv = attention_backward(dout, q, k, v, out, lse, 0.25, True, **options)
     assert torch.equal(dq[:, :35], torch.zeros_like(dq[:, :35]))
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
@@ -207,38 +192,30 @@ def test_tiles_above_the_diagonal_are_not_read() -> None:
     assert out[:, 32:].isnan().all()
 
 
-@pytest.mark.parametrize("dq_mode", ["atomic", "two_pass"])
-def test_dout_with_any_strides(dq_mode: str) -> None:
-    q, k, v = (torch.randn(1, 20, 2, 16, device=DEVICE) for _ in range(3))
-    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dout_with_any_strides(dtype: torch.dtype) -> None:
+    """Also those that the accelerator cannot follow: it was asked for, pointers take over."""
+    q, k, v = (torch.randn(1, 20, 2, 16, device=DEVICE, dtype=dtype) for _ in range(3))
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4, "use_tma": True}
     out, lse = attention_forward(q, k, v, 0.25, False, **options)
-    strided = torch.randn(16, 2, 20, 1, device=DEVICE).permute(3, 2, 1, 0)
-    for dout in (torch.ones((), device=DEVICE).expand(out.shape), strided):
-        computed = attention_backward(
-            dout, q, k, v, out, lse, 0.25, False, dq_mode=dq_mode, **options
-        )
+    strided = torch.randn(16, 2, 20, 1, device=DEVICE, dtype=dtype).permute(3, 2, 1, 0)
+    for dout in (torch.ones((), device=DEVICE, dtype=dtype).expand(out.shape), strided):
+        computed = attention_backward(dout, q, k, v, out, lse, 0.25, False, **options)
         expected = gradients(q, k, v, dout, 0.25, False, torch.float64)
-        for a, g in zip(computed, expected, strict=True):
-            torch.testing.assert_close(a.double(), g, rtol=1e-4, atol=1e-5)
+        same_dtype = gradients(q, k, v, dout, 0.25, False, dtype)
+        for a, g, s in zip(computed, expected, same_dtype, strict=True):
+            within_bound(a, g, s)
 
 
-def test_deterministic_gives_the_same_bits_and_refuses_other_modes() -> None:
-    q, k, v, dout = (torch.randn(1, 40, 2, 16, device=DEVICE) for _ in range(4))
-    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_are_bitwise_repeatable(dtype: torch.dtype) -> None:
+    q, k, v, dout = (torch.randn(2, 200, 4, 16, device=DEVICE, dtype=dtype) for _ in range(4))
+    options = {"block_m": 32, "block_n": 32, "num_stages": 1, "num_warps": 4, "use_tma": True}
     out, lse = attention_forward(q, k, v, 0.25, True, **options)
     first, second = (
-        attention_backward(dout, q, k, v, out, lse, 0.25, True, deterministic=True, **options)
-        for _ in range(2)
+        attention_backward(dout, q, k, v, out, lse, 0.25, True, **options) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(ValueError, match="dq_mode must be two_pass when deterministic, got atomic"):
-        attention_backward(
-            dout, q, k, v, out, lse, 0.25, True, deterministic=True, dq_mode="atomic", **options
-        )
-    with pytest.raises(ValueError, match="without use_tma, got tma"):
-        attention_backward(
-            dout, q, k, v, out, lse, 0.25, True, dq_mode="tma", use_tma=False, **options
-        )
 
 
 @pytest.mark.parametrize("budget", [1, 2 * 2 * 33 * 16 * 4, 2**25])
@@ -260,7 +237,7 @@ def test_a_section_of_heads_fits_in_l2() -> None:
 
 def test_the_accelerator_is_used_only_where_it_can_read() -> None:
     x = torch.randn(2, 16, 2, 24, device=DEVICE, dtype=torch.float16)
-    assert can_use_tma(x) == (ON_GPU and HAS_TMA)
+    assert can_use_tma(x) == HAS_TMA
     misaligned = torch.randn(2, 16, 2, 28, device=DEVICE, dtype=torch.float16)[..., 4:]
     assert not can_use_tma(misaligned)
     assert not can_use_tma(x, x[:1].expand(2, -1, -1, -1))
@@ -283,15 +260,15 @@ def test_the_accelerator_is_used_only_where_it_can_read() -> None:
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     causal=st.booleans(),
     tile=st.sampled_from([(16, 16), (32, 16), (32, 32), (64, 32)]),
-    dq_mode=st.sampled_from(["atomic", "two_pass"]),
+    use_tma=st.booleans(),
     order=st.integers(0, 5),
     seed=st.integers(0, 2**31),
 )
 def test_any_problem(
     batch: int, heads_kv: int, group: int, seqlen_q: int, seqlen_kv: int, head_dim: int,
-    dtype: torch.dtype, causal: bool, tile: tuple[int, int], dq_mode: str, order: int, seed: int,
+    dtype: torch.dtype, causal: bool, tile: tuple[int, int], use_tma: bool, order: int, seed: int,
 ) -> None:  # fmt: skip
     check(
         batch, heads_kv * group, heads_kv, seqlen_q, seqlen_kv, head_dim, dtype, causal,
-        tile=tile, dq_mode=dq_mode, order=order, seed=seed,
+        tile=tile, use_tma=use_tma, order=order, seed=seed,
     )  # fmt: skip

@@ -23,6 +23,6 @@ extern const Instance instances[];
 extern const int num_instances;
 #endif
 
-extern const char build_info[];  // JSON: cuda_archs, cuda_version, instances
+extern const char build_info[];  // JSON: cuda_archs, cuda_version, instances, source_hashes
 
 }  // namespace flashmoe

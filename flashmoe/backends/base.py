@@ -60,9 +60,8 @@ class Backend(Protocol):
         softmax_scale: float,
         causal: bool,
         tile: Tile | None,
-        deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv from the forward's out and softmax_lse."""
+        """dq, dk, dv from the forward's out and softmax_lse; the same bits every time."""
         ...
 
 

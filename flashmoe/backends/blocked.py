@@ -55,7 +55,6 @@ class BlockedBackend:
         softmax_scale: float,
         causal: bool,
         tile: Tile | None,
-        deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _attention_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal)
 

@@ -51,6 +51,5 @@ class CompiledBackend:
         softmax_scale: float,
         causal: bool,
         tile: Tile | None,
-        deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError(f"the {self.name} backend has no backward kernel")

@@ -17,7 +17,7 @@ _MIN_BLOCK_M = 48
 
 
 class CpuBackend(CompiledBackend):
-    """A block's rows are (position, query head) pairs: a whole GQA group shares each tile of K, V."""
+    """A block's rows are (position, query head) pairs: a GQA group shares each tile of K and V."""
 
     name = "cpu"
 

@@ -64,6 +64,5 @@ class SdpaBackend:
         softmax_scale: float,
         causal: bool,
         tile: Tile | None,
-        deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError("the sdpa backend is differentiated by torch's autograd")
