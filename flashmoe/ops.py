@@ -64,7 +64,6 @@ def attention(
     """out and softmax_lse, differentiable in q, k and v through out. The plan is made at run time,
     so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override."""
     plan = make_plan(problem_of(q, k, causal), q.device, backend, tile, need_lse=True)
-    q, k, v = (_last_contiguous(x) for x in (q, k, v))
     out, lse = BACKENDS[plan.backend].forward(q, k, v, softmax_scale, causal, plan.tile)
     assert lse is not None, "make_plan(need_lse=True) chose a backend that does not tell lse"
     return out, lse
@@ -97,7 +96,6 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, shaped and typed as q, k, v."""
     plan = make_plan(problem_of(q, k, causal, "bwd"), q.device, backend)
-    dout, q, k, v = (_last_contiguous(x) for x in (dout, q, k, v))
     return BACKENDS[plan.backend].backward(
         dout, q, k, v, out, softmax_lse, softmax_scale, causal, plan.tile
     )
@@ -132,7 +130,3 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -14,9 +14,13 @@ from flashmoe.problem import DTYPE_BYTES, Problem
 SM80_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 # Registers that the float32 fragments of S and O may take of a thread's 255 before ptxas spills.
 _SM80_FRAGMENT_REGISTERS = 208
-# The same for Triton's kernels. The backward spills long before 256, and is fastest there all the
-# same (H200, bfloat16, head_dim 128: 64x64 with 4 warps, at 256, beats every tile below).
-_TRITON_REGISTERS = {"fwd": 192, "bwd": 256}
+# The same for Triton's kernels, as triton_registers counts. Where the tensor cores read operands
+# from shared memory, the backward spills a little before 256 and is fastest there all the same
+# (H200, bfloat16, head_dim 128: 64x64 with 4 warps); past it ptxas serializes wgmma. Elsewhere
+# ptxas gives up from 224 on: 32 registers, 20 KiB of spills.
+_TRITON_FORWARD_REGISTERS = 192
+_TRITON_BACKWARD_REGISTERS = 208
+_TRITON_WGMMA_BACKWARD_REGISTERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +140,16 @@ def _sm80_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
 
 
 def triton_smem_bytes(tile: Tile, problem: Problem) -> int:
-    """Shared memory of the triton kernels, at most what Triton 3.6 and 3.9 report for sm_80 and
+    """Shared memory of the triton kernels, at least what Triton 3.6 and 3.9 report for sm_80 and
     sm_90: forward Q and num_stages buffers of K and V; backward K and V (in the pass over queries
-    Q and dO) and num_stages buffers of the other two with their statistics; and scratch."""
+    Q and dO) and num_stages buffers of the other two with their statistics, unpipelined with one
+    more where there is no wgmma; and scratch."""
     row = DTYPE_BYTES[problem.dtype] * triton_head_dim(problem.head_dim)
     m, n, stages = tile.block_m, tile.block_n, tile.num_stages
     if problem.direction == "fwd":
         return row * (m + 2 * stages * n) + 1024
-    return row * 2 * (n + stages * m) + DTYPE_BYTES[problem.dtype] * m * n + 8 * stages * m + 1024
+    buffers = 2 * stages + (stages == 1)
+    return row * (2 * n + buffers * m) + 8 * stages * m + 1024
 
 
 def triton_registers(tile: Tile, problem: Problem) -> float:
@@ -192,7 +198,10 @@ def _triton_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     smem = triton_smem_bytes(tile, problem)
     if smem > arch.smem_per_block:
         yield f"shared memory of {smem} bytes exceeds the {arch.smem_per_block} of {arch.name}"
-    registers, limit = triton_registers(tile, problem), _TRITON_REGISTERS[problem.direction]
+    registers, limit = triton_registers(tile, problem), _TRITON_FORWARD_REGISTERS
+    if problem.direction == "bwd":
+        wgmma = (9, 0) <= arch.capability < (12, 0)
+        limit = _TRITON_WGMMA_BACKWARD_REGISTERS if wgmma else _TRITON_BACKWARD_REGISTERS
     if registers > limit:
         yield f"registers: fragments take {registers:.0f} a thread, at most {limit} run well"
 

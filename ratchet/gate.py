@@ -29,8 +29,8 @@ The rule, for each case:
 * PASS: everything else.
 
 Exit code of the whole: 4 when the two files are not about the same thing (a case missing, extra or
-without SDPA's figures, a fingerprint that differs in COMPARED), else 1 for any FAIL, else 4 if every case is YARDSTICK,
-else 0.
+without SDPA's figures, a fingerprint that differs in COMPARED), else 1 for any FAIL, else 4 if
+every case is YARDSTICK, else 0.
 
 To see it work, slow one case down and gate the result; it must exit 1:
 

@@ -209,7 +209,8 @@ def test_dout_with_any_strides(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients_are_bitwise_repeatable(dtype: torch.dtype) -> None:
-    q, k, v, dout = (torch.randn(2, 200, 4, 16, device=DEVICE, dtype=dtype) for _ in range(4))
+    seqlen = 2000 if ON_GPU else 40
+    q, k, v, dout = (torch.randn(1, seqlen, 4, 16, device=DEVICE, dtype=dtype) for _ in range(4))
     options = {"block_m": 32, "block_n": 32, "num_stages": 1, "num_warps": 4, "use_tma": True}
     out, lse = attention_forward(q, k, v, 0.25, True, **options)
     first, second = (
@@ -245,7 +246,7 @@ def test_the_accelerator_is_used_only_where_it_can_read() -> None:
 
 
 @settings(
-    max_examples=12 if not ON_GPU else 100,
+    max_examples=10 if not ON_GPU else 100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe import _extension
-from flashmoe.problem import Problem
+from flashmoe.backends import BACKENDS
+from flashmoe.problem import DTYPE_BYTES, Problem
 from flashmoe.tiles import SM80_HEAD_DIMS, Arch, Tile, grid, instance_head_dim, sm80_smem_bytes
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 L4 = Arch("cuda", "NVIDIA L4", (8, 9), 58, 101376)
+A100 = Arch("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
+RTX5090 = Arch("cuda", "NVIDIA GeForce RTX 5090", (12, 0), 170, 101376)
 CPU = Arch("cpu", "a cpu")
 PROBLEM = Problem(32, 8, 8, 512, 512, 64, "bfloat16")
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +119,71 @@ def test_violations_name_the_limit():
     single = replace(PROBLEM, dtype="float32")
     assert any("dtype" in x for x in Tile("sm80", 128, 64, 2, 4).violations(H200, single))
     assert Tile("magic", 1, 1).violations(H200, PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("tile", "changes", "arch", "reason"),
+    [
+        ("triton:48x64-stages2-warps4", {}, H200, "block_m must be a power of two from 16 to 256"),
+        ("triton:64x512-stages1-warps8", {}, H200, "block_n must be a power of two .*, got 512"),
+        ("triton:256x64-stages1-warps8", {"direction": "bwd"}, H200, "16 to 128 for .*, got 256"),
+        ("triton:64x32-stages1-warps8", {"dtype": "float32"}, H200, "16 to 32 for .*, got 64"),
+        ("triton:64x64-stages6-warps4", {}, H200, "num_stages must be from 1 to 5, got 6"),
+        ("triton:64x64-stages2-warps2", {}, H200, "num_warps must be 4 or 8, got 2"),
+        ("triton:64x64-stages2-warps4-tma", {}, L4, r"tma needs .* 9.0, got \(8, 9\)"),
+        (
+            "triton:32x32-stages2-warps4-tma",
+            {"dtype": "float32"},
+            H200,
+            "tma needs a 16-bit dtype, got float32",
+        ),
+        (
+            "triton:64x64-stages3-warps4",
+            {"head_dim": 72},
+            L4,
+            "shared memory of 115712 bytes exceeds the 101376 of NVIDIA L4",
+        ),
+        (
+            "triton:64x64-stages2-warps4",
+            {"direction": "bwd", "head_dim": 128},
+            L4,
+            "registers: fragments take 256 a thread, at most 208",
+        ),
+        ("triton:64x128-stages1-warps4", {"head_dim": 256}, H200, "take 224 a thread, at most 192"),
+        ("triton:64x64-stages2-warps4", {}, replace(L4, capability=(7, 5)), r"8.0, got \(7, 5\)"),
+    ],
+)
+def test_triton_rules(tile, changes, arch, reason):
+    """The reason given is the only one."""
+    (given,) = Tile.parse(tile).violations(arch, replace(PROBLEM, **changes))
+    assert re.search(reason, given)
+
+
+def test_the_fastest_triton_tiles_are_legal_on_an_h200():
+    for head_dim, direction, tile in (
+        (64, "fwd", "triton:64x128-stages2-warps4-tma"),
+        (128, "fwd", "triton:64x64-stages3-warps4-tma"),
+        (128, "bwd", "triton:64x64-stages2-warps4-tma"),
+        (128, "bwd", "triton:64x128-stages3-warps8"),
+    ):
+        problem = replace(PROBLEM, head_dim=head_dim, direction=direction)
+        assert Tile.parse(tile).violations(H200, problem) == []
+        assert Tile.parse(tile) in BACKENDS["triton"].tiles(problem, H200)
+
+
+@pytest.mark.parametrize("arch", [H200, A100, L4, RTX5090, CPU], ids=lambda arch: arch.name)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_triton_defaults_and_search_spaces_are_legal(arch, direction, dtype):
+    triton = BACKENDS["triton"]
+    for head_dim in range(8, 257, 8):
+        for causal in (False, True):
+            for seqlen in (1, 4096):
+                problem = Problem(1, 1, 1, seqlen, seqlen, head_dim, dtype, causal, direction)
+                assert triton.default_tile(problem, arch).violations(arch, problem) == []
+        space = triton.tiles(problem, arch)
+        assert space
+        assert all(tile.violations(arch, problem) == [] for tile in space)
 
 
 def test_every_compiled_tile_is_legal_on_an_h200():

@@ -31,11 +31,15 @@ FLASHMOE_INLINE typename Vec::Reg exp2_nonpositive(typename Vec::Reg x) {
   return Vec::mul(p, Vec::exponent_from_low_bits(biased));
 }
 
-// S^T[KEYS][NV vectors of rows] = K[KEYS][head_dim] . Q^T[head_dim][rows]
-template <class Vec, int KEYS, int NV>
-FLASHMOE_INLINE void qk_tile(const float* k, const float* q_t, int head_dim, float* s_t) {
+// Products added up in one chain before the chain is added to S: the rounding error of a chain
+// grows with its length, that of head_dim 256 in one chain exceeds PyTorch's.
+constexpr int CHAIN = 32;
+
+// S^T[KEYS][NV vectors of rows] (+)= K[KEYS][0:depth] . Q^T[0:depth][rows]
+template <class Vec, int KEYS, int NV, bool ADD>
+FLASHMOE_INLINE void qk_chain(const float* k, long long group_stride, const float* q_t, int depth,
+                              float* s_t) {
   static_assert(KEYS % KEY_GROUP == 0, "keys are staged in whole groups");
-  const long long group_stride = static_cast<long long>(head_dim) * KEY_GROUP;
   typename Vec::Reg acc[KEYS][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < KEYS; ++i) {
@@ -43,7 +47,7 @@ FLASHMOE_INLINE void qk_tile(const float* k, const float* q_t, int head_dim, flo
     for (int j = 0; j < NV; ++j) acc[i][j] = Vec::set1(0.0f);
   }
 #pragma GCC unroll 2
-  for (int d = 0; d < head_dim; ++d) {
+  for (int d = 0; d < depth; ++d) {
     typename Vec::Reg q[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) q[j] = Vec::load(q_t + d * Vec::PANEL + j * Vec::WIDTH);
@@ -57,7 +61,23 @@ FLASHMOE_INLINE void qk_tile(const float* k, const float* q_t, int head_dim, flo
 #pragma GCC unroll 16
   for (int i = 0; i < KEYS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) Vec::store(s_t + i * Vec::PANEL + j * Vec::WIDTH, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* s = s_t + i * Vec::PANEL + j * Vec::WIDTH;
+      if constexpr (ADD) acc[i][j] = Vec::add(acc[i][j], Vec::load(s));
+      Vec::store(s, acc[i][j]);
+    }
+  }
+}
+
+// S^T[KEYS][NV vectors of rows] = K[KEYS][head_dim] . Q^T[head_dim][rows]
+template <class Vec, int KEYS, int NV>
+FLASHMOE_INLINE void qk_tile(const float* k, const float* q_t, int head_dim, float* s_t) {
+  const long long group_stride = static_cast<long long>(head_dim) * KEY_GROUP;
+  const auto depth = [&](int d) { return head_dim - d < CHAIN ? head_dim - d : CHAIN; };
+  qk_chain<Vec, KEYS, NV, false>(k, group_stride, q_t, depth(0), s_t);
+  for (int d = CHAIN; d < head_dim; d += CHAIN) {
+    qk_chain<Vec, KEYS, NV, true>(k + d * KEY_GROUP, group_stride, q_t + d * Vec::PANEL, depth(d),
+                                  s_t);
   }
 }
 

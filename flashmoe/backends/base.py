@@ -12,8 +12,8 @@ from flashmoe.tiles import Arch, Tile
 
 
 class Backend(Protocol):
-    """Tensors are (batch, seqlen, heads, head_dim) with a contiguous last dimension; softmax_lse
-    is (batch, heads_q, seqlen_q) float32, natural logarithm."""
+    """Tensors are (batch, seqlen, heads, head_dim) with any strides; softmax_lse is (batch, heads_q,
+    seqlen_q) float32, natural logarithm."""
 
     name: str
 
@@ -73,3 +73,8 @@ def reject_without_tiles(name: str, tile: Tile | None) -> str:
 def reject_illegal(tile: Tile | None, problem: Problem, arch: Arch) -> str:
     """The `rejects` of a backend that runs every legal tile."""
     return "it needs a tile" if tile is None else "; ".join(tile.violations(arch, problem))
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x, copied only when its last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashmoe import tiles
-from flashmoe.backends.base import reject_illegal
+from flashmoe.backends.base import last_contiguous, reject_illegal
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -73,7 +72,7 @@ _DEFAULTS: dict[tuple[str, str], tuple[_Default, ...]] = {
 }
 # Neither size nor warps matter to the interpreter.
 _INTERPRETED = _tile(16, 16, 1, 4)
-# What a search may try, by direction; the last for float32, in either.
+# What a search may try besides the default, by direction; the last for float32, in either.
 _SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "fwd": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_stages": (2, 3, 4)},
     "bwd": {"block_m": (32, 64, 128), "block_n": (64, 128), "num_stages": (1, 2, 3)},
@@ -102,7 +101,7 @@ class TritonBackend:
     def unsupported(self, problem: Problem, arch: Arch) -> str:
         return ""
 
-    def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
+    def default_tile(self, problem: Problem, arch: Arch) -> Tile:
         if arch.kind == "cpu":
             return _INTERPRETED
         family = "sm90" if arch.capability >= (9, 0) else "sm80"
@@ -122,7 +121,9 @@ class TritonBackend:
             return [_INTERPRETED]
         axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
         space = tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
-        return [tile for tile in space if not tile.violations(arch, problem)]
+        legal = [tile for tile in space if not tile.violations(arch, problem)]
+        default = self.default_tile(problem, arch)
+        return legal if default in legal else [default, *legal]
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
@@ -139,6 +140,7 @@ class TritonBackend:
         from flashmoe.backends.triton_fwd import attention_forward
 
         assert tile is not None, "the triton forward needs a tile"
+        q, k, v = (last_contiguous(x) for x in (q, k, v))
         return attention_forward(
             q,
             k,
@@ -167,6 +169,7 @@ class TritonBackend:
         from flashmoe.backends.triton_bwd import attention_backward
 
         assert tile is not None, "the triton backward needs a tile"
+        dout, q, k, v = (last_contiguous(x) for x in (dout, q, k, v))
         return attention_backward(
             dout,
             q,

@@ -83,12 +83,8 @@ def _load_rows(
 @triton.jit
 def _head_base(ptr, batch, head, stride_b, stride_h, USE_TMA: tl.constexpr):
     """Where _load_tile finds one head; a descriptor spans them all."""
-    if USE_TMA:
-        base = ptr
-    else:
-        # 64-bit: a tensor may hold more than 2**31 elements.
-        base = ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    return base
+    # 64-bit: a tensor may hold more than 2**31 elements.
+    return ptr if USE_TMA else ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
 
 
 @triton.jit
