@@ -180,9 +180,9 @@ def test_triton_defaults_and_search_spaces_are_legal(arch, direction, dtype):
         for causal in (False, True):
             for seqlen in (1, 4096):
                 problem = Problem(1, 1, 1, seqlen, seqlen, head_dim, dtype, causal, direction)
-                assert triton.default_tile(problem, arch).violations(arch, problem) == []
-        space = triton.tiles(problem, arch)
-        assert space
+                default, space = triton.default_tile(problem, arch), triton.tiles(problem, arch)
+                assert default.violations(arch, problem) == []
+                assert default in space
         assert all(tile.violations(arch, problem) == [] for tile in space)
 
 

@@ -31,9 +31,9 @@ FLASHMOE_INLINE typename Vec::Reg exp2_nonpositive(typename Vec::Reg x) {
   return Vec::mul(p, Vec::exponent_from_low_bits(biased));
 }
 
-// Products added up in one chain before the chain is added to S: the rounding error of a chain
-// grows with its length, that of head_dim 256 in one chain exceeds PyTorch's.
-constexpr int CHAIN = 32;
+// Products added up in one chain before the chain is added to S. The rounding error of a chain
+// grows with its length: one chain of 256 exceeds PyTorch's. Each chain costs a pass over S.
+FLASHMOE_INLINE int chain_length(int head_dim) { return head_dim <= 64 ? 32 : 64; }
 
 // S^T[KEYS][NV vectors of rows] (+)= K[KEYS][0:depth] . Q^T[0:depth][rows]
 template <class Vec, int KEYS, int NV, bool ADD>
@@ -73,9 +73,10 @@ FLASHMOE_INLINE void qk_chain(const float* k, long long group_stride, const floa
 template <class Vec, int KEYS, int NV>
 FLASHMOE_INLINE void qk_tile(const float* k, const float* q_t, int head_dim, float* s_t) {
   const long long group_stride = static_cast<long long>(head_dim) * KEY_GROUP;
-  const auto depth = [&](int d) { return head_dim - d < CHAIN ? head_dim - d : CHAIN; };
+  const int chain = chain_length(head_dim);
+  const auto depth = [&](int d) { return head_dim - d < chain ? head_dim - d : chain; };
   qk_chain<Vec, KEYS, NV, false>(k, group_stride, q_t, depth(0), s_t);
-  for (int d = CHAIN; d < head_dim; d += CHAIN) {
+  for (int d = chain; d < head_dim; d += chain) {
     qk_chain<Vec, KEYS, NV, true>(k + d * KEY_GROUP, group_stride, q_t + d * Vec::PANEL, depth(d),
                                   s_t);
   }
