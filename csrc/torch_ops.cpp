@@ -153,9 +153,9 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
       &bound));
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
-                                      bool causal, int64_t block_m, int64_t block_n,
-                                      int64_t num_stages, int64_t num_warps) {
+std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      double softmax_scale, bool causal, int64_t block_m,
+                                      int64_t block_n, int64_t num_stages, int64_t num_warps) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
   STD_TORCH_CHECK(num_stages == 1 && num_warps == 1,
@@ -210,9 +210,9 @@ bool rows_aligned(const AttentionParams& p) {
          aligned(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
 }
 
-std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
-                                       bool causal, int64_t block_m, int64_t block_n,
-                                       int64_t num_stages, int64_t num_warps) {
+std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       double softmax_scale, bool causal, int64_t block_m,
+                                       int64_t block_n, int64_t num_stages, int64_t num_warps) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
@@ -223,11 +223,10 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const T
                   call.params.head_dim, " with block_m=", block_m, ", block_n=", block_n,
                   ", num_stages=", num_stages, ", num_warps=", num_warps);
   if (!is_empty(call.params)) {
-    const auto launch =
-        rows_aligned(call.params) ? instance->launch : instance->launch_unaligned;
+    const auto launch = rows_aligned(call.params) ? instance->launch : instance->launch_unaligned;
     const cudaError_t error = launch(call.params, dtype_of(q), device, current_stream(device));
-    STD_TORCH_CHECK(error == cudaSuccess, "launching the forward kernel failed: ",
-                    cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "launching the forward kernel failed: ", cudaGetErrorString(error));
   }
   return {std::move(call.out), std::move(call.softmax_lse)};
 }

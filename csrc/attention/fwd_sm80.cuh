@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   const int row_fast = lane & 15, row_fast_chunk = lane >> 4;
   const int chunk_fast = (lane & 7) + ((lane >> 4) << 3), chunk_fast_chunk = (lane >> 3) & 1;
 
-  auto load_Q_fragment = [&](unsigned(&fragment)[4], int m, int k) {
+  auto load_Q_fragment = [&](unsigned (&fragment)[4], int m, int k) {
     const int row = warp * Tile::WARP_M + m * 16 + row_fast;
     ptx::ldmatrix_x4(fragment, Q_smem + swizzle<HEAD_DIM>(row, k * 2 + row_fast_chunk));
   };
@@ -338,10 +338,10 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
       for (int d = 0; d < D_TILES; ++d) {
         const unsigned packed = ptx::cvt_rn_x2<T>(O_rmem[m][d][2 * half] * inverse,
                                                   O_rmem[m][d][2 * half + 1] * inverse);
-        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(Q_smem + swizzle<HEAD_DIM>(row, d) +
-                                                       (lane & 3) * 4),
-                     "r"(packed)
-                     : "memory");
+        asm volatile(
+            "st.shared.b32 [%0], %1;\n" ::"r"(Q_smem + swizzle<HEAD_DIM>(row, d) + (lane & 3) * 4),
+            "r"(packed)
+            : "memory");
       }
     }
   }
@@ -352,8 +352,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     const int row = warp * Tile::WARP_M + i / CHUNKS;
     const int chunk = i % CHUNKS;
     if (m_start + row < params.seqlen_q && chunk * 8 < params.head_dim) {
-      const uint4 value =
-          *reinterpret_cast<const uint4*>(smem + swizzle<HEAD_DIM>(row, chunk));
+      const uint4 value = *reinterpret_cast<const uint4*>(smem + swizzle<HEAD_DIM>(row, chunk));
       *reinterpret_cast<uint4*>(O + (m_start + row) * params.o_row_stride + chunk * 8) = value;
     }
   }

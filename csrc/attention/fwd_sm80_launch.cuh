@@ -16,8 +16,8 @@ cudaError_t launch(const AttentionParams& params, int device, cudaStream_t strea
   static std::atomic<unsigned long long> opted_in{0};
   const unsigned long long bit = 1ull << (device & 63);
   if (!(opted_in.load(std::memory_order_relaxed) & bit)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SMEM_BYTES);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SMEM_BYTES);
     if (error != cudaSuccess) return error;
     opted_in.fetch_or(bit, std::memory_order_relaxed);
   }
@@ -25,8 +25,9 @@ cudaError_t launch(const AttentionParams& params, int device, cudaStream_t strea
   const long long blocks = static_cast<long long>(num_m_blocks) * params.batch * params.heads_q;
   if (blocks > 0x7fffffffll) return cudaErrorInvalidConfiguration;
   void* arguments[] = {const_cast<AttentionParams*>(&params), const_cast<int*>(&num_m_blocks)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                          dim3(Tile::NUM_THREADS), arguments, Tile::SMEM_BYTES, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                          dim3(static_cast<unsigned>(blocks)), dim3(Tile::NUM_THREADS), arguments,
+                          Tile::SMEM_BYTES, stream);
 }
 
 template <typename Tile, bool ALIGNED>

@@ -1,5 +1,5 @@
-// The one description of an attention call that every kernel takes. Plain C++, no std headers: NVRTC
-// has none.
+// The one description of an attention call that every kernel takes. Plain C++, no std headers:
+// NVRTC has none.
 #pragma once
 
 namespace flashmoe {
@@ -7,8 +7,8 @@ namespace flashmoe {
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 // Layout: q, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_kv, heads_kv, head_dim);
-// softmax_lse (batch, heads_q, seqlen_q), contiguous, natural logarithm, -inf for a row that attends
-// to nothing (its out row is 0). Strides are in elements; the last dimension is contiguous.
+// softmax_lse (batch, heads_q, seqlen_q), contiguous, natural logarithm, -inf for a row that
+// attends to nothing (its out row is 0). Strides are in elements; the last dimension is contiguous.
 struct AttentionParams {
   const void* q;
   const void* k;

@@ -12,8 +12,8 @@ from flashmoe.tiles import Arch, Tile
 
 
 class Backend(Protocol):
-    """Tensors are (batch, seqlen, heads, head_dim) with any strides; softmax_lse is (batch, heads_q,
-    seqlen_q) float32, natural logarithm."""
+    """Tensors are (batch, seqlen, heads, head_dim) with any strides; softmax_lse is (batch,
+    heads_q, seqlen_q) float32, natural logarithm."""
 
     name: str
 

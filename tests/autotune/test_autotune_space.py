@@ -11,6 +11,7 @@ RAGGED = [
     *(t for t in grid("sm80", block_m=(64, 128), block_n=(32, 64, 128), num_stages=(1, 2))),
     Tile("sm80", 256, 64, 1, 8),
     Tile("triton", 128, 64, 3, 8),
+    Tile("triton", 64, 128, 2, 4, tma=True),
     Tile("triton", 64, 128, 2, 4),
 ]
 
@@ -44,6 +45,7 @@ def test_parameters_carry_the_names_and_values_of_the_field() -> None:
         "triton.block_n": 128,
         "triton.num_stages": 2,
         "triton.num_warps": 4,
+        "triton.tma": False,
     }
     # An axis without a choice is no parameter.
     assert Space(GRID).params(Tile("cpu", 96, 512)) == {"cpu.block_m": 96, "cpu.block_n": 512}
