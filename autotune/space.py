@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import optuna
 import torch
@@ -14,7 +14,8 @@ from flashmoe.plan import Plan, heuristic, why_not
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile
 
-AXES = ("block_m", "block_n", "num_stages", "num_warps")
+# All of a tile: tiles that no parameter tells apart could not all be suggested.
+AXES = tuple(field.name for field in fields(Tile) if field.name != "kernel")
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,7 @@ struct Call {
 Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double softmax_scale,
              bool causal) {
   check_inputs(q_in, k_in, v_in);
+  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
   const auto q_sizes = q.sizes(), k_sizes = k.sizes();
   int32_t dtype;

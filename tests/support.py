@@ -39,6 +39,30 @@ def guarded(
     return view
 
 
+def same_dtype_error(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    expected: Tensor,
+    seen: Tensor,
+) -> float:
+    """The largest error of PyTorch's computation in q's dtype over the rows `seen`.
+
+    A small problem has so few elements that one computation may round luckily throughout; the same
+    one with head_dim in other orders tells what rounding does to it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(8 if expected.numel() < 1 << 16 else 1):
+        order = torch.randperm(q.shape[-1], generator=generator).to(q.device)
+        q_in_order, k_in_order = q[..., order], k[..., order]
+        same, _ = attention_reference(q_in_order, k_in_order, v, softmax_scale, causal, q.dtype)
+        errors.append((same.double() - expected)[seen].abs().max().item())
+    return max(errors)
+
+
 def assert_matches_reference(
     out: Tensor,
     lse: Tensor | None,
@@ -51,7 +75,6 @@ def assert_matches_reference(
     """Error at most twice that of the same-dtype PyTorch computation, plus rounding; empty rows
     exactly 0 with lse -inf."""
     expected, expected_lse = attention_reference(q, k, v, softmax_scale, causal)
-    same_dtype, _ = attention_reference(q, k, v, softmax_scale, causal, dtype=q.dtype)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
     empty = expected_lse.transpose(1, 2) == float("-inf")
@@ -64,7 +87,7 @@ def assert_matches_reference(
         return
     seen = ~empty
     error = (out.double() - expected)[seen].abs().max().item()
-    same_error = (same_dtype.double() - expected)[seen].abs().max().item()
+    same_error = same_dtype_error(q, k, v, softmax_scale, causal, expected, seen)
     bound = error_bound(q.dtype, same_error, max(1.0, expected.abs().max().item()))
     assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
 

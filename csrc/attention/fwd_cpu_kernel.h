@@ -23,7 +23,6 @@ struct BFloat16 {
 };
 
 constexpr float LOG2_E = 1.44269504088896341f;
-constexpr float LN_2 = 0.693147180559945309f;
 constexpr long long ALIGN_FLOATS = 16;  // one cache line
 
 template <typename I>
@@ -56,12 +55,12 @@ struct BlockForward {
 
   const long long v_stride;  // one line more than a column: columns must not share cache sets
 
-  float* q_t;        // [panel][head_dim][PANEL], scaled by softmax_scale * log2(e)
+  float* q_t;        // [panel][head_dim][PANEL]
   float* k_tile;     // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
   float* v_tile;     // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
   float* s_t;        // [block_n][PANEL] scores, then probabilities
   float* o;          // [row][o_stride], not yet divided by row_sum
-  float* row_max;    // [row], in units of log2
+  float* row_max;    // [row], of the scores before softmax_scale
   float* row_sum;    // [row]
   float* alpha;      // [PANEL] exp2(old max - new max) of the current panel and tile
   float* limit;      // [PANEL] visible keys of each row in the current tile
@@ -123,7 +122,6 @@ struct BlockForward {
   }
 
   void pack_q(long long panel_begin, int rows, float* q_panel) const {
-    const auto scale = Vec::eight_set1(params.softmax_scale * LOG2_E);
     // Lanes behind the last row repeat it; nobody reads their results.
     const auto src = [&](int lane) {
       const long long row = panel_begin + (lane < rows ? lane : rows - 1);
@@ -135,8 +133,7 @@ struct BlockForward {
         const T* q = src(lane + i);
         prefetch_row(src(lane + i + 4));
         for (int d = 0; d < head_dim; d += 8) {
-          Vec::eight_store(q_rows + i * head_dim + d,
-                           Vec::eight_mul(Vec::eight_load(q + d), scale));
+          Vec::eight_store(q_rows + i * head_dim + d, Vec::eight_load(q + d));
         }
       }
       for (int d = 0; d < head_dim; d += 8) {
@@ -202,10 +199,13 @@ struct BlockForward {
       const auto m_new = Vec::max(m_even, m_odd);
       // A row that has seen nothing yet keeps -inf; -inf - (-inf) would make it NaN.
       const auto m_used = Vec::select_greater(m_new, neg_inf, m_new, Vec::set1(0.0f));
-      const auto alpha_j = exp2_nonpositive<Vec>(Vec::sub(m_old, m_used));
+      // The difference is scaled, not the scores: scaling a score rounds it by its own magnitude.
+      const auto scale = Vec::set1(params.softmax_scale * LOG2_E);
+      const auto alpha_j = exp2_nonpositive<Vec>(Vec::mul(Vec::sub(m_old, m_used), scale));
       auto sum = Vec::set1(0.0f);
       for (n = 0; n < keys; ++n) {
-        const auto p = exp2_nonpositive<Vec>(Vec::sub(Vec::load(s + n * PANEL), m_used));
+        const auto difference = Vec::sub(Vec::load(s + n * PANEL), m_used);
+        const auto p = exp2_nonpositive<Vec>(Vec::mul(difference, scale));
         Vec::store(s + n * PANEL, p);
         sum = Vec::add(sum, p);
       }
@@ -286,7 +286,7 @@ struct BlockForward {
     const long long batch_head =
         static_cast<long long>(task.batch) * params.heads_q + query_head(row);
     params.softmax_lse[batch_head * params.seqlen_q + row / group] =
-        empty ? -__builtin_inff() : row_max[local] * LN_2 + __builtin_logf(sum);
+        empty ? -__builtin_inff() : row_max[local] * params.softmax_scale + __builtin_logf(sum);
   }
 
   void run() {
