@@ -92,8 +92,8 @@ def _cpu_sample(call: Callable[[], object]) -> float:
 
 def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], float]:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def sample(call: Callable[[], object]) -> float:
         with torch.cuda.device(device):

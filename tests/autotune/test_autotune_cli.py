@@ -16,8 +16,8 @@ from flashmoe import database
 from flashmoe.autotune.cli import main
 from flashmoe.device import cpu_name
 
-TINY = ["--device", "cpu", "--heads", "2", "--seqlen", "64", "--head-dim", "16", "--trials", "3"]
-PROBLEM = flashmoe.Problem(1, 2, 2, 64, 64, 16, "float32")
+TINY = ["--device", "cpu", "--heads", "2", "--seqlen", "256", "--head-dim", "16", "--trials", "3"]
+PROBLEM = flashmoe.Problem(1, 2, 2, 256, 256, 16, "float32")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from autotune_simulated import DEFAULT, PROBLEM, SimulatedBench, bowl
+from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
 
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.space import Candidate
@@ -23,9 +23,10 @@ HERE = fingerprint(CPU)
 
 
 @pytest.fixture(autouse=True)
-def _default_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulated times are made for this default, whatever the kernel's is."""
+def _simulated_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulated times are made for these tiles and this default, whatever the kernel's are."""
     backend = type(BACKENDS["cpu"])
+    monkeypatch.setattr(backend, "tiles", lambda *_: GRID)
     monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
     monkeypatch.setattr(
         "flashmoe.autotune.tune.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
