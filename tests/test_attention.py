@@ -52,7 +52,8 @@ def test_forward_matches_reference(backend, dtype, causal, seqlen_q, seqlen_kv, 
     assert_matches_reference(out, lse, q, k, v, causal=causal)
 
 
-@settings(max_examples=60, deadline=None)
+# On a GPU every float32 shape compiles a Triton kernel of its own.
+@settings(max_examples=60 if DEVICE.type == "cpu" else 20, deadline=None)
 @given(data=st.data())
 def test_forward_on_random_problems(data):
     group = data.draw(st.sampled_from([1, 2, 3]), "group")
@@ -248,7 +249,11 @@ class TestScaledDotProductAttention:
             actual = flashmoe.scaled_dot_product_attention(*arguments, **options)
             expected = F.scaled_dot_product_attention(*arguments, **options)
             torch.testing.assert_close(actual, expected)
-        assert flashmoe.scaled_dot_product_attention(q, k, v, dropout_p=1.0).count_nonzero() == 0
+        torch.manual_seed(0)
+        dropped = flashmoe.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+        torch.manual_seed(0)
+        torch.testing.assert_close(dropped, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+        assert not torch.allclose(dropped, F.scaled_dot_product_attention(q, k, v))
 
     def test_errors_are_torchs(self):
         q = torch.randn(2, 4, 9, 32, device=DEVICE)

@@ -151,8 +151,18 @@ def test_two_gpus_at_once(backend):
 
 
 def test_without_tuning_a_small_problem_goes_to_the_cuda_kernel():
-    plan = flashmoe.plan.make_plan(Problem(1, 8, 8, 128, 128, 64, "bfloat16"), DEVICE)
+    plan = flashmoe.plan.heuristic(Problem(1, 8, 8, 128, 128, 64, "bfloat16"), DEVICE)
     assert plan.backend == "cuda"
+    decode = Problem(16, 32, 8, 1, 8192, 128, "bfloat16")
+    assert flashmoe.plan.heuristic(decode, DEVICE).backend == "sdpa"
+    assert flashmoe.plan.heuristic(decode, DEVICE, need_lse=True).backend == "cuda"
+
+
+@pytest.mark.parametrize("heads_kv", [8, 2])
+def test_one_causal_query_sees_every_key(heads_kv):
+    q = guarded((2, 1, 8, 128), torch.bfloat16, "padded", DEVICE)
+    k, v = (guarded((2, 333, heads_kv, 128), torch.bfloat16, "packed", DEVICE) for _ in range(2))
+    assert_matches_reference(flash_attn_func(q, k, v, causal=True), None, q, k, v, causal=True)
 
 
 @pytest.mark.parametrize("causal", [False, True])
