@@ -80,7 +80,7 @@ def extension():
     if cuda:
         # A CPU-only torch has no CUDA_HOME, and its CUDAExtension refuses.
         cpp_extension.CUDA_HOME = str(cuda[0])
-        # Any nvcc goes with any torch: the CUDA runtime is linked in statically, torch's is not used.
+        # Any nvcc goes with any torch: the CUDA runtime is linked in statically, torch's unused.
         cpp_extension._check_cuda_version = lambda *_: None
         flags["cxx"].append("-DFLASHMOE_WITH_CUDA")
         flags["nvcc"] = [
