@@ -57,7 +57,8 @@ def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def flex(causal: bool, seqlen: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    compiled = torch.compile(flex_attention, fullgraph=True)
+    # dynamic=False: after a few shapes torch.compile would generalize over them, and slow down.
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     mask = None
     if causal:
         mask = create_block_mask(
