@@ -158,10 +158,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("what", choices=("cpu-sources", "cxx-flags", "nvcc-flags", "generate"))
     parser.add_argument("--directory", type=Path)
-    parser.add_argument("--archs", default="")
+    parser.add_argument("--archs", default="", help="comma-separated, as 80,90")
     parser.add_argument("--cuda-version", default="")
     arguments = parser.parse_args()
-    archs = tuple(filter(None, arguments.archs.split(";")))
+    archs = tuple(filter(None, arguments.archs.split(",")))
     if arguments.what == "cpu-sources":
         items = [str(CSRC / source) for source in CPU_SOURCES]
     elif arguments.what == "cxx-flags":
