@@ -2,12 +2,9 @@
 // the tensor's edge is filled with zeros.
 #pragma once
 
-namespace flashmoe::ptx {
+#include "tensor_map.h"
 
-// A CUtensorMap, which only the driver's headers declare.
-struct alignas(64) TensorMap {
-  unsigned long long opaque[16];
-};
+namespace flashmoe::ptx {
 
 __device__ __forceinline__ void prefetch_tensormap(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");

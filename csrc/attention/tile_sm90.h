@@ -1,0 +1,76 @@
+// The template parameters of the Hopper forward kernel and what follows from them, and what its
+// launch needs. Plain C++, no std headers: host and NVRTC both read it. flashmoe/tiles.py says the
+// same in Python (Tile.violations); a test compares the two.
+#pragma once
+
+#include "../ptx/tensor_map.h"
+#include "params.h"
+
+namespace flashmoe {
+
+struct Sm90Tile {
+  int head_dim;         // a multiple of 16 up to 256
+  int block_m;          // 64 rows a consumer warpgroup
+  int block_n;          // keys a step, a multiple of 16 up to 256
+  int num_stages;       // buffers each of K and V
+  int q_stages;         // buffers of Q: 2 fetches the next block of rows early
+  bool pingpong;        // consumer warpgroups take turns at the tensor cores
+  bool q_in_registers;  // Q from registers instead of shared memory
+  int exp2_fma;         // sixteenths of the exponentials computed on the FMA pipes
+  int ctas_per_sm;
+
+  constexpr int consumers() const { return block_m / 64; }
+  constexpr int num_threads() const { return 128 * (consumers() + 1); }
+  constexpr bool uses_pingpong() const { return pingpong && consumers() > 1; }
+  constexpr int panels() const { return (head_dim + 63) / 64; }  // of 64 columns, 128 bytes
+  constexpr int q_bytes() const { return 64 * 128 * panels(); }  // of one warpgroup and stage
+  constexpr int kv_bytes() const { return block_n * 128 * panels(); }
+  // 512 for the mbarriers and what the scheduler writes.
+  constexpr int smem_bytes() const {
+    return 512 + consumers() * q_stages * q_bytes() + 2 * num_stages * kv_bytes();
+  }
+  // What ptxas may use at entry, and what setmaxnreg makes of it.
+  constexpr int entry_registers() const {
+    const int registers = 65536 / (num_threads() * ctas_per_sm) / 8 * 8;
+    return registers > 255 ? 255 : registers;
+  }
+  constexpr int producer_registers() const { return consumers() == 3 ? 32 : 24; }
+  constexpr int consumer_registers() const {
+    const int left = (entry_registers() - producer_registers()) / consumers() + entry_registers();
+    return left > 240 ? 240 : left / 8 * 8;
+  }
+};
+
+// Division of an int from 0 on by one above 0, by multiplication (Granlund and Montgomery, 1994).
+struct FastDivisor {
+  int divisor;
+  unsigned multiplier, shift;
+
+  static FastDivisor of(int divisor) {
+    unsigned shift = 0;
+    while ((1ll << shift) < divisor) ++shift;
+    const unsigned long long power = 1ull << (31 + shift);
+    return {divisor, static_cast<unsigned>((power + divisor - 1) / divisor), shift};
+  }
+#ifdef __CUDACC__
+  __device__ __forceinline__ int divide(int n) const {
+    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> (shift - 1));
+  }
+#endif
+};
+
+struct Sm90Params {
+  ptx::TensorMap q, k, v;
+  AttentionParams attention;
+  float scale_log2;  // softmax_scale in units of log 2
+  float slack;       // by how much, in units of Q K^T, a row's maximum may lag behind
+  int num_work;      // blocks of rows over all heads and batches
+  int num_sections;
+  FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
+  // (batch, head) pairs whose blocks are worked on together, those of the last section, and the
+  // blocks of a section.
+  FastDivisor section_heads, last_section_heads, per_section;
+  int* counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+};
+
+}  // namespace flashmoe
