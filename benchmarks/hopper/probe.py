@@ -199,6 +199,7 @@ def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str)
     references: dict[Any, Any] = {}
     for name in list(tiles):
         head_dim = int(name.partition(":")[0])
+        print("checking", name, flush=True)
         for *shape, causal in CHECKS:
             for d in (head_dim, head_dim - 8):
                 key = (*shape, causal, d)

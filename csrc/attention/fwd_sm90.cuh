@@ -50,7 +50,14 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
   const float rounded = x + ROUND;
   const float f = x - (rounded - ROUND);
   const float p = fmaf(fmaf(fmaf(0.05517167f, f, 0.24261113f), f, 0.69326099f), f, 0.99992807f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(rounded) << 23));
+  // Adds to the exponent. In PTX: when the compiler sees an integer become an element of S, it
+  // takes S out of the registers that wgmma accumulates in, and serializes (C7511).
+  float y;
+  asm("{\n.reg .b32 i, j;\nmov.b32 i, %1;\nmov.b32 j, %2;\nshl.b32 i, i, 23;\nadd.s32 i, i, j;\n"
+      "mov.b32 %0, i;\n}\n"
+      : "=f"(y)
+      : "f"(rounded), "f"(p));
+  return y;
 }
 
 // One block of rows of one head, as the scheduler hands it to the producer and the consumers.
@@ -512,16 +519,20 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       work_ring.next();
     }
   };
-  auto skip_K = [&] {
+  // Every tile of keys is one turn: S of this tile and O of the one before. Those of skipped tiles
+  // are passed on, or else the others would wait for buffers that this warpgroup holds.
+  auto skip_tiles = [&](bool first_turn_taken) {
     for (int i = 0; i < skipped; ++i) {
       wait_K();
       release_K();
-    }
-  };
-  auto skip_V = [&] {
-    for (int i = 0; i < skipped; ++i) {
-      wait_V();
-      release_V();
+      if (i > 0 || !first_turn_taken) {
+        turn_begins();
+        turn_ends();
+      }
+      if (i > 0) {
+        wait_V();
+        release_V();
+      }
     }
   };
 
@@ -532,58 +543,65 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if (w == CONSUMERS - 1) ptx::bar_arrive(1, 256);
   }
   float rescale[2];
-  wait_Q();
-  skip_K();
-  wait_K();
-  start_S();
-  finish_S(BoolConstant<false>{}, n_tile == 0);
-  softmax(BoolConstant<true>{}, n_tile >= n_unmasked, n_tile, rescale);
-  pack_P();
+  bool first_turn_taken = false;
   while (true) {
-    // Turns that the tiles it skipped would have taken.
-    for (int i = 0; i < skipped; ++i) {
-      turn_begins();
-      turn_ends();
+    // A block of rows begins by itself: the first one, or one after skipped tiles.
+    skip_tiles(first_turn_taken);
+    wait_Q();
+    wait_K();
+    turn_begins();
+    start_S();
+    turn_ends();
+    finish_S(BoolConstant<false>{}, n_tile == 0);
+    if (skipped > 0) {
+      wait_V();
+      release_V();
     }
-    skip_V();
-    if (n_tile > 0) wait_K();
-    while (--n_tile >= 0) {
+    softmax(BoolConstant<true>{}, n_tile >= n_unmasked, n_tile, rescale);
+    pack_P();
+    while (true) {
+      if (n_tile > 0) wait_K();
+      while (--n_tile >= 0) {
+        turn_begins();
+        start_S();
+        start_O();
+        turn_ends();
+        finish_S(BoolConstant<true>{}, n_tile == 0);
+        const bool grew = softmax(BoolConstant<false>{}, n_tile >= n_unmasked, n_tile, rescale);
+        if (n_tile > 0) wait_K();
+        finish_O();
+        if (grew) rescale_O(rescale);
+        pack_P();
+      }
+      const int done = work_ring.stage();
+      const float done_max[2] = {row_max[0], row_max[1]}, done_sum[2] = {row_sum[0], row_sum[1]};
+      work_ring.next();
+      const bool more = next_work();
+      if (!more || skipped > 0) {
+        if (more) turn_begins();
+        start_O();
+        if (more) turn_ends();
+        finish_O();
+        store_O(read_work(smem, done), done_max, done_sum);
+        if (!more) return;
+        release_work(done);
+        first_turn_taken = true;
+        break;
+      }
+      // The last O of this block of rows runs beside the first S of the next.
+      wait_Q();
+      wait_K();
       turn_begins();
       start_S();
       start_O();
       turn_ends();
       finish_S(BoolConstant<true>{}, n_tile == 0);
-      const bool grew =
-          softmax(BoolConstant<false>{}, n_tile >= n_unmasked, n_tile, rescale);
-      if (n_tile > 0) wait_K();
-      finish_O();
-      if (grew) rescale_O(rescale);
-      pack_P();
-    }
-
-    // The last O of this block of rows runs beside the first S of the next.
-    const int done = work_ring.stage();
-    const float done_max[2] = {row_max[0], row_max[1]}, done_sum[2] = {row_sum[0], row_sum[1]};
-    work_ring.next();
-    if (!next_work()) {
-      start_O();
+      softmax(BoolConstant<true>{}, n_tile >= n_unmasked, n_tile, rescale);
       finish_O();
       store_O(read_work(smem, done), done_max, done_sum);
-      return;
+      release_work(done);
+      pack_P();
     }
-    wait_Q();
-    skip_K();
-    wait_K();
-    turn_begins();
-    start_S();
-    start_O();
-    turn_ends();
-    finish_S(BoolConstant<true>{}, n_tile == 0);
-    softmax(BoolConstant<true>{}, n_tile >= n_unmasked, n_tile, rescale);
-    finish_O();
-    store_O(read_work(smem, done), done_max, done_sum);
-    release_work(done);
-    pack_P();
   }
 }
 
