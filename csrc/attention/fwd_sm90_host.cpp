@@ -118,14 +118,15 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   params.m_blocks = FastDivisor::of(static_cast<int>(num_m_blocks));
   params.heads_q = FastDivisor::of(a.heads_q);
   params.group = FastDivisor::of(a.heads_q / a.heads_kv);
-  // K and V of a section fill half of L2, which an SM reaches without crossing the chip.
-  const long long kv_bytes = std::max(4ll * a.seqlen_kv * a.head_dim, 1ll);
-  const long long heads = std::max(here.l2_bytes / 2 / kv_bytes, 1ll) * (a.heads_q / a.heads_kv);
-  const int section = static_cast<int>(std::min(heads, batch_heads));
-  params.num_sections = static_cast<int>((batch_heads + section - 1) / section);
-  params.section_heads = FastDivisor::of(section);
-  params.last_section_heads =
-      FastDivisor::of(static_cast<int>(batch_heads - (params.num_sections - 1ll) * section));
+  // Heads of one section are worked on together: few, so that what they read stays in L2, but enough
+  // blocks to level out their lengths, and as many in every section, since the last one ends it all.
+  const int group = a.heads_q / a.heads_kv;
+  const long long group_bytes = 4ll * a.head_dim * (a.seqlen_kv + 1ll * a.seqlen_q * group);
+  const long long in_l2 = here.l2_bytes / std::max(group_bytes, 1ll) * group;
+  const long long leveled = (2 * grid + num_m_blocks - 1) / num_m_blocks;
+  long long section = std::min(std::max(in_l2, leveled), batch_heads);
+  while (batch_heads % section != 0) ++section;
+  params.section_heads = FastDivisor::of(static_cast<int>(section));
   params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));
   // Blocks of one length are dealt evenly as they are.
   params.counter = a.causal && num_work > grid ? counter : nullptr;
@@ -135,9 +136,11 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
                   a.seqlen_kv, a.heads_kv,       tile.block_n};
   const Operand v{a.v,          a.v_batch_stride, a.v_row_stride, a.v_head_stride,
                   a.seqlen_kv, a.heads_kv,       tile.block_n};
+  const Operand o{a.out, a.o_batch_stride, a.o_row_stride, a.o_head_stride, a.seqlen_q, a.heads_q, 64};
   if (!encode(&params.q, q, a.batch, a.head_dim, dtype) ||
       !encode(&params.k, k, a.batch, a.head_dim, dtype) ||
-      !encode(&params.v, v, a.batch, a.head_dim, dtype)) {
+      !encode(&params.v, v, a.batch, a.head_dim, dtype) ||
+      (tile.stages_output() && !encode(&params.o, o, a.batch, a.head_dim, dtype))) {
     return cudaErrorNotSupported;
   }
   if (const cudaError_t error = allow_smem(kernel, tile.smem_bytes(), device)) return error;
