@@ -80,6 +80,28 @@ cudaError_t allow_smem(const void* kernel, int bytes, int device) {
   return error;
 }
 
+// How many (batch, head) pairs of a causal problem are worked on together: few, so that what they
+// read stays in L2; enough blocks to level out their lengths; and as many in every section, since
+// the last one ends it all. The factors were measured (H100, docs/hopper-forward.md).
+int section_heads(const AttentionParams& a, long long num_m_blocks, long long grid, int l2_bytes) {
+  const double batch_heads = static_cast<double>(a.batch) * a.heads_q;
+  const double group = a.heads_q / a.heads_kv;
+  const double group_bytes = 4. * a.head_dim * (a.seqlen_kv + a.seqlen_q * group);
+  const double in_l2 = l2_bytes / 3. / std::max(group_bytes, 1.) * group;
+  const double leveled = std::min(2., num_m_blocks / 4.) * grid / num_m_blocks;
+  const double wanted = std::min(std::max(in_l2, leveled), batch_heads);
+  int best = 1;
+  const int all = static_cast<int>(batch_heads);
+  for (int divisor = 1; divisor <= all / divisor; ++divisor) {
+    if (all % divisor != 0) continue;
+    for (const int section : {divisor, all / divisor}) {
+      const auto off = [&](int heads) { return std::max(heads / wanted, wanted / heads); };
+      if (off(section) < off(best)) best = section;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 bool can_run(const AttentionParams& p) {
@@ -118,18 +140,13 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   params.m_blocks = FastDivisor::of(static_cast<int>(num_m_blocks));
   params.heads_q = FastDivisor::of(a.heads_q);
   params.group = FastDivisor::of(a.heads_q / a.heads_kv);
-  // Heads of one section are worked on together: few, so that what they read stays in L2, but enough
-  // blocks to level out their lengths, and as many in every section, since the last one ends it all.
-  const int group = a.heads_q / a.heads_kv;
-  const long long group_bytes = 4ll * a.head_dim * (a.seqlen_kv + 1ll * a.seqlen_q * group);
-  const long long in_l2 = here.l2_bytes / std::max(group_bytes, 1ll) * group;
-  const long long leveled = (2 * grid + num_m_blocks - 1) / num_m_blocks;
-  long long section = std::min(std::max(in_l2, leveled), batch_heads);
-  while (batch_heads % section != 0) ++section;
-  params.section_heads = FastDivisor::of(static_cast<int>(section));
-  params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));
-  // Blocks of one length are dealt evenly as they are.
-  params.counter = a.causal && num_work > grid ? counter : nullptr;
+  if (a.causal) {
+    const int section = section_heads(a, num_m_blocks, grid, here.l2_bytes);
+    params.section_heads = FastDivisor::of(section);
+    params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));
+    // Other blocks are of one length, and dealt evenly as they are.
+    if (num_work > grid) params.counter = counter;
+  }
 
   const Operand q{a.q, a.q_batch_stride, a.q_row_stride, a.q_head_stride, a.seqlen_q, a.heads_q, 64};
   const Operand k{a.k,          a.k_batch_stride, a.k_row_stride, a.k_head_stride,
