@@ -3,8 +3,8 @@
 
 extern "C" int load_kernel(const char* path, void** kernel) {
   cudaLibrary_t library;
-  if (const cudaError_t error = cudaLibraryLoadFromFile(&library, path, nullptr, nullptr, 0,
-                                                        nullptr, nullptr, 0)) {
+  if (const cudaError_t error =
+          cudaLibraryLoadFromFile(&library, path, nullptr, nullptr, 0, nullptr, nullptr, 0)) {
     return error;
   }
   return cudaLibraryGetKernel(reinterpret_cast<cudaKernel_t*>(kernel), library, "attention");
@@ -27,8 +27,8 @@ extern "C" int launch(const flashmoe::Sm90Tile* tile, const void* kernel,
 extern "C" int read_trace(const char* path, const flashmoe::Sm90Tile* tile,
                           const flashmoe::AttentionParams* params, void* data, size_t bytes) {
   cudaLibrary_t library;
-  if (const cudaError_t error = cudaLibraryLoadFromFile(&library, path, nullptr, nullptr, 0,
-                                                        nullptr, nullptr, 0)) {
+  if (const cudaError_t error =
+          cudaLibraryLoadFromFile(&library, path, nullptr, nullptr, 0, nullptr, nullptr, 0)) {
     return error;
   }
   cudaKernel_t kernel;

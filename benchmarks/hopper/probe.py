@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = {"stages": 2, "q": 1, "pingpong": 1, "qreg": 0, "fma": 0, "ctas": 1, "x": 0, "trace": 0}
+OPTIONS = {"stages": 2, "q": 1, "pingpong": 1, "qreg": 0, "fma": 0, "ctas": 1, "trace": 0}
 # batch, heads_q, heads_kv, seqlen, head_dim, causal: the forward rows that the kernel is judged by.
 PROBLEMS = (
     *(
@@ -46,7 +46,6 @@ CHECKS = (
     (8, 32, 32, 500, 520, False),
 )
 SOURCE = """\
-#define FLASHMOE_EXPERIMENT {x}
 #include "attention/fwd_sm90.cuh"
 extern "C" __global__ void __launch_bounds__({threads}, {ctas}) attention(
     const __grid_constant__ flashmoe::Sm90Params params) {{
@@ -90,9 +89,7 @@ def parse(name: str) -> Sm90Tile:
     match = re.fullmatch(r"(\d+):(\d+)x(\d+)((?:-\w+=\d+)*)", name)
     if match is None:
         raise SystemExit(f"a tile looks like 128:128x176-stages=2, got {name!r}")
-    options = OPTIONS | {
-        key: int(value) for key, value in re.findall(r"-(\w+)=(\d+)", match[4])
-    }
+    options = OPTIONS | {key: int(value) for key, value in re.findall(r"-(\w+)=(\d+)", match[4])}
     if unknown := set(options) - set(OPTIONS):
         raise SystemExit(f"{name}: unknown {unknown}; known are {list(OPTIONS)}")
     d, m, n = map(int, match.groups()[:3])
@@ -119,9 +116,10 @@ def build(folder: Path, names: list[str]) -> None:
         fields = ", ".join(str(getattr(tile, field)).lower() for field, _ in Sm90Tile._fields_)
         source = folder / f"{number}.cu"
         threads = 128 * (tile.block_m // 64 + 1)
-        x = re.search(r"-x=(\d+)", name)
         define = "#define FLASHMOE_TRACE\n" if "-trace=1" in name else ""
-        source.write_text(define + SOURCE.format(x=x[1] if x else 0, threads=threads, ctas=tile.ctas_per_sm, fields=fields))
+        source.write_text(
+            define + SOURCE.format(threads=threads, ctas=tile.ctas_per_sm, fields=fields)
+        )
         done = subprocess.run(
             [*nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
             + ["-o", folder / f"{number}.cubin", source],
@@ -140,7 +138,9 @@ def build(folder: Path, names: list[str]) -> None:
     (folder / "tiles.json").write_text(json.dumps(names))
 
 
-def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str, trace: list[str]) -> None:
+def run(
+    folder: Path, output: Path | None, rounds: int, only: str, profile: str, trace: list[str]
+) -> None:
     import torch
     import torch.nn.functional as F
     from torch import Tensor
@@ -202,7 +202,10 @@ def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str,
                 data = (ctypes.c_ulonglong * (4 * 2048))()
                 cubin = str(folder / f"{number}.cubin").encode()
                 if error := library.read_trace(
-                    cubin, ctypes.byref(parse(name)), ctypes.byref(params), data,
+                    cubin,
+                    ctypes.byref(parse(name)),
+                    ctypes.byref(params),
+                    data,
                     ctypes.c_size_t(ctypes.sizeof(data)),
                 ):
                     raise SystemExit(f"{name}: {error}")
@@ -267,7 +270,9 @@ def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str,
         def cudnn(tensors: list[Tensor] = heads_first, causal: bool = causal) -> Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return F.scaled_dot_product_attention(
-                    *tensors, is_causal=causal, enable_gqa=tensors[0].shape[1] != tensors[1].shape[1]
+                    *tensors,
+                    is_causal=causal,
+                    enable_gqa=tensors[0].shape[1] != tensors[1].shape[1],
                 )
 
         candidates: dict[str, Any] = {"cudnn": cudnn}
@@ -286,7 +291,9 @@ def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str,
             median = median_interval(result.samples).value
             line.append((median, f"{name.partition(':')[2] or name} {floor / median:.3f}"))
         line.sort()
-        print(problem.label, f"{line[0][0] * 1e3:.4f} ms |", "  ".join(t for _, t in line), flush=True)
+        print(
+            problem.label, f"{line[0][0] * 1e3:.4f} ms |", "  ".join(t for _, t in line), flush=True
+        )
         results[problem.label] = {
             name: [round(s * 1e6, 2) for s in result.samples] for name, result in measured.items()
         }

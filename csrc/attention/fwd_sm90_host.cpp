@@ -44,8 +44,8 @@ bool encode(ptx::TensorMap* map, const Operand& x, int batch, int head_dim, DTyp
                                  stride(x.batch_stride, batch)};
   const cuuint32_t box[4] = {64, cuuint32_t(x.rows), 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const auto type = dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto type =
+      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode_tiled(reinterpret_cast<CUtensorMap*>(map), type, 4, const_cast<void*>(x.data),
                       sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -112,11 +112,14 @@ bool can_run(const AttentionParams& p) {
     }
     return true;
   };
-  return fits(p.q, {{p.q_row_stride, p.seqlen_q}, {p.q_head_stride, p.heads_q},
+  return fits(p.q, {{p.q_row_stride, p.seqlen_q},
+                    {p.q_head_stride, p.heads_q},
                     {p.q_batch_stride, p.batch}}) &&
-         fits(p.k, {{p.k_row_stride, p.seqlen_kv}, {p.k_head_stride, p.heads_kv},
+         fits(p.k, {{p.k_row_stride, p.seqlen_kv},
+                    {p.k_head_stride, p.heads_kv},
                     {p.k_batch_stride, p.batch}}) &&
-         fits(p.v, {{p.v_row_stride, p.seqlen_kv}, {p.v_head_stride, p.heads_kv},
+         fits(p.v, {{p.v_row_stride, p.seqlen_kv},
+                    {p.v_head_stride, p.heads_kv},
                     {p.v_batch_stride, p.batch}});
 }
 
@@ -148,12 +151,14 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
     if (num_work > grid) params.counter = counter;
   }
 
-  const Operand q{a.q, a.q_batch_stride, a.q_row_stride, a.q_head_stride, a.seqlen_q, a.heads_q, 64};
-  const Operand k{a.k,          a.k_batch_stride, a.k_row_stride, a.k_head_stride,
+  const Operand q{a.q, a.q_batch_stride, a.q_row_stride, a.q_head_stride, a.seqlen_q, a.heads_q,
+                  64};
+  const Operand k{a.k,         a.k_batch_stride, a.k_row_stride, a.k_head_stride,
                   a.seqlen_kv, a.heads_kv,       tile.block_n};
-  const Operand v{a.v,          a.v_batch_stride, a.v_row_stride, a.v_head_stride,
+  const Operand v{a.v,         a.v_batch_stride, a.v_row_stride, a.v_head_stride,
                   a.seqlen_kv, a.heads_kv,       tile.block_n};
-  const Operand o{a.out, a.o_batch_stride, a.o_row_stride, a.o_head_stride, a.seqlen_q, a.heads_q, 64};
+  const Operand o{a.out, a.o_batch_stride, a.o_row_stride, a.o_head_stride, a.seqlen_q, a.heads_q,
+                  64};
   if (!encode(&params.q, q, a.batch, a.head_dim, dtype) ||
       !encode(&params.k, k, a.batch, a.head_dim, dtype) ||
       !encode(&params.v, v, a.batch, a.head_dim, dtype) ||

@@ -69,8 +69,8 @@ struct Sm90Params {
   float slack;       // by how much, in units of Q K^T, a row's maximum may lag behind
   int num_work;      // blocks of rows over all heads and batches
   FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
-  FastDivisor section_heads;  // (batch, head) pairs whose blocks are worked on together
-  FastDivisor per_section;    // and their blocks
+  FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
+  FastDivisor per_section;               // and their blocks
   int* counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
 };
 

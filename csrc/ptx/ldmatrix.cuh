@@ -1,5 +1,5 @@
-// ldmatrix, stmatrix: four 8x8 matrices of 16-bit elements between shared memory and mma fragments (sm_75).
-// Lane l gives the address of row l % 8 of matrix l / 8, 16 bytes aligned.
+// ldmatrix, stmatrix: four 8x8 matrices of 16-bit elements between shared memory and mma fragments
+// (sm_75). Lane l gives the address of row l % 8 of matrix l / 8, 16 bytes aligned.
 #pragma once
 
 namespace flashmoe::ptx {
