@@ -25,6 +25,7 @@ COMPILED = [
     for (_, head_dim), tiles in _extension.load().instances.items()
     for tile in tiles
 ]
+HOPPER = torch.cuda.get_device_capability(DEVICE)[0] == 9
 
 
 @pytest.mark.parametrize(("head_dim", "tile"), COMPILED, ids=lambda x: str(x))
