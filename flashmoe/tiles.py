@@ -237,9 +237,9 @@ def _sm90_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield f"block_m must be 64, 128, 192 or 256, got {tile.block_m}"
     elif tile.pingpong and tile.block_m == 64:
         yield "pingpong needs two groups of 64 rows, got block_m 64"
-    if tile.block_n % 16 or not 16 <= tile.block_n <= 256:
+    if tile.block_n % 16 or not 32 <= tile.block_n <= 256:
         bounded = False
-        yield f"block_n must be a multiple of 16 from 16 to 256, got {tile.block_n}"
+        yield f"block_n must be a multiple of 16 from 32 to 256, got {tile.block_n}"
     if not bounded:
         return
     head_dim = sm90_head_dim(problem.head_dim)

@@ -23,7 +23,7 @@ A100 = Arch("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(2, 16, 16, 8192, 8192, 128, "bfloat16")
 COMPILED = Tile.parse("sm90:128x128-stages2-q2")
-SMALL = Tile.parse("sm90:64x16-stages1")
+SMALL = Tile.parse("sm90:64x48-stages1")
 CUDA = BACKENDS["cuda"]
 TARGET = jit.Target(SMALL, 64, "bfloat16")
 
@@ -118,7 +118,8 @@ def test_another_compiler_compiles_anew_but_running_takes_none(compiler):
     compiler.identity = "fake-2"
     jit.cubin(TARGET)
     assert len(compiler.compiled) == 1
-    assert jit.compile_all([TARGET]) == {}
+    for _ in range(2):
+        jit.precompile(TARGET)
     assert len(compiler.compiled) == 2
 
 
@@ -135,21 +136,19 @@ def test_a_damaged_kernel_is_set_aside_named_and_compiled_again(cache, compiler,
     assert path.read_bytes().startswith(code)
 
 
-def test_many_are_compiled_and_failures_are_named(cache, compiler):
-    tiles = [Tile("sm90", 64, n) for n in (16, 32, 48, 64)]
-    targets = [jit.Target(tile, 64, "float16") for tile in tiles]
-    failed = jit.compile_all([*targets, targets[0]], workers=3)
-    assert failed == {targets[1]: "fake-1: 32 keys are too few"}
-    assert len(compiler.compiled) == 4
-    assert [jit.is_cached(target) for target in targets] == [True, False, True, True]
-    assert not list(cache.glob(".writing-*"))
+def test_what_a_compiler_refuses_is_not_kept(cache, compiler):
+    target = jit.Target(Tile("sm90", 64, 32), 64, "float16")
+    for attempt in (jit.precompile, jit.cubin):
+        with pytest.raises(jit.CompilationFailed, match="32 keys are too few"):
+            attempt(target)
+    assert not jit.is_cached(target)
 
 
 def test_concurrent_writers_of_one_kernel(cache, compiler):
     with ThreadPoolExecutor(8) as pool:
         codes = set(pool.map(jit.cubin, [TARGET] * 32))
     assert len(codes) == 1
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.iterdir())) == 1  # nor is a half-written file left
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
@@ -188,7 +187,7 @@ def test_without_a_compiler_only_compiled_tiles_are_tried(hopper, no_compiler):
     assert CUDA.rejects(COMPILED, PROBLEM, H200) == ""
     reason = CUDA.rejects(SMALL, PROBLEM, H200)
     assert reason == "not compiled in, and cannot be compiled here: cuda.core is not installed"
-    with pytest.raises(ValueError, match=r"tile sm90:64x16.* cannot run .*cannot be compiled here"):
+    with pytest.raises(ValueError, match=r"tile sm90:64x48.* cannot run .*cannot be compiled here"):
         plan.make_plan(PROBLEM, DEVICE, tile=SMALL)
 
 
@@ -207,7 +206,8 @@ def test_a_tuned_tile_that_is_not_compiled_never_waits(hopper, compiler, monkeyp
     with monkeypatch.context() as patch:
         patch.setenv("FLASHMOE_COMPILE", "1")
         assert plan.make_plan(PROBLEM, DEVICE).tile == SMALL
-    assert CUDA.compile([SMALL, COMPILED], PROBLEM) == {}
+    for tile in (SMALL, COMPILED):
+        CUDA.precompile(tile, PROBLEM, DEVICE)
     assert len(compiler.compiled) == 1
     planned = plan.make_plan(PROBLEM, DEVICE)
     assert (planned.tile, planned.source) == (SMALL, "user database")
@@ -215,7 +215,7 @@ def test_a_tuned_tile_that_is_not_compiled_never_waits(hopper, compiler, monkeyp
 
 def test_a_cached_tile_runs_without_a_compiler(hopper, compiler, monkeypatch):
     store(SMALL)
-    CUDA.compile([SMALL], PROBLEM)
+    CUDA.precompile(SMALL, PROBLEM, DEVICE)
 
     def missing(name):
         raise jit.CompilerUnavailable("gone")
@@ -252,31 +252,31 @@ def test_every_default_of_hopper_is_compiled_in():
 
 
 def test_loading_what_is_no_kernel_is_an_error():
-    with pytest.raises(RuntimeError, match=r"loading sm90:64x16\S* for head_dim 64: "):
+    with pytest.raises(RuntimeError, match=r"loading sm90:64x48\S* for head_dim 64: "):
         _extension.load_kernel(b"not a kernel", SMALL, 64, "bfloat16")
 
 
-def compiles(cache, monkeypatch):
-    """A real compiler's code is machine code for sm_90a without spills, whatever the thread."""
-    targets = [TARGET, jit.Target(replace(SMALL, exp2_fma=4), 72 // 16 * 16, "float16")]
-    assert jit.compile_all(targets) == {}
-    for target in targets:
-        code = jit.cubin(target)
-        assert code.startswith(b"\x7fELF")
-        assert b"attention" in code
+def compiles():
+    """A real compiler makes machine code, in several threads at once, and names what it refuses."""
+    targets = [TARGET, jit.Target(replace(SMALL, exp2_fma=4), 80, "float16")]
+    with ThreadPoolExecutor(2) as pool:
+        for code in pool.map(jit.cubin, targets):
+            assert code.startswith(b"\x7fELF")
+            assert b"attention" in code
     illegal = jit.Target(Tile("sm90", 64, 24), 64, "float16")
-    assert "block_n: a multiple of 16" in jit.compile_all([illegal])[illegal]
+    with pytest.raises(jit.CompilationFailed, match=r"block_n: a multiple of 16"):
+        jit.precompile(illegal)
 
 
-def test_nvrtc_compiles(cache, monkeypatch):
+def test_nvrtc_compiles():
     jit._compiler.cache_clear()
     if reason := jit.unavailable():
         pytest.skip(reason)
-    compiles(cache, monkeypatch)
+    compiles()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not in PATH")
-def test_nvcc_compiles(cache, monkeypatch):
+def test_nvcc_compiles(monkeypatch):
     monkeypatch.setenv("FLASHMOE_COMPILER", "nvcc")
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    compiles(cache, monkeypatch)
+    compiles()

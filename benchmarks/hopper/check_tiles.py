@@ -35,7 +35,7 @@ def random_tile(rng: random.Random) -> Tile:
     return Tile(
         "sm90",
         block_m,
-        rng.randrange(16, 257, 16),
+        rng.randrange(32, 257, 16),
         num_stages=rng.choice((1, 2, 2, 3, 4)),
         q_stages=rng.choice((1, 2)),
         pingpong=block_m > 64 and rng.random() < 0.5,

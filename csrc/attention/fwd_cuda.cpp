@@ -76,7 +76,8 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
     const auto launch = rows_aligned(params) ? kernel.launch : kernel.launch_unaligned;
     return launch(params, dtype, device, stream);
   }
-  if (!sm90::can_run(params)) {
+  // Keys that do not exist have no address to describe to the TMA.
+  if (params.seqlen_kv == 0 || !sm90::can_run(params)) {
     const Kernel* fallback = sm80_default(params.head_dim);
     if (fallback == nullptr) return cudaErrorNotSupported;
     return launch_forward(*fallback, params, dtype, device, stream);

@@ -11,7 +11,7 @@ namespace flashmoe {
 struct Sm90Tile {
   int head_dim;         // a multiple of 16 up to 256
   int block_m;          // 64 rows a consumer warpgroup
-  int block_n;          // keys a step, a multiple of 16 up to 256
+  int block_n;          // keys a step, a multiple of 16 from 32 to 256
   int num_stages;       // buffers each of K and V
   int q_stages;         // buffers of Q: 2 fetches the next block of rows early
   bool pingpong;        // consumer warpgroups take turns at the tensor cores
@@ -52,8 +52,8 @@ struct LegalSm90Tile {
                 "head_dim: a multiple of 16 from 16 to 256");
   static_assert(TILE.block_m % 64 == 0 && TILE.block_m >= 64 && TILE.block_m <= 256,
                 "block_m: 64, 128, 192 or 256");
-  static_assert(TILE.block_n % 16 == 0 && TILE.block_n >= 16 && TILE.block_n <= 256,
-                "block_n: a multiple of 16 from 16 to 256");
+  static_assert(TILE.block_n % 16 == 0 && TILE.block_n >= 32 && TILE.block_n <= 256,
+                "block_n: a multiple of 16 from 32 to 256");
   static_assert(TILE.num_stages >= 1 && TILE.num_stages <= 4, "num_stages: 1 to 4");
   static_assert(TILE.q_stages >= 1 && TILE.q_stages <= 2, "q_stages: 1 or 2");
   static_assert(!TILE.pingpong || TILE.block_m > 64, "pingpong: two groups of 64 rows");

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,11 +41,6 @@ class Backend(Protocol):
         """Whether `tile`, which is not rejected, runs `problem` without waiting for a compiler that
         can be done without."""
         return True
-
-    def compile(self, tiles: Sequence[Tile], problem: Problem) -> dict[Tile, str]:
-        """Compile in parallel what `problem` needs to run `tiles`, as far as that is possible ahead
-        of their first run; for each one that cannot be compiled, why."""
-        return {}
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         """Why this backend cannot run `problem` with `tile`; empty when it can."""
@@ -88,6 +83,16 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv from the forward's out and softmax_lse; the same bits every time."""
         raise NotImplementedError(f"the {self.name} backend has no backward kernel")
+
+
+@runtime_checkable
+class Precompiles(Protocol):
+    """A backend that compiles tiles on the user's machine has this, too."""
+
+    def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
+        """Compile what forward needs to run contiguous tensors of `problem` with `tile`, into a
+        cache that other processes read. Runs no kernel."""
+        ...
 
 
 class Default(NamedTuple):

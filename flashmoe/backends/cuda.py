@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ _SM90_DEFAULTS = tuple(
 )
 _SM90_SPACE = {
     "block_m": (64, 128, 192, 256),
-    "block_n": tuple(range(16, 257, 16)),
+    "block_n": tuple(range(32, 257, 16)),
     "num_stages": (1, 2, 3, 4),
     "q_stages": (1, 2),
     "pingpong": (False, True),
@@ -86,13 +85,9 @@ class CudaBackend(Backend):
             or jit.is_cached(_target(tile, problem.head_dim, problem.dtype))
         )
 
-    def compile(self, tiles: Sequence[Tile], problem: Problem) -> dict[Tile, str]:
-        missing = [
-            _target(tile, problem.head_dim, problem.dtype)
-            for tile in tiles
-            if _compiled_handle(tile, problem.head_dim) is None
-        ]
-        return {target.tile: reason for target, reason in jit.compile_all(missing).items()}
+    def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
+        if _compiled_handle(tile, problem.head_dim) is None:
+            jit.precompile(_target(tile, problem.head_dim, problem.dtype))
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         if tile is None:

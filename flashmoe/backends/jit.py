@@ -15,8 +15,6 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -68,7 +66,7 @@ class DamagedKernel(UserWarning):
 def unavailable() -> str:
     """Why nothing can be compiled here, in one line that says what to do; empty when it can."""
     try:
-        _compiler(os.environ.get("FLASHMOE_COMPILER", "nvrtc"))
+        _chosen_compiler()
     except CompilerUnavailable as error:
         return str(error)
     return ""
@@ -91,23 +89,14 @@ def cubin(target: Target) -> bytes:
     return _compile(target)
 
 
-def compile_all(targets: Iterable[Target], workers: int | None = None) -> dict[Target, str]:
-    """Compile those that the present compiler has not compiled yet, in parallel; for each one that
-    failed, why."""
+def precompile(target: Target) -> None:
+    """Compile the kernel into the cache unless the present compiler has done so before. Any number
+    of threads and processes may.
 
-    def attempt(target: Target) -> str:
-        try:
-            compiler = _compiler(os.environ.get("FLASHMOE_COMPILER", "nvrtc"))
-            if _read(_path(target, compiler)) is None:
-                _compile(target)
-        except (CompilerUnavailable, CompilationFailed) as error:
-            return str(error)
-        return ""
-
-    targets = list(dict.fromkeys(targets))
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        reasons = dict(zip(targets, pool.map(attempt, targets), strict=True))
-    return {target: reason for target, reason in reasons.items() if reason}
+    Raises CompilerUnavailable and CompilationFailed.
+    """
+    if _read(_path(target, _chosen_compiler())) is None:
+        _compile(target)
 
 
 def source(target: Target) -> str:
@@ -201,6 +190,10 @@ class _Nvcc:
 _COMPILERS: dict[str, type[_Nvrtc] | type[_Nvcc]] = {"nvrtc": _Nvrtc, "nvcc": _Nvcc}
 
 
+def _chosen_compiler() -> _Compiler:
+    return _compiler(os.environ.get("FLASHMOE_COMPILER", "nvrtc"))
+
+
 @functools.cache
 def _compiler(name: str) -> _Compiler:
     if name not in _COMPILERS:
@@ -210,7 +203,7 @@ def _compiler(name: str) -> _Compiler:
 
 
 def _compile(target: Target) -> bytes:
-    compiler = _compiler(os.environ.get("FLASHMOE_COMPILER", "nvrtc"))
+    compiler = _chosen_compiler()
     code = compiler.compile(source(target))
     path = _path(target, compiler)
     path.parent.mkdir(parents=True, exist_ok=True)
