@@ -77,9 +77,9 @@ def compile_kernels(
     directory = ROOT / "build" / "kernels"
     directory.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"include = -I{ROOT / 'csrc'} -I{ROOT / 'build' / 'generated'}",
+        f"includes = -I{ROOT / 'csrc'} -I{ROOT / 'build' / 'generated'}",
         "rule nvcc",
-        f"  command = {nvcc} -c $flags $include -Xcompiler=-fPIC -MD -MF $out.d $in -o $out",
+        f"  command = {nvcc} -c $flags $includes -Xcompiler=-fPIC -MD -MF $out.d $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
