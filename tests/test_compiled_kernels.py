@@ -1,4 +1,4 @@
-"""The machine code in the built extension, read without a GPU: no spills, no local memory."""
+"""The machine code in the built extension, read without a GPU: spills and local memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from flashmoe import _extension
 
 INFO = _extension.load()
 HOPPER = sum(len(tiles) for (kernel, _), tiles in INFO.instances.items() if kernel == "sm90")
+# Bytes of a thread's stack. ptxas spills a few of the 255 registers of the widest sm80 tiles, which
+# are nevertheless the fastest of theirs.
+STACK_LIMITS = {"sm80": 64, "sm90": 0}
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -26,10 +29,13 @@ def cuobjdump(*arguments: str) -> str:
 
 
 @pytest.mark.skipif(not INFO.cuda_archs, reason="this build has no CUDA kernels")
-def test_no_kernel_spills_or_uses_local_memory():
+def test_kernels_do_not_spill_or_use_local_memory():
     library = next(Path(_extension.__file__).parent.glob("_C*.so"))
     usage = USAGE.findall(cuobjdump("--dump-resource-usage", str(library)))
     hopper = [name for name, *_ in usage if "sm90" in name]
     assert len(hopper) == 2 * HOPPER, "each tile of the Hopper kernel in float16 and bfloat16"
     assert len(usage) > len(hopper)
-    assert [(name, use) for name, *use in usage if use[1:] != ["0", "0"]] == []
+    for name, _, stack, local in usage:
+        limit = STACK_LIMITS["sm90" if name in hopper else "sm80"]
+        assert int(stack) <= limit, f"{name} has a stack of {stack} bytes"
+        assert local == "0", name

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -41,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_s
 }}
 """
 _DIGEST_BYTES = 32
+_compiler_lock = threading.Lock()
 
 
 class Target(NamedTuple):
@@ -129,6 +131,7 @@ class _Nvrtc:
             )
         try:
             from cuda.bindings import nvrtc
+            from cuda.core import Program, ProgramOptions
             from cuda.pathfinder import find_nvidia_header_directory
 
             error, major, minor = nvrtc.nvrtcVersion()
@@ -142,16 +145,15 @@ class _Nvrtc:
                 "CUDA's headers were not found (pip install 'flashmoe[tune]', or set CUDA_HOME)"
             )
         self.identity = f"nvrtc-{major}.{minor}"
+        self._program, self._options = Program, ProgramOptions
         self._headers = headers
 
     def compile(self, text: str) -> bytes:
-        from cuda.core import Program, ProgramOptions
-
-        options = ProgramOptions(
+        options = self._options(
             name="attention", include_path=[str(KERNEL_SOURCES), self._headers], **NVRTC_OPTIONS
         )
         try:
-            code = Program(text, "c++", options).compile("cubin").code
+            code = self._program(text, "c++", options).compile("cubin").code
         except Exception as error:  # its classes are not public
             raise CompilationFailed(f"{self.identity}: {error}") from error
         assert isinstance(code, bytes)
@@ -191,7 +193,9 @@ _COMPILERS: dict[str, type[_Nvrtc] | type[_Nvcc]] = {"nvrtc": _Nvrtc, "nvcc": _N
 
 
 def _chosen_compiler() -> _Compiler:
-    return _compiler(os.environ.get("FLASHMOE_COMPILER", "nvrtc"))
+    # cuda.core does not bear being imported by two threads at once.
+    with _compiler_lock:
+        return _compiler(os.environ.get("FLASHMOE_COMPILER", "nvrtc"))
 
 
 @functools.cache
