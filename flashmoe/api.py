@@ -234,14 +234,15 @@ def _prepare(
     """The call for all later tensors like these, with nothing left to decide."""
     scale = _validate(q, k, v, softmax_scale)
     causal = bool(causal) and q.shape[1] > 1  # the last query sees every key
-    plan = make_plan(ops.problem_of(q, k, causal), q.device, backend, tile, need_lse=return_lse)
-    forward, planned = BACKENDS[plan.backend].forward, plan.tile
+    problem = ops.problem_of(q, k, causal)
+    plan = make_plan(problem, q.device, backend, tile, need_lse=return_lse)
+    forward = BACKENDS[plan.backend].bind(plan.tile, problem)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return forward(q, k, v, scale, causal, planned)[0]
+        return forward(q, k, v, scale, causal)[0]
 
     def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, lse = forward(q, k, v, scale, causal, planned)
+        out, lse = forward(q, k, v, scale, causal)
         assert lse is not None
         return out, lse, None
 

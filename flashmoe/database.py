@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashmoe.cache import cache_dir, set_aside
 from flashmoe.device import slug
 from flashmoe.problem import Problem
 
@@ -56,14 +56,6 @@ class Entry:
         return cls(**data)
 
 
-def cache_dir() -> Path:
-    """FLASHMOE_CACHE_DIR, or flashmoe/ in XDG_CACHE_HOME, or ~/.cache/flashmoe."""
-    if explicit := os.environ.get("FLASHMOE_CACHE_DIR"):
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashmoe"
-
-
 def user_path(device_name: str) -> Path:
     """Where the tuner stores results for a device model."""
     return cache_dir() / "tuned" / f"{slug(device_name)}.json"
@@ -84,8 +76,7 @@ def load(path: Path) -> dict[str, Entry]:
     try:
         return _parse(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        aside = _free_name(path)
-        path.rename(aside)
+        aside = set_aside(path)
         warnings.warn(
             f"{path} is damaged ({error}); it was set aside as {aside.name}",
             DamagedDatabase,
@@ -111,15 +102,6 @@ def _parse(text: str) -> dict[str, Entry]:
     if data["schema"] != SCHEMA:
         raise ValueError(f"schema must be {SCHEMA}, got {data['schema']!r}")
     return {bucket: Entry.from_json(entry) for bucket, entry in data["entries"].items()}
-
-
-def _free_name(path: Path) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for number in range(1000):
-        aside = path.with_name(f"{path.name}.damaged-{stamp}-{number}")
-        if not aside.exists():
-            return aside
-    raise FileExistsError(f"too many damaged copies beside {path}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ namespace flashmoe {
 struct Sm90Tile {
   int head_dim;         // a multiple of 16 up to 256
   int block_m;          // 64 rows a consumer warpgroup
-  int block_n;          // keys a step, a multiple of 16 up to 256
+  int block_n;          // keys a step, a multiple of 16 from 32 to 256
   int num_stages;       // buffers each of K and V
   int q_stages;         // buffers of Q: 2 fetches the next block of rows early
   bool pingpong;        // consumer warpgroups take turns at the tensor cores
@@ -42,6 +42,28 @@ struct Sm90Tile {
     const int left = (entry_registers() - producer_registers()) / consumers() + entry_registers();
     return left > 240 ? 240 : left / 8 * 8;
   }
+  // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest.
+  constexpr int needed_registers() const {
+    return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 : 0) + 32;
+  }
+};
+
+// Asserts what flashmoe/tiles.py calls legal, where a kernel is instantiated.
+template <Sm90Tile TILE>
+struct LegalSm90Tile {
+  static_assert(TILE.head_dim % 16 == 0 && TILE.head_dim >= 16 && TILE.head_dim <= 256,
+                "head_dim: a multiple of 16 from 16 to 256");
+  static_assert(TILE.block_m % 64 == 0 && TILE.block_m >= 64 && TILE.block_m <= 256,
+                "block_m: 64, 128, 192 or 256");
+  static_assert(TILE.block_n % 16 == 0 && TILE.block_n >= 32 && TILE.block_n <= 256,
+                "block_n: a multiple of 16 from 32 to 256");
+  static_assert(TILE.num_stages >= 1 && TILE.num_stages <= 4, "num_stages: 1 to 4");
+  static_assert(TILE.q_stages >= 1 && TILE.q_stages <= 2, "q_stages: 1 or 2");
+  static_assert(!TILE.pingpong || TILE.block_m > 64, "pingpong: two groups of 64 rows");
+  static_assert(TILE.exp2_fma >= 0 && TILE.exp2_fma <= 8, "exp2_fma: 0 to 8");
+  static_assert(TILE.ctas_per_sm >= 1 && TILE.ctas_per_sm <= 2, "ctas_per_sm: 1 or 2");
+  static_assert(TILE.smem_bytes() <= 233472 / TILE.ctas_per_sm - 1024, "shared memory");
+  static_assert(TILE.needed_registers() <= TILE.consumer_registers(), "registers");
 };
 
 // Division of an int from 0 on by one above 0, by multiplication (Granlund and Montgomery, 1994).

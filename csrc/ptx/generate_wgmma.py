@@ -96,13 +96,14 @@ def specialization(cuda_type: str, ptx_type: str, n: int) -> str:
     )
 
 
-def main() -> None:
+def source() -> str:
+    """The text of wgmma.cuh."""
     parts = [HEADER]
     for cuda_type, ptx_type in (("__nv_bfloat16", "bf16"), ("__half", "f16")):
         parts += [specialization(cuda_type, ptx_type, n) for n in range(16, 257, 16)]
     parts.append("\n}  // namespace flashmoe::ptx\n")
-    (Path(sys.argv[1]) / "wgmma.cuh").write_text("".join(parts))
+    return "".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    (Path(sys.argv[1]) / "wgmma.cuh").write_text(source())
