@@ -215,7 +215,7 @@ def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
         needed += head_dim // 4
     consumers = tile.block_m // 64
     entry = min(65536 // (128 * (consumers + 1) * tile.ctas_per_sm) // 8 * 8, 255)
-    producer = 32 if consumers == 3 else 24
+    producer = 24 if consumers == 2 and tile.q_stages == 1 else 32
     return needed, min(((entry - producer) // consumers + entry) // 8 * 8, 240)
 
 
