@@ -1,0 +1,114 @@
+// The producer of the Hopper forward kernel: one thread that chooses blocks of rows and fetches
+// their Q, K and V by TMA.
+#pragma once
+
+#include "../ptx/mbarrier.cuh"
+#include "fwd_sm90_work.cuh"
+
+namespace flashmoe::sm90 {
+
+// Fetches in the order in which consumers need it: K one tile ahead of V, across blocks of rows.
+// Also chooses the work: blocks of rows that differ in length are drawn from a counter, as late as
+// their loads allow, so that no thread block is left with more than the others.
+template <Sm90Tile TILE>
+__device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TILE>& smem) {
+  using S = Smem<TILE>;
+  // With a second buffer, Q of the next block of rows is fetched while this one is multiplied.
+  constexpr bool Q_AHEAD = TILE.q_stages > 1;
+  // A buffer that was never filled counts as released: the phase before the first has parity 1.
+  Ring<TILE.q_stages> q_ring;
+  Ring<TILE.num_stages> k_ring, v_ring;
+  Ring<S::WORK_SLOTS> work_ring;
+  auto publish = [&](const Work& work) {
+    ptx::mbarrier_wait_parity(smem.empty_work + 8 * work_ring.stage(), work_ring.parity() ^ 1);
+    ptx::st_shared_v4(smem.work + work_ring.stage() * sizeof(Work),
+                      make_int4(work.n_tiles, work.m_start, work.head, work.batch));
+    ptx::mbarrier_arrive(smem.full_work + 8 * work_ring.stage());
+    work_ring.next();
+  };
+  int index = blockIdx.x;
+  auto draw = [&] {
+    if (params.counter == nullptr) {
+      index += gridDim.x;
+      return;
+    }
+    const int drawn = atomicAdd(params.counter, 1);
+    // Every thread block draws one number past the end: the last of all leaves the counter at 0.
+    if (drawn == params.num_work - 1) *params.counter = 0;
+    index = gridDim.x + drawn;
+  };
+  auto decode = [&] {
+    return index < params.num_work ? work_at<TILE>(params, index) : Work{NO_WORK, 0, 0, 0};
+  };
+  auto load_Q = [&](const Work& work) {
+#pragma unroll 1  // 24 registers are few
+    for (int w = 0; w < TILE.consumers(); ++w) {
+      const int buffer = q_ring.stage() * TILE.consumers() + w;
+      const unsigned full = smem.full_Q + 8 * buffer, dst = smem.Q + buffer * S::Q_BYTES;
+      ptx::mbarrier_wait_parity(smem.empty_Q + 8 * buffer, q_ring.parity() ^ 1);
+      ptx::mbarrier_arrive_expect_tx(full, S::Q_BYTES);
+#pragma unroll 1
+      for (int panel = 0; panel < S::PANELS; ++panel) {
+        ptx::cp_async_bulk_tensor_4d_load(dst + panel * 8192, &params.q, full, panel * 64,
+                                          work.m_start + w * 64, work.head, work.batch);
+      }
+    }
+    q_ring.next();
+  };
+  auto load = [&](const ptx::TensorMap* map, unsigned dst, unsigned full, unsigned empty,
+                  int head_kv, int batch, int n, Ring<TILE.num_stages>& ring) {
+    ptx::mbarrier_wait_parity(empty + 8 * ring.stage(), ring.parity() ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage(), S::KV_BYTES);
+#pragma unroll 1
+    for (int panel = 0; panel < S::PANELS; ++panel) {
+      ptx::cp_async_bulk_tensor_4d_load(
+          dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
+          full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch);
+    }
+    ring.next();
+  };
+  int head_kv = 0, batch = 0;
+  auto load_K = [&](int n) {
+    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n, k_ring);
+  };
+  auto load_V = [&](int n) {
+    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n, v_ring);
+  };
+  // The last tile of V of a block of rows is fetched with the next one's first of K.
+  auto v_owed = [&] { return v_ring.state != k_ring.state; };
+  bool q_ahead = false;  // Q is on its way already
+  Work work = decode();
+  while (true) {
+    const int slot = work_ring.stage();
+    publish(work);
+    if (work.n_tiles == NO_WORK) break;
+    if (work.n_tiles == 0) {
+      draw();
+      work = decode();
+      continue;
+    }
+    if (v_owed()) load_V(0);
+    work = read_work(smem, slot);  // rather than spill it
+    head_kv = params.group.divide(work.head), batch = work.batch;
+    if (!q_ahead) load_Q(work);
+    load_K(work.n_tiles - 1);
+    constexpr int LATE = 4;  // tiles before the end: enough to hide how long a draw takes
+    if (Q_AHEAD || work.n_tiles <= LATE) draw();
+    q_ahead = false;
+#pragma unroll 1
+    for (int n = work.n_tiles - 1; n > 0; --n) {
+      if (!Q_AHEAD && n == LATE) draw();
+      load_K(n - 1);
+      load_V(n);
+      if (Q_AHEAD && n == work.n_tiles - 2) {
+        const Work next = decode();
+        q_ahead = next.n_tiles > 0;
+        if (q_ahead) load_Q(next);
+      }
+    }
+    work = decode();
+  }
+  if (v_owed()) load_V(0);
+}
+
+}  // namespace flashmoe::sm90

@@ -1,0 +1,89 @@
+// What the producer and the consumers of the Hopper forward kernel share: blocks of rows, the plan
+// of shared memory, and the rings of buffers in it.
+#pragma once
+
+#include "../ptx/ld_st.cuh"
+#include "../ptx/tma.cuh"
+#include "params.h"
+#include "tile_sm90.h"
+
+namespace flashmoe::sm90 {
+
+// One block of rows of one head, as the scheduler hands it to the producer and the consumers.
+struct alignas(16) Work {
+  int n_tiles;  // tiles of keys that its last row sees; NO_WORK after the last block of rows
+  int m_start, head, batch;
+};
+constexpr int NO_WORK = -1;
+
+template <Sm90Tile TILE>
+__device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
+  const AttentionParams& p = params.attention;
+  int batch_head, m_block;
+  if (p.causal) {
+    // Sections of heads whose K and V fit L2 together; inside one, the longest blocks first.
+    const int section = params.per_section.divide(index);
+    const int in_section = index - section * params.per_section.divisor;
+    const int rank = params.section_heads.divide(in_section);
+    m_block = params.m_blocks.divisor - 1 - rank;
+    batch_head =
+        section * params.section_heads.divisor + in_section - rank * params.section_heads.divisor;
+  } else {
+    batch_head = params.m_blocks.divide(index);
+    m_block = index - batch_head * params.m_blocks.divisor;
+  }
+  Work work;
+  work.batch = params.heads_q.divide(batch_head);
+  work.head = batch_head - work.batch * p.heads_q;
+  work.m_start = m_block * TILE.block_m;
+  int n_end = p.seqlen_kv;
+  if (p.causal) n_end = min(n_end, work.m_start + TILE.block_m + p.seqlen_kv - p.seqlen_q);
+  work.n_tiles = n_end > 0 ? (n_end + TILE.block_n - 1) / TILE.block_n : 0;
+  return work;
+}
+
+template <Sm90Tile TILE>
+struct Smem {
+  static constexpr int PANELS = TILE.panels();
+  static constexpr int Q_BYTES = TILE.q_bytes();  // of one warpgroup and stage
+  static constexpr int KV_BYTES = TILE.kv_bytes();
+  // A block of rows that is written, one that is multiplied, one that is fetched.
+  static constexpr int WORK_SLOTS = 3;
+  unsigned Q, K, V, work, full_Q, empty_Q, full_K, empty_K, full_V, empty_V, full_work, empty_work;
+
+  __device__ __forceinline__ explicit Smem(unsigned base) {
+    constexpr int C = TILE.consumers(), QS = TILE.q_stages, S = TILE.num_stages;
+    Q = base;
+    K = Q + C * QS * Q_BYTES;
+    V = K + S * KV_BYTES;
+    work = V + S * KV_BYTES;
+    full_Q = work + WORK_SLOTS * sizeof(Work);
+    empty_Q = full_Q + 8 * C * QS;
+    full_K = empty_Q + 8 * C * QS;
+    empty_K = full_K + 8 * S;
+    full_V = empty_K + 8 * S;
+    empty_V = full_V + 8 * S;
+    full_work = empty_V + 8 * S;
+    empty_work = full_work + 8 * WORK_SLOTS;
+  }
+};
+
+// Position in a ring of SIZE buffers and the parity of its current phase, in one register.
+template <int SIZE>
+struct Ring {
+  int state = 0;
+  __device__ __forceinline__ int stage() const { return SIZE == 1 ? 0 : state >> 1; }
+  __device__ __forceinline__ int parity() const { return state & 1; }
+  __device__ __forceinline__ void next() {
+    state += 2;
+    if (state >= 2 * SIZE) state = (state & 1) ^ 1;
+  }
+};
+
+template <Sm90Tile TILE>
+__device__ __forceinline__ Work read_work(const Smem<TILE>& smem, int slot) {
+  const int4 x = ptx::ld_shared_v4(smem.work + slot * sizeof(Work));
+  return {x.x, x.y, x.z, x.w};
+}
+
+}  // namespace flashmoe::sm90
