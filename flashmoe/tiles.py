@@ -90,7 +90,7 @@ class Tile:
                 f"tile must look like KERNEL:MxN{_SYNTAX} with KERNEL one of "
                 f"{', '.join(_RULES)}, got {text!r}"
             )
-        options = {
+        options: dict[str, Any] = {
             o.field: True if o.is_flag else int(match[o.field][len(o.text) + 1 :])
             for o in _OPTIONS
             if match[o.field]
