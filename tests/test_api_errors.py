@@ -46,9 +46,9 @@ def test_heads_must_be_a_multiple():
         flash_attn_func(*qkv(k=k, v=v))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-60, 1e60, float("nan"), float("inf")])
 def test_softmax_scale_must_be_positive(scale):
-    with pytest.raises(ValueError, match="softmax_scale must be finite and positive"):
+    with pytest.raises(ValueError, match="softmax_scale must be finite and positive in float32"):
         flash_attn_func(*qkv(), softmax_scale=scale)
 
 

@@ -34,6 +34,12 @@ def test_opcheck_fwd_cuda(kernel):
     torch.library.opcheck(torch.ops.flashmoe.fwd_cuda.default, (*qkv(), 0.2, True, found[0]))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.2, float("nan")])
+def test_fwd_refuses_a_scale_that_is_not_positive(scale):
+    with pytest.raises(RuntimeError, match=r"softmax_scale must be .*positive, got "):
+        torch.ops.flashmoe.fwd(*qkv(), scale, True, *TILE)
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_attention(requires_grad):
     arguments = (*qkv(requires_grad), 0.2, True, "", "")

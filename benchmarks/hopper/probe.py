@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = {"stages": 2, "q": 1, "pingpong": 1, "qreg": 0, "fma": 0, "ctas": 1}
+OPTIONS = {"stages": 2, "q": 1, "pingpong": 1, "qreg": 0, "fma": 0, "ctas": 1, "trace": 0}
 # batch, heads_q, heads_kv, seqlen, head_dim, causal: the forward rows that the kernel is judged by.
 PROBLEMS = (
     *(
@@ -89,9 +89,7 @@ def parse(name: str) -> Sm90Tile:
     match = re.fullmatch(r"(\d+):(\d+)x(\d+)((?:-\w+=\d+)*)", name)
     if match is None:
         raise SystemExit(f"a tile looks like 128:128x176-stages=2, got {name!r}")
-    options = OPTIONS | {
-        key: int(value) for key, value in re.findall(r"-(\w+)=(\d+)", match[4])
-    }
+    options = OPTIONS | {key: int(value) for key, value in re.findall(r"-(\w+)=(\d+)", match[4])}
     if unknown := set(options) - set(OPTIONS):
         raise SystemExit(f"{name}: unknown {unknown}; known are {list(OPTIONS)}")
     d, m, n = map(int, match.groups()[:3])
@@ -118,7 +116,10 @@ def build(folder: Path, names: list[str]) -> None:
         fields = ", ".join(str(getattr(tile, field)).lower() for field, _ in Sm90Tile._fields_)
         source = folder / f"{number}.cu"
         threads = 128 * (tile.block_m // 64 + 1)
-        source.write_text(SOURCE.format(threads=threads, ctas=tile.ctas_per_sm, fields=fields))
+        define = "#define FLASHMOE_TRACE\n" if "-trace=1" in name else ""
+        source.write_text(
+            define + SOURCE.format(threads=threads, ctas=tile.ctas_per_sm, fields=fields)
+        )
         done = subprocess.run(
             [*nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
             + ["-o", folder / f"{number}.cubin", source],
@@ -137,7 +138,9 @@ def build(folder: Path, names: list[str]) -> None:
     (folder / "tiles.json").write_text(json.dumps(names))
 
 
-def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str) -> None:
+def run(
+    folder: Path, output: Path | None, rounds: int, only: str, profile: str, trace: list[str]
+) -> None:
     import torch
     import torch.nn.functional as F
     from torch import Tensor
@@ -184,6 +187,33 @@ def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str)
         q = torch.randn(batch, seqlen_q, heads_q, d, device=device).bfloat16()
         shape = (batch, max(seqlen_kv, 1), heads_kv, d)
         return [q, *(torch.randn(shape, device=device).bfloat16()[:, :seqlen_kv] for _ in "kv")]
+
+    if trace:
+        traces: dict[str, Any] = {}
+        for number, name in enumerate(json.loads((folder / "tiles.json").read_text())):
+            if "-trace=1" not in name:
+                continue
+            for problem in trace:
+                batch, heads_q, heads_kv, seqlen, d, causal = eval(problem)  # noqa: S307
+                if not name.startswith(f"{d}:"):
+                    continue
+                q, k, v = qkv(batch, heads_q, heads_kv, seqlen, seqlen, d)
+                params = prepare(q, k, v, causal)[0]
+                data = (ctypes.c_ulonglong * (4 * 2048))()
+                cubin = str(folder / f"{number}.cubin").encode()
+                if error := library.read_trace(
+                    cubin,
+                    ctypes.byref(parse(name)),
+                    ctypes.byref(params),
+                    data,
+                    ctypes.c_size_t(ctypes.sizeof(data)),
+                ):
+                    raise SystemExit(f"{name}: {error}")
+                traces[f"{name} {problem}"] = [
+                    [int(x) for x in data[2048 * w : 2048 * (w + 1)] if x] for w in range(4)
+                ]
+        output.with_name("trace.json").write_text(json.dumps(traces))
+        tiles = {name: tile for name, tile in tiles.items() if "-trace=1" not in name}
 
     if profile:
         batch, heads_q, heads_kv, seqlen, d, causal = eval(profile)  # noqa: S307
@@ -240,7 +270,9 @@ def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str)
         def cudnn(tensors: list[Tensor] = heads_first, causal: bool = causal) -> Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return F.scaled_dot_product_attention(
-                    *tensors, is_causal=causal, enable_gqa=tensors[0].shape[1] != tensors[1].shape[1]
+                    *tensors,
+                    is_causal=causal,
+                    enable_gqa=tensors[0].shape[1] != tensors[1].shape[1],
                 )
 
         candidates: dict[str, Any] = {"cudnn": cudnn}
@@ -259,7 +291,9 @@ def run(folder: Path, output: Path | None, rounds: int, only: str, profile: str)
             median = median_interval(result.samples).value
             line.append((median, f"{name.partition(':')[2] or name} {floor / median:.3f}"))
         line.sort()
-        print(problem.label, f"{line[0][0] * 1e3:.4f} ms |", "  ".join(t for _, t in line), flush=True)
+        print(
+            problem.label, f"{line[0][0] * 1e3:.4f} ms |", "  ".join(t for _, t in line), flush=True
+        )
         results[problem.label] = {
             name: [round(s * 1e6, 2) for s in result.samples] for name, result in measured.items()
         }
@@ -287,6 +321,7 @@ def main() -> None:
     running.add_argument("--rounds", type=int, default=15)
     running.add_argument("--only", default="", help="regular expression on the problem's label")
     running.add_argument("--profile", default="", help="launch once on this problem, for ncu")
+    running.add_argument("--trace", action="append", default=[], metavar="PROBLEM")
     arguments = parser.parse_args()
     if arguments.command == "build":
         build(arguments.folder, arguments.tiles)
@@ -297,6 +332,7 @@ def main() -> None:
             arguments.rounds,
             arguments.only,
             arguments.profile,
+            arguments.trace,
         )
 
 

@@ -44,8 +44,8 @@ bool encode(ptx::TensorMap* map, const Operand& x, int batch, int head_dim, DTyp
                                  stride(x.batch_stride, batch)};
   const cuuint32_t box[4] = {64, cuuint32_t(x.rows), 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const auto type = dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto type =
+      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode_tiled(reinterpret_cast<CUtensorMap*>(map), type, 4, const_cast<void*>(x.data),
                       sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -80,6 +80,28 @@ cudaError_t allow_smem(const void* kernel, int bytes, int device) {
   return error;
 }
 
+// How many (batch, head) pairs of a causal problem are worked on together: few, so that what they
+// read stays in L2; enough blocks to level out their lengths; and as many in every section, since
+// the last one ends it all. The factors were measured (H100, docs/hopper-forward.md).
+int section_heads(const AttentionParams& a, long long num_m_blocks, long long grid, int l2_bytes) {
+  const double batch_heads = static_cast<double>(a.batch) * a.heads_q;
+  const double group = a.heads_q / a.heads_kv;
+  const double group_bytes = 4. * a.head_dim * (a.seqlen_kv + a.seqlen_q * group);
+  const double in_l2 = l2_bytes / 3. / std::max(group_bytes, 1.) * group;
+  const double leveled = std::min(2., num_m_blocks / 4.) * grid / num_m_blocks;
+  const double wanted = std::min(std::max(in_l2, leveled), batch_heads);
+  int best = 1;
+  const int all = static_cast<int>(batch_heads);
+  for (int divisor = 1; divisor <= all / divisor; ++divisor) {
+    if (all % divisor != 0) continue;
+    for (const int section : {divisor, all / divisor}) {
+      const auto off = [&](int heads) { return std::max(heads / wanted, wanted / heads); };
+      if (off(section) < off(best)) best = section;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 bool can_run(const AttentionParams& p) {
@@ -90,11 +112,14 @@ bool can_run(const AttentionParams& p) {
     }
     return true;
   };
-  return fits(p.q, {{p.q_row_stride, p.seqlen_q}, {p.q_head_stride, p.heads_q},
+  return fits(p.q, {{p.q_row_stride, p.seqlen_q},
+                    {p.q_head_stride, p.heads_q},
                     {p.q_batch_stride, p.batch}}) &&
-         fits(p.k, {{p.k_row_stride, p.seqlen_kv}, {p.k_head_stride, p.heads_kv},
+         fits(p.k, {{p.k_row_stride, p.seqlen_kv},
+                    {p.k_head_stride, p.heads_kv},
                     {p.k_batch_stride, p.batch}}) &&
-         fits(p.v, {{p.v_row_stride, p.seqlen_kv}, {p.v_head_stride, p.heads_kv},
+         fits(p.v, {{p.v_row_stride, p.seqlen_kv},
+                    {p.v_head_stride, p.heads_kv},
                     {p.v_batch_stride, p.batch}});
 }
 
@@ -118,26 +143,26 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   params.m_blocks = FastDivisor::of(static_cast<int>(num_m_blocks));
   params.heads_q = FastDivisor::of(a.heads_q);
   params.group = FastDivisor::of(a.heads_q / a.heads_kv);
-  // K and V of a section fill half of L2, which an SM reaches without crossing the chip.
-  const long long kv_bytes = std::max(4ll * a.seqlen_kv * a.head_dim, 1ll);
-  const long long heads = std::max(here.l2_bytes / 2 / kv_bytes, 1ll) * (a.heads_q / a.heads_kv);
-  const int section = static_cast<int>(std::min(heads, batch_heads));
-  params.num_sections = static_cast<int>((batch_heads + section - 1) / section);
-  params.section_heads = FastDivisor::of(section);
-  params.last_section_heads =
-      FastDivisor::of(static_cast<int>(batch_heads - (params.num_sections - 1ll) * section));
-  params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));
-  // Blocks of one length are dealt evenly as they are.
-  params.counter = a.causal && num_work > grid ? counter : nullptr;
+  if (a.causal) {
+    const int section = section_heads(a, num_m_blocks, grid, here.l2_bytes);
+    params.section_heads = FastDivisor::of(section);
+    params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));
+    // Other blocks are of one length, and dealt evenly as they are.
+    if (num_work > grid) params.counter = counter;
+  }
 
-  const Operand q{a.q, a.q_batch_stride, a.q_row_stride, a.q_head_stride, a.seqlen_q, a.heads_q, 64};
-  const Operand k{a.k,          a.k_batch_stride, a.k_row_stride, a.k_head_stride,
+  const Operand q{a.q, a.q_batch_stride, a.q_row_stride, a.q_head_stride, a.seqlen_q, a.heads_q,
+                  64};
+  const Operand k{a.k,         a.k_batch_stride, a.k_row_stride, a.k_head_stride,
                   a.seqlen_kv, a.heads_kv,       tile.block_n};
-  const Operand v{a.v,          a.v_batch_stride, a.v_row_stride, a.v_head_stride,
+  const Operand v{a.v,         a.v_batch_stride, a.v_row_stride, a.v_head_stride,
                   a.seqlen_kv, a.heads_kv,       tile.block_n};
+  const Operand o{a.out, a.o_batch_stride, a.o_row_stride, a.o_head_stride, a.seqlen_q, a.heads_q,
+                  64};
   if (!encode(&params.q, q, a.batch, a.head_dim, dtype) ||
       !encode(&params.k, k, a.batch, a.head_dim, dtype) ||
-      !encode(&params.v, v, a.batch, a.head_dim, dtype)) {
+      !encode(&params.v, v, a.batch, a.head_dim, dtype) ||
+      (tile.stages_output() && !encode(&params.o, o, a.batch, a.head_dim, dtype))) {
     return cudaErrorNotSupported;
   }
   if (const cudaError_t error = allow_smem(kernel, tile.smem_bytes(), device)) return error;

@@ -22,6 +22,8 @@ struct Sm90Tile {
   constexpr int consumers() const { return block_m / 64; }
   constexpr int num_threads() const { return 128 * (consumers() + 1); }
   constexpr bool uses_pingpong() const { return pingpong && consumers() > 1; }
+  // O leaves through the buffer of its Q, which is free when Q of the next block has another.
+  constexpr bool stages_output() const { return q_stages > 1; }
   constexpr int panels() const { return (head_dim + 63) / 64; }  // of 64 columns, 128 bytes
   constexpr int q_bytes() const { return 64 * 128 * panels(); }  // of one warpgroup and stage
   constexpr int kv_bytes() const { return block_n * 128 * panels(); }
@@ -34,7 +36,8 @@ struct Sm90Tile {
     const int registers = 65536 / (num_threads() * ctas_per_sm) / 8 * 8;
     return registers > 255 ? 255 : registers;
   }
-  constexpr int producer_registers() const { return consumers() == 3 ? 32 : 24; }
+  // What it needs without spills: more would cost the consumers some, where they are two.
+  constexpr int producer_registers() const { return consumers() == 2 && q_stages == 1 ? 24 : 32; }
   constexpr int consumer_registers() const {
     const int left = (entry_registers() - producer_registers()) / consumers() + entry_registers();
     return left > 240 ? 240 : left / 8 * 8;
@@ -82,16 +85,14 @@ struct FastDivisor {
 };
 
 struct Sm90Params {
-  ptx::TensorMap q, k, v;
+  ptx::TensorMap q, k, v, o;
   AttentionParams attention;
   float scale_log2;  // softmax_scale in units of log 2
   float slack;       // by how much, in units of Q K^T, a row's maximum may lag behind
   int num_work;      // blocks of rows over all heads and batches
-  int num_sections;
   FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
-  // (batch, head) pairs whose blocks are worked on together, those of the last section, and the
-  // blocks of a section.
-  FastDivisor section_heads, last_section_heads, per_section;
+  FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
+  FastDivisor per_section;               // and their blocks
   int* counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
 };
 

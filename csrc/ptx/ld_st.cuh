@@ -28,4 +28,13 @@ __device__ __forceinline__ void st_global_v2_if(bool condition, void* dst_gmem, 
       : "memory");
 }
 
+__device__ __forceinline__ void st_global_v4_if(bool condition, void* dst_gmem, unsigned x,
+                                                unsigned y, unsigned z, unsigned w) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}\n" ::
+          "r"(int(condition)),
+      "l"(dst_gmem), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
 }  // namespace flashmoe::ptx
