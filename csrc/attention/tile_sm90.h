@@ -1,5 +1,5 @@
 // The template parameters of the Hopper forward kernel and what follows from them, and what its
-// launch needs. Plain C++, no std headers: host and NVRTC both read it. flashmoe/tiles.py says the
+// launch needs. Plain C++, no std headers: host and NVRTC both read it. flashmoe/tiles says the
 // same in Python (Tile.violations); a test compares the two.
 #pragma once
 
@@ -52,7 +52,7 @@ struct Sm90Tile {
   }
 };
 
-// Asserts what flashmoe/tiles.py calls legal, where a kernel is instantiated.
+// Asserts what flashmoe/tiles calls legal, where a kernel is instantiated.
 template <Sm90Tile TILE>
 struct LegalSm90Tile {
   static_assert(TILE.head_dim % 16 == 0 && TILE.head_dim >= 16 && TILE.head_dim <= 256,
