@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flashmoe
-from flashmoe import flash_attn_func
+from flashmoe import _extension, flash_attn_func
 from flashmoe.device import fingerprint
 from flashmoe.ops import problem_of
 from flashmoe.stats import median_interval, paired_ratio
@@ -105,7 +105,9 @@ def forward_case(shape: Shape, limits: Limits, rounds: int) -> dict[str, object]
     q, k, v = qkv(shape)
     causal = shape[4]
     flexed = flex(causal, shape[2])
+    sm80 = _extension.load().instances["sm80", shape[3]][0]
     candidates = {
+        "flashmoe sm80": lambda: flash_attn_func(q, k, v, causal=causal, tile=sm80),
         "flashmoe cuda": lambda: flash_attn_func(q, k, v, causal=causal, backend="cuda"),
         "flashmoe triton": lambda: flash_attn_func(q, k, v, causal=causal, backend="triton"),
         "sdpa flash": lambda: flash_attention_2(q, k, v, causal),

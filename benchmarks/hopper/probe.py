@@ -34,6 +34,12 @@ PROBLEMS = (
     (32, 8, 8, 512, 64, False),
     (4, 32, 8, 4096, 128, True),
     (1, 64, 8, 8192, 128, True),
+    *(
+        (batch, 16, 16, seqlen, d, causal)
+        for d in (80, 96, 112, 192)
+        for batch, seqlen in ((32, 512), (8, 2048), (2, 8192))
+        for causal in (False, True)
+    ),
 )
 # batch, heads_q, heads_kv, seqlen_q, seqlen_kv, causal
 CHECKS = (

@@ -17,18 +17,21 @@ from flashmoe.tiles import Arch, Tile, grid, sm90_head_dim
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
 
-# The first entry that applies is the default on Hopper. All are compiled in.
+# The first entry that applies is the default on Hopper, by measurement (docs/hopper-forward.md). All
+# are compiled in.
 _SM90_DEFAULTS = tuple(
-    Default(head_dim, Tile.parse(f"sm90:{tile}"), min_seqlen_q=min_seqlen_q)
-    for head_dim, tile, min_seqlen_q in (
-        (64, "192x128-stages2-q1-pingpong", 1025),
-        (64, "256x64-stages2-q2", 0),
-        (96, "192x96-stages2-q1-pingpong", 1025),
-        (96, "128x128-stages2-q2", 0),
-        (128, "192x80-stages2-q1-pingpong", 1025),
-        (128, "128x128-stages2-q2", 0),
-        (192, "128x96-stages2-q1-pingpong", 0),
-        (256, "128x80-stages2-q1-pingpong", 0),
+    Default(head_dim, Tile.parse(f"sm90:{tile}"), causal, min_seqlen_q)
+    for head_dim, tile, causal, min_seqlen_q in (
+        (64, "192x128-stages2-q1-pingpong", True, 1025),
+        (64, "192x128-stages2-q1-pingpong", False, 3073),
+        (64, "256x64-stages4-q2-pingpong", None, 0),
+        (96, "192x96-stages2-q1-pingpong", None, 1025),
+        (96, "128x128-stages2-q2-pingpong", None, 0),
+        (128, "192x80-stages3-q1-pingpong", True, 3073),
+        (128, "192x80-stages3-q1-pingpong", False, 1025),
+        (128, "128x128-stages2-q2-pingpong", None, 0),
+        (192, "128x96-stages2-q1-pingpong", None, 0),
+        (256, "128x64-stages2-q1-pingpong", None, 0),
     )
 )
 _SM90_SPACE = {
