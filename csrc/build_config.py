@@ -30,7 +30,7 @@ NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvis
 # Ampere (also Ada, same instructions) and Hopper; the last one as PTX too, for newer GPUs.
 DEFAULT_CUDA_ARCHS = ("80", "90")
 MIN_NVCC = (12, 8)
-# What follows head_dim in csrc/instances/KERNEL.txt: fields of Tile in flashmoe/tiles.py.
+# What follows head_dim in csrc/instances/KERNEL.txt: fields of Tile in flashmoe/tiles.
 INSTANCE_FIELDS = {
     "sm80": ("block_m", "block_n", "num_stages", "num_warps"),
     "sm90": (

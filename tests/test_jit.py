@@ -15,6 +15,7 @@ import torch
 from flashmoe import _extension, database, plan
 from flashmoe.backends import BACKENDS, jit
 from flashmoe.backends import cuda as cuda_backend
+from flashmoe.backends.base import Default, first_default
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -22,7 +23,8 @@ H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 A100 = Arch("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(2, 16, 16, 8192, 8192, 128, "bfloat16")
-COMPILED = Tile.parse("sm90:128x128-stages2-q2")
+DEFAULTS = dict.fromkeys(d.tile for d in cuda_backend._SM90_DEFAULTS if d.head_dim == 128)
+COMPILED = next(iter(DEFAULTS))
 SMALL = Tile.parse("sm90:64x48-stages1")
 CUDA = BACKENDS["cuda"]
 TARGET = jit.Target(SMALL, 64, "bfloat16")
@@ -66,14 +68,13 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """An H200 whose build has two sm90 tiles and one sm80 tile for head_dim 128."""
+    """An H200 whose build has the default tiles and one sm80 tile for head_dim 128."""
     sm80 = Tile("sm80", 128, 64, 1, 4)
-    default = Tile.parse("sm90:192x80-stages2-pingpong")
     info = replace(
         _extension.load(),
         cuda_archs=("80", "90"),
-        instances={("sm80", 128): (sm80,), ("sm90", 128): (default, COMPILED)},
-        handles={(128, sm80): 0, (128, default): 1, (128, COMPILED): 2},
+        instances={("sm80", 128): (sm80,), ("sm90", 128): tuple(DEFAULTS)},
+        handles={(128, tile): handle for handle, tile in enumerate((sm80, *DEFAULTS))},
     )
     monkeypatch.setattr(_extension, "load", lambda: info)
     monkeypatch.setattr(plan, "arch", lambda device: H200)
@@ -166,9 +167,7 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
 
 
 def test_default_tile_and_tiles_on_hopper(hopper, compiler):
-    assert CUDA.default_tile(PROBLEM, H200) == Tile.parse("sm90:192x80-stages2-pingpong")
-    short = replace(PROBLEM, seqlen_q=512, seqlen_kv=512)
-    assert CUDA.default_tile(short, H200) == COMPILED
+    assert CUDA.default_tile(PROBLEM, H200) in DEFAULTS
     assert CUDA.default_tile(PROBLEM, A100).kernel == "sm80"
     space = CUDA.tiles(PROBLEM, H200)
     assert len(space) > 500
@@ -238,8 +237,22 @@ def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):
         forward = CUDA.bind(SMALL, problem)
         assert forward("q", "k", "v", 0.5, True) == ("q", "k", "v", 0.5, True, 77)
     assert loaded == [(SMALL, 80, "float16")]
-    assert CUDA.bind(COMPILED, problem)("q", "k", "v", 0.5, True)[-1] == 2
+    assert CUDA.bind(COMPILED, problem)("q", "k", "v", 0.5, True)[-1] == 1
     assert len(loaded) == 1
+
+
+def test_the_first_default_that_applies_is_taken():
+    a, b, c = (Tile("sm90", 128, n) for n in (32, 64, 96))
+    table = [Default(128, a, True, 1000), Default(128, b, min_seqlen_q=2000), Default(256, c)]
+
+    def taken(**changes):
+        return first_default(table, replace(PROBLEM, **changes), H200)
+
+    assert taken(causal=True) == a
+    assert taken(causal=False) == b
+    assert taken(causal=True, seqlen_q=999) == c
+    assert taken(head_dim=136) == c
+    assert taken(dtype="float32") is None
 
 
 def test_every_default_of_hopper_is_compiled_in():

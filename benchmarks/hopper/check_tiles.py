@@ -45,9 +45,9 @@ def random_tile(rng: random.Random) -> Tile:
     )
 
 
-def sample(seed: int, legal: int, illegal: int) -> list[dict[str, Any]]:
-    """So many legal tiles, over the head dimensions in turn and mostly close to the registers'
-    limit, and so many whose only violation is that limit, by little."""
+def sample(seed: int, legal: int, illegal: int, close: int) -> list[dict[str, Any]]:
+    """So many legal tiles, over the head dimensions in turn and mostly at most `close` registers
+    from the limit, and so many whose only violation is that limit, by as little."""
     rng = random.Random(seed)
     found: list[dict[str, Any]] = []
     while legal + illegal > 0:
@@ -58,9 +58,11 @@ def sample(seed: int, legal: int, illegal: int) -> list[dict[str, Any]]:
         reasons = tile.violations(H200, Problem(1, 1, 1, 1, 1, head_dim, dtype))
         needed, given = sm90_registers(tile, head_dim)
         spare = given - needed
-        if not reasons and legal and (spare < 24 or rng.random() < 0.1):
+        if not reasons and legal and (spare <= close or rng.random() < 0.05):
             legal -= 1
-        elif len(reasons) == 1 and reasons[0].startswith("registers") and illegal and spare > -24:
+        elif (
+            len(reasons) == 1 and reasons[0].startswith("registers") and illegal and spare >= -close
+        ):
             illegal -= 1
         else:
             continue
@@ -97,7 +99,9 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
         "stack": int(stack[1]) if stack else None,
         "spills": int(stack[2]) if stack else None,
         "serialized": "serialized" in log,
-        "error": log[-400:] if done.returncode else "",
+        "error": next((line for line in log.splitlines() if "error" in line or "fatal" in line), "")
+        if done.returncode
+        else "",
     }
 
 
@@ -105,11 +109,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--legal", type=int, default=60)
     parser.add_argument("--illegal", type=int, default=20)
+    parser.add_argument("--close", type=int, default=16, metavar="REGISTERS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    items = sample(arguments.seed, arguments.legal, arguments.illegal)
+    items = sample(arguments.seed, arguments.legal, arguments.illegal, arguments.close)
     results, wrong, strict = [], 0, 0
     with ThreadPoolExecutor(arguments.workers) as pool:
         for result in pool.map(compile_tile, items):

@@ -1,5 +1,5 @@
 // The template parameters of the mma.sync forward kernel, what follows from them, and what is
-// legal. flashmoe/tiles.py says the same in Python (Tile.violations); a test compares the two.
+// legal. flashmoe/tiles says the same in Python (Tile.violations); a test compares the two.
 #pragma once
 
 namespace flashmoe {

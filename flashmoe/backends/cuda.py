@@ -17,8 +17,8 @@ from flashmoe.tiles import Arch, Tile, grid, sm90_head_dim
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
 
-# The first entry that applies is the default on Hopper, by measurement (docs/hopper-forward.md). All
-# are compiled in.
+# The first entry that applies is the default on Hopper, by measurement (docs/hopper-forward.md).
+# All are compiled in.
 _SM90_DEFAULTS = tuple(
     Default(head_dim, Tile.parse(f"sm90:{tile}"), causal, min_seqlen_q)
     for head_dim, tile, causal, min_seqlen_q in (

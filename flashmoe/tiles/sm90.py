@@ -1,0 +1,87 @@
+"""What is legal for the Hopper kernel; csrc/attention/tile_sm90.h asserts the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from flashmoe.problem import Problem
+
+if TYPE_CHECKING:
+    from flashmoe.tiles.tile import Arch, Tile
+
+# Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer.
+# benchmarks/hopper/check_tiles.py compares this and the next with the compiler.
+_OTHER_REGISTERS = 32
+# What ptxas asks for besides the accumulators to compile one wgmma at all.
+_WGMMA_REGISTERS = 30
+
+
+def sm90_head_dim(head_dim: int) -> int:
+    """The head dimension of an sm90 kernel compiled for `head_dim`: a multiple of 16, zero-filled
+    from head_dim on."""
+    return -(-head_dim // 16) * 16
+
+
+def sm90_smem_bytes(tile: Tile, head_dim: int) -> int:
+    """Shared memory of the sm90 kernel: q_stages buffers of Q, num_stages each of K and V, 16-bit
+    in panels of 64 columns, and what its warps tell each other."""
+    row = 128 * -(-head_dim // 64)
+    return 512 + row * (tile.block_m * tile.q_stages + 2 * tile.block_n * tile.num_stages)
+
+
+def sm90_entry_registers(tile: Tile) -> int:
+    """Registers of every thread of the sm90 kernel before setmaxnreg."""
+    return min(65536 // (128 * (tile.block_m // 64 + 1) * tile.ctas_per_sm) // 8 * 8, 255)
+
+
+def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
+    """Registers that a consumer thread of the sm90 kernel needs for O, S, P, Q where it is kept
+    there, and the rest; and those that setmaxnreg gives it."""
+    needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4 + _OTHER_REGISTERS
+    if tile.q_in_registers:
+        needed += head_dim // 4
+    consumers, entry = tile.block_m // 64, sm90_entry_registers(tile)
+    producer = 24 if consumers == 2 and tile.q_stages == 1 else 32
+    return needed, min(((entry - producer) // consumers + entry) // 8 * 8, 240)
+
+
+def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
+    if arch.kind != "cuda" or arch.capability[0] != 9:
+        yield f"the sm90 kernel needs compute capability 9.x, got {arch.capability} ({arch.kind})"
+    if problem.direction != "fwd":
+        yield "the sm90 kernel has no backward"
+    if problem.dtype not in ("float16", "bfloat16"):
+        yield f"dtype must be float16 or bfloat16 for the sm90 kernel, got {problem.dtype}"
+    ranges = {"num_stages": (1, 4), "q_stages": (1, 2), "exp2_fma": (0, 8), "ctas_per_sm": (1, 2)}
+    bounded = True
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(tile, name) <= high:
+            bounded = False
+            yield f"{name} must be from {low} to {high}, got {getattr(tile, name)}"
+    if tile.block_m not in (64, 128, 192, 256):
+        bounded = False
+        yield f"block_m must be 64, 128, 192 or 256, got {tile.block_m}"
+    elif tile.pingpong and tile.block_m == 64:
+        yield "pingpong needs two groups of 64 rows, got block_m 64"
+    if tile.block_n % 16 or not 32 <= tile.block_n <= 256:
+        bounded = False
+        yield f"block_n must be a multiple of 16 from 32 to 256, got {tile.block_n}"
+    if not bounded:
+        return
+    head_dim = sm90_head_dim(problem.head_dim)
+    smem = sm90_smem_bytes(tile, head_dim)
+    # Each resident block takes 1 KiB besides, of which smem_per_block leaves room for one.
+    limit = (arch.smem_per_block + 1024) // tile.ctas_per_sm - 1024
+    if smem > limit:
+        each = " each" if tile.ctas_per_sm > 1 else ""
+        yield f"shared memory of {smem} bytes{each} exceeds the {limit} of {arch.name}"
+    columns, entry = max(head_dim, tile.block_n), sm90_entry_registers(tile)
+    if columns // 2 + _WGMMA_REGISTERS > entry:
+        yield (
+            f"registers: a wgmma of {columns} columns needs {columns // 2 + _WGMMA_REGISTERS}, and "
+            f"a thread starts with {entry}"
+        )
+    needed, given = sm90_registers(tile, head_dim)
+    if needed > given:
+        yield f"registers: a thread needs {needed}, and {given} are there without spills"
