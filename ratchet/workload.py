@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import flashmoe
 from flashmoe.ratchet.suite import Case
@@ -33,9 +35,14 @@ class Workload:
     """Inputs of one case and the calls on them. Standard normal data, in each side's own layout:
     (batch, seqlen, heads, head_dim) for ours, (batch, heads, seqlen, head_dim) for SDPA."""
 
-    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, case: Case, device: torch.device, seed: int, options: Mapping[str, str] | None = None
+    ) -> None:
+        """`options` of flash_attn_func: backend and tile, where others than the planned ones are
+        to run."""
         p = case.problem
         self._case = case
+        self._options: dict[str, Any] = dict(options or {})
         generator = torch.Generator(device).manual_seed(seed)
         dtype = getattr(torch, p.dtype)
 
@@ -57,7 +64,9 @@ class Workload:
 
     def ours(self) -> _Results:
         """out, and dq, dk, dv with the backward."""
-        out = flashmoe.flash_attn_func(*self._inputs, causal=self._case.problem.causal)
+        out = flashmoe.flash_attn_func(
+            *self._inputs, causal=self._case.problem.causal, **self._options
+        )
         assert isinstance(out, Tensor)
         return self._with_gradients(out, self._inputs, self._dout)
 
@@ -68,6 +77,14 @@ class Workload:
             *self._sdpa_inputs, is_causal=p.causal, enable_gqa=p.heads_q != p.heads_kv
         )
         return self._with_gradients(out, self._sdpa_inputs, self._sdpa_dout)
+
+    def sdpa_backend(self) -> str:
+        """Which of its own backends SDPA runs on these inputs, by the function it asks itself."""
+        p = self._case.problem
+        chosen = torch._fused_sdp_choice(
+            *self._sdpa_inputs, is_causal=p.causal, enable_gqa=p.heads_q != p.heads_kv
+        )
+        return str(SDPBackend(chosen).name).lower()
 
     def check(self) -> Correctness:
         """Our results against the reference, with twice the error of the same computation in the
@@ -140,8 +157,3 @@ class _Judge:
             return f"{self._name} is not finite where the reference is"
         bound = error_bound(self._dtype, self._same_dtype_error, self._scale)
         return f"{self._name} is off by {self._error:.3g}, allowed is {bound:.3g}"
-
-
-def calls(workload: Workload) -> dict[str, Callable[[], object]]:
-    """The candidates to time, by the names that results are stored under."""
-    return {"ours": workload.ours, "sdpa": workload.sdpa}

@@ -11,8 +11,9 @@ import pytest
 import ratchet_synthetic as synthetic
 
 from flashmoe.ratchet import comment, report
-from flashmoe.ratchet.gate import Thresholds, decide
+from flashmoe.ratchet.gate import decide
 from flashmoe.ratchet.results import slowed
+from flashmoe.ratchet.thresholds import Thresholds
 
 URL = "https://github.com/someone/flashmoe/actions/runs/1"
 SCRIPT = Path(__file__).resolve().parents[2] / "ratchet" / "comment.py"
@@ -29,7 +30,7 @@ def archive(folder: Path, **members: str) -> Path:
 def test_a_real_report_arrives_whole() -> None:
     baseline = synthetic.results()
     current = slowed(baseline, synthetic.NAMES[0], 1.1)
-    text = report.markdown(decide(current, baseline, Thresholds()), current, baseline)
+    text = report.markdown(decide(current, baseline, Thresholds()), current, baseline, "")
     body = comment.body(text, "failure", URL)
     assert body.startswith(f"{comment.MARKER}\n[The run]({URL}) ended with: failure.\n\n### 🔴")
     assert body.endswith(text)

@@ -1,0 +1,37 @@
+"""Where a decision is written to, and in which forms."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flashmoe.ratchet import report
+from flashmoe.ratchet.cost import cost_line
+from flashmoe.ratchet.files import write_json, write_text
+from flashmoe.ratchet.gate import Decision
+from flashmoe.ratchet.html import html
+from flashmoe.ratchet.junit import junit
+from flashmoe.ratchet.results import Results
+
+
+def add_reports(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--report", type=Path, metavar="FILE", help="write a Markdown report here")
+    add("--html", type=Path, metavar="FILE", help="write a self-contained HTML report here")
+    add("--json", type=Path, metavar="FILE", help="write the decision here")
+    add("--junit", type=Path, metavar="FILE", help="write the decision here as JUnit XML")
+
+
+def write_reports(
+    arguments: argparse.Namespace, decision: Decision, current: Results, baseline: Results
+) -> None:
+    cost = cost_line(current.duration, arguments.price_per_hour)
+    if arguments.report:
+        text = report.markdown(decision, current, baseline, cost)
+        write_text(arguments.report, text)
+    if arguments.html:
+        write_text(arguments.html, html(decision, current, baseline, cost))
+    if arguments.json:
+        write_json(arguments.json, report.as_json(decision))
+    if arguments.junit:
+        write_text(arguments.junit, junit(decision))
