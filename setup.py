@@ -88,7 +88,12 @@ def extension():
             *build_config.gencode(archs),
             "-DFLASHMOE_WITH_CUDA",
         ]
-        libraries = [cuda[0] / "lib64", cuda[0] / "targets" / "x86_64-linux" / "lib"]
+        # The last one is where the toolkit of the package index has them.
+        libraries = [
+            cuda[0] / "lib64",
+            cuda[0] / "targets" / "x86_64-linux" / "lib",
+            cuda[0] / "lib",
+        ]
         options = {
             "libraries": ["cudart_static", "rt", "dl", "pthread"],
             "library_dirs": [str(path) for path in libraries if path.is_dir()],

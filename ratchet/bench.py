@@ -102,10 +102,12 @@ class _Collected:
                 Series("ok", tuple(tuple(answer[side]["samples"]) for answer in kept))
                 for side in ("ours", "sdpa")
             )
-        # Otherwise half a case is no figure: without a partner a sample means nothing.
+        elif sdpa.status == "ok":  # nothing to compare with, but the machine's state is on record
+            alone = tuple(tuple(a["sdpa"]["samples"]) for a in self.answers if a["sdpa"]["samples"])
+            sdpa = Series("ok", alone)
         disturbed = sum(answer["disturbed"] for answer in kept) / max(len(kept), 1)
         telemetry = [a["telemetry"] for a in kept if a["telemetry"]]
-        backends = {answer["sdpa_backend"] for answer in kept}
+        backends = {answer["sdpa_backend"] for answer in kept or self.answers} - {""}
         return CaseResult(
             self.case,
             ours,

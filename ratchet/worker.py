@@ -26,7 +26,7 @@ from flashmoe.ratchet.slow import delayed
 from flashmoe.ratchet.suite import Case, parse
 from flashmoe.ratchet.telemetry import Watch
 from flashmoe.ratchet.workload import Workload
-from flashmoe.timing import measure_limits
+from flashmoe.timing import measure, measure_limits
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -53,7 +53,7 @@ def main() -> int:
 def run(job: dict[str, Any], emit: Emit) -> None:
     """`job`: device, cases (names), rounds, warmup, seed. `first` also checks correctness and
     measures the device's limits. Optional, by case: `slow`, percent by which our calls are delayed,
-    and `options` of flash_attn_func."""
+    and `options` of flash_attn_func. `yardstick`: why ours cannot run, and SDPA alone is timed."""
     device = torch.device(job["device"])
     cases = [parse(name) for name in job["cases"]]
     emit(
@@ -86,6 +86,8 @@ def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str,
         sdpa_backend = workload.sdpa_backend()
     except Exception as error:  # noqa: BLE001 - a failure is a result
         return _answer(sdpa_status="failed", reason=f"{type(error).__name__}: {error}")
+    if reason := job.get("yardstick"):
+        return _yardstick(workload, device, job, reason)
     error_share: float | None = None
     plans: list[dict[str, str]] = []
     try:
@@ -121,6 +123,19 @@ def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str,
             "samples": samples,
         }
     return answer
+
+
+def _yardstick(
+    workload: Workload, device: torch.device, job: dict[str, Any], reason: str
+) -> dict[str, Any]:
+    """SDPA alone, where ours cannot run for `reason`."""
+    rounds, warmup, seed = (job[name] for name in ("rounds", "warmup", "seed"))
+    measured = measure({"sdpa": workload.sdpa}, device, rounds=rounds, warmup=warmup, seed=seed)[
+        "sdpa"
+    ]
+    answer = _answer(ours_status="failed", reason=reason)
+    answer["sdpa"]["samples"] = list(measured.samples)
+    return {**answer, "sdpa_backend": workload.sdpa_backend()}
 
 
 def _answer(

@@ -15,6 +15,7 @@ from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.cost import cost_line
 from flashmoe.ratchet.files import save
 from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION
+from flashmoe.ratchet.processes import Source
 from flashmoe.ratchet.revision import commit
 from flashmoe.ratchet.suite import select
 
@@ -42,6 +43,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("results/current.json"),
         help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--yardstick",
+        metavar="REASON",
+        help="measure SDPA alone, once, and note for every case that ours did not run for REASON",
     )
     add_budget(parser)
     common.add_price(parser)
@@ -103,12 +109,14 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = common.device(arguments.device)
     cases = select(arguments.suite, torch.device(device).type, arguments.case)
     chosen = settings(arguments, device)
+    source = Source("this", job={"yardstick": arguments.yardstick} if arguments.yardstick else {})
     with common.progress(len(cases) * chosen.least) as step:
         (results,) = bench(
             cases,
             chosen,
             common.command(argv),
             step,
+            sources=(source,),
             commits=(commit(),),
             debug=arguments.debug,
         )

@@ -14,6 +14,7 @@ import pytest
 import ratchet_synthetic as synthetic
 from ratchet_resampling import rates
 
+from flashmoe.ratchet.files import load
 from flashmoe.ratchet.results import Results, Series
 from flashmoe.ratchet.thresholds import Thresholds
 
