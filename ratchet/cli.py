@@ -12,7 +12,7 @@ from flashmoe.ratchet.commands.common import PROGRAM
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate import EXIT_BAD_INPUT
 
-COMMANDS = ("bench", "gate", "ab", "static", "selftest", "trend", "profile")
+COMMANDS = ("bench", "gate", "ab", "static", "selftest", "trend", "profile", "sota")
 INTERRUPTED = 130
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ _Results = tuple[Tensor, ...]
 _Inputs = tuple[Tensor, Tensor, Tensor]
 # Elements of one materialized score matrix while checking: 0.25 GiB in float64.
 _MAX_SCORES = 1 << 25
+# Below so many elements the same-dtype computation is made in so many orders.
+_FEW, _ORDERS = 1 << 20, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,21 @@ class Workload:
         )
         return self._with_gradients(out, self._sdpa_inputs, self._sdpa_dout)
 
+    def other(
+        self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], heads_first: bool
+    ) -> Callable[[], _Results]:
+        """Another implementation on the same data, `heads_first` in SDPA's layout and otherwise in
+        ours. Results are (batch, seqlen, heads, head_dim), as `ours` returns them."""
+        inputs, dout = self._inputs, self._dout
+        if heads_first:
+            inputs, dout = self._sdpa_inputs, self._sdpa_dout
+
+        def call() -> _Results:
+            results = self._with_gradients(attend(*inputs), inputs, dout)
+            return tuple(x.transpose(1, 2) for x in results) if heads_first else results
+
+        return call
+
     def sdpa_backend(self) -> str:
         """Which of its own backends SDPA runs on these inputs, by the function it asks itself."""
         p = self._case.problem
@@ -98,21 +115,39 @@ class Workload:
             inputs = (q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads])
             dout = None if self._dout is None else self._dout[batch, :, heads]
             exactly = self._reference(inputs, dout, exact)
-            same_dtype = self._reference(inputs, dout, inputs[0].dtype)
             where = (heads, heads, kv_heads, kv_heads)
-            for i, judge in enumerate(judges):
-                judge.see(
-                    results[i][batch, :, where[i]], exactly[i].detach(), same_dtype[i].detach()
-                )
+            for order in self._orders():
+                same_dtype = self._reference(inputs, dout, inputs[0].dtype, order)
+                for i, judge in enumerate(judges):
+                    judge.see(
+                        results[i][batch, :, where[i]], exactly[i].detach(), same_dtype[i].detach()
+                    )
         reasons = [reason for judge in judges if (reason := judge.reason())]
         return Correctness(max(judge.share for judge in judges), "; ".join(reasons))
 
     def _with_gradients(self, out: Tensor, inputs: _Inputs, dout: Tensor | None) -> _Results:
         return (out,) if dout is None else (out, *torch.autograd.grad(out, inputs, dout))
 
-    def _reference(self, inputs: _Inputs, dout: Tensor | None, dtype: torch.dtype) -> _Results:
+    def _orders(self) -> list[Tensor]:
+        """Orders of head_dim in which the same-dtype computation is made. The largest error of few
+        elements is a matter of luck; other orders of summation tell what rounding does to them."""
+        head_dim, device = self._case.problem.head_dim, self._inputs[0].device
+        generator = torch.Generator().manual_seed(0)
+        orders = [torch.arange(head_dim)]
+        while self._inputs[0].numel() < _FEW and len(orders) < _ORDERS:
+            orders.append(torch.randperm(head_dim, generator=generator))
+        return [order.to(device) for order in orders]
+
+    def _reference(
+        self,
+        inputs: _Inputs,
+        dout: Tensor | None,
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+    ) -> _Results:
         q, k, v = (x.detach().to(dtype).requires_grad_(dout is not None) for x in inputs)
-        out, _ = attention_reference(q, k, v, causal=self._case.problem.causal, dtype=dtype)
+        scores = (q, k) if order is None else (q[..., order], k[..., order])
+        out, _ = attention_reference(*scores, v, causal=self._case.problem.causal, dtype=dtype)
         return self._with_gradients(out, (q, k, v), None if dout is None else dout.to(dtype))
 
     def _slices(self) -> Iterator[tuple[slice, slice, slice]]:
