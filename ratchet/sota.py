@@ -52,7 +52,8 @@ class Compared:
     watts: float | None
 
     def row(self, provider: str) -> Row:
-        return next(row for row in self.rows if row.provider == provider)
+        found = (row for row in self.rows if row.provider == provider)
+        return next(found, Row(provider, (), "not compared"))
 
 
 def compare(

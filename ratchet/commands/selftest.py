@@ -95,9 +95,7 @@ class Outcome:
 
     def told(self) -> str:
         if self.exit_code == EXIT_PASS:
-            return (
-                f"the gate fails on the slowdown ({', '.join(sorted(self.failed))}), and only there"
-            )
+            return f"the gate fails on {', '.join(sorted(self.failed))}, and only there"
         if self.exit_code == EXIT_REGRESSION:
             if self.missed:
                 return f"the gate missed a slowdown: {', '.join(self.missed)}"
