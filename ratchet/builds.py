@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,10 @@ class BuildError(UserError):
 
 
 def resolve(ref: str) -> str:
-    """The commit that `ref` names."""
+    """The commit that `ref` names; a commit in full is believed, so that builds can be used where
+    there is no repository."""
+    if re.fullmatch(r"[0-9a-f]{40}", ref):
+        return ref
     return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
 
 

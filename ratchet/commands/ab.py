@@ -15,7 +15,7 @@ from flashmoe.ratchet.commands.bench import add_budget, settings
 from flashmoe.ratchet.commands.gate import show
 from flashmoe.ratchet.cost import cost_line
 from flashmoe.ratchet.files import save, write_text
-from flashmoe.ratchet.gate import EXIT_REGRESSION, decide
+from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION, decide
 from flashmoe.ratchet.outputs import add_reports, write_reports
 from flashmoe.ratchet.report import profile_targets
 from flashmoe.ratchet.suite import select
@@ -55,6 +55,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="builds, kept by commit (default: %(default)s)",
     )
+    add(
+        "--build-only",
+        action="store_true",
+        help="build both and tell their commits; where there is no compiler or repository, ab then "
+        "takes those commits from a copy of the build folder",
+    )
     common.add_price(parser)
     common.add_device(parser)
     common.add_debug(parser)
@@ -72,6 +78,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     except builds.BuildError as error:
         print(f"ratchet failed: {' '.join(str(error).split())}")
         return EXIT_REGRESSION
+    if arguments.build_only:
+        print(f"--base {base} --head {head}")
+        return EXIT_PASS
     # One build for one commit: the same against itself has to pass.
     sources = (builds.source("base", base_site), builds.source("head", head_site))
     with common.progress(2 * len(cases) * chosen.least) as step:

@@ -30,7 +30,7 @@ says why); 2 bad usage."""
 # On a CPU, processes differ more from each other, and rounds are slower.
 ROUNDS = {"cpu": 5, "cuda": 20}
 _WARMUP = {"cpu": 1, "cuda": 4}
-LEAST = {"cpu": 10, "cuda": 8}
+LEAST = {"cpu": 10, "cuda": 10}
 _MOST = {"cpu": 40, "cuda": 30}
 _PRECISION = {"cpu": 1.5, "cuda": 0.7}
 _BUDGET = {"cpu": 150.0, "cuda": 55.0}

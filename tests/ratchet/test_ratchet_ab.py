@@ -126,6 +126,27 @@ def test_ab_decides_as_the_gate_does(
     assert "at 3.6 an hour" in capsys.readouterr().out
 
 
+def test_builds_are_taken_along(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Built here, measured where there is neither a compiler nor a repository."""
+    monkeypatch.setattr(
+        builds, "_install", lambda source, site: (site / "flashmoe").mkdir(parents=True)
+    )
+    command = ["ab", "--device", "cpu", "--build-folder", str(tmp_path / "ab")]
+    assert cli.main([*command, "--base", "main~1", "--head", "main", "--build-only"]) == 0
+    told = capsys.readouterr().out.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builds, "_install", lambda *_: pytest.fail("it builds again"))
+    base = synthetic.results(noise=0.002, processes=8)
+    fake = Fake(monkeypatch, ab, base, base)
+    assert cli.main([*command, *told]) == 0
+    assert [Path(source.folder).parent.name for source in fake.sources] == told[1::2]
+
+
 @pytest.mark.parametrize(("broken", "code"), [("main", 2), ("tree", 1)])
 def test_a_head_that_does_not_build_fails_and_a_base_is_bad_input(
     monkeypatch: pytest.MonkeyPatch,
