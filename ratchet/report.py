@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,12 +47,18 @@ def profile_targets(decision: Decision) -> tuple[str, ...]:
     return tuple(v.name for v in ranked(decision.named(FAIL, IMPROVED)) if v.change is not None)
 
 
-def markdown(decision: Decision, current: Results, baseline: Results, cost: str) -> str:
+def markdown(
+    decision: Decision,
+    current: Results,
+    baseline: Results,
+    cost: str,
+    trends: Mapping[str, str] | None = None,
+) -> str:
     """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
-    end, best cases first, and the report says so."""
+    end, best cases first, and the report says so. `trends`: a line about a case's history."""
     rows = [(v, _row(v)) for v in ranked(decision.verdicts)]
     for shown in _halvings(len(rows)):
-        text = _markdown(decision, rows, shown, current, baseline, cost)
+        text = _markdown(decision, rows, shown, current, baseline, cost, trends or {})
         if len(text) < MAX_CHARACTERS:
             return text
     return f"{_heading(decision)}\n\nThe report does not fit into a comment.\n"
@@ -72,6 +78,7 @@ def _markdown(
     current: Results,
     baseline: Results,
     cost: str,
+    trends: Mapping[str, str],
 ) -> str:
     kept, left_out = rows[:shown], len(rows) - shown
     listed = max(shown, _LEAST_LISTED)
@@ -84,6 +91,8 @@ def _markdown(
     if urgent:
         parts += [*_HEADER, *(row for _, row in urgent), ""]
         parts += [*(f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in urgent if v.reason), ""]
+        if past := [f"- `{v.name}`: {trends[v.name]}" for v, _ in urgent if v.name in trends]:
+            parts += ["Speedup over SDPA in accepted runs:", "", *past, ""]
     if quiet:
         title = f"{len(quiet)} cases without a significant change"
         parts += _details(title, [*_HEADER, *(row for _, row in quiet)])

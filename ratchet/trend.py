@@ -48,6 +48,28 @@ class Series:
         ]
 
 
+_TICKS = "▁▂▃▄▅▆▇█"
+_MOST_TICKS = 30
+
+
+def sparklines(entries: Sequence[Entry], environment: tuple[object, ...]) -> dict[str, str]:
+    """For each case its latest speedups in this environment, lowest to highest, as text."""
+    same = [one for one in entries if one.environment == environment][-_MOST_TICKS:]
+    return {
+        series.name: f"{sparkline(values)} {values[0]:.2f} to {values[-1]:.2f}, {len(values)} runs"
+        for series in all_series(same)
+        if len(values := [value.value for value in series.values()]) > 1
+    }
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values that differ by less than _LEAST of each other make a flat line, not a mountain."""
+    low, high = min(values), max(values)
+    span = max(high - low, _LEAST * high)
+    top = len(_TICKS) - 1
+    return "".join(_TICKS[round(top * (value - low) / span)] for value in values)
+
+
 def all_series(entries: Sequence[Entry]) -> list[Series]:
     """One of each case that any entry has, in the order in which they first appear."""
     names = dict.fromkeys(name for one in entries for name in one.speedups)

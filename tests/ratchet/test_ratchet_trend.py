@@ -15,7 +15,7 @@ from flashmoe.ratchet import cli, history
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import save
 from flashmoe.ratchet.results import slowed
-from flashmoe.ratchet.trend import all_series, change_points
+from flashmoe.ratchet.trend import all_series, change_points, sparkline, sparklines
 from flashmoe.stats import Interval
 
 NAME = synthetic.NAMES[0]
@@ -111,3 +111,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "+11.1 %" in page.read_text()
     assert len(path.read_text().splitlines()) == 8
     assert json.loads(path.read_text().splitlines()[0])["fingerprint"]["device"] == "Some GPU"
+
+
+def test_sparklines_show_what_matters() -> None:
+    assert sparkline([1.0, 1.1, 1.2, 1.0]) == "▁▅█▁"
+    assert len(set(sparkline([1.2, 1.2004, 1.1998]))) <= 2
+    entries = [history.entry(synthetic.results(seed=i)) for i in range(5)]
+    other = {**entries[0].fingerprint, "torch": "2.14.0"}
+    foreign = replace(entries[4], fingerprint=other)
+    lines = sparklines([*entries[:4], foreign], entries[0].environment)
+    assert lines[NAME].endswith("1.20 to 1.20, 4 runs")
+    assert sparklines([foreign], foreign.environment) == {}
+
+
+def test_the_gates_report_has_the_history(tmp_path: Path) -> None:
+    for i in range(3):
+        history.append(tmp_path / "h.jsonl", history.entry(synthetic.results(seed=10 * i)))
+    save(synthetic.results(), tmp_path / "base.json")
+    save(slowed(synthetic.results(seed=40), NAME, 1.1), tmp_path / "now.json")
+    command = ["gate", str(tmp_path / "now.json"), "--baseline", str(tmp_path / "base.json")]
+    more = ["--history", str(tmp_path / "h.jsonl"), "--report", str(tmp_path / "report.md")]
+    assert cli.main([*command, *more]) == 1
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    (line,) = (line for line in lines if "runs" in line)
+    assert line.startswith(f"- `{NAME}`: ")
+    assert line.endswith("1.20 to 1.20, 3 runs")
