@@ -57,7 +57,7 @@ from flashmoe.ratchet.thresholds import Thresholds, percent
 from flashmoe.ratchet.yardstick import Moved
 from flashmoe.stats import Interval
 
-ALPHA = 0.01
+ALPHA = 0.005
 MIN_PROCESSES = 3
 
 PASS, FAIL, IMPROVED = "PASS", "FAIL", "IMPROVED"

@@ -49,12 +49,12 @@ def noisy(spread: str, processes: int = 400) -> Results:
 @pytest.mark.parametrize("spread", ["normal", "two kinds", "outliers"])
 def test_synthetic_noise(spread: str) -> None:
     recorded, processes = noisy(spread), 10
-    same = rates(recorded, Thresholds(), processes, GATES // 2)
+    same = rates(recorded, Thresholds(), processes, GATES // 3)
     assert same.alarmed <= 0.01
     assert same.inconclusive <= (0.2 if spread == "outliers" else 0.02)
-    assert rates(recorded, Thresholds(), processes, GATES // 2, 1.03).caught >= 0.95
+    assert rates(recorded, Thresholds(), processes, GATES // 3, 1.03).caught >= 0.95
     certain = 0.98 if spread == "outliers" else 0.998
-    assert rates(recorded, Thresholds(), processes, GATES // 2, 1.05).caught >= certain
+    assert rates(recorded, Thresholds(), processes, GATES // 3, 1.05).caught >= certain
 
 
 # What a device's noise supports: (thresholds, processes a side). On cpu of docs/ratchet.md, 2 cores
