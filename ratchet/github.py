@@ -198,14 +198,17 @@ def propose(github: GitHub, files: Sequence[Path], branch: str, text: str) -> st
 
 
 def baselines_in(folder: Path) -> list[Path]:
-    """Files that may be baselines, by name and size, and are JSON. Raises ValueError otherwise."""
-    files = sorted(folder.glob("*.json"))
+    """Files that may be baselines and their history, by name and size, and are JSON, the history a
+    line at a time. Raises ValueError otherwise."""
+    files = sorted(folder.glob("*.json*"))
     for file in files:
-        if not re.fullmatch(r"[a-z0-9-]+\.json", file.name) or file.is_symlink():
+        if not re.fullmatch(r"[a-z0-9-]+\.jsonl?", file.name) or file.is_symlink():
             raise ValueError(f"{file.name} is no name of a baseline")
         if file.stat().st_size > _MAX_ARCHIVE:
             raise ValueError(f"{file.name} is too large for a baseline")
-        json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        for document in text.splitlines() if file.suffix == ".jsonl" else [text]:
+            json.loads(document)
     return files
 
 

@@ -157,7 +157,8 @@ def _environment(decision: Decision, current: Results, baseline: Results, cost: 
         f"FAIL: a slowdown is proven, and one of {-thresholds.fail:g} % is not excluded. PASS: it "
         f"is. IMPROVED: faster by more than {thresholds.improve:g} %, and proven. Of our time as a "
         "multiple of SDPA's; -3 % takes 3 % longer. Proven: over the processes of both runs, by "
-        f"Yuen's t-test, Holm over the cases, {ALPHA:.0%}. Intervals are 95 %, of one case alone.",
+        f"Yuen's t-test, Holm over the cases, {100 * ALPHA:g} %. Intervals are 95 %, each for its "
+        "case alone.",
         "",
         *_exceptions(thresholds),
         f"Now: {current.started}, commit {current.commit[:12] or 'unknown'}, `{current.command}`, "

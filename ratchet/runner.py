@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPORT = "ratchet_report.md"
+HISTORY = "history.jsonl"
 _INCONCLUSIVE = 3
 _LINES = 30
 # A command and variables of its environment, to its exit code and output.
@@ -91,17 +92,19 @@ def gate(run: Run, place: Place, suite: str, price: float | None) -> int:
             return code or 1
         code, _ = run([*_gate(place, current), *_price(price)], {})
         if code != _INCONCLUSIVE:
+            _profile(run, place)
             return code
     print("::warning::the ratchet cannot tell: too noisy, or the environment changed")
     return 0
 
 
 def baseline(run: Run, place: Place, suite: str) -> int:
-    """Build, bench twice, and move a copy of the baseline; moved.md tells what moved."""
+    """Build, bench twice, and move a copy of the baseline; moved.md tells what moved. A run that
+    the gate accepts is added to the history beside it."""
     code, log = run([*place.pip, "."], {"FLASHMOE_CUDA": "on"})
     moved = place.output / "baselines"
     shutil.copytree(place.baseline, moved, ignore=shutil.ignore_patterns("static.json"))
-    before = {path.name: path.read_bytes() for path in moved.glob("*.json")}
+    before = {path.name: path.read_bytes() for path in moved.iterdir()}
     for name in ("current", "confirm"):
         target = ["--output", str(place.output / f"{name}.json")]
         code = code or run([*place.ratchet, "bench", "--suite", suite, *target], {})[0]
@@ -110,7 +113,10 @@ def baseline(run: Run, place: Place, suite: str) -> int:
     files = [str(place.output / f"{name}.json") for name in ("current", "confirm")]
     update = ["--baseline", str(moved), "--update", "--confirm", files[1]]
     code, log = run([*place.ratchet, "gate", files[0], *update], {})
-    for path in moved.glob("*.json"):
+    if code in (0, _INCONCLUSIVE):
+        history = ["--history", str(moved / HISTORY), "--append", files[0]]
+        run([*place.ratchet, "trend", *history], {})
+    for path in list(moved.iterdir()):
         if before.get(path.name) == path.read_bytes():
             path.unlink()
     _, found, told = log.partition("baseline ")
@@ -147,8 +153,16 @@ def _gate(place: Place, current: Path) -> list[str]:
     return [*place.ratchet, "gate", str(current), "--baseline", str(place.baseline), *options]
 
 
+def _profile(run: Run, place: Place) -> None:
+    """Adds to the report what Nsight Compute says of the cases that moved, if it may."""
+    targets = place.output / "profile_targets.txt"
+    if targets.exists() and targets.read_text(encoding="utf-8").strip():
+        report = ["--report", str(place.output / REPORT)]
+        run([*place.ratchet, "profile", "--targets", str(targets), *report], {})
+
+
 def _price(price: float | None) -> list[str]:
-    return [] if price is None else ["--price-per-hour", f"{price:g}"]
+    return ["--price-per-hour", f"{price:g}"] if price else []
 
 
 def _failed_build(run: Run, place: Place, log: str, suite: str) -> int:

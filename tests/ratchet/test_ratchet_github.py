@@ -247,6 +247,7 @@ def test_a_baseline_is_proposed(
     fake.files["baselines/nvidia-h200.json"] = "old"
     (tmp_path / "nvidia-h200.json").write_text("{}")
     (tmp_path / "nvidia-l4.json").write_text("{}")
+    (tmp_path / "history.jsonl").write_text("{}\n{}\n")
     (tmp_path / "moved.md").write_text("2 cases moved, says @someone")
     command = ["baseline", "--folder", str(tmp_path), "--moved", str(tmp_path / "moved.md")]
     assert comment.main([*command, "--branch", "ratchet-baseline-1"]) == 0
@@ -254,15 +255,16 @@ def test_a_baseline_is_proposed(
     steps = [(method, path) for method, path, _ in fake.sent]
     assert steps == [
         ("POST", "/git/refs"),
+        ("PUT", "/contents/baselines/history.jsonl"),
         ("PUT", "/contents/baselines/nvidia-h200.json"),
         ("PUT", "/contents/baselines/nvidia-l4.json"),
         ("POST", "/pulls"),
     ]
     assert fake.sent[0][2] == {"ref": "refs/heads/ratchet-baseline-1", "sha": "base"}
-    assert fake.sent[1][2]["sha"] == "old"
-    assert "sha" not in fake.sent[2][2]
-    assert fake.sent[3][2]["base"] == "main"
-    assert "@\u200bsomeone" in fake.sent[3][2]["body"]
+    assert fake.sent[2][2]["sha"] == "old"
+    assert "sha" not in fake.sent[3][2]
+    assert fake.sent[4][2]["base"] == "main"
+    assert "@\u200bsomeone" in fake.sent[4][2]["body"]
 
 
 def test_no_baseline_is_no_pull_request(fake: FakeGitHub, tmp_path: Path) -> None:

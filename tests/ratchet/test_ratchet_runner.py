@@ -57,6 +57,12 @@ def test_the_gates_code_is_the_checks(place: runner.Place, code: int) -> None:
     assert run.environments[0] == {"FLASHMOE_CUDA": "on"}
 
 
+def test_no_price_is_no_cost(place: runner.Place) -> None:
+    run = Pretend()
+    assert runner.gate(run, place, "quick", 0.0) == 0
+    assert not any("--price-per-hour" in command for command in run.commands)
+
+
 @pytest.mark.parametrize(("second", "code"), [(0, 0), (1, 1), (3, 0)])
 def test_an_inconclusive_gate_is_measured_again_with_more(
     place: runner.Place, second: int, code: int, capsys: pytest.CaptureFixture[str]
@@ -112,6 +118,25 @@ def test_baseline_leaves_only_what_moved(place: runner.Place) -> None:
     moved = (place.output / "moved.md").read_text()
     assert moved == "baseline gpu.json: 1 of 2 cases moved forward\n  a: +7 %\n"
     assert (place.baseline / "gpu.json").read_text() == "old"
+
+
+def test_an_accepted_run_is_added_to_the_history(place: runner.Place) -> None:
+    run = Pretend()
+    assert runner.baseline(run, place, "quick") == 0
+    (trend,) = run.called("trend")
+    assert trend[trend.index("--append") + 1] == run.called("bench")[0][-1]
+    refused = Pretend(("gate", 1, ""))
+    (place.output / "baselines").rmdir()
+    assert runner.baseline(refused, place, "quick") == 1
+    assert refused.called("trend") == []
+
+
+@pytest.mark.parametrize("targets", ["", "fwd-b2-h8-s512-d64-float32\n"])
+def test_what_moved_is_profiled(place: runner.Place, targets: str) -> None:
+    (place.output / "profile_targets.txt").write_text(targets)
+    run = Pretend(("gate", 1, ""), ("profile", 3, ""))
+    assert runner.gate(run, place, "quick", None) == 1
+    assert len(run.called("profile")) == bool(targets)
 
 
 def test_baseline_takes_two_measurements(place: runner.Place) -> None:
