@@ -171,15 +171,22 @@ def test_as_many_processes_as_it_says_do() -> None:
 
 
 def test_a_slowdown_that_same_against_same_shows_as_well_is_not_proven() -> None:
-    """Two kinds of processes, 6 % apart: five of one kind prove nothing."""
+    """Now and then a process is 6 % slower. Trimming hides that from the baseline's own error, but
+    five processes of which two are of that kind are no rarity."""
     baseline, run = synthetic.results(processes=12), synthetic.results(seed=3, processes=5)
     series = baseline.cases[0].ours
     mixed = tuple(
-        tuple(x * (1.06 if i % 3 == 0 else 1.0) for x in p) for i, p in enumerate(series.samples)
+        tuple(x * (1.06 if i in (2, 9) else 1.0) for x in p) for i, p in enumerate(series.samples)
     )
     case = replace(baseline.cases[0], ours=replace(series, samples=mixed))
-    decision = gate(slowed(run, NAME, 1.035), replace(baseline, cases=(case, *baseline.cases[1:])))
-    assert verdicts(decision)[NAME] == INCONCLUSIVE
+    baseline = replace(baseline, cases=(case, *baseline.cases[1:]))
+    found = {
+        factor: decide(slowed(run, NAME, factor), baseline, Thresholds(-1.0)).verdicts[0]
+        for factor in (1.015, 1.04)
+    }
+    assert found[1.015].verdict == INCONCLUSIVE
+    assert "same against same differs by up to 2.0 % in the baseline" in found[1.015].reason
+    assert found[1.04].verdict == FAIL
 
 
 def test_false_alarms_over_many_gates_stay_below_alpha() -> None:
