@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashmoe.device import Fingerprint
-from flashmoe.ratchet import processes, worker, workload
+from flashmoe.ratchet import files, processes, worker, workload
 from flashmoe.ratchet.bench import Settings, bench
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Source
@@ -265,3 +265,18 @@ def test_a_yardstick_that_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
     (answer,) = run_worker(GOOD)
     assert answer["sdpa"]["status"] == "failed"
     assert answer["ours"]["status"] == "ok"
+
+
+def test_the_yardstick_alone(tmp_path: Path) -> None:
+    """Where ours does not build, SDPA's times are on record all the same."""
+    (answer,) = run_worker(GOOD, yardstick="the build failed")
+    assert (answer["ours"]["status"], answer["ours"]["reason"]) == ("failed", "the build failed")
+    assert len(answer["sdpa"]["samples"]) == 2
+    settings = replace(SETTINGS, least=1, most=1)
+    source = Source("this", job={"yardstick": "the build failed"})
+    (results,) = bench([parse(GOOD)], settings, "command", lambda line: None, sources=(source,))
+    files.save(results, tmp_path / "current.json")
+    (case,) = files.load(tmp_path / "current.json").cases
+    assert case.reason == "failed: the build failed"
+    assert [len(process) for process in case.sdpa.samples] == [4]
+    assert case.sdpa_backend
