@@ -127,7 +127,12 @@ def extension():
     if cuda:
         flags.append("-DFLASHMOE_WITH_CUDA")
         includes.append(str(cuda[0] / "include"))
-        libraries = [cuda[0] / "lib64", cuda[0] / "targets" / "x86_64-linux" / "lib"]
+        # The last one is where the toolkit of the package index has them.
+        libraries = [
+            cuda[0] / "lib64",
+            cuda[0] / "targets" / "x86_64-linux" / "lib",
+            cuda[0] / "lib",
+        ]
         options = {
             "libraries": ["cudart_static", "rt", "dl", "pthread"],
             "library_dirs": [str(path) for path in libraries if path.is_dir()],

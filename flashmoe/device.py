@@ -6,15 +6,13 @@ import functools
 import importlib.metadata
 import platform
 import re
-import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashmoe import _extension
+from flashmoe import _extension, nvml
 from flashmoe.tiles import Arch
 
 
@@ -81,14 +79,13 @@ def fingerprint(device: torch.device) -> Fingerprint:
     """The fingerprint of `device` with the software around it."""
     here = arch(device)
     cuda = here.kind == "cuda"
-    driver, power = _nvidia_smi(device) if cuda else ("", 0.0)
     return Fingerprint(
         device=here.name,
         capability=f"{here.capability[0]}.{here.capability[1]}" if cuda else platform.machine(),
         sm_count=here.sm_count,
         memory=torch.cuda.get_device_properties(device).total_memory if cuda else 0,
-        power_limit=power,
-        driver=driver,
+        power_limit=nvml.power_limit(device) if cuda else 0.0,
+        driver=nvml.driver(device) if cuda else "",
         cuda=torch.version.cuda or "" if cuda else "",
         torch=torch.__version__,
         triton=_version("triton"),
@@ -107,26 +104,3 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _nvidia_smi(device: torch.device) -> tuple[str, float]:
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    query = ["nvidia-smi", "--query-gpu=uuid,driver_version,power.limit"]
-    try:
-        text = subprocess.run(
-            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "", 0.0
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3 and uuid in parts[0]:
-            return parts[1], _number(parts[2], float)
-    return "", 0.0
-
-
-def _number(text: str, kind: Callable[[str], float]) -> float:
-    try:
-        return kind(text)
-    except ValueError:  # "[N/A]" on some boards
-        return 0.0

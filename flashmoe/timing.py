@@ -48,13 +48,14 @@ def measure(
     warmup: int = 3,
     seed: int = 0,
     max_seconds: float | None = None,
+    after_round: Callable[[], None] | None = None,
 ) -> dict[str, Measurement]:
     """Time every candidate once a round, in an order shuffled each round.
 
     On CUDA a sample is device time between events around one call, with L2 flushed and the host
     running ahead; on a CPU it is wall time. A candidate that raises is `failed` from then on and
     the others go on. `max_seconds` ends the rounds early (after at least one), for all candidates
-    alike, so samples stay paired by round.
+    alike, so samples stay paired by round. `after_round` is called after each timed round.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -76,6 +77,8 @@ def measure(
                 continue
             if number >= 0:
                 candidate.samples.append(seconds)
+        if after_round is not None and number >= 0:
+            after_round()
         if deadline is not None and number >= 0 and time.perf_counter() >= deadline:
             break
     return {

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
-import json
+import math
 import random
-import signal
-import subprocess
-import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from flashmoe.device import Fingerprint
+from flashmoe.ratchet import stats
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.results import CaseResult, PlanUsed, Results, Series
+from flashmoe.ratchet.processes import Answer, Process, Source, answers
+from flashmoe.ratchet.results import CaseResult, PlanUsed, Results, Series, Telemetry
 from flashmoe.ratchet.suite import Case
 from flashmoe.timing import Limits
 
-Answer = dict[str, Any]
 # A process's share of disturbed rounds (see `quiet`) from which another one is asked as well.
 _DISTURBED = 0.2
 # Processes asked at most, for each one wanted.
 _MOST_PROCESSES = 2
-WORKER = (sys.executable, "-m", "flashmoe.ratchet.worker")
+THIS = Source("this")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`rounds` and `warmup` are totals of a case, spread evenly over `processes` (rounded up)."""
+    """`rounds` and `warmup` are of each process. A case is done when `least` processes have
+    measured it and the 95 % interval of its speedup reaches at most `precision` percent to either
+    side, or when `most` processes have. After `budget` seconds no process is started beyond
+    `least`."""
 
     device: str
     rounds: int
     warmup: int
-    processes: int
+    least: int
+    most: int
+    precision: float
+    budget: float
     seed: int
     suite: str
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("warmup", 0), ("processes", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, lowest in (("rounds", 1), ("warmup", 0), ("least", 1), ("most", self.least)):
+            if getattr(self, name) < lowest:
+                told = {"least": "processes", "most": "most processes"}.get(name, name)
+                raise UserError(f"{told} must be at least {lowest}, got {getattr(self, name)}")
+        for name in ("precision", "budget"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
 
     def job(self, process: int, cases: Sequence[Case]) -> dict[str, Any]:
         """What process number `process` is told to do, the cases in an order of its own."""
@@ -51,8 +60,8 @@ class Settings:
         return {
             "device": self.device,
             "cases": names,
-            "rounds": -(-self.rounds // self.processes),
-            "warmup": -(-self.warmup // self.processes),
+            "rounds": self.rounds,
+            "warmup": self.warmup,
             "seed": self.seed + process,
             "first": process == 0,
         }
@@ -69,26 +78,46 @@ class _Collected:
     def broken(self) -> bool:
         return any(a[side]["status"] != "ok" for a in self.answers for side in ("ours", "sdpa"))
 
-    def quiet(self) -> int:
-        """How many processes could measure this case without much disturbance."""
-        return sum(answer["disturbed"] <= _DISTURBED for answer in self.answers)
+    def done(self, settings: Settings) -> bool:
+        quiet = [a for a in self.answers if a["disturbed"] <= _DISTURBED]
+        if self.broken or len(quiet) >= settings.most:
+            return True
+        if len(quiet) < settings.least:
+            return False
+        values = stats.log_speedups(*([a[x]["samples"] for a in quiet] for x in ("ours", "sdpa")))
+        return stats.half_width(values) <= settings.precision / 100
 
-    def result(self, processes: int) -> CaseResult:
-        """From the `processes` least disturbed processes."""
+    def result(self, least: int) -> CaseResult:
+        """From every quiet process, and where those are fewer than `least`, from the `least` least
+        disturbed ones."""
         ours, sdpa = (self._status(side) for side in ("ours", "sdpa"))
         first = self.answers[0]
-        disturbed = 0.0
+        kept: list[Answer] = []
         if ours.status == sdpa.status == "ok":
             # Stable: among the equally quiet the earlier ones.
-            kept = sorted(self.answers, key=lambda answer: float(answer["disturbed"]))[:processes]
-            disturbed = sum(answer["disturbed"] for answer in kept) / processes
+            ordered = sorted(self.answers, key=lambda answer: float(answer["disturbed"]))
+            quiet = sum(answer["disturbed"] <= _DISTURBED for answer in ordered)
+            kept = ordered[: max(quiet, least)]
             ours, sdpa = (
                 Series("ok", tuple(tuple(answer[side]["samples"]) for answer in kept))
                 for side in ("ours", "sdpa")
             )
-        # Otherwise half a case is no figure: without a partner a sample means nothing.
-        plans = tuple(PlanUsed(**plan) for plan in first["plans"])
-        return CaseResult(self.case, ours, sdpa, plans, first["error"], round(disturbed, 4))
+        elif sdpa.status == "ok":  # nothing to compare with, but the machine's state is on record
+            alone = tuple(tuple(a["sdpa"]["samples"]) for a in self.answers if a["sdpa"]["samples"])
+            sdpa = Series("ok", alone)
+        disturbed = sum(answer["disturbed"] for answer in kept) / max(len(kept), 1)
+        telemetry = [a["telemetry"] for a in kept if a["telemetry"]]
+        backends = {answer["sdpa_backend"] for answer in kept or self.answers} - {""}
+        return CaseResult(
+            self.case,
+            ours,
+            sdpa,
+            tuple(PlanUsed(**plan) for plan in first["plans"]),
+            first["error"],
+            " and ".join(sorted(backends)),
+            round(disturbed, 4),
+            tuple(_telemetry(data) for data in telemetry),
+        )
 
     def _status(self, side: str) -> Series:
         for answer in self.answers:
@@ -97,132 +126,130 @@ class _Collected:
         return Series("ok")
 
 
+def _telemetry(data: dict[str, Any]) -> Telemetry:
+    lists = {name: tuple(data[name]) for name in ("reasons", "throttled")}
+    return Telemetry(**{**data, **lists})
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one source's processes have said so far."""
+
+    source: Source
+    collected: dict[str, _Collected]
+    fingerprint: Fingerprint | None = None
+    limits: dict[str, Limits] = field(default_factory=dict)
+
+    def hear(self, answer: Answer) -> None:
+        if answer["event"] == "case":
+            self.collected[answer["case"]].answers.append(answer)
+        elif answer["event"] == "start":
+            folder = self.source.folder
+            if folder and not Path(answer["package"]).is_relative_to(Path(folder).resolve()):
+                raise UserError(
+                    f"{self.source.name}: {answer['package']} was imported, not the one in {folder}"
+                )
+            self.fingerprint = self.fingerprint or Fingerprint(**answer["fingerprint"])
+            if changed := self.fingerprint.differences(
+                answer["fingerprint"], tuple(answer["fingerprint"])
+            ):
+                raise UserError(
+                    f"what is measured changed meanwhile ({'; '.join(changed)}): run it again"
+                )
+            self.limits |= {dtype: Limits(**rates) for dtype, rates in answer["limits"].items()}
+
+
 def bench(
     cases: Sequence[Case],
     settings: Settings,
     command: str,
     progress: Callable[[str], None],
+    *,
+    sources: Sequence[Source] = (THIS,),
+    commits: Sequence[str] = ("",),
     debug: bool = False,
-) -> Results:
-    """Measure `cases`. `progress` hears a line before each case of each process. A case that is
-    wrong, fails or kills its process has that as its result, and the others go on. Where other
-    programs disturbed a process, another one measures those cases again, up to twice as many in
-    all, and the least disturbed ones count.
+) -> tuple[Results, ...]:
+    """Measure `cases` of each of `sources` (of the same number of `commits`), whose processes take
+    turns in an order drawn anew each time. `progress` hears a line before each case of each
+    process. A case that is wrong, fails or kills its process has that as its result, and the
+    others go on. Where something disturbed a process, another one measures those cases again, up
+    to twice as many in all, and the least disturbed ones count.
 
     Raises UserError when no process can start measuring at all, saying why.
     """
     begun, started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    collected = {case.name: _Collected(case) for case in cases}
-    fingerprint: Fingerprint | None = None
-    limits: dict[str, Limits] = {}
-    for process in range(_MOST_PROCESSES * settings.processes):
-        left = [
-            item.case
-            for item in collected.values()
-            if not item.broken and item.quiet() < settings.processes
-        ]
-        if not left:
-            break
-        heading = f"process {process + 1} of {settings.processes}"
-        if process >= settings.processes:
-            heading = "the machine is busy, again"
-        for answer in _answers(settings.job(process, left), debug):
-            if answer["event"] == "start":
-                fingerprint = fingerprint or Fingerprint(**answer["fingerprint"])
-                if changed := fingerprint.differences(
-                    answer["fingerprint"], tuple(answer["fingerprint"])
-                ):
-                    raise UserError(
-                        f"what is measured changed meanwhile ({'; '.join(changed)}): run it again"
-                    )
-                for dtype, rates in answer["limits"].items():
-                    limits[dtype] = _larger(limits.get(dtype), Limits(**rates))
-            elif answer["event"] == "begin":
-                progress(f"{heading}: {answer['case']}")
-            else:
-                collected[answer["case"]].answers.append(answer)
-    assert fingerprint is not None, "a process that starts tells its fingerprint"
-    return Results(
-        started,
-        round(time.monotonic() - begun, 3),
-        command,
-        {
-            "suite": settings.suite,
-            "device": settings.device,
-            "rounds": settings.rounds,
-            "warmup": settings.warmup,
-            "processes": settings.processes,
-            "seed": settings.seed,
-        },
-        fingerprint,
-        limits,
-        tuple(item.result(settings.processes) for item in collected.values()),
+    runs = [_Run(source, {case.name: _Collected(case) for case in cases}) for source in sources]
+    waiting: Process | None = None
+    # Importing takes a core, which on a CPU is one of those that are measured.
+    ahead = not settings.device.startswith("cpu")
+    try:
+        for number, left, run, following in _turns(runs, settings, begun):
+            process, waiting = waiting or Process(run.source, debug), None
+            if ahead and following is not None:
+                waiting = Process(following.source, debug)
+            job = {**settings.job(number, left), **run.source.job}
+            for answer in answers(process, run.source, job, debug):
+                run.hear(answer)
+                if answer["event"] == "begin":
+                    progress(_heading(run, number, len(runs), answer["case"]))
+    finally:
+        if waiting is not None:
+            waiting.kill()
+    duration = time.monotonic() - begun
+    return tuple(
+        _results(run, settings, started, duration / len(runs), command, commit)
+        for run, commit in zip(runs, commits, strict=True)
     )
 
 
-def _larger(a: Limits | None, b: Limits) -> Limits:
-    """What the device sustains is the most that any process saw it sustain."""
-    if a is None:
-        return b
-    return Limits(max(a.matmul_flops, b.matmul_flops), max(a.copy_bytes, b.copy_bytes))
+def _turns(
+    runs: Sequence[_Run], settings: Settings, begun: float
+) -> Iterator[tuple[int, Sequence[Case], _Run, _Run | None]]:
+    """Whose turn it is: the number of the process, the cases it has to measure, the run it is of,
+    and whose turn is next (if any is, as far as can be told now). All sides measure the same cases
+    equally often."""
+    rng = random.Random(settings.seed)
+    order = rng.sample(list(runs), len(runs))
+    for number in range(_MOST_PROCESSES * settings.most):
+        spent = time.monotonic() - begun
+        # Not one that would probably end after the budget.
+        late = number >= settings.least and spent * (number + 1) / number > settings.budget
+        left = [c.case for c in runs[0].collected.values() if not _done(runs, c.case, settings)]
+        if late or not left:
+            return
+        following = rng.sample(list(runs), len(runs))
+        for i, run in enumerate(order):
+            last = i + 1 == len(order)
+            more = number + 1 < settings.least
+            yield number, left, run, order[i + 1] if not last else following[0] if more else None
+        order = following
 
 
-def _answers(job: dict[str, Any], debug: bool) -> Iterator[Answer]:
-    """The answers of one worker; where it dies within a case, that case's is `failed` and another
-    worker does the rest."""
-    left = list(job["cases"])
-    while left:
-        current: str | None = None
-        with tempfile.TemporaryFile("w+") as log:
-            worker = subprocess.Popen(
-                WORKER,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=None if debug else log,
-                text=True,
-            )
-            try:
-                assert worker.stdin is not None
-                assert worker.stdout is not None
-                with worker.stdin:
-                    worker.stdin.write(json.dumps({**job, "cases": left}))
-                for line in worker.stdout:
-                    answer = json.loads(line)
-                    if answer["event"] == "error":
-                        raise UserError(f"a worker could not measure: {answer['reason']}")
-                    current = answer["case"] if answer["event"] == "begin" else None
-                    if answer["event"] == "case":
-                        left.remove(answer["case"])
-                    yield answer
-                code = worker.wait()
-            finally:
-                worker.kill()
-                worker.wait()
-                assert worker.stdout is not None
-                worker.stdout.close()
-            if code == 0:
-                return
-            log.seek(0)
-            lines = log.read().strip().splitlines()
-        how = _death(code) + (f": {lines[-1].strip()}" if lines else "")
-        if current is None:
-            raise UserError(f"a worker {how}")
-        left.remove(current)
-        broken = {"status": "failed", "reason": f"the process {how}", "samples": []}
-        # A worker dies in our code or in SDPA; ours is the one under test.
-        sdpa = {"status": "ok", "reason": "", "samples": []}
-        yield {
-            "event": "case",
-            "case": current,
-            "ours": broken,
-            "sdpa": sdpa,
-            "plans": [],
-            "error": None,
-            "disturbed": 0.0,
-        }
+def _done(runs: Sequence[_Run], case: Case, settings: Settings) -> bool:
+    same = [run.collected[case.name] for run in runs]
+    return any(c.broken for c in same) or all(c.done(settings) for c in same)
 
 
-def _death(code: int) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+def _heading(run: _Run, number: int, sides: int, case: str) -> str:
+    side = f"{run.source.name}, " if sides > 1 else ""
+    return f"{side}process {number + 1}: {case}"
+
+
+def _results(
+    run: _Run, settings: Settings, started: str, duration: float, command: str, commit: str
+) -> Results:
+    assert run.fingerprint is not None, "a process that starts tells its fingerprint"
+    told = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
+    told["budget"] = None if math.isinf(settings.budget) else settings.budget
+    cases = tuple(c.result(settings.least) for c in run.collected.values())
+    return Results(
+        uuid.uuid4().hex,
+        commit,
+        started,
+        round(duration, 3),
+        command,
+        told,
+        run.fingerprint,
+        run.limits,
+        cases,
+    )

@@ -43,12 +43,17 @@ def measure_quietly(
     warmup: int,
     seed: int,
     delay: Callable[[], float | None] = run_delay,
+    after_round: Callable[[], None] | None = None,
 ) -> tuple[dict[str, Measurement], float]:
     """`timing.measure`, and the share of its rounds that were disturbed: 0 unless fewer than
     `rounds` of twice as many attempts were quiet, in which case the least disturbed make up for
-    the rest. Rounds are kept or replaced whole, so samples stay paired."""
+    the rest. Rounds are kept or replaced whole, so samples stay paired. `after_round` is called on
+    CUDA only, where the rounds that are taken are those that are kept."""
     if device.type != "cpu" or delay() is None:
-        return measure(candidates, device, rounds=rounds, warmup=warmup, seed=seed), 0.0
+        measured = measure(
+            candidates, device, rounds=rounds, warmup=warmup, seed=seed, after_round=after_round
+        )
+        return measured, 0.0
     if warmup:
         measure(candidates, device, rounds=1, warmup=warmup - 1, seed=seed)
     taken: list[tuple[float, dict[str, Measurement]]] = []

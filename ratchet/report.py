@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from flashmoe.device import Fingerprint
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.gate import (
+    ALPHA,
     FAIL,
     IMPROVED,
     INCONCLUSIVE,
+    INTEGRITY,
     PASS,
-    YARDSTICK,
     Decision,
     Verdict,
-    percent,
 )
 from flashmoe.ratchet.results import CaseResult, Results
+from flashmoe.ratchet.thresholds import Thresholds, percent
 from flashmoe.stats import Interval
 
 # What GitHub accepts in a comment.
@@ -27,8 +30,8 @@ _HEADER = (
     "|:--|:--|--:|--:|--:|--:|",
 )
 # Worst first.
-ORDER = (FAIL, YARDSTICK, IMPROVED, INCONCLUSIVE, PASS)
-_SIGNS = {FAIL: "🔴", YARDSTICK: "🟠", IMPROVED: "🟢", INCONCLUSIVE: "⚪", PASS: "✅"}
+ORDER = (FAIL, INTEGRITY, IMPROVED, INCONCLUSIVE, PASS)
+_SIGNS = {FAIL: "🔴", INTEGRITY: "🟠", IMPROVED: "🟢", INCONCLUSIVE: "⚪", PASS: "✅"}
 
 
 def ranked(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -44,12 +47,18 @@ def profile_targets(decision: Decision) -> tuple[str, ...]:
     return tuple(v.name for v in ranked(decision.named(FAIL, IMPROVED)) if v.change is not None)
 
 
-def markdown(decision: Decision, current: Results, baseline: Results) -> str:
+def markdown(
+    decision: Decision,
+    current: Results,
+    baseline: Results,
+    cost: str,
+    trends: Mapping[str, str] | None = None,
+) -> str:
     """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
-    end, best cases first, and the report says so."""
+    end, best cases first, and the report says so. `trends`: a line about a case's history."""
     rows = [(v, _row(v)) for v in ranked(decision.verdicts)]
     for shown in _halvings(len(rows)):
-        text = _markdown(decision, rows, shown, current, baseline)
+        text = _markdown(decision, rows, shown, current, baseline, cost, trends or {})
         if len(text) < MAX_CHARACTERS:
             return text
     return f"{_heading(decision)}\n\nThe report does not fit into a comment.\n"
@@ -68,18 +77,22 @@ def _markdown(
     shown: int,
     current: Results,
     baseline: Results,
+    cost: str,
+    trends: Mapping[str, str],
 ) -> str:
     kept, left_out = rows[:shown], len(rows) - shown
     listed = max(shown, _LEAST_LISTED)
     parts = [_heading(decision), ""]
-    if decision.integrity:
+    if decision.problems:
         parts += ["**The run and the baseline cannot be compared:**", ""]
-        parts += [*_list(decision.integrity, listed), ""]
-    urgent = [(v, row) for v, row in kept if v.verdict in (FAIL, YARDSTICK, IMPROVED)]
+        parts += [*_list(decision.problems, listed), ""]
+    urgent = [(v, row) for v, row in kept if v.verdict in (FAIL, IMPROVED)]
     quiet = [(v, row) for v, row in kept if v.verdict in (INCONCLUSIVE, PASS)]
     if urgent:
         parts += [*_HEADER, *(row for _, row in urgent), ""]
         parts += [*(f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in urgent if v.reason), ""]
+        if past := [f"- `{v.name}`: {trends[v.name]}" for v, _ in urgent if v.name in trends]:
+            parts += ["Speedup over SDPA in accepted runs:", "", *past, ""]
     if quiet:
         title = f"{len(quiet)} cases without a significant change"
         parts += _details(title, [*_HEADER, *(row for _, row in quiet)])
@@ -92,7 +105,7 @@ def _markdown(
     if decision.environment:
         title = f"The environment changed in {len(decision.environment)} ways (not the kernel)"
         parts += _details(title, _list(decision.environment, listed))
-    parts += _details("Environment and rule", _environment(decision, current, baseline))
+    parts += _details("Environment and rule", _environment(decision, current, baseline, cost))
     return "\n".join(parts) + "\n"
 
 
@@ -102,7 +115,7 @@ def _list(items: Sequence[str], most: int) -> list[str]:
 
 
 def _heading(decision: Decision) -> str:
-    sign = {0: "✅", 1: "🔴", 4: "🟠"}[decision.exit_code]
+    sign = {0: "✅", 1: "🔴", 3: "⚪", 4: "🟠"}[decision.exit_code]
     return f"### {sign} flashmoe ratchet {decision.summary}"
 
 
@@ -136,18 +149,57 @@ def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
     return lines
 
 
-def _environment(decision: Decision, current: Results, baseline: Results) -> list[str]:
+def _environment(decision: Decision, current: Results, baseline: Results, cost: str) -> list[str]:
     thresholds = decision.thresholds
     return [
         *_fingerprint_table(current.fingerprint, baseline.fingerprint),
         "",
-        f"FAIL below {thresholds.fail:+g} %, IMPROVED above {thresholds.improve:+g} % of the "
-        "speedup over SDPA, each only if significant over the processes of both runs (Yuen's "
-        "t-test, Holm over the cases, 5 %). Intervals of a change are 95 %, of one case alone.",
+        f"FAIL: a slowdown is proven, and one of {-thresholds.fail:g} % is not excluded. PASS: it "
+        f"is. IMPROVED: faster by more than {thresholds.improve:g} %, and proven. Of our time as a "
+        "multiple of SDPA's; -3 % takes 3 % longer. Proven: over the processes of both runs, by "
+        f"Yuen's t-test, Holm over the cases, {100 * ALPHA:g} %. Intervals are 95 %, each for its "
+        "case alone.",
         "",
-        f"Now: {current.started}, {current.duration:.0f} s, `{current.command}`  ",
-        f"Baseline: {baseline.started}, `{baseline.command}`",
+        *_exceptions(thresholds),
+        f"Now: {current.started}, commit {current.commit[:12] or 'unknown'}, `{current.command}`, "
+        f"{cost}  ",
+        f"Baseline: {baseline.started}, commit {baseline.commit[:12] or 'unknown'}, "
+        f"`{baseline.command}`",
     ]
+
+
+def _exceptions(thresholds: Thresholds) -> list[str]:
+    return [f"Thresholds of {_escaped(pattern)}: {own}  " for pattern, own in thresholds.cases]
+
+
+def as_json(decision: Decision) -> dict[str, Any]:
+    """For programs: the outcome and each case's figures, ratios as current / baseline."""
+
+    def bounds(interval: Interval | None) -> list[float] | None:
+        return None if interval is None else interval.to_json()
+
+    return {
+        "exit_code": decision.exit_code,
+        "summary": decision.summary,
+        "thresholds": asdict(decision.thresholds),
+        "integrity": list(decision.integrity),
+        "environment": list(decision.environment),
+        "cases": [
+            {
+                "name": v.name,
+                "verdict": v.verdict,
+                "reason": v.reason,
+                "percent": v.percent,
+                "change": bounds(v.change),
+                "ours": bounds(v.ours),
+                "sdpa": bounds(v.sdpa),
+                "p_slower": v.p_slower,
+                "p_faster": v.p_faster,
+                "detectable": v.detectable,
+            }
+            for v in ranked(decision.verdicts)
+        ],
+    }
 
 
 def _fingerprint_table(current: Fingerprint, baseline: Fingerprint) -> list[str]:

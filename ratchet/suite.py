@@ -139,9 +139,36 @@ _CUDA_MORE = (
     "fwdbwd-b4-h16-s4096-d128-bfloat16-causal",
     "fwdbwd-b2-h32k8-s2048-d128-bfloat16-causal",
 )
+# For `sota`: what papers and other libraries show.
+_CPU_SOTA = (
+    *_CPU_QUICK[:8],
+    "fwd-b1-h8k2-s512-d64-float32-causal",
+    "fwd-b4-h8-s1x2048-d64-float32",
+    "fwdbwd-b2-h8-s512-d64-float32",
+    "fwdbwd-b1-h8-s512-d64-float32-causal",
+)
+_CUDA_SOTA = (
+    "fwd-b32-h16-s512-d64-bfloat16",
+    "fwd-b32-h16-s512-d64-bfloat16-causal",
+    "fwd-b16-h16-s1024-d128-bfloat16-causal",
+    "fwd-b4-h16-s4096-d64-bfloat16",
+    "fwd-b4-h16-s4096-d128-bfloat16",
+    "fwd-b4-h16-s4096-d128-bfloat16-causal",
+    "fwd-b4-h16-s4096-d128-float16-causal",
+    "fwd-b1-h16-s16384-d128-bfloat16",
+    "fwd-b1-h16-s16384-d128-bfloat16-causal",
+    "fwd-b1-h8-s16384-d256-bfloat16-causal",
+    "fwd-b2-h32k8-s4096-d128-bfloat16-causal",
+    "fwdbwd-b4-h16-s4096-d64-bfloat16-causal",
+    "fwdbwd-b4-h16-s4096-d128-bfloat16",
+    "fwdbwd-b4-h16-s4096-d128-bfloat16-causal",
+    "fwd-b16-h32k8-s1x8192-d128-bfloat16",
+    "fwd-b1-h32k8-s1x32768-d128-bfloat16",
+)
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "quick": {"cpu": _CPU_QUICK, "cuda": _CUDA_QUICK},
     "full": {"cpu": _CPU_QUICK + _CPU_MORE, "cuda": _CUDA_QUICK + _CUDA_MORE},
+    "sota": {"cpu": _CPU_SOTA, "cuda": _CUDA_SOTA},
 }
 
 

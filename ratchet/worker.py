@@ -11,18 +11,22 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import flashmoe
 from flashmoe import device as devices
 from flashmoe.plan import make_plan
 from flashmoe.ratchet.quiet import measure_quietly
+from flashmoe.ratchet.slow import delayed
 from flashmoe.ratchet.suite import Case, parse
-from flashmoe.ratchet.workload import Workload, calls
-from flashmoe.timing import measure_limits
+from flashmoe.ratchet.telemetry import Watch
+from flashmoe.ratchet.workload import Workload
+from flashmoe.timing import measure, measure_limits
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -47,14 +51,17 @@ def main() -> int:
 
 
 def run(job: dict[str, Any], emit: Emit) -> None:
-    """`job`: device, cases (names), rounds, warmup, seed; `first` also checks correctness."""
+    """`job`: device, cases (names), rounds, warmup, seed. `first` also checks correctness and
+    measures the device's limits. Optional, by case: `slow`, percent by which our calls are delayed,
+    and `options` of flash_attn_func. `yardstick`: why ours cannot run, and SDPA alone is timed."""
     device = torch.device(job["device"])
     cases = [parse(name) for name in job["cases"]]
     emit(
         {
             "event": "start",
+            "package": str(Path(flashmoe.__file__).resolve().parent),
             "fingerprint": devices.fingerprint(device).to_json(),
-            "limits": _limits(cases, device),
+            "limits": _limits(cases, device) if job["first"] else {},
         }
     )
     for case in cases:
@@ -73,26 +80,40 @@ def _limits(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, 
 
 def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str, Any]:
     try:
-        workload = Workload(case, device, job["seed"])
+        options = job.get("options", {}).get(case.name)
+        workload = Workload(case, device, job["seed"], options)
         workload.sdpa()
+        sdpa_backend = workload.sdpa_backend()
     except Exception as error:  # noqa: BLE001 - a failure is a result
         return _answer(sdpa_status="failed", reason=f"{type(error).__name__}: {error}")
+    if reason := job.get("yardstick"):
+        return _yardstick(workload, device, job, reason)
     error_share: float | None = None
     plans: list[dict[str, str]] = []
     try:
-        plans = _plans(case, device)
+        plans = _plans(case, device, options or {})
         if job["first"]:
             correctness = workload.check()
             error_share = correctness.error if math.isfinite(correctness.error) else None
             if correctness.reason:
                 return _answer(ours_status="wrong", reason=correctness.reason, plans=plans)
+        ours = delayed(workload.ours, device, job.get("slow", {}).get(case.name, 0.0))
     except Exception as error:  # noqa: BLE001 - a failure is a result
         reason = f"{type(error).__name__}: {error}"
         return _answer(ours_status="failed", reason=reason, plans=plans)
+    watch = Watch(device)
     measured, disturbed = measure_quietly(
-        calls(workload), device, rounds=job["rounds"], warmup=job["warmup"], seed=job["seed"]
+        {"ours": ours, "sdpa": workload.sdpa},
+        device,
+        rounds=job["rounds"],
+        warmup=job["warmup"],
+        seed=job["seed"],
+        after_round=watch.look,
     )
-    answer = _answer(plans=plans, error=error_share, disturbed=disturbed)
+    answer = _answer(plans=plans, error=error_share)
+    answer["sdpa_backend"] = sdpa_backend
+    answer["telemetry"] = watch.seen()
+    answer["disturbed"] = disturbed or watch.throttled_share()
     for side, measurement in measured.items():
         # Six digits: a clock tells less, and files stay small.
         samples = [float(f"{x:.6g}") for x in measurement.samples]
@@ -104,25 +125,38 @@ def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str,
     return answer
 
 
+def _yardstick(
+    workload: Workload, device: torch.device, job: dict[str, Any], reason: str
+) -> dict[str, Any]:
+    """SDPA alone, where ours cannot run for `reason`."""
+    rounds, warmup, seed = (job[name] for name in ("rounds", "warmup", "seed"))
+    measured = measure({"sdpa": workload.sdpa}, device, rounds=rounds, warmup=warmup, seed=seed)[
+        "sdpa"
+    ]
+    answer = _answer(ours_status="failed", reason=reason)
+    answer["sdpa"]["samples"] = list(measured.samples)
+    return {**answer, "sdpa_backend": workload.sdpa_backend()}
+
+
 def _answer(
     ours_status: str = "ok",
     sdpa_status: str = "ok",
     reason: str = "",
     plans: Sequence[dict[str, str]] = (),
     error: float | None = None,
-    disturbed: float = 0.0,
 ) -> dict[str, Any]:
     sides = {"ours": ours_status, "sdpa": sdpa_status}
     answer: dict[str, Any] = {
         side: {"status": status, "reason": reason if status != "ok" else "", "samples": []}
         for side, status in sides.items()
     }
-    return {**answer, "plans": list(plans), "error": error, "disturbed": disturbed}
+    answer |= {"plans": list(plans), "error": error}
+    return {**answer, "sdpa_backend": "", "disturbed": 0.0, "telemetry": None}
 
 
-def _plans(case: Case, device: torch.device) -> list[dict[str, str]]:
+def _plans(case: Case, device: torch.device, options: Mapping[str, str]) -> list[dict[str, str]]:
     """What the calls run. The forward of a call that trains has to tell softmax_lse."""
-    made = [make_plan(p, device, need_lse=case.backward) for p in case.problems]
+    made = [make_plan(p, device, **options, need_lse=case.backward) for p in case.problems]
     return [
         {
             "direction": problem.direction,

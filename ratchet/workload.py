@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import flashmoe
 from flashmoe.ratchet.suite import Case
@@ -18,6 +20,8 @@ _Results = tuple[Tensor, ...]
 _Inputs = tuple[Tensor, Tensor, Tensor]
 # Elements of one materialized score matrix while checking: 0.25 GiB in float64.
 _MAX_SCORES = 1 << 25
+# Below so many elements the same-dtype computation is made in so many orders.
+_FEW, _ORDERS = 1 << 20, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,14 @@ class Workload:
     """Inputs of one case and the calls on them. Standard normal data, in each side's own layout:
     (batch, seqlen, heads, head_dim) for ours, (batch, heads, seqlen, head_dim) for SDPA."""
 
-    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, case: Case, device: torch.device, seed: int, options: Mapping[str, str] | None = None
+    ) -> None:
+        """`options` of flash_attn_func: backend and tile, where others than the planned ones are
+        to run."""
         p = case.problem
         self._case = case
+        self._options: dict[str, Any] = dict(options or {})
         generator = torch.Generator(device).manual_seed(seed)
         dtype = getattr(torch, p.dtype)
 
@@ -57,7 +66,9 @@ class Workload:
 
     def ours(self) -> _Results:
         """out, and dq, dk, dv with the backward."""
-        out = flashmoe.flash_attn_func(*self._inputs, causal=self._case.problem.causal)
+        out = flashmoe.flash_attn_func(
+            *self._inputs, causal=self._case.problem.causal, **self._options
+        )
         assert isinstance(out, Tensor)
         return self._with_gradients(out, self._inputs, self._dout)
 
@@ -68,6 +79,29 @@ class Workload:
             *self._sdpa_inputs, is_causal=p.causal, enable_gqa=p.heads_q != p.heads_kv
         )
         return self._with_gradients(out, self._sdpa_inputs, self._sdpa_dout)
+
+    def other(
+        self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], heads_first: bool
+    ) -> Callable[[], _Results]:
+        """Another implementation on the same data, `heads_first` in SDPA's layout and otherwise in
+        ours. Results are (batch, seqlen, heads, head_dim), as `ours` returns them."""
+        inputs, dout = self._inputs, self._dout
+        if heads_first:
+            inputs, dout = self._sdpa_inputs, self._sdpa_dout
+
+        def call() -> _Results:
+            results = self._with_gradients(attend(*inputs), inputs, dout)
+            return tuple(x.transpose(1, 2) for x in results) if heads_first else results
+
+        return call
+
+    def sdpa_backend(self) -> str:
+        """Which of its own backends SDPA runs on these inputs, by the function it asks itself."""
+        p = self._case.problem
+        chosen = torch._fused_sdp_choice(
+            *self._sdpa_inputs, is_causal=p.causal, enable_gqa=p.heads_q != p.heads_kv
+        )
+        return str(SDPBackend(chosen).name).lower()
 
     def check(self) -> Correctness:
         """Our results against the reference, with twice the error of the same computation in the
@@ -81,21 +115,39 @@ class Workload:
             inputs = (q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads])
             dout = None if self._dout is None else self._dout[batch, :, heads]
             exactly = self._reference(inputs, dout, exact)
-            same_dtype = self._reference(inputs, dout, inputs[0].dtype)
             where = (heads, heads, kv_heads, kv_heads)
-            for i, judge in enumerate(judges):
-                judge.see(
-                    results[i][batch, :, where[i]], exactly[i].detach(), same_dtype[i].detach()
-                )
+            for order in self._orders():
+                same_dtype = self._reference(inputs, dout, inputs[0].dtype, order)
+                for i, judge in enumerate(judges):
+                    judge.see(
+                        results[i][batch, :, where[i]], exactly[i].detach(), same_dtype[i].detach()
+                    )
         reasons = [reason for judge in judges if (reason := judge.reason())]
         return Correctness(max(judge.share for judge in judges), "; ".join(reasons))
 
     def _with_gradients(self, out: Tensor, inputs: _Inputs, dout: Tensor | None) -> _Results:
         return (out,) if dout is None else (out, *torch.autograd.grad(out, inputs, dout))
 
-    def _reference(self, inputs: _Inputs, dout: Tensor | None, dtype: torch.dtype) -> _Results:
+    def _orders(self) -> list[Tensor]:
+        """Orders of head_dim in which the same-dtype computation is made. The largest error of few
+        elements is a matter of luck; other orders of summation tell what rounding does to them."""
+        head_dim, device = self._case.problem.head_dim, self._inputs[0].device
+        generator = torch.Generator().manual_seed(0)
+        orders = [torch.arange(head_dim)]
+        while self._inputs[0].numel() < _FEW and len(orders) < _ORDERS:
+            orders.append(torch.randperm(head_dim, generator=generator))
+        return [order.to(device) for order in orders]
+
+    def _reference(
+        self,
+        inputs: _Inputs,
+        dout: Tensor | None,
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+    ) -> _Results:
         q, k, v = (x.detach().to(dtype).requires_grad_(dout is not None) for x in inputs)
-        out, _ = attention_reference(q, k, v, causal=self._case.problem.causal, dtype=dtype)
+        scores = (q, k) if order is None else (q[..., order], k[..., order])
+        out, _ = attention_reference(*scores, v, causal=self._case.problem.causal, dtype=dtype)
         return self._with_gradients(out, (q, k, v), None if dout is None else dout.to(dtype))
 
     def _slices(self) -> Iterator[tuple[slice, slice, slice]]:
@@ -140,8 +192,3 @@ class _Judge:
             return f"{self._name} is not finite where the reference is"
         bound = error_bound(self._dtype, self._same_dtype_error, self._scale)
         return f"{self._name} is off by {self._error:.3g}, allowed is {bound:.3g}"
-
-
-def calls(workload: Workload) -> dict[str, Callable[[], object]]:
-    """The candidates to time, by the names that results are stored under."""
-    return {"ours": workload.ours, "sdpa": workload.sdpa}

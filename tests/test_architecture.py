@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"cache", "problem", "reference", "stats", "timing", "tuned"},
+            {"cache", "nvml", "problem", "reference", "stats", "timing", "tuned"},
             {"tiles"},
             {"_extension"},
             {"device"},

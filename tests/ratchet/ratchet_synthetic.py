@@ -48,6 +48,7 @@ def case(
         series(rng, 1e-3, noise, processes),
         (PlanUsed("fwd", "cuda", "sm80:128x64-stages2-warps4", "heuristic"),),
         0.5,
+        "cudnn_attention",
     )
 
 
@@ -56,6 +57,8 @@ def results(
 ) -> Results:
     dtypes = ("float32", "bfloat16", "float16")
     return Results(
+        f"{seed:032x}",
+        "c0ffee" * 6 + "c0ff",
         "2026-01-02T03:04:05+00:00",
         12.5,
         "python -m flashmoe.ratchet bench",

@@ -4,54 +4,74 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from flashmoe.ratchet import bench as module
-from flashmoe.ratchet import worker, workload
+from flashmoe.device import Fingerprint
+from flashmoe.ratchet import files, processes, worker, workload
 from flashmoe.ratchet.bench import Settings, bench
 from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.processes import Source
+from flashmoe.ratchet.results import CaseResult
 from flashmoe.ratchet.suite import parse
 
 GOOD, BAD = "fwd-b1-h2-s40-d16-float32", "fwd-b1-h4k2-s33-d24-float32-causal"
 NAMES = ("out", "dq", "dk", "dv")
-SETTINGS = Settings("cpu", rounds=10, warmup=3, processes=3, seed=7, suite="")
-FINGERPRINT = json.dumps(dict.fromkeys(module.Fingerprint.__dataclass_fields__, "x"))
+SETTINGS = Settings(
+    "cpu", rounds=4, warmup=1, least=3, most=3, precision=1.0, budget=1e9, seed=7, suite=""
+)
+FINGERPRINT = json.dumps(dict.fromkeys(Fingerprint.__dataclass_fields__, "x"))
 
 FAKE = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 job = json.load(sys.stdin)
 def emit(**answer): print(json.dumps(answer), flush=True)
-emit(event="start", fingerprint=FINGERPRINT, limits={})
+emit(event="start", package="/elsewhere/flashmoe", fingerprint=FINGERPRINT, limits={})
 for name in job["cases"]:
     emit(event="begin", case=name)
     if name == BAD:
         print("something native went wrong", file=sys.stderr, flush=True)
         DIE
-    series = {"status": "ok", "reason": "", "samples": [1e-3] * job["rounds"]}
-    emit(event="case", case=name, ours=series, sdpa=series, plans=[], error=None, disturbed=0)
+    times = [1e-3 * (1 + NOISE * (job["seed"] % 5))] * job["rounds"]
+    ours = {"status": "ok", "reason": "", "samples": times}
+    sdpa = {"status": "ok", "reason": "", "samples": [1e-3] * job["rounds"]}
+    emit(event="case", case=name, ours=ours, sdpa=sdpa, plans=[], error=None,
+         sdpa_backend="math", disturbed=DISTURBED, telemetry=None)
 """
 
 
-def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, die: str) -> None:
-    """Workers that end by `die` when they come to case BAD."""
-    text = FAKE.replace("FINGERPRINT", FINGERPRINT).replace("BAD", repr(BAD)).replace("DIE", die)
-    script = tmp_path / "worker.py"
+def fake(folder: Path, name: str = "this", **changes: str) -> Source:
+    """A worker that ends by `DIE` when it comes to case BAD, with times that differ by NOISE from
+    one seed to the next."""
+    values = {"FINGERPRINT": FINGERPRINT, "DIE": "pass", "NOISE": "0", "DISTURBED": "0"}
+    text = FAKE
+    for key, value in {**values, **changes, "BAD": repr(BAD)}.items():
+        text = text.replace(key, value)
+    script = folder / f"{name}.py"
     script.write_text(text)
-    monkeypatch.setattr(module, "WORKER", (sys.executable, str(script)))
+    return Source(name, (sys.executable, str(script)))
 
 
-def measured(names: tuple[str, ...] = (GOOD, BAD)) -> dict[str, Any]:
-    results = bench([parse(name) for name in names], SETTINGS, "command", lambda line: None)
-    return results.by_name()
+def measured(
+    *sources: Source, names: tuple[str, ...] = (GOOD, BAD), settings: Settings = SETTINGS
+) -> list[dict[str, CaseResult]]:
+    lines: list[str] = []
+    cases = [parse(name) for name in names]
+    commits = [""] * len(sources)
+    runs = bench(cases, settings, "command", lines.append, sources=sources, commits=commits)
+    return [run.by_name() for run in runs]
 
 
-def test_a_killed_process_costs_one_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake_worker(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
-    cases = measured()
+def processes_of(cases: dict[str, CaseResult]) -> dict[str, int]:
+    return {name: len(case.ours.samples) for name, case in cases.items()}
+
+
+def test_a_killed_process_costs_one_case(tmp_path: Path) -> None:
+    (cases,) = measured(fake(tmp_path, DIE="os.kill(os.getpid(), signal.SIGSEGV)"))
     assert cases[BAD].ours.status == "failed"
     assert cases[BAD].reason == (
         "failed: the process was killed by SIGSEGV: something native went wrong"
@@ -60,30 +80,29 @@ def test_a_killed_process_costs_one_case(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [len(process) for process in cases[GOOD].ours.samples] == [4, 4, 4]
 
 
-def test_an_exit_within_a_case_costs_that_case(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fake_worker(monkeypatch, tmp_path, "os._exit(3)")
-    assert "ended with exit code 3: something native" in measured()[BAD].reason
+def test_an_exit_within_a_case_costs_that_case(tmp_path: Path) -> None:
+    (cases,) = measured(fake(tmp_path, DIE="os._exit(3)"))
+    assert "ended with exit code 3: something native" in cases[BAD].reason
 
 
-def test_a_worker_that_cannot_start_is_the_users_to_know(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(module, "WORKER", (sys.executable, str(tmp_path / "absent.py")))
+def test_a_case_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_SILENCE", 0.5)
+    (cases,) = measured(fake(tmp_path, DIE="signal.pause()"))
+    assert cases[BAD].ours.status == "timeout"
+    assert "the process said nothing for 0 seconds" in cases[BAD].reason
+    assert cases[GOOD].ok
+
+
+def test_a_worker_that_cannot_start_is_the_users_to_know(tmp_path: Path) -> None:
+    absent = Source("this", (sys.executable, str(tmp_path / "absent.py")))
     with pytest.raises(UserError, match=r"a worker ended with exit code 2: .*No such file"):
-        measured()
+        measured(absent)
 
 
-def test_a_change_of_kernels_meanwhile_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fake_worker(monkeypatch, tmp_path, "pass")
-    script = tmp_path / "worker.py"
+def test_a_change_of_kernels_meanwhile_is_noticed(tmp_path: Path) -> None:
     other = FINGERPRINT.replace('"kernels": "x"', '"kernels": "y" if job["first"] else "x"')
-    script.write_text(script.read_text().replace(FINGERPRINT, other))
     with pytest.raises(UserError, match=r"changed meanwhile \(kernels: 'y' here, 'x' there\)"):
-        measured()
+        measured(fake(tmp_path, FINGERPRINT=other))
 
 
 def test_processes_see_the_cases_in_different_orders() -> None:
@@ -94,16 +113,82 @@ def test_processes_see_the_cases_in_different_orders() -> None:
     assert [SETTINGS.job(process, cases)["first"] for process in range(3)] == [True, False, False]
 
 
+def test_more_processes_are_asked_until_the_interval_is_narrow(tmp_path: Path) -> None:
+    adaptive = replace(SETTINGS, most=12)
+    (quiet,) = measured(fake(tmp_path), settings=adaptive)
+    assert processes_of(quiet) == {GOOD: 3, BAD: 3}
+    (noisy,) = measured(fake(tmp_path, NOISE="0.02 * (name == BAD)"), settings=adaptive)
+    assert processes_of(noisy) == {GOOD: 3, BAD: 12}
+    (settled,) = measured(fake(tmp_path, NOISE="0.02"), settings=replace(adaptive, precision=4))
+    assert 3 < processes_of(settled)[BAD] < 12
+
+
+def test_the_budget_ends_it_but_not_before_the_least(tmp_path: Path) -> None:
+    hasty = replace(SETTINGS, most=12, budget=1e-9)
+    (cases,) = measured(fake(tmp_path, NOISE="0.02"), settings=hasty)
+    assert processes_of(cases) == {GOOD: 3, BAD: 3}
+
+
+def test_disturbed_processes_are_replaced(tmp_path: Path) -> None:
+    worker = fake(tmp_path, DISTURBED="0.5 * (job['seed'] in (8, 9)) + 0.1", NOISE="0.1")
+    (cases,) = measured(worker)
+    # Seeds 7, 10 and 11 of 7 to 11; times tell which.
+    assert cases[GOOD].disturbed == 0.1
+    assert [p[0] for p in cases[GOOD].ours.samples] == pytest.approx([1.2e-3, 1.0e-3, 1.1e-3])
+
+
+def test_where_nothing_is_quiet_the_least_disturbed_count(tmp_path: Path) -> None:
+    worker = fake(tmp_path, DISTURBED="0.3 + 0.1 * (job['seed'] % 5)", NOISE="0.1")
+    (cases,) = measured(worker)
+    # Six processes, seeds 7 to 12; 10, 11 and (7 or 12) are disturbed least.
+    assert processes_of(cases)[GOOD] == 3
+    assert [p[0] for p in cases[GOOD].ours.samples] == pytest.approx([1.0e-3, 1.1e-3, 1.2e-3])
+
+
+def test_sides_take_turns_in_random_order(tmp_path: Path) -> None:
+    a, b = fake(tmp_path, "a"), fake(tmp_path, "b", NOISE="0.5 * (name == BAD)")
+    heard: list[str] = []
+    settings = replace(SETTINGS, least=8, most=8)
+    runs = bench([parse(GOOD)], settings, "c", heard.append, sources=(a, b), commits=("aaa", "bbb"))
+    assert [run.commit for run in runs] == ["aaa", "bbb"]
+    assert runs[0].run != runs[1].run
+    pairs = [(x[0], y[0]) for x, y in zip(heard[::2], heard[1::2], strict=True)]
+    assert set(pairs) == {("a", "b"), ("b", "a")}
+    assert all(x.startswith(f"{x[0]}, process {n // 2 + 1}: ") for n, x in enumerate(heard))
+
+
+def test_sides_are_measured_equally_often(tmp_path: Path) -> None:
+    a, b = fake(tmp_path, "a"), fake(tmp_path, "b", NOISE="0.02 * (name == BAD)")
+    quiet, noisy = measured(a, b, settings=replace(SETTINGS, most=9))
+    assert processes_of(quiet) == processes_of(noisy) == {GOOD: 3, BAD: 9}
+
+
+def test_a_side_that_imports_another_build_is_noticed(tmp_path: Path) -> None:
+    source = replace(fake(tmp_path), folder=str(tmp_path))
+    with pytest.raises(UserError, match="this: /elsewhere/flashmoe was imported, not the one in"):
+        measured(source)
+
+
+def test_on_a_gpu_the_next_worker_starts_ahead(tmp_path: Path) -> None:
+    (cases,) = measured(fake(tmp_path), settings=replace(SETTINGS, device="cuda"))
+    assert processes_of(cases) == {GOOD: 3, BAD: 3}
+
+
 @pytest.mark.parametrize("bad", [{"rounds": 0}, {"warmup": -1}, {"processes": 0}])
 def test_bad_settings(bad: dict[str, int]) -> None:
-    numbers = {"rounds": 1, "warmup": 0, "processes": 1, **bad}
-    with pytest.raises(UserError, match=f"{next(iter(bad))} must be at least"):
-        Settings("cpu", **numbers, seed=0, suite="quick")
+    name = next(iter(bad))
+    field = {"processes": "least"}.get(name, name)
+    with pytest.raises(UserError, match=f"{name} must be at least"):
+        replace(SETTINGS, **{field: bad[name]})
+    for field in ("precision", "budget"):
+        with pytest.raises(UserError, match=f"{field} must be positive, got 0"):
+            replace(SETTINGS, **{field: 0})
 
 
-def run_worker(*names: str, first: bool = True) -> list[dict[str, Any]]:
+def run_worker(*names: str, first: bool = True, **more: Any) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     job = {"cases": names, "device": "cpu", "rounds": 2, "warmup": 0, "seed": 0, "first": first}
+    job |= more
     worker.run(job, answers.append)
     return [answer for answer in answers if answer["event"] == "case"]
 
@@ -128,12 +213,22 @@ def test_a_case_is_checked_and_timed(name: str) -> None:
     directions = ["fwd", "bwd"] if name.startswith("fwdbwd") else ["fwd"]
     assert [plan["direction"] for plan in answer["plans"]] == directions
     assert all(plan["backend"] for plan in answer["plans"])
+    assert answer["sdpa_backend"] in ("flash_attention", "math")
+    assert answer["telemetry"] is None
+
+
+def test_options_choose_what_runs() -> None:
+    options = {GOOD: {"backend": "sdpa"}}
+    (answer,) = run_worker(GOOD, options=options)
+    assert answer["ours"]["status"] == "ok", answer
+    assert answer["plans"][0]["backend"] == "sdpa"
 
 
 @pytest.mark.parametrize("name", [GOOD, BAD, "fwdbwd-b1-h2-s40-d16-bfloat16"])
 def test_pieces_see_every_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """However the check cuts a case to fit in memory, one wrong element anywhere is found."""
     case = parse(name)
+    monkeypatch.setattr(workload, "_ORDERS", 1)
     for limit in (1 << 25, 1):
         monkeypatch.setattr(workload, "_MAX_SCORES", limit)
         load = workload.Workload(case, torch.device("cpu"), 0)
@@ -170,3 +265,18 @@ def test_a_yardstick_that_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
     (answer,) = run_worker(GOOD)
     assert answer["sdpa"]["status"] == "failed"
     assert answer["ours"]["status"] == "ok"
+
+
+def test_the_yardstick_alone(tmp_path: Path) -> None:
+    """Where ours does not build, SDPA's times are on record all the same."""
+    (answer,) = run_worker(GOOD, yardstick="the build failed")
+    assert (answer["ours"]["status"], answer["ours"]["reason"]) == ("failed", "the build failed")
+    assert len(answer["sdpa"]["samples"]) == 2
+    settings = replace(SETTINGS, least=1, most=1)
+    source = Source("this", job={"yardstick": "the build failed"})
+    (results,) = bench([parse(GOOD)], settings, "command", lambda line: None, sources=(source,))
+    files.save(results, tmp_path / "current.json")
+    (case,) = files.load(tmp_path / "current.json").cases
+    assert case.reason == "failed: the build failed"
+    assert [len(process) for process in case.sdpa.samples] == [4]
+    assert case.sdpa_backend

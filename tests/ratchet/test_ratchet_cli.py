@@ -12,8 +12,21 @@ import pytest
 import ratchet_synthetic as synthetic
 
 from flashmoe.ratchet import cli
-from flashmoe.ratchet.results import Results, load, save, slowed
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.files import load, save
+from flashmoe.ratchet.results import Results, slowed
 
+# The exit codes that each command's help documents.
+CODES = {
+    "bench": "012",
+    "gate": "01234",
+    "ab": "01234",
+    "static": "0124",
+    "selftest": "01234",
+    "trend": "02",
+    "profile": "023",
+    "sota": "02",
+}
 CASES = ("fwd-b1-h2-s64-d16-float32", "fwd-b1-h2-s96-d32-float32-causal")
 
 
@@ -26,7 +39,7 @@ def ratchet(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which two tiny cases were measured for real."""
     folder = tmp_path_factory.mktemp("measured")
-    options = ["--device", "cpu", "--rounds", "9", "--warmup", "3", "--processes", "3"]
+    options = ["--device", "cpu", "--rounds", "3", "--warmup", "1", "--processes", "3"]
     done = ratchet(folder, "bench", "--case", *CASES, *options)
     assert done.returncode == 0, done.stderr
     for name in CASES:
@@ -42,10 +55,11 @@ def test_bench_writes_everything(measured: Path) -> None:
     assert [case.name for case in results.cases] == list(CASES)
     assert results.command == (
         f"python -m flashmoe.ratchet bench --case {' '.join(CASES)} "
-        "--device cpu --rounds 9 --warmup 3 --processes 3"
+        "--device cpu --rounds 3 --warmup 1 --processes 3"
     )
     assert results.fingerprint.device
     assert results.duration > 0
+    assert len(results.run) == 32
     for case, data in zip(results.cases, raw["cases"], strict=True):
         assert [len(process) for process in case.ours.samples] == [3, 3, 3]
         assert data["ours"]["summary"]["efficiency"] > 0
@@ -53,10 +67,10 @@ def test_bench_writes_everything(measured: Path) -> None:
     assert str(measured) not in path.read_text()
 
 
-def steady(measured: Path, folder: Path) -> Results:
+def steady(measured: Path, folder: Path, seed: int = 0) -> Results:
     """The measured run with its noise taken out, so that its verdicts are certain."""
     run = load(measured / "results" / "current.json")
-    quiet = [synthetic.case(case.name, processes=3) for case in run.cases]
+    quiet = [synthetic.case(case.name, processes=3, seed=seed) for case in run.cases]
     cases = [
         replace(case, ours=calm.ours, sdpa=calm.sdpa)
         for case, calm in zip(run.cases, quiet, strict=True)
@@ -109,15 +123,27 @@ def test_gate_passes_fails_and_refuses(
     save(replace(run, cases=run.cases[1:]), Path("fewer.json"))
     code, out, _ = call(capsys, *gate, "fewer.json", "--update")
     assert code == 4
-    assert f"case missing from the current run: {CASES[0]}" in out
+    assert f"{CASES[0]}: missing from the current run" in out
     assert Path("baseline.json").read_bytes() == before
 
     save(slowed(run, CASES[1], 0.8), Path("faster.json"))
     code, out, _ = call(capsys, *gate, "faster.json", "--update")
     assert code == 0
+    assert f"1 cases improved ({CASES[1]}); bench once more and pass that file as --conf" in out
+    code, _, err = call(capsys, *gate, "faster.json", "--update", "--confirm", "faster.json")
+    assert code == 2
+    assert "a run cannot confirm itself" in err
+    assert Path("baseline.json").read_bytes() == before
+
+    save(slowed(steady(measured, tmp_path, 9), CASES[1], 0.81), Path("again.json"))
+    code, out, _ = call(capsys, *gate, "faster.json", "--update", "--confirm", "again.json")
+    assert code == 0
     assert "1 of 2 cases moved forward" in out
-    assert f"{CASES[1]}: speedup over SDPA +25.0 %" in out
+    assert f"{CASES[1]}: speedup over SDPA +23.5 %" in out
+    assert "confirmed after +25.0 %" in out
+    save(run, Path("current.json"))
     assert call(capsys, *gate, "current.json")[0] == 1
+    assert call(capsys, *gate, "again.json", "--update")[0] == 0
 
 
 def test_exit_codes_reach_the_shell(measured: Path, tmp_path: Path) -> None:
@@ -173,6 +199,8 @@ def test_a_folder_of_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["bench", "--device", "cuda:99"], "--device cuda:99 does not exist"),
         (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json"),
         (["gate", "absent.json", "--baseline", "x", "--threshold-fail", "3"], "threshold-fail"),
+        (["gate", "absent.json", "--baseline", "x", "--threshold", "a"], "threshold must look"),
+        (["gate", "absent.json", "--baseline", "x", "--confirm", "y"], "--confirm goes with --up"),
     ],
 )
 def test_bad_usage_is_2_in_one_line(
@@ -197,7 +225,7 @@ def test_usage_errors_are_2(arguments: list[str], capsys: pytest.CaptureFixture[
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize(("command", "codes"), [("bench", "012"), ("gate", "0124")])
+@pytest.mark.parametrize(("command", "codes"), [(name, CODES[name]) for name in cli.COMMANDS])
 def test_help_documents_exit_codes(
     command: str, codes: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,5 +239,7 @@ def test_help_documents_exit_codes(
 def test_the_stored_command_names_no_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     argv = ["bench", "--output", str(tmp_path / "a" / "b.json"), "--case", "x y"]
-    assert cli._command(argv) == ("python -m flashmoe.ratchet bench --output a/b.json --case 'x y'")
-    assert "/" not in cli._command(["bench", "--output", "/elsewhere/c.json"])
+    assert common.command(argv) == (
+        "python -m flashmoe.ratchet bench --output a/b.json --case 'x y'"
+    )
+    assert "/" not in common.command(["bench", "--output", "/elsewhere/c.json"])

@@ -11,25 +11,27 @@ from typing import Any
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet import results as module
+from flashmoe.ratchet import files, schema
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.results import CaseResult, Origin, Series
+from flashmoe.ratchet.results import CaseResult, Origin, Series, Telemetry, slowed
 
 
 def test_round_trip(tmp_path: Path) -> None:
     written = synthetic.results()
     first = written.cases[0]
     broken = CaseResult(first.case, Series("wrong", (), "out is off by 1"), Series("ok"))
-    moved = replace(written.cases[1], origin=Origin("2026", "python -m x", "abc"))
-    written = replace(written, cases=(broken, moved, written.cases[2]))
+    moved = replace(written.cases[1], origin=Origin("1f", "2026", "python -m x", "c0ffee", "abc"))
+    telemetry = Telemetry(1980, 3201, 51, 312.5, ("hw_thermal", "power_cap"), (0, 7))
+    hot = replace(written.cases[2], telemetry=(telemetry,), disturbed=0.1)
+    written = replace(written, cases=(broken, moved, hot))
     path = tmp_path / "new" / "folder" / "current.json"
-    module.save(written, path)
-    assert module.load(path) == written
+    files.save(written, path)
+    assert files.load(path) == written
     assert [p.name for p in path.parent.iterdir()] == ["current.json"]
 
 
 def test_derived_figures() -> None:
-    data = module.to_json(synthetic.results())
+    data = schema.to_json(synthetic.results())
     case = data["cases"][0]
     ours = case["ours"]["summary"]
     flops = 4 * 2 * 8 * 512 * 512 * 64
@@ -45,26 +47,26 @@ def test_derived_figures() -> None:
 
 def test_derived_figures_are_not_believed() -> None:
     """Editing a summary changes nothing: what is decided is decided from the samples."""
-    data = json.loads(json.dumps(module.to_json(synthetic.results())))
+    data = json.loads(json.dumps(schema.to_json(synthetic.results())))
     data["cases"][0]["speedup"] = [9.9, 9.8, 10.0]
-    assert module.from_json(data) == synthetic.results()
+    assert schema.from_json(data) == synthetic.results()
 
 
 def test_samples_stay_one_line_per_process(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    module.save(synthetic.results(), path)
+    files.save(synthetic.results(), path)
     assert len(path.read_text().splitlines()) < 300
 
 
 def test_slowed() -> None:
     name = synthetic.NAMES[1]
-    slow = module.slowed(synthetic.results(), name, 1.1)
+    slow = slowed(synthetic.results(), name, 1.1)
     for before, after in zip(synthetic.results().cases, slow.cases, strict=True):
         factor = after.ours.samples[2][3] / before.ours.samples[2][3]
         assert factor == pytest.approx(1.1 if before.name == name else 1.0)
         assert before.sdpa == after.sdpa
     with pytest.raises(UserError, match="no case 'x'"):
-        module.slowed(synthetic.results(), "x", 1.1)
+        slowed(synthetic.results(), "x", 1.1)
 
 
 def _set(*where: Any, value: Any) -> Callable[[Any], None]:
@@ -82,8 +84,8 @@ SAMPLES = ("cases", 0, "ours", "samples")
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_set("schema", value=2), "schema must be 1, got 2"),
-        (_set("cases", value=[]), "it has no cases"),
+        (_set("schema", value=1), "schema must be 2, got 1"),
+        (_set("cases", value=[]), "cases is empty: nothing was measured"),
         (_set("cases", value={}), "cases must be list, got dict"),
         (_set("cases", 0, value=7), r"cases\[0\]: expected an object with 'name', got int"),
         (_set("cases", 0, "name", value="x"), r"cases\[0\]: case must look like"),
@@ -110,16 +112,32 @@ SAMPLES = ("cases", 0, "ours", "samples")
 def test_damage_is_named_and_left_alone(
     tmp_path: Path, edit: Callable[[Any], None], message: str
 ) -> None:
-    data = json.loads(json.dumps(module.to_json(synthetic.results())))
+    data = json.loads(json.dumps(schema.to_json(synthetic.results())))
     edit(data)
     path = tmp_path / "current.json"
     path.write_text(json.dumps(data))
     before = path.read_bytes()
     with pytest.raises(UserError, match=message) as caught:
-        module.load(path)
+        files.load(path)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 1000, -2])
+def test_truncated_files_say_so(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "current.json"
+    files.save(synthetic.results(), path)
+    path.write_text(path.read_text()[:cut])
+    told = "the file is empty" if cut == 0 else "no whole JSON document"
+    with pytest.raises(UserError, match=rf"current\.json is damaged: {told}"):
+        files.load(path)
+
+
+def test_a_problem_may_gain_fields_later() -> None:
+    data = json.loads(json.dumps(schema.to_json(synthetic.results())))
+    del data["cases"][0]["problem"]["causal"]
+    assert schema.from_json(data) == synthetic.results()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "\x00", '{"schema": 1}', "[" * 9999])
@@ -127,19 +145,19 @@ def test_not_a_result_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "current.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"current\.json is damaged"):
-        module.load(path)
+        files.load(path)
 
 
 def test_unreadable(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*missing.json: No such file"):
-        module.load(tmp_path / "missing.json")
+        files.load(tmp_path / "missing.json")
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
-        module.load(binary)
+        files.load(binary)
 
 
 def test_unwritable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        module.save(synthetic.results(), tmp_path / "file" / "x.json")
+        files.save(synthetic.results(), tmp_path / "file" / "x.json")

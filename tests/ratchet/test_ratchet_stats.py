@@ -98,6 +98,47 @@ def test_speedup_and_median_values() -> None:
     assert stats.median(ours).value == 2.0
 
 
-def test_processes_needed() -> None:
-    assert stats.processes_needed(5, half_width=0.06, wanted=0.03) == 20
-    assert stats.processes_needed(5, half_width=0.03, wanted=0.03) == 6
+def test_processes_needed_makes_the_effect_detectable() -> None:
+    rng = np.random.default_rng(5)
+    change = stats.change(rng.normal(0, 0.03, 6), rng.normal(0, 0.03, 6))
+    wanted = stats.detectable(change, 0.01) / 2
+    needed = stats.processes_needed(6, change, wanted, 0.01)
+    # Four times as many halve the error; fewer do, for the t-distribution narrows as well.
+    assert 10 < needed < 24
+    assert stats.processes_needed(6, change, 1e-6, 0.01) == stats.MOST_PROCESSES
+    assert stats.processes_needed(6, change, 10.0, 0.01) == 7
+
+
+def test_a_detectable_effect_is_detected_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(6)
+    change = stats.change(rng.normal(0, 0.01, 400), rng.normal(0, 0.01, 400))
+    # The noise is known that well, so what is left to chance is the estimate.
+    effect = stats.detectable(change, 0.01)
+    found = sum(
+        stats.change(rng.normal(-effect, 0.01, 400), rng.normal(0, 0.01, 400)).p_below < 0.01
+        for _ in range(1000)
+    )
+    assert 0.92 <= found / 1000 <= 0.98
+
+
+def test_the_floor_is_what_same_against_same_exceeds_once_in_a_hundred() -> None:
+    rng = np.random.default_rng(7)
+    values = rng.normal(0, 0.01, 60)
+    floor = stats.effect_floor(values, 10)
+    differences = [
+        math.log(stats.change(rng.normal(0, 0.01, 10), rng.normal(0, 0.01, 10)).ratio.value)
+        for _ in range(3000)
+    ]
+    assert 0.002 <= np.mean(np.abs(differences) > floor) <= 0.03
+    assert stats.effect_floor(np.zeros(8), 4) == 0
+    # From fewer processes than two sides of that size, by the rule of standard errors.
+    assert stats.effect_floor(values[:12], 10) == pytest.approx(floor, rel=0.6)
+    with pytest.raises(ValueError, match="at least 2 processes, got 1"):
+        stats.effect_floor(np.zeros(1), 4)
+
+
+def test_half_width_is_that_of_the_t_interval() -> None:
+    x = np.random.default_rng(8).normal(0, 0.01, 4)  # too few to trim any
+    low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert stats.half_width(x) == pytest.approx((high - low) / 2)
+    assert stats.half_width(x[:1]) == math.inf

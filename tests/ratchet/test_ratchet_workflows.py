@@ -1,21 +1,33 @@
-"""The workflows: they parse, ask for little, and call commands that exist."""
+"""The workflows: they are valid, ask for little, and call commands that exist."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashmoe.ratchet import cli
+from flashmoe.ratchet import github, machine, runner
 
 yaml = pytest.importorskip("yaml")
 
-FOLDER = Path(__file__).resolve().parents[2] / ".github" / "workflows"
-OURS = ("ci", "gpu-ratchet", "comment")
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".github" / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yml"))
+# What each may write, over all its jobs.
+WRITES = {
+    "baseline": {"contents", "pull-requests"},
+    "comment": {"pull-requests"},
+    "wake": {"id-token"},
+    "wheels": {"contents"},
+}
+SCRIPTS = {"github.py": github, "machine.py": machine, "runner.py": runner}
 
 
 def load(name: str) -> dict[Any, Any]:
@@ -24,61 +36,131 @@ def load(name: str) -> dict[Any, Any]:
     return data
 
 
-def steps(workflow: dict[Any, Any]) -> Iterator[dict[str, Any]]:
-    for job in workflow["jobs"].values():
+def jobs(name: str) -> Iterator[dict[str, Any]]:
+    yield from load(name)["jobs"].values()
+
+
+def steps(name: str) -> Iterator[dict[str, Any]]:
+    for job in jobs(name):
         yield from job["steps"]
 
 
-@pytest.mark.parametrize("name", OURS)
+def test_all_are_here() -> None:
+    assert NAMES == ["baseline", "ci", "comment", "gpu-ratchet", "wake", "wheels"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_rights_and_limits(name: str) -> None:
     workflow = load(name)
-    writes = {scope for scope, right in workflow["permissions"].items() if right == "write"}
-    assert writes == ({"pull-requests"} if name == "comment" else set())
+    writes = set()
+    for rights in (workflow["permissions"], *(job.get("permissions", {}) for job in jobs(name))):
+        writes |= {scope for scope, right in rights.items() if right == "write"}
+    assert "write" not in workflow["permissions"].values()
+    assert writes == WRITES.get(name, set())
     assert workflow["concurrency"]["group"]
-    for job in workflow["jobs"].values():
-        assert job["timeout-minutes"] <= 60
-        assert "permissions" not in job
+    assert all(job["timeout-minutes"] <= 60 for job in jobs(name))
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_runner_never_holds_a_right_to_write(name: str) -> None:
+    for job in jobs(name):
+        if "self-hosted" in job["runs-on"]:
+            assert "write" not in job.get("permissions", {}).values()
+            assert job["environment"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_actions_are_pinned_and_keep_no_credentials(name: str) -> None:
-    for step in steps(load(name)):
-        if uses := step.get("uses"):
-            assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|[0-9a-f]{40})", uses)
-            if uses.startswith("actions/checkout@"):
-                assert step["with"]["persist-credentials"] is False
+    text = (FOLDER / f"{name}.yml").read_text()
+    for line in re.findall(r"uses: (.*)", text):
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)
+    for step in steps(name):
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_no_expression_is_pasted_into_a_script(name: str) -> None:
-    """What a pull request names (a branch, a title) reaches scripts as environment only."""
-    for step in steps(load(name)):
-        for script in (step.get("run", ""), step.get("with", {}).get("script", "")):
-            assert "${{" not in script
+@pytest.mark.parametrize("name", NAMES)
+def test_no_logic_and_no_expression_in_a_script(name: str) -> None:
+    """Each step is one command. What a pull request names (a branch, a title) reaches it as
+    environment only."""
+    for step in steps(name):
+        script = step.get("run", "").strip()
+        assert "${{" not in script
+        assert not re.search(r"\n|&&|\|\||;|\$\(|`|\bif\b", script)
+
+
+def test_scripts_are_ours_and_take_these_arguments() -> None:
+    found = set()
+    for name in NAMES:
+        for step in steps(name):
+            words = shlex.split(step.get("run", ""))
+            if "-I" not in words:
+                continue
+            script = Path(words[words.index("-I") + 1])
+            found.add(script.name)
+            help = subprocess.run(
+                [sys.executable, "-I", str(ROOT / script), "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            if script.name == "github.py":
+                command = words[words.index("-I") + 2]
+                assert command in help
+                help = subprocess.run(
+                    [sys.executable, "-I", str(ROOT / script), command, "--help"],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
+            for word in words[words.index("-I") + 2 :]:
+                assert not word.startswith("--") or word in help, (name, word)
+    assert found == set(SCRIPTS)
 
 
 def test_the_comment_checks_out_nothing_of_the_pull_request() -> None:
-    workflow = load("comment")
-    assert set(workflow[True]) == {"workflow_run"}  # YAML 1.1 reads the key `on` as true
-    checkouts = [s for s in steps(workflow) if s.get("uses", "").startswith("actions/checkout@")]
-    assert checkouts
-    assert all(not {"ref", "repository"} & set(step["with"]) for step in checkouts)
-
-
-def test_commands_exist() -> None:
-    found = 0
-    for step in steps(load("gpu-ratchet")):
-        words = shlex.split(step.get("run", ""))
-        if "flashmoe.ratchet" in words:
-            cli._parser().parse_args(words[words.index("flashmoe.ratchet") + 1 :])
-            found += 1
-    assert found == 2
+    for name in ("comment", "wake"):
+        assert "pull_request" not in load(name)[True]  # YAML 1.1 reads the key `on` as true
+        for step in steps(name):
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert not {"ref", "repository"} & set(step["with"])
 
 
 def test_changes_of_kernels_are_measured_and_kept() -> None:
     workflow = load("gpu-ratchet")
-    wanted = {"csrc/**", "flashmoe/backends/**", "setup.py", "CMakeLists.txt"}
+    wanted = {"csrc/**", "flashmoe/backends/**", "flashmoe/tiles.py", "setup.py", "CMakeLists.txt"}
     for event in ("pull_request", "push"):
         assert wanted <= set(workflow[True][event]["paths"])
-    (upload,) = (s for s in steps(workflow) if s.get("uses", "").startswith("actions/upload"))
+    (upload,) = (s for s in steps("gpu-ratchet") if s.get("uses", "").startswith("actions/upload"))
     assert upload["with"]["retention-days"] == 90
+    assert upload["with"]["name"] == github.ARTIFACT
+    assert f"results/{runner.REPORT}" in upload["with"]["path"].split()
+    assert runner.REPORT == github.MEMBER
+    assert set(machine.WORKFLOWS) == {"gpu-ratchet.yml", "baseline.yml"}
+
+
+def test_foreign_code_waits_for_approval() -> None:
+    (job,) = jobs("gpu-ratchet")
+    assert "head.repo.fork && 'gpu-fork'" in job["environment"]
+
+
+def test_zizmor_finds_nothing() -> None:
+    tool = shutil.which("zizmor", path=str(Path(sys.executable).parent)) or shutil.which("zizmor")
+    if tool is None:
+        pytest.skip("zizmor is not installed")
+    done = subprocess.run(
+        [tool, "--offline", "--no-progress", str(FOLDER)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_schema_holds() -> None:
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema is not installed")
+    command = [sys.executable, "-m", "check_jsonschema"]
+    files = [str(FOLDER / f"{name}.yml") for name in NAMES]
+    done = subprocess.run(
+        [*command, "--builtin-schema", "vendor.github-workflows", *files],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

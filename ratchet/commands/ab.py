@@ -1,0 +1,105 @@
+"""`ab`: build two commits, measure both in turns on one device, and decide as `gate` does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flashmoe.ratchet import builds
+from flashmoe.ratchet.bench import bench
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.commands.bench import add_budget, settings
+from flashmoe.ratchet.commands.gate import show
+from flashmoe.ratchet.cost import cost_line
+from flashmoe.ratchet.files import save, write_text
+from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION, decide
+from flashmoe.ratchet.outputs import add_reports, write_reports
+from flashmoe.ratchet.report import profile_targets
+from flashmoe.ratchet.suite import select
+
+HELP = "build two commits, measure both in turns on one device, and compare them"
+DESCRIPTION = """Build both commits in folders of their own and measure them in fresh processes that
+take turns in random order, each with SDPA as the yardstick. No baseline, no other day, no other
+machine: the strongest comparison there is."""
+EPILOG = """Exit codes: 0 pass; 1 a regression, or --head does not build; 2 bad usage, or --base
+does not build; 3 inconclusive; 4 not comparable."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", required=True, metavar="REF", help="what to compare with")
+    add(
+        "--head",
+        metavar="REF",
+        help="what to judge (default: the working tree, with changes of tracked files)",
+    )
+    common.add_cases(parser)
+    add_budget(parser)
+    common.add_thresholds(parser)
+    add_reports(parser)
+    add("--profile-targets", type=Path, help="write regressed and much improved cases here")
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/ab"),
+        metavar="FOLDER",
+        help="for base.json and head.json (default: %(default)s)",
+    )
+    add(
+        "--build-folder",
+        type=Path,
+        default=Path("build/ab"),
+        metavar="FOLDER",
+        help="builds, kept by commit (default: %(default)s)",
+    )
+    add(
+        "--build-only",
+        action="store_true",
+        help="build both and tell their commits; where there is no compiler or repository, ab then "
+        "takes those commits from a copy of the build folder",
+    )
+    common.add_price(parser)
+    common.add_device(parser)
+    common.add_debug(parser)
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = common.device(arguments.device)
+    cases = select(arguments.suite, torch.device(device).type, arguments.case)
+    chosen, thresholds = settings(arguments, device), common.thresholds(arguments)
+    base = builds.resolve(arguments.base)
+    head = builds.resolve(arguments.head) if arguments.head else builds.working_tree()
+    base_site = builds.build(base, arguments.build_folder)
+    try:
+        head_site = builds.build(head, arguments.build_folder)
+    except builds.BuildError as error:
+        print(f"ratchet failed: {' '.join(str(error).split())}")
+        return EXIT_REGRESSION
+    if arguments.build_only:
+        print(f"--base {base} --head {head}")
+        return EXIT_PASS
+    # One build for one commit: the same against itself has to pass.
+    sources = (builds.source("base", base_site), builds.source("head", head_site))
+    with common.progress(2 * len(cases) * chosen.least) as step:
+        old, new = bench(
+            cases,
+            chosen,
+            common.command(argv),
+            step,
+            sources=sources,
+            commits=(base, head),
+            debug=arguments.debug,
+        )
+    for name, results in (("base", old), ("head", new)):
+        save(results, arguments.output / f"{name}.json")
+    decision = decide(new, old, thresholds)
+    show(decision)
+    write_reports(arguments, decision, new, old)
+    if arguments.profile_targets:
+        targets = profile_targets(decision)
+        write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))
+    print(cost_line(old.duration + new.duration, arguments.price_per_hour))
+    return decision.exit_code

@@ -1,0 +1,126 @@
+"""`bench`: measure every case against SDPA, in several fresh processes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from flashmoe.ratchet import console
+from flashmoe.ratchet.bench import Settings, bench
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.cost import cost_line
+from flashmoe.ratchet.files import save
+from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION
+from flashmoe.ratchet.processes import Source
+from flashmoe.ratchet.revision import commit
+from flashmoe.ratchet.suite import select
+
+HELP = "measure every case against SDPA, in several fresh processes"
+DESCRIPTION = """Measure flash_attn_func as a user calls it against
+torch.nn.functional.scaled_dot_product_attention, interleaved, in several fresh processes, each case
+checked for correctness first."""
+EPILOG = """Exit codes: 0 every case measured; 1 a case gave wrong results or did not run (the file
+says why); 2 bad usage."""
+
+
+# On a CPU, processes differ more from each other, and rounds are slower.
+ROUNDS = {"cpu": 5, "cuda": 20}
+_WARMUP = {"cpu": 1, "cuda": 4}
+LEAST = {"cpu": 10, "cuda": 10}
+_MOST = {"cpu": 40, "cuda": 30}
+_PRECISION = {"cpu": 1.5, "cuda": 0.7}
+_BUDGET = {"cpu": 150.0, "cuda": 55.0}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    common.add_cases(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results/current.json"),
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--yardstick",
+        metavar="REASON",
+        help="measure SDPA alone, once, and note for every case that ours did not run for REASON",
+    )
+    add_budget(parser)
+    common.add_price(parser)
+    common.add_device(parser)
+    common.add_debug(parser)
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    def by_kind(values: Mapping[str, float]) -> str:
+        return "default: " + ", ".join(f"{value:g} on {kind}" for kind, value in values.items())
+
+    add = parser.add_argument
+    add("--rounds", type=int, help=f"timed rounds of a case in a process ({by_kind(ROUNDS)})")
+    add("--warmup", type=int, help=f"rounds before those ({by_kind(_WARMUP)})")
+    add(
+        "--processes",
+        type=int,
+        help="exactly so many fresh processes for each case, whatever the precision and the "
+        f"budget (default: as many as it takes, from {LEAST['cuda']} to {_MOST['cuda']} on cuda, "
+        f"from {LEAST['cpu']} to {_MOST['cpu']} on cpu)",
+    )
+    add(
+        "--precision",
+        type=float,
+        metavar="PERCENT",
+        help="a case is done when its speedup's 95%% interval reaches no further to either side "
+        f"({by_kind(_PRECISION)})",
+    )
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"no further processes after it ({by_kind(_BUDGET)})",
+    )
+
+
+def settings(arguments: argparse.Namespace, device: str) -> Settings:
+    kind = torch.device(device).type
+
+    def chosen(name: str, defaults: Mapping[str, float]) -> float:
+        value = getattr(arguments, name)
+        return defaults[kind] if value is None else value
+
+    fixed = arguments.processes
+    return Settings(
+        device,
+        int(chosen("rounds", ROUNDS)),
+        int(chosen("warmup", _WARMUP)),
+        LEAST[kind] if fixed is None else fixed,
+        _MOST[kind] if fixed is None else fixed,
+        chosen("precision", _PRECISION),
+        chosen("budget", _BUDGET) if fixed is None else math.inf,
+        arguments.seed,
+        "" if arguments.case else arguments.suite,
+    )
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = common.device(arguments.device)
+    cases = select(arguments.suite, torch.device(device).type, arguments.case)
+    chosen = settings(arguments, device)
+    source = Source("this", job={"yardstick": arguments.yardstick} if arguments.yardstick else {})
+    with common.progress(len(cases) * chosen.least) as step:
+        (results,) = bench(
+            cases,
+            chosen,
+            common.command(argv),
+            step,
+            sources=(source,),
+            commits=(commit(),),
+            debug=arguments.debug,
+        )
+    save(results, arguments.output)
+    common.stdout().print(console.results_table(results))
+    print(cost_line(results.duration, arguments.price_per_hour))
+    return EXIT_PASS if all(case.ok for case in results.cases) else EXIT_REGRESSION

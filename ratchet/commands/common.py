@@ -1,0 +1,138 @@
+"""What several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.suite import NAME_FORM, SUITES
+from flashmoe.ratchet.thresholds import Thresholds, with_cases
+
+PROGRAM = "flashmoe.ratchet"
+# Wide enough for every column, where the output is a file that does not wrap.
+_FILE_WIDTH = 160
+
+
+def add_cases(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--suite", choices=list(SUITES), default="quick", help="default: %(default)s")
+    add(
+        "--case",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="these cases instead of a suite: patterns such as '*-causal', or names of the form "
+        + NAME_FORM.replace("%", "%%"),
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--seed", type=int, default=0, help="of inputs and orders (default: %(default)s)")
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    help = "show tracebacks, and the workers' own output"
+    parser.add_argument("--debug", action="store_true", help=help)
+
+
+def add_price(parser: argparse.ArgumentParser) -> None:
+    help = "of the machine: tells the cost"
+    parser.add_argument("--price-per-hour", type=float, metavar="PRICE", help=help)
+
+
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    for name, value in (("fail", Thresholds().fail), ("improve", Thresholds().improve)):
+        add(
+            f"--threshold-{name}",
+            type=float,
+            default=value,
+            metavar="PERCENT",
+            help="default: %(default)s",
+        )
+    add(
+        "--threshold",
+        action="append",
+        default=[],
+        metavar="PATTERN=FAIL[/IMPROVE]",
+        help="for the cases a pattern names, such as 'fwd-b8-*=-5/+8'; the last that matches",
+    )
+
+
+def thresholds(arguments: argparse.Namespace) -> Thresholds:
+    return with_cases(arguments.threshold_fail, arguments.threshold_improve, arguments.threshold)
+
+
+def device(name: str | None) -> str:
+    """A device that exists; cuda where there is one and none was named."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if (found.index or 0) >= count:
+            raise UserError(f"--device {name} does not exist; there are {count} CUDA devices here")
+    return name
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command as it would be repeated elsewhere: no path of this machine in it."""
+    return shlex.join(["python", "-m", PROGRAM, *map(portable, argv)])
+
+
+def portable(argument: str) -> str:
+    if not os.path.isabs(argument):
+        return argument
+    relative = os.path.relpath(argument)
+    return os.path.basename(argument) if relative.startswith("..") else relative
+
+
+def stdout() -> Console:
+    wide = None if sys.stdout.isatty() else _FILE_WIDTH
+    return Console(width=wide, highlight=False)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; what is yielded is told each step as it begins."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=total)
+        begun = 0
+
+        def step(line: str) -> None:
+            nonlocal begun
+            bar.update(task, description=line, completed=begun, total=max(total, begun + 1))
+            begun += 1
+
+        yield step
+        bar.update(task, description="done", completed=begun)
+
+
+def existing(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise UserError(f"there is no {what} {path}")
+    return path

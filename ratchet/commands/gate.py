@@ -1,0 +1,119 @@
+"""`gate`: compare a measurement with the baseline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashmoe.device import slug
+from flashmoe.ratchet import baseline as baselines
+from flashmoe.ratchet import console
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.files import load, save, write_text
+from flashmoe.ratchet.gate import EXIT_BAD_INPUT, EXIT_INTEGRITY, IMPROVED, Decision, decide
+from flashmoe.ratchet.outputs import add_reports, write_reports
+from flashmoe.ratchet.report import profile_targets
+from flashmoe.ratchet.results import Results
+from flashmoe.ratchet.thresholds import Thresholds
+
+HELP = "compare a measurement with the baseline"
+DESCRIPTION = """Compare speedups over SDPA with the baseline's. The exact rule is in
+flashmoe.ratchet.gate (pydoc flashmoe.ratchet.gate)."""
+EPILOG = """Exit codes: 0 pass; 1 a regression, or a case that is wrong or does not run; 2 bad usage
+or input; 3 inconclusive: too noisy for the threshold, or the environment changed; 4 not comparable:
+cases missing or extra, another machine, software or SDPA backend than the baseline's, a throttled
+GPU."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("current", type=Path, help="what bench wrote")
+    add(
+        "--baseline",
+        type=Path,
+        required=True,
+        help="baseline file, or a folder with one DEVICE.json per device model",
+    )
+    common.add_thresholds(parser)
+    add_reports(parser)
+    add("--profile-targets", type=Path, help="write regressed and much improved cases here")
+    add(
+        "--update",
+        action="store_true",
+        help="move improved cases of the baseline forward, which takes a confirming run "
+        "(--confirm); without a baseline, create it",
+    )
+    add(
+        "--confirm",
+        type=Path,
+        metavar="FILE",
+        help="what a second bench of the same source wrote",
+    )
+    common.add_price(parser)
+    common.add_debug(parser)
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    thresholds = common.thresholds(arguments)
+    if arguments.confirm and not arguments.update:
+        raise UserError("--confirm goes with --update")
+    current = load(arguments.current)
+    path = baseline_path(arguments.baseline, current)
+    if not path.exists():
+        if not arguments.update:
+            raise UserError(f"there is no baseline {path}; the same command with --update makes it")
+        save(baselines.create(current), path)
+        print(f"created baseline {path} with {len(current.cases)} cases")
+    baseline = load(path)
+    decision = decide(current, baseline, thresholds)
+    show(decision)
+    write_reports(arguments, decision, current, baseline)
+    if arguments.profile_targets:
+        targets = profile_targets(decision)
+        write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))
+    if arguments.update:
+        print(updated(path, baseline, decision, thresholds, arguments.confirm))
+    return decision.exit_code
+
+
+def baseline_path(path: Path, current: Results) -> Path:
+    """Of this device's model, where `path` is a folder."""
+    return path / f"{slug(current.fingerprint.device)}.json" if path.is_dir() else path
+
+
+def show(decision: Decision) -> None:
+    out = common.stdout()
+    out.print(console.decision_table(decision))
+    for problem in decision.problems:
+        out.print(f"not comparable: {problem}", markup=False)
+    for note in decision.environment:
+        out.print(f"environment, not the kernel: {note}", markup=False)
+
+
+def updated(
+    path: Path,
+    baseline: Results,
+    decision: Decision,
+    thresholds: Thresholds,
+    confirm: Path | None,
+) -> str:
+    """Moves the baseline at `path`, where that is due, and tells what moved, or why nothing did."""
+    if decision.exit_code in (EXIT_BAD_INPUT, EXIT_INTEGRITY, 1):
+        return f"baseline {path} stays: the gate did not pass"
+    if confirm is None:
+        improved = [v.name for v in decision.named(IMPROVED)]
+        if not improved:
+            return f"baseline {path} stays: nothing improved"
+        return (
+            f"baseline {path} stays: {len(improved)} cases improved ({', '.join(improved)}); "
+            "bench once more and pass that file as --confirm"
+        )
+    confirming = load(confirm)
+    second = decide(confirming, baseline, thresholds)
+    moved_baseline, moved = baselines.forward(baseline, confirming, decision, second)
+    if moved:
+        save(moved_baseline, path)
+    lines = [f"baseline {path}: {len(moved)} of {len(baseline.cases)} cases moved forward"]
+    return "\n".join([*lines, *(f"  {line}" for line in moved)])

@@ -1,0 +1,88 @@
+"""`profile`: why a case got slower or faster, by Nsight Compute."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashmoe.ratchet import builds
+from flashmoe.ratchet.bench import THIS
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.files import write_text
+from flashmoe.ratchet.gate import EXIT_INCONCLUSIVE, EXIT_PASS
+from flashmoe.ratchet.ncu import CannotProfile, Profile, differences, profile
+from flashmoe.ratchet.suite import parse
+
+HELP = "explain regressed and improved cases by Nsight Compute"
+DESCRIPTION = """Profile one call of each case with `ncu --clock-control none`: this build's, or
+those of the two commits that `ab` compared, and tell what differs. A profile explains; the gate's
+verdict stands with or without it."""
+EPILOG = """Exit codes: 0 profiled; 2 bad usage; 3 counters are not permitted or ncu is missing,
+which is told with what to do about it."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--targets", type=Path, metavar="FILE", help="profile_targets.txt of gate or ab")
+    add("--case", nargs="+", action="extend", default=[], metavar="NAME", help="these as well")
+    add("--base", metavar="REF", help="what to compare with")
+    add("--head", metavar="REF", help="default: the working tree")
+    add("--build-folder", type=Path, default=Path("build/ab"), help="default: %(default)s")
+    add("--report", type=Path, metavar="FILE", help="add the findings to this Markdown report")
+    common.add_debug(parser)
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    names = [*arguments.case, *(targets(arguments.targets) if arguments.targets else [])]
+    names = [parse(name).name for name in dict.fromkeys(names)]
+    if not names:
+        text, code = "nothing to profile: no case regressed or improved much", EXIT_PASS
+    else:
+        text, code = _profiled(names, arguments)
+    print(text)
+    if arguments.report:
+        old = arguments.report.read_text(encoding="utf-8") if arguments.report.exists() else ""
+        write_text(arguments.report, f"{old}\n{text}\n" if old else f"{text}\n")
+    return code
+
+
+def targets(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _profiled(names: Sequence[str], arguments: argparse.Namespace) -> tuple[str, int]:
+    head, base = THIS, None
+    if arguments.base:
+        folder = arguments.build_folder
+        new = builds.resolve(arguments.head) if arguments.head else builds.working_tree()
+        base = builds.source("base", builds.build(builds.resolve(arguments.base), folder))
+        head = builds.source("head", builds.build(new, folder))
+    parts = ["### Profiles", ""]
+    try:
+        for name in names:
+            old = profile(name, base) if base else None
+            parts += section(name, old, profile(name, head))
+    except CannotProfile as why:
+        return f"### No profile\n\nThe gate's verdict stands; {why}.", EXIT_INCONCLUSIVE
+    return "\n".join(parts), EXIT_PASS
+
+
+def section(name: str, base: Profile | None, head: Profile) -> list[str]:
+    """Markdown: what differs, or all there is of one build."""
+    kernels = ", ".join(f"`{kernel}`" for kernel in head.kernels)
+    lines = ["<details>", f"<summary>{name}</summary>", "", f"Kernels: {kernels}", ""]
+    if base is None:
+        lines += ["| | |", "|:--|--:|"]
+        lines += [f"| {label} | {value:.4g} |" for label, value in head.values.items()]
+    else:
+        lines += ["| | base | head | |", "|:--|--:|--:|--:|"]
+        lines += [
+            f"| {label} | {a:.4g} | {b:.4g} | {100 * (b / a - 1) if a else float('inf'):+.0f} % |"
+            for label, a, b in differences(base, head)
+        ]
+    return [*lines, "", "</details>", ""]

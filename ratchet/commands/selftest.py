@@ -1,0 +1,170 @@
+"""`selftest`: does the gate see a slowdown, here and now?"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashmoe.ratchet.bench import bench
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.commands.bench import add_budget, settings
+from flashmoe.ratchet.commands.gate import show
+from flashmoe.ratchet.cost import cost_line
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.gate import (
+    EXIT_INCONCLUSIVE,
+    EXIT_INTEGRITY,
+    EXIT_PASS,
+    EXIT_REGRESSION,
+    FAIL,
+    Decision,
+    decide,
+)
+from flashmoe.ratchet.processes import Source
+from flashmoe.ratchet.results import Results
+from flashmoe.ratchet.suite import Case, select
+from flashmoe.ratchet.thresholds import Thresholds, percent
+from flashmoe.ratchet.worse import worse_tile
+
+HELP = "prove that the gate sees a known slowdown on this machine"
+DESCRIPTION = """Measure the same kernels three times over, in processes that take turns: as they
+are, as they are once more, and with one case delayed by a known share of its time, and, where a
+slower tile was compiled in, another case with that tile. The gate has to pass the second against
+the first, and to fail exactly the slowed cases of the third."""
+EPILOG = """Exit codes: 0 the gate sees it; 1 it raised a false alarm or missed the slowdown; 2 bad
+usage; 3 too noisy here to tell; 4 not comparable (a throttled GPU, for one)."""
+
+_CASES = {
+    "cpu": ("fwd-b4-h8-s128-d64-float32", "fwd-b1-h8k2-s512-d64-float32-causal"),
+    "cuda": (
+        "fwd-b4-h16-s2048-d128-bfloat16",
+        "fwd-b32-h8-s512-d64-bfloat16-causal",
+        "fwd-b2-h32k8-s4096-d128-bfloat16-causal",
+    ),
+}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    common.add_cases(parser)
+    add_budget(parser)
+    common.add_thresholds(parser)
+    parser.add_argument(
+        "--slowdown",
+        type=float,
+        metavar="PERCENT",
+        help="to inject (default: the fail threshold)",
+    )
+    common.add_price(parser)
+    common.add_device(parser)
+    common.add_debug(parser)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the gate said of the same kernels, and of the slowed ones."""
+
+    same: Decision
+    slowed: Decision
+    expected: frozenset[str]
+
+    @property
+    def exit_code(self) -> int:
+        if EXIT_INTEGRITY in (self.same.exit_code, self.slowed.exit_code):
+            return EXIT_INTEGRITY
+        if self.same.exit_code == EXIT_REGRESSION or self.unexpected:
+            return EXIT_REGRESSION
+        if self.same.exit_code == EXIT_INCONCLUSIVE:
+            return EXIT_INCONCLUSIVE
+        return EXIT_REGRESSION if self.missed else EXIT_PASS
+
+    @property
+    def failed(self) -> frozenset[str]:
+        return frozenset(v.name for v in self.slowed.named(FAIL))
+
+    @property
+    def missed(self) -> list[str]:
+        return sorted(self.expected - self.failed)
+
+    @property
+    def unexpected(self) -> list[str]:
+        return sorted(self.failed - self.expected)
+
+    def told(self) -> str:
+        if self.exit_code == EXIT_PASS:
+            return f"the gate fails on {', '.join(sorted(self.failed))}, and only there"
+        if self.exit_code == EXIT_REGRESSION:
+            if self.missed:
+                return f"the gate missed a slowdown: {', '.join(self.missed)}"
+            alarms = self.unexpected or [v.name for v in self.same.named(FAIL)]
+            return f"the gate raised a false alarm: {', '.join(alarms)}"
+        if self.exit_code == EXIT_INCONCLUSIVE:
+            return "too noisy for this threshold and budget: same against same is inconclusive"
+        return "the runs are not comparable"
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    device = common.device(arguments.device)
+    kind = torch.device(device).type
+    cases = select(arguments.suite, kind, arguments.case or _CASES[kind])
+    chosen, thresholds = settings(arguments, device), common.thresholds(arguments)
+    slowdown = -thresholds.fail if arguments.slowdown is None else arguments.slowdown
+    if not slowdown > 0:
+        raise UserError(f"slowdown must be positive, got {slowdown}")
+    slow, expected = _slow_source(cases, torch.device(device), slowdown, thresholds)
+    sources = (Source("base"), Source("same"), slow)
+    with common.progress(len(sources) * len(cases) * chosen.least) as step:
+        base, same, slowed = bench(
+            cases,
+            chosen,
+            common.command(argv),
+            step,
+            sources=sources,
+            commits=("",) * len(sources),
+            debug=arguments.debug,
+        )
+    outcome = Outcome(
+        decide(same, base, thresholds), decide(slowed, base, thresholds), frozenset(expected)
+    )
+    print(f"injected into {cases[0].name}: a delay of {slowdown:g} %")
+    for name, what in list(expected.items())[1:]:
+        print(f"injected into {name}: {what}")
+    for decision in (outcome.same, outcome.slowed):
+        show(decision)
+    print(_visible(outcome.same, base))
+    print(cost_line(3 * base.duration, arguments.price_per_hour))
+    print(f"selftest: {outcome.told()}")
+    return outcome.exit_code
+
+
+def _slow_source(
+    cases: Sequence[Case], device: torch.device, slowdown: float, thresholds: Thresholds
+) -> tuple[Source, dict[str, str]]:
+    """The source with its slowed cases, and what was done to each: the first is delayed; another,
+    if there is one with a tile that is slower by clearly more than the threshold, runs that."""
+    first, *others = cases
+    job: dict[str, Any] = {"slow": {first.name: slowdown}, "options": {}}
+    expected = {first.name: f"a delay of {slowdown:g} %"}
+    for case in others:
+        if found := worse_tile(case, device, 1 - 2 * thresholds.of(case.name).fail / 100):
+            job["options"] = {case.name: {"backend": found.backend, "tile": found.tile}}
+            expected[case.name] = f"tile {found.tile}, about {found.factor:.2f} times as slow"
+            break
+    return Source("slowed", job=job), expected
+
+
+def _visible(same: Decision, base: Results) -> str:
+    """The smallest slowdown that this budget sees 19 times of 20."""
+    seen = {v.name: v.detectable for v in same.verdicts if v.detectable is not None}
+    if not seen:
+        return "nothing was measured that could tell the smallest visible slowdown"
+    worst = max(seen, key=lambda name: seen[name])
+    processes = min(len(case.ours.samples) for case in base.cases)
+    least, most = (-percent(1 / factor) for factor in (min(seen.values()), seen[worst]))
+    return (
+        f"with {processes} processes, a slowdown is seen 19 times of 20 from {least:.1f} % in the "
+        f"quietest case to {most:.1f} % in {worst}"
+    )

@@ -1,0 +1,170 @@
+"""`sota`: compare with every implementation of attention that is installed, for a publication."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from flashmoe.device import Fingerprint, fingerprint, slug
+from flashmoe.ratchet import figures, providers
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.files import write_json, write_text
+from flashmoe.ratchet.revision import commit
+from flashmoe.ratchet.sota import OURS, Compared, as_json, compare, conclusion, geometric_mean
+from flashmoe.ratchet.suite import select
+from flashmoe.timing import Limits, measure_limits
+
+HELP = "compare with every implementation of attention that is installed, and write it up"
+DESCRIPTION = """Measure flashmoe and every other implementation found (SDPA's four backends,
+FlexAttention, flash-attn 2, 3 and 4, xFormers, FlashInfer) in the same process, interleaved, and
+write a document with tables, figures, raw samples and the command that repeats it."""
+EPILOG = "Exit codes: 0 done; 2 bad usage."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    common.add_cases(parser)
+    parser.set_defaults(suite="sota")
+    add = parser.add_argument
+    add("--rounds", type=int, default=100, help="default: %(default)s")
+    add(
+        "--output",
+        type=Path,
+        default=Path("docs/performance.md"),
+        help="the document; figures and JSON go into a folder of the same name "
+        "(default: %(default)s)",
+    )
+    common.add_device(parser)
+    common.add_debug(parser)
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    if arguments.rounds < 10:
+        raise UserError(f"rounds must be at least 10, got {arguments.rounds}")
+    device = torch.device(common.device(arguments.device))
+    cases = select(arguments.suite, device.type, arguments.case)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    limits = _limits(sorted({case.problem.dtype for case in cases}), device)
+    with common.progress(len(cases)) as step:
+        measured = compare(cases, device, limits, arguments.rounds, step)
+    prints, versions = fingerprint(device), providers.found()
+    folder = arguments.output.with_suffix("")
+    name = slug(prints.device)
+    write_json(
+        folder / f"{name}.json",
+        {
+            "started": started,
+            "command": common.command(argv),
+            "commit": commit(),
+            "fingerprint": prints.to_json(),
+            "versions": dict(versions),
+            "limits": {dtype: asdict(x) for dtype, x in limits.items()},
+            "cases": as_json(measured),
+        },
+    )
+    drawn = {"rates": figures.bars(measured)}
+    for dtype, limit in limits.items():
+        if some := [c for c in measured if c.case.problem.dtype == dtype]:
+            drawn[f"roofline-{dtype}"] = figures.roofline(some, limit)
+    for title, text in drawn.items():
+        write_text(folder / f"{name}-{title}.svg", text + "\n")
+    links = [f"{folder.name}/{name}-{title}.svg" for title in drawn]
+    text = document(measured, prints, versions, started, common.command(argv), links)
+    write_text(arguments.output, text)
+    print(text)
+    return 0
+
+
+def _limits(dtypes: Sequence[str], device: torch.device) -> dict[str, Limits]:
+    if device.type == "cpu":  # see worker._limits
+        return dict.fromkeys(dtypes, measure_limits(device, torch.float32))
+    return {dtype: measure_limits(device, getattr(torch, dtype)) for dtype in dtypes}
+
+
+def document(
+    measured: Sequence[Compared],
+    prints: Fingerprint,
+    versions: Mapping[str, str],
+    started: str,
+    command: str,
+    links: Sequence[str],
+) -> str:
+    """Markdown."""
+    names = [n for n in versions if any(c.row(n).samples for c in measured)]
+    lines = [
+        "# Performance",
+        "",
+        f"{prints.device}, driver {prints.driver or 'none'}, CUDA {prints.cuda or 'none'}, torch "
+        f"{prints.torch}, {started[:10]}. Each case: all implementations in one process, "
+        f"interleaved in an order drawn anew each round, {len(measured[0].row(OURS).samples)} "
+        "rounds, device time, L2 flushed, random data, results compared. Repeat it with",
+        "",
+        f"```sh\n{command}\n```",
+        "",
+        "Raw samples are in the JSON file beside the figures.",
+        "",
+        *(f"![{Path(link).stem}]({link})\n" for link in links),
+        "## Summary",
+        "",
+        "| | version | cases | flashmoe is faster | same | slower | speedup, geometric mean |",
+        "|:--|:--|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        rows = [c.row(name) for c in measured]
+        told = [conclusion(row) for row in rows if row.ratio]
+        if told:
+            mean = geometric_mean([row.ratio.value for row in rows if row.ratio])
+            counts = " | ".join(str(told.count(word)) for word in ("faster", "same", "slower"))
+            lines.append(f"| {name} | {versions[name]} | {len(told)} | {counts} | {mean:.2f} |")
+    absent = [n for n in versions if not versions[n]]
+    if absent:
+        lines += ["", f"Not installed here: {', '.join(absent)}."]
+    lines += [
+        "",
+        "## Cases",
+        "",
+        "Speedup of flashmoe: the other's time over ours, medians, 95 % intervals by bootstrap "
+        "over rounds; **bold** where it differs from 1 (Wilcoxon's signed-rank test, Holm over all "
+        "comparisons, 5 %). Efficiency: the time that the arithmetic or the traffic takes at the "
+        "rates measured in this run, over ours.",
+        "",
+        f"| case | ms | TFLOP/s | efficiency | W | {' | '.join(names)} |",
+        f"|:--|--:|--:|--:|--:|{'--:|' * len(names)}",
+    ]
+    lines += [_row(compared, names) for compared in measured]
+    failures = [
+        f"- {row.provider} in {compared.case.name}: {row.reason}"
+        for compared in measured
+        for row in compared.rows
+        if row.reason and row.reason != "not installed"
+    ]
+    if failures:
+        lines += ["", "<details>", "<summary>What did not run</summary>", "", *failures]
+        lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def _row(compared: Compared, names: Sequence[str]) -> str:
+    ours = compared.row(OURS)
+    cells = [f"`{compared.case.name}`"]
+    if ours.samples:
+        seconds = ours.median.value
+        rate = compared.case.flops / seconds * 1e-12
+        watts = "" if compared.watts is None else f"{compared.watts:.0f}"
+        efficiency = f"{compared.floor / seconds:.0%}"
+        cells += [f"{seconds * 1e3:.3f}", f"{rate:.3g}", efficiency, watts]
+    else:
+        cells += [ours.reason, "", "", ""]
+    for name in names:
+        ratio = compared.row(name).ratio
+        if ratio is None:
+            cells.append("")
+            continue
+        text = f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+        cells.append(text if conclusion(compared.row(name)) == "same" else f"**{text}**")
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,43 @@
+"""Where a decision is written to, and in which forms."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flashmoe.ratchet import history, report
+from flashmoe.ratchet.cost import cost_line
+from flashmoe.ratchet.files import write_json, write_text
+from flashmoe.ratchet.gate import Decision
+from flashmoe.ratchet.html import html
+from flashmoe.ratchet.junit import junit
+from flashmoe.ratchet.results import Results
+from flashmoe.ratchet.trend import sparklines
+
+
+def add_reports(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--report", type=Path, metavar="FILE", help="write a Markdown report here")
+    add("--history", type=Path, metavar="FILE", help="of trend: adds its lines to the report")
+    add("--html", type=Path, metavar="FILE", help="write a self-contained HTML report here")
+    add("--json", type=Path, metavar="FILE", help="write the decision here")
+    add("--junit", type=Path, metavar="FILE", help="write the decision here as JUnit XML")
+
+
+def write_reports(
+    arguments: argparse.Namespace, decision: Decision, current: Results, baseline: Results
+) -> None:
+    cost = cost_line(current.duration, arguments.price_per_hour)
+    if arguments.report:
+        trends = None
+        if arguments.history:
+            here = history.entry(current).environment
+            trends = sparklines(history.load(arguments.history), here)
+        text = report.markdown(decision, current, baseline, cost, trends)
+        write_text(arguments.report, text)
+    if arguments.html:
+        write_text(arguments.html, html(decision, current, baseline, cost))
+    if arguments.json:
+        write_json(arguments.json, report.as_json(decision))
+    if arguments.junit:
+        write_text(arguments.junit, junit(decision))

@@ -1,0 +1,155 @@
+"""Pictures as SVG text: small, without dependencies, readable on light and dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+GRAY = "#8b949e"
+COLOURS = {
+    "FAIL": "#d1242f",
+    "INTEGRITY": "#bc4c00",
+    "IMPROVED": "#1a7f37",
+    "INCONCLUSIVE": "#8b949e",
+    "PASS": "#0969da",
+}
+_FONT = "font-family='system-ui,sans-serif' font-size='12'"
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One line of a forest plot: an estimate with its interval, and the name of its colour."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    colour: str
+
+
+def forest(bars: Sequence[Bar], marks: Sequence[float], unit: str) -> str:
+    """Intervals below each other on one axis; `marks` are vertical lines, 0 is one of them. What
+    lies outside the middle part of the axis is cut off with an arrow."""
+    left, width, row = 380, 460, 24
+    span = 1.3 * max([abs(mark) for mark in marks] + [_reach(bar) for bar in bars])
+
+    def x(value: float) -> float:
+        return left + width * (min(max(value, -span), span) + span) / (2 * span)
+
+    height = row * len(bars) + 40
+    parts = []
+    for mark in (0.0, *marks):
+        dash = "" if mark == 0 else " stroke-dasharray='4 3'"
+        parts.append(
+            f"<line x1='{x(mark):.1f}' x2='{x(mark):.1f}' y1='4' y2='{height - 28}' "
+            f"stroke='{GRAY}'{dash}/>"
+        )
+        if mark:  # the solid line is 0, and has no room for a label between these
+            anchor = "end" if mark < 0 else "start"
+            parts.append(
+                f"<text x='{x(mark):.1f}' y='{height - 12}' text-anchor='{anchor}' fill='{GRAY}' "
+                f"{_FONT}>{mark:+g}{unit}</text>"
+            )
+    for i, bar in enumerate(bars):
+        y, colour = row * i + 16, COLOURS.get(bar.colour, GRAY)
+        parts.append(
+            f"<text x='{left - 12}' y='{y + 4}' text-anchor='end' fill='currentColor' {_FONT}>"
+            f"{escape(bar.label)}</text>"
+            f"<line x1='{x(bar.low):.1f}' x2='{x(bar.high):.1f}' y1='{y}' y2='{y}' "
+            f"stroke='{colour}' stroke-width='3' stroke-linecap='round'/>"
+            f"<circle cx='{x(bar.value):.1f}' cy='{y}' r='5' fill='{colour}'/>"
+            f"<text x='{left + width + 12}' y='{y + 4}' fill='{colour}' {_FONT}>"
+            f"{bar.value:+.1f}{unit}</text>"
+        )
+    return picture(left + width + 90, height, "".join(parts))
+
+
+def _reach(bar: Bar) -> float:
+    """How far a bar reaches, with no regard to very long intervals."""
+    return min(max(abs(bar.low), abs(bar.high)), 2 * abs(bar.value) + 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run of a series. `segment` numbers the environments; lines do not cross from one to the
+    next. `changed`: the series takes another level from here on."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    segment: int
+    changed: bool
+
+
+def series(title: str, points: Sequence[Point], reference: float = 1.0) -> str:
+    """One small picture: values over time with intervals, changes of level as triangles, changes of
+    environment as dashed lines, and a line at `reference`. Runs are evenly spaced."""
+    width, height, left, top, bottom = 440, 170, 44, 28, 16
+    lowest = min(reference, *(p.low for p in points))
+    highest = max(reference, *(p.high for p in points))
+    margin = 0.08 * (highest - lowest or 1.0)
+    lowest, highest = lowest - margin, highest + margin
+
+    def x(i: float) -> float:
+        return left + (width - left - 12) * (i + 0.5) / len(points)
+
+    def y(value: float) -> float:
+        return top + (height - top - bottom) * (highest - value) / (highest - lowest)
+
+    parts = [f"<text x='4' y='14' fill='currentColor' {_FONT}>{escape(title)}</text>"]
+    for value in (reference, points[-1].value):
+        parts.append(
+            f"<text x='{left - 6}' y='{y(value) + 4:.1f}' text-anchor='end' fill='{GRAY}' {_FONT}>"
+            f"{value:.2f}</text>"
+        )
+    parts.append(
+        f"<line x1='{left}' x2='{width - 8}' y1='{y(reference):.1f}' y2='{y(reference):.1f}' "
+        f"stroke='{GRAY}' stroke-width='0.5'/>"
+    )
+    for i, point in enumerate(points):
+        before = points[i - 1] if i else None
+        if before and before.segment != point.segment:
+            parts.append(
+                f"<line x1='{x(i - 0.5):.1f}' x2='{x(i - 0.5):.1f}' y1='{top}' "
+                f"y2='{height - bottom}' stroke='{GRAY}' stroke-dasharray='4 3'/>"
+            )
+        elif before:
+            parts.append(
+                f"<line x1='{x(i - 1):.1f}' y1='{y(before.value):.1f}' x2='{x(i):.1f}' "
+                f"y2='{y(point.value):.1f}' stroke='{COLOURS['PASS']}'/>"
+            )
+        parts.append(
+            f"<line x1='{x(i):.1f}' x2='{x(i):.1f}' y1='{y(point.low):.1f}' "
+            f"y2='{y(point.high):.1f}' stroke='{COLOURS['PASS']}' opacity='0.5' stroke-width='3'/>"
+            f"<circle cx='{x(i):.1f}' cy='{y(point.value):.1f}' r='2.5' fill='{COLOURS['PASS']}'>"
+            f"<title>{escape(point.label)}: {point.value:.3f}</title></circle>"
+        )
+        if point.changed and before:
+            colour = COLOURS["IMPROVED" if point.value > before.value else "FAIL"]
+            parts.append(
+                f"<path d='M {x(i):.1f} {height - bottom - 8} l 5 8 l -10 0 z' fill='{colour}'/>"
+            )
+    return picture(width, height, "".join(parts))
+
+
+def grid(pictures: Sequence[str], columns: int = 2) -> str:
+    """Pictures of one size beside and below each other, as one."""
+    if not pictures:
+        return picture(1, 1, "")
+    width, height = 440, 170
+    cells = "".join(
+        f"<g transform='translate({width * (i % columns)} {height * (i // columns)})'>{inner}</g>"
+        for i, inner in enumerate(pictures)
+    )
+    rows = -(-len(pictures) // columns)
+    return picture(width * min(columns, len(pictures)), height * rows, cells)
+
+
+def picture(width: float, height: float, content: str, title: str = "") -> str:
+    told = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' role='img' viewBox='0 0 {width:g} {height:g}' "
+        f"width='{width:g}' height='{height:g}'>{told}{content}</svg>"
+    )

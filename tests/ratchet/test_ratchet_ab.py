@@ -1,0 +1,230 @@
+"""Two commits built apart and compared; and the gate's proof of itself."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ratchet_synthetic as synthetic
+import torch
+
+from flashmoe.ratchet import builds, cli, slow, worse
+from flashmoe.ratchet.commands import ab, selftest
+from flashmoe.ratchet.commands.selftest import Outcome
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.gate import decide
+from flashmoe.ratchet.results import Results, slowed
+from flashmoe.ratchet.suite import parse
+from flashmoe.ratchet.thresholds import Thresholds
+
+NAME, OTHER, THIRD = synthetic.NAMES
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two commits of one file, and a change that is not committed."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "someone")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "someone@example.org")
+    run = lambda *words: subprocess.run(["git", *words], check=True, capture_output=True)  # noqa: E731
+    run("init", "-b", "main")
+    for text in ("one", "two"):
+        (folder / "file").write_text(text)
+        run("add", "file")
+        run("commit", "-m", text)
+    (folder / "file").write_text("three")
+    return folder
+
+
+def test_the_working_tree_is_built_without_touching_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[str] = []
+
+    def install(source: Path, site: Path) -> None:
+        installed.append((source / "file").read_text())
+        (site / "flashmoe").mkdir(parents=True)
+
+    monkeypatch.setattr(builds, "_install", install)
+    folder = tmp_path / "builds"
+    commits = [builds.resolve("main~1"), builds.resolve("main"), builds.working_tree()]
+    assert len(set(commits)) == 3
+    sites = [builds.build(commit, folder) for commit in commits]
+    assert installed == ["one", "two", "three"]
+    assert (repository / "file").read_text() == "three"
+    assert builds.build(commits[0], folder) == sites[0]
+    assert len(installed) == 3  # built once
+    for site in sites:
+        # The harness is this one, whatever the commit's own was.
+        assert (site / "flashmoe" / "ratchet" / "gate.py").exists()
+        assert (site / "flashmoe" / "timing.py").exists()
+    source = builds.source("base", sites[0])
+    assert source.folder == source.environment["PYTHONPATH"] == str(sites[0])
+    assert sites[0].parent in Path(source.environment["FLASHMOE_CACHE_DIR"]).parents
+
+
+def test_a_commit_that_is_none_is_bad_input(repository: Path) -> None:
+    with pytest.raises(UserError, match="git rev-parse"):
+        builds.resolve("nowhere")
+    with pytest.raises(UserError):
+        builds.resolve("--help")
+
+
+def test_a_build_that_fails_tells_why(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(builds.BuildError, match="does not build: "):
+        builds.build(builds.resolve("main"), tmp_path / "builds")
+
+
+class Fake:
+    """Pretends to build and to measure: `runs` are what bench gives, in the order of sources."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, *runs: Results) -> None:
+        self.sources: Sequence[Any] = ()
+
+        def bench(*_: Any, sources: Sequence[Any], **__: Any) -> tuple[Results, ...]:
+            self.sources = sources
+            return runs
+
+        monkeypatch.setattr(module, "bench", bench)
+
+
+@pytest.fixture
+def no_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(builds, "resolve", lambda ref: ref)
+    monkeypatch.setattr(builds, "working_tree", lambda: "tree")
+    monkeypatch.setattr(builds, "build", lambda commit, folder: tmp_path / commit / "site")
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.05, 1)])
+def test_ab_decides_as_the_gate_does(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    no_builds: None,
+    capsys: pytest.CaptureFixture[str],
+    factor: float,
+    code: int,
+) -> None:
+    base = synthetic.results(noise=0.002, processes=8)
+    head = slowed(synthetic.results(noise=0.002, processes=8, seed=30), NAME, factor)
+    fake = Fake(monkeypatch, ab, base, head)
+    command = ["ab", "--base", "main", "--device", "cpu", "--output", str(tmp_path / "out")]
+    targets = ["--profile-targets", str(tmp_path / "targets.txt")]
+    assert cli.main([*command, *targets, "--price-per-hour", "3.6"]) == code
+    assert [source.folder for source in fake.sources] == [
+        str(tmp_path / name / "site") for name in ("main", "tree")
+    ]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"base.json", "head.json"}
+    assert (tmp_path / "targets.txt").read_text() == (f"{NAME}\n" if code else "")
+    assert "at 3.6 an hour" in capsys.readouterr().out
+
+
+def test_builds_are_taken_along(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Built here, measured where there is neither a compiler nor a repository."""
+    monkeypatch.setattr(
+        builds, "_install", lambda source, site: (site / "flashmoe").mkdir(parents=True)
+    )
+    command = ["ab", "--device", "cpu", "--build-folder", str(tmp_path / "ab")]
+    assert cli.main([*command, "--base", "main~1", "--head", "main", "--build-only"]) == 0
+    told = capsys.readouterr().out.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builds, "_install", lambda *_: pytest.fail("it builds again"))
+    base = synthetic.results(noise=0.002, processes=8)
+    fake = Fake(monkeypatch, ab, base, base)
+    assert cli.main([*command, *told]) == 0
+    assert [Path(source.folder).parent.name for source in fake.sources] == told[1::2]
+
+
+@pytest.mark.parametrize(("broken", "code"), [("main", 2), ("tree", 1)])
+def test_a_head_that_does_not_build_fails_and_a_base_is_bad_input(
+    monkeypatch: pytest.MonkeyPatch,
+    no_builds: None,
+    capsys: pytest.CaptureFixture[str],
+    broken: str,
+    code: int,
+) -> None:
+    def build(commit: str, folder: Path) -> Path:
+        if commit == broken:
+            raise builds.BuildError(f"{commit} does not build: error: x")
+        return folder
+
+    monkeypatch.setattr(builds, "build", build)
+    assert cli.main(["ab", "--base", "main", "--device", "cpu"]) == code
+    captured = capsys.readouterr()
+    assert f"{broken} does not build: error: x" in captured.out + captured.err
+
+
+def outcome(same: Results, slow_run: Results, *expected: str) -> Outcome:
+    base = synthetic.results(noise=0.002, processes=8)
+    first, second = (decide(run, base, Thresholds()) for run in (same, slow_run))
+    return Outcome(first, second, frozenset(expected))
+
+
+def test_outcomes_of_a_selftest() -> None:
+    same = synthetic.results(noise=0.002, processes=8, seed=30)
+    slower = slowed(same, NAME, 1.06)
+    assert outcome(same, slower, NAME).exit_code == 0
+    missed = outcome(same, same, NAME)
+    assert (missed.exit_code, missed.told()) == (1, f"the gate missed a slowdown: {NAME}")
+    other = outcome(same, slowed(slower, OTHER, 1.06), NAME)
+    assert (other.exit_code, other.told()) == (1, f"the gate raised a false alarm: {OTHER}")
+    alarm = outcome(slowed(same, OTHER, 1.06), slower, NAME)
+    assert (alarm.exit_code, alarm.told()) == (1, f"the gate raised a false alarm: {OTHER}")
+    noisy = synthetic.results(noise=0.2, processes=8, seed=30)
+    assert outcome(noisy, slower, NAME).exit_code == 3
+    foreign = replace(same, fingerprint=replace(same.fingerprint, torch="2.14"))
+    assert outcome(foreign, slower, NAME).exit_code == 4
+
+
+def test_the_selftest_slows_one_case_and_says_what_it_sees(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(selftest, "worse_tile", lambda *_: None)
+    runs = [synthetic.results(noise=0.002, processes=8, seed=s) for s in (0, 30, 60)]
+    fake = Fake(monkeypatch, selftest, runs[0], runs[1], slowed(runs[2], NAME, 1.06))
+    command = ["selftest", "--device", "cpu", "--case", NAME, THIRD, "--slowdown", "6"]
+    assert cli.main(command) == 0
+    assert [source.job for source in fake.sources] == [
+        {},
+        {},
+        {"slow": {NAME: 6.0}, "options": {}},
+    ]
+    out = capsys.readouterr().out
+    assert f"selftest: the gate fails on {NAME}, and only there" in out
+    assert "with 8 processes, a slowdown is seen 19 times of 20 from" in out
+    assert cli.main([*command[:-1], "0"]) == 2
+
+
+def test_a_delay_takes_the_share_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(x * 0.25 for x in range(10**6))
+    monkeypatch.setattr(slow.time, "perf_counter", lambda: next(clock))
+    done: list[int] = []
+    call = slow.delayed(lambda: done.append(1), CPU, 400.0)
+    # Every look at the clock takes 0.25 s: the call 0.25 s, the delay four times that.
+    done.clear()
+    before = next(clock)
+    call()
+    assert done == [1]
+    assert 1.0 <= next(clock) - before <= 1.75
+    assert slow.delayed(call, CPU, 0) is call
+
+
+def test_a_worse_tile_is_a_real_one_and_slower() -> None:
+    case = parse("fwd-b1-h2-s256-d64-float32")
+    found = worse.worse_tile(case, CPU, 1.0)
+    if found is None:
+        pytest.skip("no tile is slower here")
+    assert found.factor > 1
+    assert found.tile.startswith("cpu:")

@@ -1,0 +1,135 @@
+"""The comparison with other implementations."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashmoe.ratchet import cli, figures, providers, sota
+from flashmoe.ratchet.providers import Provider
+from flashmoe.ratchet.sota import OURS, Compared, Row, conclusion, with_significance
+from flashmoe.ratchet.suite import SUITES, parse
+from flashmoe.timing import Limits
+
+CASES = ("fwd-b1-h2-s64-d16-float32-causal", "fwdbwd-b1-h4k2-s40-d24-float32")
+
+
+def test_suites_are_large_enough() -> None:
+    for names in SUITES["sota"].values():
+        assert len(names) >= 12
+        cases = [parse(name) for name in names]
+        assert any(case.backward for case in cases)
+        assert any(case.problem.seqlen_q == 1 for case in cases)
+        assert {case.problem.causal for case in cases} == {False, True}
+
+
+def made_up(**factors: float) -> list[Compared]:
+    """Two cases in which providers take `factors` times as long as we do, with 1 % noise."""
+    rng = np.random.default_rng(0)
+
+    def samples(factor: float) -> tuple[float, ...]:
+        return tuple(1e-3 * factor * np.exp(0.01 * rng.standard_normal(100)))
+
+    return with_significance(
+        [
+            Compared(
+                parse(name),
+                (
+                    *(Row(p, samples(f)) for p, f in {OURS: 1.0, **factors}.items()),
+                    Row("xformers", (), "not installed"),
+                ),
+                1e-4,
+                650.0,
+            )
+            for name in ("fwd-b2-h8-s512-d64-float32", "fwd-b2-h8-s4096-d64-float32")
+        ]
+    )
+
+
+def test_conclusions_need_significance() -> None:
+    measured = made_up(flex=1.2, **{"sdpa-flash": 1.0, "sdpa-cudnn": 0.9})
+    for compared in measured:
+        told = {row.provider: conclusion(row) for row in compared.rows}
+        assert told == {
+            OURS: "",
+            "flex": "faster",
+            "sdpa-flash": "same",
+            "sdpa-cudnn": "slower",
+            "xformers": "",
+        }
+        ratio = compared.row("flex").ratio
+        assert ratio is not None
+        assert ratio.value == pytest.approx(1.2, rel=0.01)
+
+
+def test_same_against_same_differs_almost_never() -> None:
+    found = [
+        conclusion(row)
+        for _ in range(10)
+        for compared in made_up(flex=1.0, **{"sdpa-flash": 1.0})
+        for row in compared.rows
+        if row.ratio
+    ]
+    assert set(found) == {"same"}
+
+
+def test_figures_are_pictures() -> None:
+    measured = made_up(flex=1.2, **{"sdpa-flash": 1.0})
+    for text, shape, count in (
+        (figures.bars(measured), "rect", 2 * 3 + 3),
+        (figures.roofline(measured, Limits(5e13, 2e12)), "circle", 2 * 3),
+    ):
+        drawn = ElementTree.fromstring(text)
+        assert len(drawn.findall(f".//{{http://www.w3.org/2000/svg}}{shape}")) == count
+        width, height = float(drawn.get("width", 0)), float(drawn.get("height", 0))
+        for element in drawn.iter():
+            for key, most in (("cx", width), ("cy", height), ("x", width), ("y", height)):
+                if key in element.attrib:
+                    assert -1 <= float(element.attrib[key]) <= most
+
+
+def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(case: object) -> providers.Attend:
+        return lambda q, k, v: q * 2
+
+    wrong = Provider("flex", "torch", "torch", True, make)
+    absent = Provider("xformers", "no-such-package", "no_such_module", False, make)
+    monkeypatch.setattr(sota, "PROVIDERS", (wrong, absent))
+    limits = {"float32": Limits(1e11, 1e10)}
+    (compared,) = sota.compare(
+        [parse(CASES[0])], torch.device("cpu"), limits, 10, lambda name: None
+    )
+    assert compared.row("flex").samples == ()
+    assert "out differs from ours" in compared.row("flex").reason
+    assert compared.row("xformers").reason == "not installed"
+    assert len(compared.row(OURS).samples) == 10
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = tuple(p for p in providers.PROVIDERS if p.name in ("sdpa-flash", "sdpa-math"))
+    monkeypatch.setattr(sota, "PROVIDERS", some)
+    monkeypatch.setattr(
+        "flashmoe.ratchet.commands.sota.measure_limits", lambda *_: Limits(1e11, 1e10)
+    )
+    document = tmp_path / "docs" / "performance.md"
+    command = ["sota", "--device", "cpu", "--case", *CASES, "--rounds", "10"]
+    # A provider in the list that was not measured is no row.
+    monkeypatch.setattr(providers, "PROVIDERS", some)
+    assert cli.main([*command, "--output", str(document)]) == 0
+    text = document.read_text()
+    assert "python -m flashmoe.ratchet sota --device cpu --case" in text
+    assert f"| `{CASES[0]}` |" in text
+    assert "| sdpa-flash | 2." in text
+    data = json.loads(next((tmp_path / "docs" / "performance").glob("*.json")).read_text())
+    assert [case["name"] for case in data["cases"]] == list(CASES)
+    assert len(data["cases"][0]["providers"]["sdpa-math"]["samples"]) == 10
+    for link in text.split("](")[1:]:
+        assert (document.parent / link.partition(")")[0]).exists()
+    assert cli.main(["sota", "--rounds", "9"]) == 2
