@@ -4,54 +4,74 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from optuna.storages import BaseStorage, InMemoryStorage
 
-from flashmoe.autotune.bench import Bench, DeviceBench
-from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, Decision, decide, speedup
-from flashmoe.autotune.race import AnchorFailed
-from flashmoe.autotune.result import Result, Watch
-from flashmoe.autotune.search import FINALISTS, Search, Trial, search
-from flashmoe.autotune.space import (
+from flashmoe.autotune import final
+from flashmoe.autotune.bench import Bench
+from flashmoe.autotune.candidate import (
     SDPA,
     Candidate,
-    Space,
     default_candidate,
     runs,
     searched_backends,
 )
+from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, speedup
+from flashmoe.autotune.final import Final
+from flashmoe.autotune.race import AnchorFailed
+from flashmoe.autotune.record import Record, open_study, study_name
+from flashmoe.autotune.result import Result, Watch
+from flashmoe.autotune.search import FINALISTS, Search, Trial, search
+from flashmoe.autotune.space import Space
+from flashmoe.autotune.suite import Group
 from flashmoe.backends import BACKENDS
-from flashmoe.database import Entry
+from flashmoe.database import Entry, nearest
 from flashmoe.device import Fingerprint, arch
-from flashmoe.plan import why_not
-from flashmoe.problem import Problem
 from flashmoe.stats import median_interval
 from flashmoe.tiles import Tile
 from flashmoe.timing import Measurement
 
-# A stored result holds while these agree; the rest of the fingerprint is for the reader.
+# A stored result holds while these agree, and trials share a study; the rest of the fingerprint is
+# for the reader.
 FINGERPRINT_FIELDS = ("device", "kernels", "torch", "triton", "cuda", "threads")
 # Of a problem's time, the largest share that is left to the final.
 _FINAL_SHARE = 0.35
-_FINAL_ROUNDS = 300
-_FINAL_WARMUP = 2
 _CONFIRM_ROUNDS = 100
 _CONFIRM_SECONDS = 6.0
+# How many winners of other buckets and devices are tried first.
+_TRANSFERRED = 4
 
-MakeBench = Callable[[Problem, torch.device, int], Bench]
+MakeBench = Callable[[Group], Bench]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to tune. `backend` limits the search; `trials` is in tiles a problem, `budget` in
-    seconds over all problems; `force` searches what is stored already."""
+    seconds over all problems; `sampler` is one of SAMPLERS (None: by what fits the time); `force`
+    searches what is stored already, in a new study; `study` begins the studies' names."""
 
     backend: str | None = None
     trials: int | None = None
     budget: float = 100.0
     seed: int = 0
     force: bool = False
+    sampler: str | None = None
+    study: str = "flashmoe"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to tune and what is known there: the device, its fingerprint, the entries that plans
+    use now by bucket, those of other device models, and the studies' storage."""
+
+    device: torch.device
+    fingerprint: Fingerprint
+    stored: Mapping[str, Entry] = field(default_factory=dict)
+    elsewhere: Sequence[Entry] = ()
+    storage: BaseStorage = field(default_factory=InMemoryStorage)
+    storage_name: str = ""
 
 
 class Unmeasurable(RuntimeError):
@@ -59,97 +79,122 @@ class Unmeasurable(RuntimeError):
 
 
 def tune(
-    problems: Sequence[Problem],
-    device: torch.device,
+    groups: Sequence[Group],
+    place: Place,
     options: Options,
-    stored: Mapping[str, Entry],
-    fingerprint: Fingerprint,
     watch: Watch,
     now: Callable[[], float],
-    make_bench: MakeBench = DeviceBench,
+    make_bench: MakeBench,
 ) -> Iterator[Result]:
-    """Results as they come, the cheapest problem first: the time it leaves goes to the others.
-
-    `stored` holds the entries that plans use now, by bucket; `now` is the clock of the budget.
-    """
+    """Results as they come, the cheapest group first: the time it leaves goes to the others, and
+    its winner is tried early by them. `now` is the clock of the budget."""
     deadline = now() + options.budget
-    order = sorted(problems, key=lambda problem: problem.flops)
-    for number, problem in enumerate(order):
-        watch.problem(problem, number + 1, len(order))
+    order = sorted(groups, key=lambda group: group.cost)
+    found: dict[str, Entry] = {}
+    for number, group in enumerate(order):
+        watch.problem(group.main, number + 1, len(order))
         start = now()
-        share = _weight(problem) / sum(map(_weight, order[number:]))
-        seconds = (deadline - start) * share
-        try:
-            entry = stored.get(problem.bucket)
-            tuning = _Tuning(problem, device, options, entry, fingerprint, watch, make_bench)
-            result = tuning.run(seconds)
-        except (AnchorFailed, Unmeasurable, NotImplementedError) as error:
-            result = Result(problem, "unmeasured", str(error).strip().split("\n")[0])
+        share = group.cost / sum(other.cost for other in order[number:])
+        result = _tune_one(
+            group, place, options, watch, found, start + (deadline - start) * share, make_bench
+        )
         result = dataclasses.replace(result, elapsed=now() - start)
+        if result.best is not None:
+            found[group.main.bucket] = result.entry(place.fingerprint, "")
         watch.result(result)
         yield result
 
 
-def _weight(problem: Problem) -> float:
-    """What a problem's tuning costs, in no unit: timing costs in proportion to its flops, checks
-    and compilation the same for all; the fourth root lies between."""
-    return float(max(problem.flops, 1.0) ** 0.25)
+def _tune_one(
+    group: Group,
+    place: Place,
+    options: Options,
+    watch: Watch,
+    found: Mapping[str, Entry],
+    deadline: float,
+    make_bench: MakeBench,
+) -> Result:
+    bench: Bench | None = None
+    try:
+        watch.stage("computing the reference")
+        try:
+            bench = make_bench(group)
+        except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
+            raise Unmeasurable(f"the inputs and the reference do not fit: {error}") from error
+        return _Tuning(group, place, options, watch, found, bench, deadline).run()
+    except (AnchorFailed, Unmeasurable, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        return Result(group.main, "unmeasured", reason, weight=sum(group.weights))
+    finally:
+        if bench is not None:
+            bench.close()
 
 
 class _Tuning:
-    """One problem on one device. `default` runs it untuned; the `anchor` is what all candidates
-    are compared with, the default unless that does not work; `stored` is in place if not None."""
+    """One group on one device. `default` runs it untuned; the `anchor` is what all candidates are
+    compared with, the default unless that does not work; `stored` is in place if not None."""
 
     def __init__(
         self,
-        problem: Problem,
-        device: torch.device,
+        group: Group,
+        place: Place,
         options: Options,
-        entry: Entry | None,
-        fingerprint: Fingerprint,
         watch: Watch,
-        make_bench: MakeBench,
+        found: Mapping[str, Entry],
+        bench: Bench,
+        deadline: float,
     ) -> None:
-        self._problem = problem
-        self._device = device
+        self._group = group
+        self._problem = group.main
+        self._place = place
+        self._device = place.device
         self._options = options
         self._watch = watch
+        self._found = found
+        self._bench = bench
+        self._deadline = deadline
         self._sample_seconds = 0.0
-        self._unverified: dict[Tile, Measurement] = {}
-        self._has_sdpa = not why_not("sdpa", problem, device)
-        self._backends = searched_backends(problem, device, options.backend)
-        self._default = default_candidate(problem, device)
-        watch.stage("computing the reference")
-        try:
-            self._bench = make_bench(problem, device, options.seed)
-        except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
-            raise Unmeasurable(f"the inputs and the reference do not fit: {error}") from error
+        self._late: dict[Tile, Measurement] = {}
+        self._record: Record | None = None
+        self._has_sdpa = self._everywhere(SDPA)
+        self._backends = searched_backends(self._problem, self._device, options.backend)
+        self._default = default_candidate(self._problem, self._device)
         self._anchor = self._working_anchor()
+        entry = place.stored.get(self._problem.bucket)
         self._stored = self._working_stored(entry)
         # Whether the entry was measured with this very software on this very device.
         self._current = (
             entry is not None
             and self._stored is not None
-            and not fingerprint.differences(dict(entry.fingerprint), FINGERPRINT_FIELDS)
+            and not place.fingerprint.differences(dict(entry.fingerprint), FINGERPRINT_FIELDS)
         )
-        self._same_problem = entry is not None and entry.problem == problem
+        self._same_problem = entry is not None and entry.problem == self._problem
 
-    def run(self, seconds: float) -> Result:
-        deadline = self._bench.now() + seconds
-        self._require_time(seconds)
-        if self._current and self._same_problem and not self._options.force:
+    def run(self) -> Result:
+        self._require_time()
+        fresh = self._options.force
+        if self._current and self._same_problem and not fresh:
             self._watch.stage("confirming what is stored")
-            limit = min(self._left(deadline), _CONFIRM_SECONDS)
-            decision, samples = self._final([], limit, _CONFIRM_ROUNDS)
-            if not decision.changed:
-                return self._result("confirmed", decision, samples, None)
-        final = self._sample_seconds * (_FINAL_ROUNDS + _FINAL_WARMUP) * (FINALISTS + 4)
-        left = self._left(deadline)
-        found = self._search(left - min(final, left * _FINAL_SHARE))
+            held = self._confirm()
+            if not held.decision.changed:
+                return self._result("confirmed", held, None)
+            fresh = True  # what the study says no longer holds
+        wanted = final.seconds_wanted(
+            self._sample_seconds, FINALISTS + 4, self._bench.fresh_seconds
+        )
+        left = self._left()
+        found = self._search(left - min(wanted, left * _FINAL_SHARE), fresh)
         self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
         self._watch.stage("measuring the finalists again")
-        decision, samples = self._final(found.contenders, self._left(deadline), _FINAL_ROUNDS)
-        return self._result("tuned" if decision.changed else "kept", decision, samples, found)
+        held = self._final(found.contenders)
+        result = self._result("tuned" if held.decision.changed else "kept", held, found)
+        if self._record is not None:
+            self._record.finish({"winner": str(result.best), "reason": result.reason})
+        return result
+
+    def _everywhere(self, candidate: Candidate) -> bool:
+        """Whether every problem of the group can run it here."""
+        return all(runs(candidate, problem, self._device) for problem in self._group.problems)
 
     def _working_anchor(self) -> Candidate:
         checked = self._checked(self._default)
@@ -168,7 +213,7 @@ class _Tuning:
         except ValueError:
             return None
         stored = Candidate(entry.backend, tile)
-        if not runs(stored, self._problem, self._device):
+        if not self._everywhere(stored):
             return None
         return stored if self._checked(stored).status == "ok" else None
 
@@ -179,75 +224,99 @@ class _Tuning:
         prepared = self._bench.prepare(candidate)
         return self._bench.verify(candidate) if prepared.status == "ok" else prepared
 
-    def _left(self, deadline: float) -> float:
-        return max(deadline - self._bench.now(), 0.0)
+    def _left(self) -> float:
+        return max(self._deadline - self._bench.now(), 0.0)
 
-    def _require_time(self, seconds: float) -> None:
+    def _require_time(self) -> None:
         """Raise Unmeasurable unless a final of the anchor, twice, with two others fits."""
         start = self._bench.now()
         self._bench.measure({"once": self._anchor}, rounds=1, warmup=0)
         self._sample_seconds = self._bench.now() - start
-        needed = 4 * self._final_seconds()
-        if needed > seconds:
+        needed = 4 * final.seconds_needed(self._sample_seconds)
+        if needed > self._left():
             raise Unmeasurable(
                 f"a comparison takes about {needed:.1f} s, and the budget leaves "
-                f"{max(seconds, 0.0):.1f} s for this problem; raise --budget"
+                f"{self._left():.1f} s for this problem; raise --budget"
             )
 
-    def _final_seconds(self) -> float:
-        """What one candidate costs in the shortest final that may change anything."""
-        return self._sample_seconds * (MIN_ROUNDS + _FINAL_WARMUP)
-
-    def _search(self, seconds: float) -> Search:
+    def _search(self, seconds: float, fresh: bool) -> Search:
         here = arch(self._device)
         backends = [BACKENDS[name] for name in self._backends]
-        defaults = [backend.default_tile(self._problem, here) for backend in backends]
-        if self._stored is not None:
-            defaults.append(self._stored.tile)
-        first = [tile for tile in defaults if tile and tile.backend in self._backends]
         tiles = [tile for backend in backends for tile in backend.tiles(self._problem, here)]
-        if not tiles:
+        defaults = [backend.default_tile(self._problem, here) for backend in backends]
+        legal = [
+            tile
+            for tile in [*tiles, *filter(None, defaults)]
+            if self._everywhere(Candidate.of_tile(tile))
+        ]
+        first = [tile for tile in [*defaults, *self._known_good()] if tile in legal]
+        if not legal:
             return Search((), (), "", 0)
         self._watch.stage("searching")
+        facts = {name: getattr(self._place.fingerprint, name) for name in FINGERPRINT_FIELDS}
+        label = " + ".join(problem.label for problem in self._group.problems)
+        study = open_study(
+            self._place.storage,
+            study_name(self._options.study, label, {**facts, "anchor": str(self._anchor)}),
+            {**facts, "problem": self._problem.to_json(), "anchor": str(self._anchor)},
+            fresh=fresh,
+        )
+        space = Space(legal)
+        self._record = Record(study, space)
         return search(
-            Space([*tiles, *first]),
+            space,
             self._bench,
             self._anchor,
             first,
+            self._record,
             seconds=seconds,
             trials=self._options.trials,
+            sampler=self._options.sampler,
             seed=self._options.seed,
             watch=self._watch.trials,
         )
 
-    def _final(
-        self, contenders: Sequence[Candidate], seconds: float, rounds: int
-    ) -> tuple[Decision, dict[str, tuple[float, ...]]]:
-        """Fresh samples of the finalists, the anchor (twice), what is stored, and SDPA."""
-        deadline = self._bench.now() + seconds
-        rivals = [self._stored] if self._stored is not None else []
-        rivals += [SDPA] if self._has_sdpa else []
-        # Two of the field are the anchor; fewer finalists if they would leave too few rounds.
-        room = int(seconds / self._final_seconds()) - 2 - len(rivals)
-        rivals += self._finalists(contenders, min(max(room, 1), FINALISTS))
-        field = {AGAIN: self._anchor, str(self._anchor): self._anchor}
-        field |= {str(candidate): candidate for candidate in rivals}
-        measured = self._bench.measure(
-            field, rounds=rounds, warmup=_FINAL_WARMUP, max_seconds=self._left(deadline)
+    def _known_good(self) -> Iterator[Tile]:
+        """What is stored, and the winners of neighbouring buckets and of other devices."""
+        if self._stored is not None and self._stored.tile is not None:
+            yield self._stored.tile
+        here = {**self._place.stored, **self._found}
+        related = nearest(here, self._problem)
+        related += nearest({str(n): e for n, e in enumerate(self._place.elsewhere)}, self._problem)
+        names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in related)
+        for name in list(filter(None, names))[:_TRANSFERRED]:
+            try:
+                yield Tile.parse(name)
+            except ValueError:
+                continue  # of another version
+
+    def _confirm(self) -> Final:
+        rivals = [SDPA] if self._has_sdpa else []
+        deadline = self._bench.now() + min(self._left(), _CONFIRM_SECONDS)
+        return final.hold(
+            self._bench,
+            self._anchor,
+            self._stored,
+            rivals,
+            deadline,
+            rounds=_CONFIRM_ROUNDS,
+            processes=0,
         )
-        for name in (str(self._anchor), AGAIN):
-            if measured[name].status != "ok":
-                raise AnchorFailed(f"{self._anchor} failed: {measured[name].reason}")
-        samples = {
-            # To the nanosecond: the database need not carry more.
-            name: tuple(round(seconds, 9) for seconds in m.samples)
-            for name, m in measured.items()
-            if m.status == "ok"
-        }
-        in_place = self._stored or self._anchor
-        base = in_place if str(in_place) in samples else self._anchor
-        alive = [c for c in (self._anchor, *rivals) if str(c) in samples]
-        return decide(samples, base, self._anchor, alive), samples
+
+    def _final(self, contenders: Sequence[Candidate]) -> Final:
+        """The anchor (twice), what is stored, SDPA, and the best contenders."""
+        rivals = [SDPA] if self._has_sdpa else []
+        # Two of the field are the anchor; fewer finalists if they would leave too few rounds.
+        others = 2 + len(rivals) + (self._stored is not None)
+        room = int(self._left() / final.seconds_needed(self._sample_seconds)) - others
+        rivals += self._finalists(contenders, min(max(room, 1), FINALISTS))
+        least = final.seconds_needed(self._sample_seconds) * (others + len(rivals))
+        processes = final.PROCESSES
+        while processes and processes * (self._bench.fresh_seconds + least / 2) > self._left():
+            processes -= 1
+        return final.hold(
+            self._bench, self._anchor, self._stored, rivals, self._deadline, processes=processes
+        )
 
     def _finalists(self, contenders: Sequence[Candidate], count: int) -> list[Candidate]:
         """The fastest contenders that also pass the check with odd sizes and guarded memory."""
@@ -259,22 +328,17 @@ class _Tuning:
             if verified.status == "ok":
                 finalists.append(candidate)
             elif candidate.tile is not None:
-                self._unverified[candidate.tile] = verified
+                self._late[candidate.tile] = verified
         return finalists
 
-    def _result(
-        self,
-        status: str,
-        decision: Decision,
-        samples: dict[str, tuple[float, ...]],
-        found: Search | None,
-    ) -> Result:
+    def _result(self, status: str, held: Final, found: Search | None) -> Result:
+        decision, samples = held.decision, held.samples
         best = decision.winner
         if found is not None:
             trials = [
                 Trial(t.tile, late.status, None, late.reason) if late else t
                 for t in found.trials
-                for late in [self._unverified.get(t.tile)]
+                for late in [self._late.get(t.tile)]
             ]
             found = dataclasses.replace(found, trials=tuple(trials))
         return Result(
@@ -290,10 +354,13 @@ class _Tuning:
             speedup_sdpa=speedup(samples, best, SDPA) if str(SDPA) in samples else None,
             noise=decision.noise,
             tile_with_lse=str(decision.tile) if best == SDPA and decision.tile else "",
+            runner_up=str(decision.runner_up or ""),
             samples=samples,
             search=found,
             # Too few rounds decide nothing that is worth keeping.
             # What holds with this software stays as it is; what was found with another is renewed.
             store=status == "tuned"
             or (status == "kept" and not self._current and len(samples[AGAIN]) >= MIN_ROUNDS),
+            storage=self._place.storage_name,
+            weight=sum(self._group.weights),
         )

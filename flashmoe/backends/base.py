@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,16 @@ class Backend(Protocol):
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv from the forward's out and softmax_lse; the same bits every time."""
+        ...
+
+
+@runtime_checkable
+class Precompiles(Protocol):
+    """A backend that compiles tiles on the user's machine has this, too."""
+
+    def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
+        """Compile what forward needs to run contiguous tensors of `problem` with `tile`, into a
+        cache that other processes read. Runs no kernel."""
         ...
 
 

@@ -1,0 +1,61 @@
+"""What may run a problem: a backend with a tile, and which of them can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashmoe.backends import BACKENDS
+from flashmoe.device import arch
+from flashmoe.plan import Plan, heuristic, why_not
+from flashmoe.problem import Problem
+from flashmoe.tiles import Tile
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a problem: a backend, with a tile unless it has none."""
+
+    backend: str
+    tile: Tile | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.tile is None else str(self.tile)
+
+    @classmethod
+    def of_tile(cls, tile: Tile) -> Candidate:
+        return cls(tile.backend, tile)
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Candidate:
+        return cls(plan.backend, plan.tile)
+
+
+SDPA = Candidate("sdpa")
+
+
+def default_candidate(problem: Problem, device: torch.device) -> Candidate:
+    """What runs `problem` untuned. Raises NotImplementedError when nothing does."""
+    return Candidate.of_plan(heuristic(problem, device))
+
+
+def searched_backends(problem: Problem, device: torch.device, backend: str | None) -> list[str]:
+    """The backends whose tiles are searched: `backend`, or every one that runs `problem` here,
+    except Triton's interpreter, which is never fast."""
+    names = [backend] if backend else list(BACKENDS)
+    return [
+        name
+        for name in names
+        if not why_not(name, problem, device)
+        and (backend or not (name == "triton" and device.type == "cpu"))
+        and BACKENDS[name].tiles(problem, arch(device))
+    ]
+
+
+def runs(candidate: Candidate, problem: Problem, device: torch.device) -> bool:
+    """Whether a candidate that was stored elsewhere or earlier is legal here."""
+    name = candidate.backend
+    if name not in BACKENDS or why_not(name, problem, device):
+        return False
+    return not BACKENDS[name].rejects(candidate.tile, problem, arch(device))
