@@ -119,10 +119,6 @@ class Child:
             self._up = True
             self.receive(patience)
 
-    def answered(self) -> bool:
-        """Whether receive() would return at once."""
-        return bool(self._connection.poll(0))
-
     def close(self) -> None:
         """End the process, whatever it is doing."""
         if self._open:
@@ -163,7 +159,7 @@ class Child:
 
 def _has_fd(stream: Any) -> bool:
     try:
-        return stream.fileno() >= 0
+        return int(stream.fileno()) >= 0
     except (AttributeError, OSError, ValueError):
         return False
 

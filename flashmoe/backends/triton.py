@@ -130,6 +130,31 @@ class TritonBackend:
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
 
+    def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
+        """Into Triton's own cache on disk. Tensors of the problem's shape are allocated, for their
+        strides and alignment are compiled in."""
+        from flashmoe.backends.triton_fwd import attention_forward
+
+        def empty(seqlen: int, heads: int) -> Tensor:
+            shape = (problem.batch, seqlen, heads, problem.head_dim)
+            return torch.empty(shape, dtype=getattr(torch, problem.dtype), device=device)
+
+        q = empty(problem.seqlen_q, problem.heads_q)
+        k, v = (empty(problem.seqlen_kv, problem.heads_kv) for _ in range(2))
+        attention_forward(
+            q,
+            k,
+            v,
+            float(problem.head_dim**-0.5),
+            problem.causal,
+            block_m=tile.block_m,
+            block_n=tile.block_n,
+            num_stages=tile.num_stages,
+            num_warps=tile.num_warps,
+            use_tma=tile.tma,
+            launch=False,
+        )
+
     def forward(
         self,
         q: Tensor,

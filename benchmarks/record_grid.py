@@ -1,0 +1,150 @@
+"""Times every legal tile of several forward problems and keeps the raw samples, once.
+
+    python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h200.json --seconds 150
+
+The file is what the tuner's tests replay as a simulated device (tests/autotune/autotune_replay.py).
+Each tile is checked first, then timed interleaved with the default tile in batches, so every sample
+has a partner of the default from the same round. A tile that is wrong or fails is recorded as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashmoe import Problem, Tile, device, tiles
+from flashmoe.autotune.candidate import SDPA, Candidate, searched_backends
+from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.suite import Group
+from flashmoe.backends import BACKENDS
+
+SCHEMA = 1
+ROUNDS = 32
+BATCH = 8
+GPU_PROBLEMS = (
+    Problem(32, 8, 8, 512, 512, 64, "bfloat16"),
+    Problem(2, 32, 32, 4096, 4096, 64, "bfloat16", causal=True),
+    Problem(8, 16, 16, 1024, 1024, 128, "bfloat16"),
+    Problem(2, 16, 16, 4096, 4096, 128, "bfloat16"),
+    Problem(2, 16, 16, 4096, 4096, 128, "bfloat16", causal=True),
+    Problem(4, 32, 8, 2048, 2048, 128, "bfloat16", causal=True),
+    Problem(1, 16, 16, 4096, 4096, 256, "bfloat16"),
+)
+CPU_PROBLEMS = (
+    Problem(1, 8, 8, 256, 256, 64, "float32"),
+    Problem(1, 8, 8, 256, 256, 64, "float32", causal=True),
+    Problem(1, 4, 4, 512, 512, 64, "float32"),
+    Problem(1, 4, 1, 512, 512, 64, "float32", causal=True),
+    Problem(1, 2, 2, 512, 512, 128, "float32"),
+    Problem(4, 8, 8, 128, 128, 32, "float32"),
+)
+# Denser than the backend's own grid: the kernel takes any tile.
+CPU_TILES = tiles.grid(
+    "cpu",
+    block_m=(32, 48, 64, 96, 128, 192, 256, 384, 512),
+    block_n=(32, 48, 64, 96, 128, 192, 256),
+)
+
+
+def grid_of(problem: Problem, here: torch.device) -> list[Tile]:
+    """Every legal tile, the default first."""
+    arch = device.arch(here)
+    names = searched_backends(problem, here, None)
+    found = [BACKENDS[name].default_tile(problem, arch) for name in names]
+    found += [tile for name in names for tile in BACKENDS[name].tiles(problem, arch)]
+    if here.type == "cpu":
+        found += [tile for tile in CPU_TILES if not tile.violations(arch, problem)]
+    return [tile for tile in dict.fromkeys(found) if tile is not None]
+
+
+def record(problem: Problem, processes: Processes, deadline: float) -> dict[str, Any]:
+    grid = grid_of(problem, processes.device)
+    default = grid[0]
+    anchor = Candidate.of_tile(default)
+    rows: dict[str, Any] = {}
+    bench = IsolatedBench(Group((problem,), (1.0,)), processes, seed=0, patience=60.0)
+    try:
+        candidates = [*map(Candidate.of_tile, grid), SDPA]
+        bench.precompile(candidates)
+        for start in range(0, len(candidates), BATCH):
+            batch = []
+            for candidate in candidates[start : start + BATCH]:
+                if bench.now() > deadline:
+                    break
+                checked = bench.prepare(candidate)
+                if checked.status == "ok":
+                    batch.append(candidate)
+                else:
+                    rows[str(candidate)] = {"status": checked.status, "reason": checked.reason}
+            if not batch:
+                continue
+            field = {"anchor": anchor, **{str(candidate): candidate for candidate in batch}}
+            measured = bench.measure(field, rounds=ROUNDS, warmup=2)
+            anchor_us = _microseconds(measured["anchor"].samples)
+            for candidate in batch:
+                found = measured[str(candidate)]
+                rows[str(candidate)] = (
+                    {"us": _microseconds(found.samples), "anchor_us": anchor_us}
+                    if found.status == "ok"
+                    else {"status": found.status, "reason": found.reason}
+                )
+    finally:
+        bench.close()
+    return {
+        "problem": problem.to_json(),
+        "default": str(default),
+        "legal": len(grid),
+        "tiles": rows,
+    }
+
+
+def _microseconds(samples: tuple[float, ...]) -> list[float]:
+    return [round(seconds * 1e6, 2) for seconds in samples]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=150.0, help="for all problems together")
+    args = parser.parse_args()
+    here = torch.device(args.device)
+    if here.type == "cuda" and here.index is None:
+        here = torch.device("cuda", torch.cuda.current_device())
+    problems = GPU_PROBLEMS if here.type == "cuda" else CPU_PROBLEMS
+    start = time.perf_counter()
+    processes = Processes(here)
+    found = []
+    try:
+        for number, problem in enumerate(problems):
+            now = time.perf_counter()
+            left = start + args.seconds - now
+            row = record(problem, processes, now + left / (len(problems) - number))
+            timed = sum("us" in tile for tile in row["tiles"].values())
+            print(
+                f"{problem.label}: {timed} of {row['legal']} tiles and sdpa in "
+                f"{time.perf_counter() - now:.0f} s",
+                flush=True,
+            )
+            found.append(row)
+    finally:
+        processes.close()
+    data = {
+        "schema": SCHEMA,
+        "fingerprint": device.fingerprint(here).to_json(),
+        "command": f"python benchmarks/record_grid.py --device {args.device}",
+        "problems": found,
+    }
+    args.output.write_text(
+        json.dumps(data, separators=(",", ":")).replace('"triton:', '\n"triton:')
+    )
+    print(f"{args.output}: {args.output.stat().st_size} bytes, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
