@@ -66,7 +66,8 @@ def record(problem: Problem, processes: Processes, deadline: float) -> dict[str,
     grid = grid_of(problem, processes.device)
     default = grid[0]
     anchor = Candidate.of_tile(default)
-    rows: dict[str, Any] = {}
+    batches: list[dict[str, Any]] = []
+    rejected: dict[str, list[str]] = {}
     bench = IsolatedBench(Group((problem,), (1.0,)), processes, seed=0, patience=60.0)
     try:
         candidates = [*map(Candidate.of_tile, grid), SDPA]
@@ -80,26 +81,28 @@ def record(problem: Problem, processes: Processes, deadline: float) -> dict[str,
                 if checked.status == "ok":
                     batch.append(candidate)
                 else:
-                    rows[str(candidate)] = {"status": checked.status, "reason": checked.reason}
+                    rejected[str(candidate)] = [checked.status, checked.reason]
             if not batch:
                 continue
             field = {"anchor": anchor, **{str(candidate): candidate for candidate in batch}}
             measured = bench.measure(field, rounds=ROUNDS, warmup=2)
-            anchor_us = _microseconds(measured["anchor"].samples)
+            tiles_us = {}
             for candidate in batch:
                 found = measured[str(candidate)]
-                rows[str(candidate)] = (
-                    {"us": _microseconds(found.samples), "anchor_us": anchor_us}
-                    if found.status == "ok"
-                    else {"status": found.status, "reason": found.reason}
-                )
+                if found.status == "ok":
+                    tiles_us[str(candidate)] = _microseconds(found.samples)
+                else:
+                    rejected[str(candidate)] = [found.status, found.reason]
+            anchor_us = _microseconds(measured["anchor"].samples)
+            batches.append({"anchor_us": anchor_us, "tiles_us": tiles_us})
     finally:
         bench.close()
     return {
         "problem": problem.to_json(),
         "default": str(default),
         "legal": len(grid),
-        "tiles": rows,
+        "batches": batches,
+        "rejected": rejected,
     }
 
 
@@ -125,9 +128,9 @@ def main() -> None:
             now = time.perf_counter()
             left = start + args.seconds - now
             row = record(problem, processes, now + left / (len(problems) - number))
-            timed = sum("us" in tile for tile in row["tiles"].values())
+            timed = sum(len(batch["tiles_us"]) for batch in row["batches"])
             print(
-                f"{problem.label}: {timed} of {row['legal']} tiles and sdpa in "
+                f"{problem.label}: {timed} of {row['legal'] + 1} candidates in "
                 f"{time.perf_counter() - now:.0f} s",
                 flush=True,
             )
@@ -140,9 +143,8 @@ def main() -> None:
         "command": f"python benchmarks/record_grid.py --device {args.device}",
         "problems": found,
     }
-    args.output.write_text(
-        json.dumps(data, separators=(",", ":")).replace('"triton:', '\n"triton:')
-    )
+    text = json.dumps(data, separators=(",", ":"))
+    args.output.write_text(text.replace('{"anchor_us"', '\n{"anchor_us"') + "\n")
     print(f"{args.output}: {args.output.stat().st_size} bytes, {time.perf_counter() - start:.0f} s")
 
 
