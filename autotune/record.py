@@ -127,6 +127,15 @@ class Record:
             for trial in self._trials()
         )
 
+    def others(self) -> int:
+        """How many other workers have trials in flight."""
+        owners = {
+            trial.user_attrs.get("worker", {}).get("name")
+            for trial in self._trials()
+            if trial.state == TrialState.RUNNING
+        }
+        return len(owners - {self._worker, None})
+
     def times(self) -> list[tuple[float, Outcome]]:
         """Every outcome with the seconds since the study's first trial when it was told."""
         told = [
@@ -137,10 +146,16 @@ class Record:
         starts = [t.datetime_start.timestamp() for t in self._trials() if t.datetime_start]
         return [(when - min(starts), outcome) for when, outcome in sorted(told, key=lambda x: x[0])]
 
-    def use(self, sampler: str, first: Sequence[Tile], seed: int) -> str:
+    def use(
+        self,
+        sampler: str,
+        first: Sequence[Tile],
+        seed: int,
+        related: Sequence[Mapping[Tile, float]] = (),
+    ) -> str:
         """Ask the sampler of that name (one of SAMPLERS) from now on, the tiles `first` before it;
-        returns the name of its class."""
-        chosen = TileSampler(sampler, self._space, first, lambda: self._taken, seed)
+        returns the name of its class. `related`: times over the default's in other problems."""
+        chosen = TileSampler(sampler, self._space, first, lambda: self._taken, seed, related)
         self._study.sampler = chosen
         return chosen.name
 

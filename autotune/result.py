@@ -76,12 +76,11 @@ class Result:
         )
 
     def over_default(self) -> dict[str, float]:
-        """The time over the default's of the final's candidates and of every tile that was timed
-        and not pruned."""
+        """The time over the default's of every tile that was timed, and of the final's rivals."""
         found = {
             str(trial.tile): trial.ratio.value
             for trial in (self.search.trials if self.search else ())
-            if trial.ratio is not None and not trial.pruned
+            if trial.ratio is not None
         }
         if str(self.default) in self.samples:
             default = median(self.samples[str(self.default)])

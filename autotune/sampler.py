@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import (
     BaseSampler,
-    BruteForceSampler,
     GPSampler,
     GridSampler,
     RandomSampler,
@@ -21,14 +20,26 @@ from optuna.samplers import (
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from flashmoe.autotune.model import promising
 from flashmoe.autotune.space import Space
 from flashmoe.tiles import Tile
 
 # A TPE that starts learning after so many trials; Optuna's 10 are a quarter of a small space.
 _STARTUP_TRIALS = 6
 
+
+class ModelSampler(RandomSampler):
+    """The tuner's own: not asked for parameters, but for the tile that `promising` names."""
+
+
+class ExhaustiveSampler(RandomSampler):
+    """Any order will do where every tile is asked for once. Optuna 5.0's BruteForceSampler raises
+    ValueError once a trial's process died between two of its parameters."""
+
+
 _MAKERS: dict[str, Callable[[Space, int], BaseSampler]] = {
-    "brute": lambda space, seed: BruteForceSampler(seed=seed),
+    "model": lambda space, seed: ModelSampler(seed=seed),
+    "brute": lambda space, seed: ExhaustiveSampler(seed=seed),
     "tpe": lambda space, seed: TPESampler(
         seed=seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True
     ),
@@ -44,6 +55,7 @@ class TileSampler(BaseSampler):
 
     What is suggested is therefore legal and new, whatever the sampler proposes; a proposal of the
     best tile so far becomes a step away from it. The tiles `first` come before any proposal.
+    `related` are times over the default's in other problems, which `model` learns from.
     """
 
     def __init__(
@@ -53,9 +65,11 @@ class TileSampler(BaseSampler):
         first: Sequence[Tile],
         taken: Callable[[], Collection[Tile]],
         seed: int,
+        related: Sequence[Mapping[Tile, float]] = (),
     ) -> None:
+        self._related = related
         with warnings.catch_warnings():
-            # Brute force, GP and TPE's group are marked experimental.
+            # GP and TPE's group are marked experimental.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._inner = _MAKERS[name](space, seed)
         self.name = type(self._inner).__name__
@@ -80,6 +94,8 @@ class TileSampler(BaseSampler):
     ) -> dict[str, Any]:
         taken = self._taken()
         tile = next((tile for tile in self._first if tile not in taken), None)
+        if tile is None and isinstance(self._inner, ModelSampler):
+            tile = self._model(study, trial, taken)
         if tile is None:
             proposal = self._propose(study, trial)
             tile = self._space.nearest(proposal, taken, self._rng)
@@ -101,9 +117,26 @@ class TileSampler(BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        # Brute force and grid stop the study here once they are through, which only
+        # Grid stops the study here once it is through, which only
         # study.optimize allows; the others only keep constraints, of which there are none.
         pass
+
+    def _model(self, study: Study, trial: FrozenTrial, taken: Collection[Tile]) -> Tile | None:
+        """The most promising free tile; None where nothing is known or nothing is free."""
+        known: dict[Tile, float] = {}
+        in_flight: list[Tile] = []
+        for other in study.get_trials(deepcopy=False):
+            tile = self._space.tile_of(other.params)
+            if tile is None or other.number == trial.number:
+                continue
+            if other.value is not None:
+                known[tile] = other.value
+            elif other.state == TrialState.RUNNING:
+                in_flight.append(tile)
+        free = [tile for tile in self._space.tiles if tile not in taken]
+        if not free or not (known or self._related):
+            return None
+        return promising(self._space, known, in_flight, self._related, free)
 
     def _propose(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         """The inner sampler's parameters, those that it relates to each other first."""

@@ -6,7 +6,7 @@ values are times relative to the anchor's, the default's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import optuna
@@ -80,16 +80,22 @@ def search(
     trials: int | None = None,
     sampler: str | None = None,
     seed: int = 0,
+    related: Sequence[Mapping[Tile, float]] = (),
     watch: Watch = lambda trials, total: None,
+    contend: bool = True,
 ) -> Search:
     """Find the contenders among the tiles of `space` within `seconds` and `trials` tiles, those
     that `record` holds already among them.
 
     The tiles `first` are tried before the sampler's. `sampler` is one of SAMPLERS; without one, all
-    tiles are tried where that fits (brute), otherwise TPE chooses. `watch` sees the trials so far
-    and how many there may be. `anchor` is known to be right; AnchorFailed when it cannot be timed.
+    tiles are tried where that fits (brute), otherwise the model chooses, starting from `related`,
+    times over the default's in other problems. `watch` sees the trials so far and how many there
+    may be. `anchor` is known to be right; AnchorFailed when it cannot be timed. Without `contend`
+    the trials are all that counts, for another worker looks again at the contenders.
     """
-    return _Walk(space, bench, anchor, first, record, seconds, trials, sampler, seed, watch).run()
+    return _Walk(
+        space, bench, anchor, first, record, seconds, trials, sampler, seed, related, watch
+    ).run(contend)
 
 
 class _Walk:
@@ -106,6 +112,7 @@ class _Walk:
         trials: int | None,
         sampler: str | None,
         seed: int,
+        related: Sequence[Mapping[Tile, float]],
         watch: Watch,
     ) -> None:
         self._space = space
@@ -114,6 +121,7 @@ class _Walk:
         self._record = record
         self._wanted = sampler
         self._seed = seed
+        self._related = related
         self._watch = watch
         self._seconds = seconds
         self._deadline = bench.now() + seconds
@@ -129,7 +137,7 @@ class _Walk:
             max(round(_FIRST_SECONDS / max(self._race.sample_seconds, 1e-9)), low), high
         )
 
-    def run(self) -> Search:
+    def run(self, contend: bool) -> Search:
         self._record.fail_dead()
         self._recall()
         try:
@@ -137,8 +145,10 @@ class _Walk:
         finally:
             for _, trial in self._pending:
                 self._record.tell(trial, None)
-        self._await_others()
-        contenders = self._second_look()
+        contenders: list[Candidate] = []
+        if contend:
+            self._await_others()
+            contenders = self._second_look()
         return Search(
             tuple(self._known.values()),
             tuple(contenders),
@@ -161,10 +171,10 @@ class _Walk:
                 return "all tiles tried" if self._limit == len(self._space) else "--trials reached"
             if self._late():
                 return "--budget reached"
-            wanted = self._wanted or ("brute" if self._all_fit() else "tpe")
+            wanted = self._wanted or ("brute" if self._all_fit() else "model")
             if wanted != name:
                 name = wanted
-                self._sampler = self._record.use(name, self._first, self._seed)
+                self._sampler = self._record.use(name, self._first, self._seed, self._related)
             if name not in ("brute", "grid") and self._stale():
                 return "no better tile for long"
             if not self._ask():
@@ -176,10 +186,10 @@ class _Walk:
         """Fill the pending trials: a batch, and the next one where it can be compiled meanwhile.
         Whether there are any."""
         ahead = 2 if self._bench.compiles_ahead else 1
-        running = self._record.running()
-        left = self._limit - len(self._known) - running
-        if running > len(self._pending):
-            left = -(-left // 2)  # other workers are at it: leave them some of the last ones
+        left = self._limit - len(self._known) - self._record.running()
+        if others := self._record.others():
+            # Leave them their share, and keep the last ones small: all shall end together.
+            left = -(-left // (2 * (others + 1)))
         for _ in range(min(ahead * BATCH - len(self._pending), left)):
             asked = self._record.ask()
             if asked is None:

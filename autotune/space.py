@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -109,6 +110,16 @@ class Space:
         kernel = proposal.get("kernel", self._kernels[0])
         free = [tile for tile in free if tile.kernel == kernel] or free
         return min(free, key=lambda tile: (self._steps(tile, proposal), rng.random()))
+
+    def position(self, tile: Tile) -> list[int]:
+        """Which kernel, and where on each axis, in steps; values that this space lacks count as the
+        next smaller one. Axes without a choice are left out."""
+        axes = [a for a in AXES if any(name.endswith(f".{a}") for name in self._values)]
+        found = [self._kernels.index(tile.kernel) if tile.kernel in self._kernels else -1]
+        for axis in axes:
+            values = self._values.get(f"{tile.kernel}.{axis}", [])
+            found.append(max(bisect_right(values, int(getattr(tile, axis))) - 1, 0))
+        return found
 
     def _steps(self, tile: Tile, proposal: Mapping[str, Any]) -> float:
         return sum(

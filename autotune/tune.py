@@ -42,6 +42,8 @@ _CONFIRM_ROUNDS = 100
 _CONFIRM_SECONDS = 6.0
 # How many winners of other buckets and devices are tried first.
 _TRANSFERRED = 4
+# How many related problems the search's model learns from.
+_RELATED = 4
 
 MakeBench = Callable[[Group], Bench]
 
@@ -273,6 +275,7 @@ class _Tuning:
             trials=self._options.trials,
             sampler=self._options.sampler,
             seed=self._options.seed,
+            related=[_ratios(entry) for entry in self._related()[:_RELATED]],
             watch=self._watch.trials,
         )
 
@@ -280,15 +283,18 @@ class _Tuning:
         """What is stored, and the winners of neighbouring buckets and of other devices."""
         if self._stored is not None and self._stored.tile is not None:
             yield self._stored.tile
-        here = {**self._place.stored, **self._found}
-        related = nearest(here, self._problem)
-        related += nearest({str(n): e for n, e in enumerate(self._place.elsewhere)}, self._problem)
-        names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in related)
+        names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in self._related())
         for name in list(filter(None, names))[:_TRANSFERRED]:
             try:
                 yield Tile.parse(name)
             except ValueError:
                 continue  # of another version
+
+    def _related(self) -> list[Entry]:
+        """Entries of this device, then of others, each the nearest buckets first."""
+        here = {**self._place.stored, **self._found}
+        elsewhere = {str(number): entry for number, entry in enumerate(self._place.elsewhere)}
+        return nearest(here, self._problem) + nearest(elsewhere, self._problem)
 
     def _confirm(self) -> Final:
         rivals = [SDPA] if self._has_sdpa else []
@@ -364,3 +370,14 @@ class _Tuning:
             storage=self._place.storage_name,
             weight=sum(self._group.weights),
         )
+
+
+def _ratios(entry: Entry) -> dict[Tile, float]:
+    """What an entry knows about tiles: their times over the default's."""
+    found: dict[Tile, float] = {}
+    for name, ratio in entry.over_default.items():
+        try:
+            found[Tile.parse(name)] = ratio
+        except ValueError:
+            continue  # sdpa, or of another version
+    return found

@@ -41,8 +41,8 @@ class Entry:
     speed-ups over the default and over SDPA are [value, low, high]. `runner_up` names the second of
     the final, `default` what runs untuned. `tile_with_lse` is the best tile where the winner has
     none: for calls that need softmax_lse, training's among them. `over_default` is the time over
-    the default's of everything that was measured well, for lookups between buckets. `study` and
-    `storage` tell where the trials are.
+    the default's of everything that was measured, for lookups between buckets and for searches of
+    related problems. `study` and `storage` tell where the trials are.
     """
 
     problem: Problem
