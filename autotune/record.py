@@ -32,6 +32,8 @@ from flashmoe.tiles import Tile
 _FINISHED = "finished"
 # A trial's status beside those of flashmoe.timing: it was given up without a result.
 LOST, DUPLICATE, UNTRIED = "lost", "duplicate", "not tried"
+# A process that is alive names itself as the owner of its trial within this time.
+_NAMELESS_SECONDS = 30.0
 _NO_RESULT = (LOST, DUPLICATE, UNTRIED)
 
 
@@ -97,6 +99,8 @@ class Record:
         self._worker = worker_name()
         self.name = study.study_name
         self._taken: set[Tile] = set()
+        # As of the last look at the storage, which is slow where that is a database far away.
+        self._seen: list[FrozenTrial] = []
 
     def fail_dead(self) -> int:
         """Fail the trials that dead processes left running; how many there were."""
@@ -112,38 +116,44 @@ class Record:
                 continue
             name = trial.user_attrs.get("worker", {}).get("name", "")
             started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-            if name != self._worker and is_dead(name, max(heard.get(name, 0.0), started)):
+            if name:
+                gone = name != self._worker and is_dead(name, max(heard[name], started))
+            else:
+                gone = time.time() - started > _NAMELESS_SECONDS
+            if gone:
                 dead += self._give_up(trial.number, LOST, "its process died")
         return dead
 
     def outcomes(self) -> list[Outcome]:
-        """What all workers have found so far, in the order of the trials."""
+        """What all workers have found so far, in the order of the trials; looks at the storage, and
+        running() and others() tell what that look saw."""
         return [found for trial in self._trials() if (found := self._outcome(trial)) is not None]
 
     def running(self) -> int:
         """Trials in flight, all workers' together."""
         return sum(
-            trial.state == TrialState.RUNNING and "tile" in trial.user_attrs
-            for trial in self._trials()
+            trial.state == TrialState.RUNNING and self._asked(trial) is not None
+            for trial in self._seen
         )
 
     def others(self) -> int:
         """How many other workers have trials in flight."""
         owners = {
             trial.user_attrs.get("worker", {}).get("name")
-            for trial in self._trials()
+            for trial in self._seen
             if trial.state == TrialState.RUNNING
         }
         return len(owners - {self._worker, None})
 
     def times(self) -> list[tuple[float, Outcome]]:
         """Every outcome with the seconds since the study's first trial when it was told."""
+        trials = self._trials()
         told = [
             (trial.datetime_complete.timestamp(), outcome)
-            for trial in self._trials()
+            for trial in trials
             if trial.datetime_complete and (outcome := self._outcome(trial)) is not None
         ]
-        starts = [t.datetime_start.timestamp() for t in self._trials() if t.datetime_start]
+        starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
         return [(when - min(starts), outcome) for when, outcome in sorted(told, key=lambda x: x[0])]
 
     def use(
@@ -161,17 +171,18 @@ class Record:
 
     def ask(self) -> tuple[Tile, optuna.Trial] | None:
         """A tile that no worker has tried or is trying, and its trial; None when there is none."""
+        self._taken |= set(self._owners(self._seen))
         while True:
-            self._taken = set(self._owners())
             if self._taken >= set(self._space.tiles):
                 return None
             trial = self._study.ask()
             # At once: should this process die, the next one knows whose trial it was.
             trial.set_user_attr("worker", {"name": self._worker, "asked": time.time()})
             tile = self._space.suggest(trial)
-            trial.set_user_attr("tile", str(tile))
             # Workers that asked at the same moment see each other now; the first has the tile.
-            if self._owners().get(tile, trial.number) >= trial.number:
+            owners = self._owners(self._trials())
+            self._taken = set(owners)
+            if owners.get(tile, trial.number) >= trial.number:
                 return tile, trial
             self._give_up(trial.number, DUPLICATE, "another worker tries it")
 
@@ -180,13 +191,15 @@ class Record:
         if outcome is None:
             self._give_up(trial.number, UNTRIED, "")
             return
-        trial.set_user_attr("status", outcome.status)
-        trial.set_user_attr("prepare_seconds", round(outcome.prepare_seconds, 4))
-        if outcome.reason:
-            trial.set_user_attr("reason", outcome.reason)
+        found: dict[str, Any] = {
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "prepare_seconds": round(outcome.prepare_seconds, 4),
+        }
         if outcome.samples:
-            samples = {"tile": _rounded(outcome.samples), "anchor": _rounded(outcome.anchor)}
-            trial.set_user_attr("samples", samples)
+            found["samples"] = _rounded(outcome.samples)
+            found["anchor"] = _rounded(outcome.anchor)
+        trial.set_user_attr("outcome", found)
         if outcome.value is None:
             self._study.tell(trial, state=TrialState.FAIL)
         elif outcome.pruned:
@@ -216,46 +229,48 @@ class Record:
         return self._study
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        self._seen = self._study.get_trials(deepcopy=False)
+        return self._seen
 
-    def _owners(self) -> dict[Tile, int]:
+    def _owners(self, trials: Sequence[FrozenTrial]) -> dict[Tile, int]:
         """The first trial of every tile that was tried or is being tried."""
         owners: dict[Tile, int] = {}
-        for trial in self._trials():
-            tile = self._space.tile_of(trial.params)
-            gone = trial.user_attrs.get("status") in _NO_RESULT
-            # In a space of one tile there is no parameter to tell that a trial has got that far.
-            asked = bool(trial.params) or "tile" in trial.user_attrs
-            if tile is not None and asked and not gone:
+        for trial in trials:
+            tile = self._asked(trial)
+            if tile is not None and _status(trial) not in _NO_RESULT:
                 owners.setdefault(tile, trial.number)
         return owners
 
+    def _asked(self, trial: FrozenTrial) -> Tile | None:
+        """The tile that a trial has asked for, once it has got that far."""
+        return self._space.tile_of(trial.params) if "worker" in trial.user_attrs else None
+
     def _outcome(self, trial: FrozenTrial) -> Outcome | None:
-        status = trial.user_attrs.get("status")
-        if not trial.state.is_finished() or status is None or status in _NO_RESULT:
+        status = _status(trial)
+        if not trial.state.is_finished() or not status or status in _NO_RESULT:
             return None
         tile = self._space.tile_of(trial.params)
         if tile is None:
             return None  # a tile that is no longer in the space
-        samples = trial.user_attrs.get("samples", {})
+        found = trial.user_attrs["outcome"]
         return Outcome(
             tile,
             status,
-            trial.user_attrs.get("reason", ""),
-            tuple(samples.get("tile", ())),
-            tuple(samples.get("anchor", ())),
+            found["reason"],
+            tuple(found.get("samples", ())),
+            tuple(found.get("anchor", ())),
             trial.value,
             trial.state == TrialState.PRUNED,
-            float(trial.user_attrs.get("prepare_seconds", 0.0)),
+            float(found["prepare_seconds"]),
         )
 
     def _give_up(self, number: int, status: str, reason: str) -> bool:
         """Fail a trial without a result; whether it was still unfinished."""
-        (frozen,) = (trial for trial in self._trials() if trial.number == number)
-        storage, trial_id = self._study._storage, frozen._trial_id
+        storage = self._study._storage
+        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        found = {"status": status, "reason": reason, "prepare_seconds": 0.0}
         try:
-            storage.set_trial_user_attr(trial_id, "status", status)
-            storage.set_trial_user_attr(trial_id, "reason", reason)
+            storage.set_trial_user_attr(trial_id, "outcome", found)
             self._study.tell(number, state=TrialState.FAIL)
         except (RuntimeError, ValueError):
             return False  # another worker was faster
@@ -266,6 +281,10 @@ def study_name(prefix: str, problem: str, facts: Mapping[str, Any]) -> str:
     """A study's name: prefix, problem, and a digest of what its times depend on."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return f"{prefix}/{problem}/{digest}"
+
+
+def _status(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs.get("outcome", {}).get("status", ""))
 
 
 def _rounded(seconds: Sequence[float]) -> list[float]:

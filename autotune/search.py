@@ -268,10 +268,11 @@ class _Walk:
     def _await_others(self) -> None:
         """Until other workers have told what they are trying, but not for long."""
         end = self._bench.now() + _POLL_SHARE * max(self._left(), 0.0)
+        self._recall()
         while self._record.running() and self._bench.now() < end:
             self._bench.wait(_POLL_SECONDS)
             self._record.fail_dead()
-        self._recall()
+            self._recall()
 
     def _second_look(self) -> list[Candidate]:
         """Halve the field, doubling the rounds, until it is small or time is up."""
