@@ -99,7 +99,7 @@ class DeviceRunner:
         self._device = device
         self._seed = seed
         self._inputs = timed_inputs(problem, device, seed)
-        self._looks = order
+        self._order = self._looks = order
         self._prepared: dict[Candidate, Measurement] = {}
 
     @functools.cached_property
@@ -154,6 +154,8 @@ class DeviceRunner:
         try:
             reason = inputs.error(functools.partial(self._forward, candidate))
             status = "wrong" if reason else "ok"
+        except timing.DeviceLost:
+            raise
         except Exception as error:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             if not timing.usable(self._device):

@@ -8,11 +8,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from flashmoe.autotune import command_tune
+from flashmoe.autotune import command_apply, command_show, command_tune
 from flashmoe.autotune.arguments import PROG, UsageError
 from flashmoe.autotune.exits import BAD_USAGE, INTERRUPTED, NOTHING_MEASURED, warn
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {}
+# Without one of these words, the problem named by the options is tuned.
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "show": command_show.show,
+    "export": command_show.export,
+    "import": command_show.import_,
+    "apply": command_apply.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

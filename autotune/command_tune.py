@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from optuna.storages import InMemoryStorage
 from rich.console import Console
 
 from flashmoe import api, database, device, plan, shapes
-from flashmoe.autotune import arguments, report, storage
+from flashmoe.autotune import arguments, helper, report, storage
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.process import Child
 from flashmoe.autotune.progress import shown
 from flashmoe.autotune.result import Result
 from flashmoe.autotune.suite import Group, default_suite, grouped, named_problem
@@ -46,7 +49,9 @@ def run(words: Sequence[str]) -> int:
 
     here = device.fingerprint(target)
     path = database.user_path(here.device)
-    place = _place(target, here, path, args.storage or str(storage.journal_path(here.device)))
+    where = args.storage or str(storage.journal_path(here.device))
+    workers = arguments.worker_devices(args.workers, target)
+    place = _place(target, here, path, where)
     command = shlex.join(["python", "-m", PROG, *words])
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
@@ -55,6 +60,7 @@ def run(words: Sequence[str]) -> int:
     patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
     results: list[Result] = []
     interrupted = unwritten = False
+    helpers = _helpers(groups, place, workers, where, options, patience)
     processes = Processes(target)
     with shown(Console(stderr=True)) as watch:
         try:
@@ -74,6 +80,8 @@ def run(words: Sequence[str]) -> int:
             interrupted = True
         finally:
             processes.close()
+            for child in helpers:
+                child.close()
     order = [group.main for group in groups]
     results.sort(key=lambda result: order.index(result.problem))
     plan.reload_databases()
@@ -148,6 +156,26 @@ def _place(target: torch.device, here: device.Fingerprint, path: Path, where: st
     except storage.StorageError as error:
         raise UsageError(str(error)) from None
     return Place(target, here, stored, elsewhere, opened, storage.shown(where))
+
+
+def _helpers(
+    groups: Sequence[Group],
+    place: Place,
+    workers: Sequence[torch.device],
+    where: str,
+    options: Options,
+    patience: float,
+) -> list[Child]:
+    """Workers for the other devices, unless everything is stored and will only be confirmed."""
+    searched = [g for g in groups if options.force or g.main.bucket not in place.stored]
+    if len(workers) == 1 or not searched:
+        return []
+    places = [
+        dataclasses.replace(place, device=other, storage=InMemoryStorage())
+        for other in workers
+        if other != place.device
+    ]
+    return helper.start(searched, places, where, options, patience)
 
 
 def _require_backend(name: str | None, target: torch.device) -> None:

@@ -27,6 +27,8 @@ from flashmoe.timing import DeviceLost
 
 # Between looks whether the child still makes progress, in seconds.
 _LOOK_SECONDS = 0.25
+# What a process that closed its connection may take to end.
+_DEATH_SECONDS = 5.0
 _PROGRESS = ctypes.c_int64 * 2
 _PR_SET_PDEATHSIG = 1
 
@@ -146,7 +148,7 @@ class Child:
 
     def _death(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_LOOK_SECONDS)
+            self._process.wait(_DEATH_SECONDS)
         code = self._process.returncode
         if code is None:
             return "the process closed its connection"

@@ -54,11 +54,12 @@ class Outcome:
 
 
 def open_study(
-    storage: BaseStorage, name: str, facts: Mapping[str, Any], *, fresh: bool
+    storage: BaseStorage, name: str, facts: Mapping[str, Any], *, fresh: float | None = None
 ) -> optuna.Study:
     """The study `name`, made if need be with `facts` as its attributes.
 
-    `fresh` wants no finished one: then the next generation `name#2`, `name#3`... is used.
+    `fresh` wants none that was finished before that time, in seconds since the epoch: then the next
+    generation `name#2`, `name#3`... is used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     generation = 1
@@ -71,7 +72,9 @@ def open_study(
             direction="minimize",
             load_if_exists=True,
         )
-        if not (_FINISHED in study.user_attrs and (fresh or _exists(storage, name, generation))):
+        finished = float(study.user_attrs.get(_FINISHED, {}).get("at", math.inf))
+        stale = fresh is not None and finished < fresh
+        if not stale and not (finished < math.inf and _exists(storage, name, generation)):
             break
         generation += 1
     known = study.user_attrs
@@ -222,7 +225,7 @@ class Record:
 
     def finish(self, decision: Mapping[str, Any]) -> None:
         """Note the winner: a search that wants a fresh study then begins another."""
-        self._study.set_user_attr(_FINISHED, dict(decision))
+        self._study.set_user_attr(_FINISHED, {**decision, "at": time.time()})
 
     @property
     def study(self) -> optuna.Study:

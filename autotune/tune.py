@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,7 +53,8 @@ MakeBench = Callable[[Group], Bench]
 class Options:
     """How to tune. `backend` limits the search; `trials` is in tiles a problem, `budget` in
     seconds over all problems; `sampler` is one of SAMPLERS (None: by what fits the time); `force`
-    searches what is stored already, in a new study; `study` begins the studies' names."""
+    searches what is stored already, in a new study; `study` begins the studies' names.
+    `helping`: only search, for the run that began at this time, in seconds since the epoch."""
 
     backend: str | None = None
     trials: int | None = None
@@ -61,6 +63,7 @@ class Options:
     force: bool = False
     sampler: str | None = None
     study: str = "flashmoe"
+    helping: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,7 @@ class _Tuning:
         self._deadline = deadline
         self._sample_seconds = 0.0
         self._late: dict[Tile, Measurement] = {}
+        self._began = time.time() if options.helping is None else options.helping
         self._record: Record | None = None
         self._has_sdpa = self._everywhere(SDPA)
         self._backends = searched_backends(self._problem, self._device, options.backend)
@@ -174,13 +178,16 @@ class _Tuning:
 
     def run(self) -> Result:
         self._require_time()
-        fresh = self._options.force
-        if self._current and self._same_problem and not fresh:
+        fresh = self._began if self._options.force else None
+        if self._options.helping is not None:
+            self._search(self._left(), fresh)
+            return Result(self._problem, "unmeasured", "another process decides")
+        if self._current and self._same_problem and fresh is None:
             self._watch.stage("confirming what is stored")
             held = self._confirm()
             if not held.decision.changed:
                 return self._result("confirmed", held, None)
-            fresh = True  # what the study says no longer holds
+            fresh = self._began  # what the study says no longer holds
         wanted = final.seconds_wanted(
             self._sample_seconds, FINALISTS + 4, self._bench.fresh_seconds
         )
@@ -241,7 +248,7 @@ class _Tuning:
                 f"{self._left():.1f} s for this problem; raise --budget"
             )
 
-    def _search(self, seconds: float, fresh: bool) -> Search:
+    def _search(self, seconds: float, fresh: float | None) -> Search:
         here = arch(self._device)
         backends = [BACKENDS[name] for name in self._backends]
         tiles = [tile for backend in backends for tile in backend.tiles(self._problem, here)]
@@ -277,6 +284,7 @@ class _Tuning:
             seed=self._options.seed,
             related=[_ratios(entry) for entry in self._related()[:_RELATED]],
             watch=self._watch.trials,
+            contend=self._options.helping is None,
         )
 
     def _known_good(self) -> Iterator[Tile]:

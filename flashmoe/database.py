@@ -169,7 +169,7 @@ def load(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         return {}
     try:
-        return _parse(text)
+        return parse(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         aside = set_aside(path)
         warnings.warn(
@@ -180,28 +180,33 @@ def load(path: Path) -> dict[str, Entry]:
         return {}
 
 
-def update(path: Path, entries: Mapping[str, Entry]) -> None:
+def update(path: Path, entries: Mapping[str, Entry], *, replace: bool = True) -> int:
     """Merge `entries` into the file: under a lock and atomically, so that concurrent tuners lose
-    nothing and a reader never sees half a file."""
+    nothing and a reader never sees half a file. Without `replace`, what is there stays. Returns how
+    many entries were taken over."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
-        merged = {**load(path), **entries}
-        data = {"schema": SCHEMA, "entries": {k: e.to_json() for k, e in sorted(merged.items())}}
+        there = load(path)
+        taken = {k: e for k, e in entries.items() if replace or k not in there}
         temporary = path.with_suffix(f".tmp-{os.getpid()}")
         with temporary.open("w") as file:
-            file.write(dumps(data))
+            file.write(text_of({**there, **taken}))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    return len(taken)
 
 
-def dumps(data: Any) -> str:
-    """JSON for people and diffs: a line a field, but lists of numbers on one line."""
+def text_of(entries: Mapping[str, Entry]) -> str:
+    """A database's text: JSON for people and diffs, a line a field, but lists of numbers on one."""
+    data = {"schema": SCHEMA, "entries": {k: e.to_json() for k, e in sorted(entries.items())}}
     text = json.dumps(data, indent=1)
     return re.sub(r"\[[\d\s.,e+-]*\]", lambda m: " ".join(m[0].split()), text) + "\n"
 
 
-def _parse(text: str) -> dict[str, Entry]:
+def parse(text: str) -> dict[str, Entry]:
+    """The entries of a database's text. Raises ValueError, KeyError, TypeError or AttributeError
+    for any other text."""
     data = json.loads(text)
     if data["schema"] not in _READABLE:
         raise ValueError(f"schema must be one of {_READABLE}, got {data['schema']!r}")

@@ -238,7 +238,7 @@ def ours(
     bench = ReplayBench(grid, seed)
     space = Space(grid.tiles)
     anchor = Candidate.of_tile(grid.default)
-    record = Record(open_study(InMemoryStorage(), "replay", {}, fresh=False), space)
+    record = Record(open_study(InMemoryStorage(), "replay", {}), space)
     known = [grid.default, *(tile for tile in first if tile in grid.tiles)]
     found = search(
         space,

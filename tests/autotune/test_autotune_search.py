@@ -29,7 +29,7 @@ def run(bench: SimulatedBench, tiles: list[Tile] = GRID, **options: object) -> S
 
 
 def record(space: Space, storage: BaseStorage | None = None) -> Record:
-    study = open_study(storage or InMemoryStorage(), "study", {}, fresh=False)
+    study = open_study(storage or InMemoryStorage(), "study", {})
     return Record(study, space)
 
 

@@ -63,7 +63,7 @@ def run(
     contend: bool = True,
     space: Space = SPACE,
 ) -> Search:
-    study = open_study(open_storage(where), "study", {}, fresh=False)
+    study = open_study(open_storage(where), "study", {})
     return search(
         space,
         bench,
@@ -94,7 +94,7 @@ def in_process(where: str, cost: float, seed: int, space: Space = SPACE) -> int:
 
 
 def finished(where: str, space: Space = SPACE) -> list[Tile]:
-    study = open_study(open_storage(where), "study", {}, fresh=False)
+    study = open_study(open_storage(where), "study", {})
     return [outcome.tile for outcome in Record(study, space).outcomes()]
 
 
@@ -126,7 +126,7 @@ def test_kill_9_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> N
     pid = in_process(where, 0.0, seed=99)
     assert os.waitpid(pid, 0)[1] == 0
     assert sorted(map(str, finished(where))) == sorted(map(str, GRID))
-    study = open_study(open_storage(where), "study", {}, fresh=False)
+    study = open_study(open_storage(where), "study", {})
     # One that died before it had named itself is failed later.
     assert not [t for t in study.trials if t.state == TrialState.RUNNING and t.user_attrs]
 
@@ -183,10 +183,10 @@ def test_a_damaged_journal_is_set_aside_and_named(tmp_path: Path) -> None:
 
 def test_trials_of_a_dead_process_are_failed_and_its_tiles_tried(tmp_path: Path) -> None:
     where = str(tmp_path / "x.journal")
-    record = Record(open_study(open_storage(where), "study", {}, fresh=False), SPACE)
+    record = Record(open_study(open_storage(where), "study", {}), SPACE)
     pid = os.fork()
     if pid == 0:
-        mine = Record(open_study(open_storage(where), "study", {}, fresh=False), SPACE)
+        mine = Record(open_study(open_storage(where), "study", {}), SPACE)
         mine.use("brute", [], 0)
         mine.ask()
         os._exit(0)
@@ -211,7 +211,7 @@ def test_live_processes_are_not_taken_for_dead() -> None:
 
 
 def test_failures_keep_their_reason() -> None:
-    record = Record(open_study(InMemoryStorage(), "study", {}, fresh=False), SPACE)
+    record = Record(open_study(InMemoryStorage(), "study", {}), SPACE)
     record.use("brute", [BEST], 0)
     asked = record.ask()
     assert asked is not None
@@ -226,14 +226,18 @@ def test_a_finished_study_is_used_until_a_fresh_one_is_wanted() -> None:
     storage = InMemoryStorage()
 
     def name(fresh: bool) -> str:
-        return open_study(storage, "study", {}, fresh=fresh).study_name
+        return open_study(storage, "study", {}, fresh=time.time() if fresh else None).study_name
 
     assert name(True) == "study"
-    Record(open_study(storage, "study", {}, fresh=False), SPACE).finish({})
+    Record(open_study(storage, "study", {}), SPACE).finish({})
     assert name(False) == "study"
     assert name(True) == "study#2"
     # An unfinished fresh study is gone on with, by whoever comes next.
     assert name(True) == name(False) == "study#2"
+    # One that was finished since is fresh enough: a helper may come late.
+    began = time.time()
+    Record(open_study(storage, "study", {}), SPACE).finish({})
+    assert open_study(storage, "study", {}, fresh=began).study_name == "study#2"
 
 
 def test_names_depend_on_what_times_depend_on() -> None:
@@ -314,7 +318,7 @@ def _workers(url: str, count: int, cost: float) -> tuple[Counter[str], list[int]
     """How many samples each of `count` workers took for one study, all of which cost the same, and
     the workers' exit codes."""
     _clean(url)
-    study = open_study(open_storage(url), "study", {}, fresh=False)
+    study = open_study(open_storage(url), "study", {})
     pids = [in_process(url, cost, number, WIDE) for number in range(count)]
     codes = [os.waitpid(pid, 0)[1] for pid in pids]
     samples: Counter[str] = Counter()
@@ -339,9 +343,9 @@ def test_three_workers_share_a_study_in_postgresql(postgres: str) -> None:
 
 def test_a_worker_that_is_killed_costs_only_its_trials(postgres: str) -> None:
     _clean(postgres)
-    open_study(open_storage(postgres), "study", {}, fresh=False)
+    open_study(open_storage(postgres), "study", {})
     pids = [in_process(postgres, 0.03, seed=number) for number in range(3)]
-    record = Record(open_study(open_storage(postgres), "study", {}, fresh=False), SPACE)
+    record = Record(open_study(open_storage(postgres), "study", {}), SPACE)
     while len(record.outcomes()) < 6:
         time.sleep(0.02)
     os.kill(pids[0], signal.SIGKILL)
