@@ -18,7 +18,7 @@ from optuna.storages import InMemoryStorage
 from rich.console import Console
 
 from flashmoe import api, database, device, plan, shapes
-from flashmoe.autotune import arguments, helper, report, storage
+from flashmoe.autotune import arguments, helper, report, report_html, storage
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.isolated import IsolatedBench, Processes
@@ -28,6 +28,7 @@ from flashmoe.autotune.result import Result
 from flashmoe.autotune.suite import Group, default_suite, grouped, named_problem
 from flashmoe.autotune.tune import Options, Place, tune
 from flashmoe.backends import BACKENDS
+from flashmoe.timing import Limits
 
 # Wide enough that no row of the table folds; used where nobody's terminal decides.
 _REPORT_WIDTH = 160
@@ -60,6 +61,7 @@ def run(words: Sequence[str]) -> int:
     patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
     results: list[Result] = []
     interrupted = unwritten = False
+    limits: dict[str, Limits] = {}
     helpers = _helpers(groups, place, workers, where, options, patience)
     processes = Processes(target)
     with shown(Console(stderr=True)) as watch:
@@ -76,6 +78,8 @@ def run(words: Sequence[str]) -> int:
                 # At once, so that an interruption loses only the problem at hand.
                 if result.store and not _store(path, result, here, command):
                     unwritten = True
+            watch.stage("measuring the device's limits")
+            limits = processes.limits(sorted({group.main.dtype for group in groups}))
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -91,6 +95,8 @@ def run(words: Sequence[str]) -> int:
     if any(result.best for result in results):
         suggestions = folder / "suggestions.md"
         suggestions.write_text(report.suggestions_text(results, here, path, command))
+        page = report_html.html(results, here, limits, command=command, database=str(path))
+        (folder / "report.html").write_text(page)
     for line in report.rejections(results):
         warn(line)
     seconds = time.perf_counter() - start
@@ -216,5 +222,8 @@ def _print_report(
     if not console.is_terminal:
         console = Console(file=out, width=_REPORT_WIDTH)
     console.print(report.table(results))
-    for line in (f"{seconds:.1f} s", f"database: {path}", f"suggestions: {suggestions or '-'}"):
+    lines = [f"{seconds:.1f} s", f"database: {path}", f"suggestions: {suggestions or '-'}"]
+    if suggestions is not None:
+        lines.append(f"report: {suggestions.with_name('report.html')}")
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

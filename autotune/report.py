@@ -10,6 +10,7 @@ from rich.table import Table
 
 from flashmoe.autotune.result import STATUSES, Result
 from flashmoe.autotune.search import Trial
+from flashmoe.autotune.sensitivity import steps
 from flashmoe.device import Fingerprint
 from flashmoe.stats import Interval
 from flashmoe.tiles import Tile, instance_head_dim
@@ -137,6 +138,21 @@ def _suggestion(result: Result) -> list[str]:
     ]
     if best.tile is not None:
         lines += _build_lines(best.tile, result.problem.head_dim)
+    return lines + _sensitivity_lines(result)
+
+
+def _sensitivity_lines(result: Result) -> list[str]:
+    """What one step away from the best tile costs, and what Optuna makes of it all."""
+    lines: list[str] = []
+    if found := steps(result):
+        lines += ["", "| one step in | to | time |", "|---|---|---|"]
+        for step in found:
+            loss = "not measured" if step.loss is None else f"{step.loss:+.1%}"
+            lines.append(f"| {step.axis.upper()} | {step.tile} | {loss} |")
+    if result.search is not None and result.search.importances:
+        shares = sorted(result.search.importances.items(), key=lambda pair: -pair[1])
+        text = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+        lines += ["", f"Importance (PED-ANOVA): {text}."]
     return lines
 
 
