@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from flashmoe.backends import BACKENDS
+from flashmoe.backends.base import Enumerates
 from flashmoe.device import arch
 from flashmoe.plan import Plan, heuristic, why_not
 from flashmoe.problem import Problem
@@ -51,6 +55,41 @@ def searched_backends(problem: Problem, device: torch.device, backend: str | Non
         and (backend or not (name == "triton" and device.type == "cpu"))
         and BACKENDS[name].tiles(problem, arch(device))
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Legality:
+    """How many tiles of how many may be tried, and how often each reason kept one out."""
+
+    legal: int
+    considered: int
+    reasons: Mapping[str, int]
+
+    def __str__(self) -> str:
+        text = f"{self.legal} of {self.considered} tiles are legal"
+        if not self.reasons:
+            return text
+        most = sorted(self.reasons.items(), key=lambda pair: -pair[1])
+        return f"{text} ({'; '.join(f'{count} out: {reason}' for reason, count in most)})"
+
+
+def legality(problem: Problem, device: torch.device, backends: Sequence[str]) -> Legality:
+    """What Tile.violations leaves of the tiles that these backends consider."""
+    here = arch(device)
+    legal: set[Tile] = set()
+    considered: set[Tile] = set()
+    reasons: Counter[str] = Counter()
+    for name in backends:
+        backend = BACKENDS[name]
+        legal |= set(backend.tiles(problem, here))
+        considered |= legal
+        if isinstance(backend, Enumerates):
+            considered |= set(backend.considered(problem, here))
+    for tile in considered - legal:
+        # The first reason, without the numbers that differ from tile to tile.
+        broken = tile.violations(here, problem) or ["it does the same as another tile"]
+        reasons[re.sub(r",? got .*|\d+ a thread, | of \d+ bytes", "", broken[0])] += 1
+    return Legality(len(legal), len(considered), reasons)
 
 
 def runs(candidate: Candidate, problem: Problem, device: torch.device) -> bool:

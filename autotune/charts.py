@@ -163,8 +163,8 @@ def roofline(
         f'<path class="roof" d="M{x(start):.1f} {y(start * copy_bytes):.1f}'
         f'L{x(ridge):.1f} {y(matmul_flops):.1f}L{x(10**x1):.1f} {y(matmul_flops):.1f}"/>',
         _text(width - 12, y(matmul_flops) - 5, f"{matmul_flops / 1e12:.3g} TFLOP/s", "end", "axis"),
-        _text(left, height - 6, f"{10**x0:.2g} FLOP/byte", style="axis"),
-        _text(width - 12, height - 6, f"{10**x1:.2g}", "end", "axis"),
+        _text(left, height - 6, f"{10**x0:.0f} FLOP/byte", style="axis"),
+        _text(width - 12, height - 6, f"{10**x1:.0f}", "end", "axis"),
     ]
     taken: list[float] = []
     for name, intensity, rate in points:

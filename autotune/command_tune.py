@@ -18,7 +18,7 @@ from optuna.storages import InMemoryStorage
 from rich.console import Console
 
 from flashmoe import api, database, device, plan, shapes
-from flashmoe.autotune import arguments, helper, report, report_html, storage
+from flashmoe.autotune import arguments, dry_run, helper, report, report_html, storage
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.isolated import IsolatedBench, Processes
@@ -43,6 +43,21 @@ def run(words: Sequence[str]) -> int:
     target = arguments.device(args.device, args.backend)
     groups = _groups(args, target)
     _require_backend(args.backend, target)
+    low, high = _PATIENCE
+    patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
+    processes = Processes(target)
+    if args.dry_run:
+        try:
+            for line in dry_run.lines(
+                groups,
+                target,
+                args.backend,
+                lambda group: IsolatedBench(group, processes, args.seed, patience),
+            ):
+                print(line, flush=True)
+        finally:
+            processes.close()
+        return DONE
     folder = _output_folder(args.output)
     for name in ("FLASHMOE_BACKEND", "FLASHMOE_TILE"):
         if os.environ.get(name):
@@ -57,13 +72,10 @@ def run(words: Sequence[str]) -> int:
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
     )
-    low, high = _PATIENCE
-    patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
     results: list[Result] = []
     interrupted = unwritten = False
     limits: dict[str, Limits] = {}
     helpers = _helpers(groups, place, workers, where, options, patience)
-    processes = Processes(target)
     with shown(Console(stderr=True)) as watch:
         try:
             for result in tune(

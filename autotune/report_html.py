@@ -97,8 +97,8 @@ def _problem(result: Result, limits: Limits | None) -> str:
             f'<p class="soft">{len(search.trials)} of {search.space} legal tiles tried '
             f"({escape(search.sampler or 'all known')}; {escape(search.ended)}), "
             f"{sum(t.pruned for t in search.trials)} of them pruned after a first look. "
-            f"Study <code>{escape(search.study)}</code> in <code>{escape(result.storage)}</code>, "
-            f"which optuna-dashboard opens.</p>"
+            f"Study <code>{escape(search.study)}</code> in "
+            f"<code>{escape(result.storage or 'memory')}</code>.</p>"
         )
     body = "".join(f'<div class="panel">{panel}</div>' for panel in panels if panel)
     return (

@@ -98,6 +98,18 @@ def search(
     ).run(contend)
 
 
+def estimate(tiles: int, prepare_seconds: float, sample_seconds: float) -> float:
+    """Seconds that trying so many tiles takes, one after the other."""
+    rounds = _first_rounds(sample_seconds)
+    look = sample_seconds * (rounds + 1) * (BATCH + 1) / BATCH
+    return tiles * (prepare_seconds + look) / (1 - _SECOND_SHARE)
+
+
+def _first_rounds(sample_seconds: float) -> int:
+    low, high = _FIRST_ROUNDS
+    return min(max(round(_FIRST_SECONDS / max(sample_seconds, 1e-9)), low), high)
+
+
 class _Walk:
     """One worker's way through the space."""
 
@@ -132,10 +144,7 @@ class _Walk:
         self._pending: list[tuple[Tile, optuna.Trial]] = []
         self._sampler = ""
         self._race.look([anchor], rounds=3, max_seconds=self._left())
-        low, high = _FIRST_ROUNDS
-        self._rounds = min(
-            max(round(_FIRST_SECONDS / max(self._race.sample_seconds, 1e-9)), low), high
-        )
+        self._rounds = _first_rounds(self._race.sample_seconds)
 
     def run(self, contend: bool) -> Search:
         self._record.fail_dead()

@@ -16,6 +16,7 @@ from flashmoe.autotune.candidate import (
     SDPA,
     Candidate,
     default_candidate,
+    legality,
     runs,
     searched_backends,
 )
@@ -261,7 +262,7 @@ class _Tuning:
         first = [tile for tile in [*defaults, *self._known_good()] if tile in legal]
         if not legal:
             return Search((), (), "", 0)
-        self._watch.stage("searching")
+        self._watch.stage(f"searching: {legality(self._problem, self._device, self._backends)}")
         facts = {name: getattr(self._place.fingerprint, name) for name in FINGERPRINT_FIELDS}
         label = " + ".join(problem.label for problem in self._group.problems)
         study = open_study(

@@ -75,6 +75,15 @@ class Precompiles(Protocol):
         ...
 
 
+@runtime_checkable
+class Enumerates(Protocol):
+    """A backend whose tiles are the legal ones of a larger set has this, too."""
+
+    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
+        """Every tile that `tiles` chose from, legal for `problem` or not."""
+        ...
+
+
 def reject_without_tiles(name: str, tile: Tile | None) -> str:
     """The `rejects` of a backend that has no tiles."""
     return "" if tile is None else f"backend {name!r} has no tiles, got {tile}"

@@ -121,11 +121,13 @@ class TritonBackend:
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         if arch.kind == "cpu":
             return [_INTERPRETED]
-        axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
-        space = tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
-        legal = [tile for tile in space if not tile.violations(arch, problem)]
+        legal = [t for t in self.considered(problem, arch) if not t.violations(arch, problem)]
         default = self.default_tile(problem, arch)
         return legal if default in legal else [default, *legal]
+
+    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
+        axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
+        return tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
