@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
+from support import missing
 
 from flashmoe.autotune import report_html
 from flashmoe.autotune.candidate import Candidate
@@ -99,7 +100,7 @@ def test_it_holds_what_was_found(page: str, results: list[Result]) -> None:
 def browser() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None:
-        pytest.skip("no chromium (apt-get install chromium)")
+        missing("no chromium (apt-get install chromium)")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import pytest
 from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
+from support import missing
 
 from flashmoe import database
 from flashmoe.autotune import identity
@@ -274,16 +276,17 @@ def _postgres_bin() -> Path | None:
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server of our own, from the distribution's package."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    if importlib.util.find_spec("psycopg") is None:
+        missing("psycopg is not installed")
     programs = _postgres_bin()
     if programs is None:
-        pytest.skip("no PostgreSQL server (apt-get install postgresql)")
+        missing("no PostgreSQL server (apt-get install postgresql)")
     folder = tmp_path_factory.mktemp("postgres")
     # initdb refuses root.
     become = []
     if os.getuid() == 0:
         if shutil.which("runuser") is None:
-            pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+            missing("PostgreSQL does not run as root, and there is no runuser")
         become = ["runuser", "-u", "postgres", "--"]
         for parent in (folder, *folder.parents):
             if parent == Path("/"):
