@@ -22,13 +22,14 @@ from flashmoe.autotune import arguments, dry_run, helper, report, report_html, s
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.process import Child
 from flashmoe.autotune.progress import shown
 from flashmoe.autotune.result import Result
 from flashmoe.autotune.suite import Group, default_suite, grouped, named_problem
-from flashmoe.autotune.tune import Options, Place, tune
+from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
-from flashmoe.timing import Limits
+from flashmoe.timing import Limits, measure_limits
 
 # Wide enough that no row of the table folds; used where nobody's terminal decides.
 _REPORT_WIDTH = 160
@@ -91,7 +92,7 @@ def run(words: Sequence[str]) -> int:
                 if result.store and not _store(path, result, here, command):
                     unwritten = True
             watch.stage("measuring the device's limits")
-            limits = processes.limits(sorted({group.main.dtype for group in groups}))
+            limits = _limits(target, {group.main.dtype for group in groups})
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -194,6 +195,14 @@ def _helpers(
         if other != place.device
     ]
     return helper.start(searched, places, where, options, patience)
+
+
+def _limits(target: torch.device, dtypes: set[str]) -> dict[str, Limits]:
+    """What the device sustains, by dtype. A CPU's are always float32's: most have no 16-bit matrix
+    units, and torch's own 16-bit matmul is no limit of any kind."""
+    if target.type == "cpu":
+        return dict.fromkeys(dtypes, measure_limits(target, torch.float32))
+    return {name: measure_limits(target, getattr(torch, name)) for name in sorted(dtypes)}
 
 
 def _require_backend(name: str | None, target: torch.device) -> None:

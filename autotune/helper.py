@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 
 from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.process import Child, Steps
 from flashmoe.autotune.result import Watch
 from flashmoe.autotune.storage import open_storage
 from flashmoe.autotune.suite import Group
-from flashmoe.autotune.tune import Options, Place, tune
+from flashmoe.autotune.tune import tune
 
 
 class Helper:

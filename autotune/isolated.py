@@ -16,11 +16,10 @@ from flashmoe.autotune.suite import Group
 from flashmoe.backends import BACKENDS
 from flashmoe.backends.base import Precompiles
 from flashmoe.problem import Problem
-from flashmoe.timing import Limits, Measurement, measure_limits
+from flashmoe.timing import Measurement
 
 # Starting a process with torch, and computing a reference, may take so long on a slow machine.
 _START_PATIENCE = 300.0
-_LIMITS_PATIENCE = 60.0
 _COMPILERS = 8
 
 
@@ -54,13 +53,6 @@ class Session:
         return self._opened().measure(
             candidates, before_sample=lambda name: self._steps(numbers[name]), **options
         )
-
-    def limits(self, dtypes: Sequence[str]) -> dict[str, Limits]:
-        """What the device sustains, by dtype. A CPU's are always float32's: most have no 16-bit
-        matrix units, and torch's own 16-bit matmul is no limit of any kind."""
-        if self._device.type == "cpu":
-            return dict.fromkeys(dtypes, measure_limits(self._device, torch.float32))
-        return {name: measure_limits(self._device, getattr(torch, name)) for name in dtypes}
 
     def precompile(self, problem: Problem, candidate: Candidate) -> None:
         backend = BACKENDS[candidate.backend]
@@ -97,17 +89,6 @@ class Processes:
         if self.device.type == "cuda":
             self._spare = self._start()
         return child
-
-    def limits(self, dtypes: Sequence[str]) -> dict[str, Limits]:
-        """What the device sustains, by dtype; empty when that cannot be measured."""
-        child = self.take()
-        try:
-            found: dict[str, Limits] = child.request("limits", dtypes, patience=_LIMITS_PATIENCE)
-        except (ChildFailed, RuntimeError):
-            return {}
-        finally:
-            child.close()
-        return found
 
     def close(self) -> None:
         self.compilers.close()

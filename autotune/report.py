@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from flashmoe.autotune.result import STATUSES, Result
-from flashmoe.autotune.search import Trial
 from flashmoe.autotune.sensitivity import steps
+from flashmoe.autotune.trials import Trial
 from flashmoe.device import Fingerprint
 from flashmoe.stats import Interval
 from flashmoe.tiles import Tile, instance_head_dim

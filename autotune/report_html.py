@@ -9,8 +9,8 @@ from flashmoe.autotune import charts
 from flashmoe.autotune.decide import AGAIN
 from flashmoe.autotune.report import duration, outcome, ratio
 from flashmoe.autotune.result import Result
-from flashmoe.autotune.search import Trial
 from flashmoe.autotune.sensitivity import steps
+from flashmoe.autotune.trials import Trial
 from flashmoe.device import Fingerprint
 from flashmoe.stats import median_interval
 from flashmoe.timing import Limits

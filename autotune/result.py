@@ -8,7 +8,7 @@ from statistics import median
 
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.decide import AGAIN
-from flashmoe.autotune.search import Search, Trial
+from flashmoe.autotune.trials import Search, Trial
 from flashmoe.database import Entry
 from flashmoe.device import Fingerprint
 from flashmoe.problem import Problem
@@ -98,6 +98,9 @@ def _triple(interval: Interval | None) -> tuple[float, float, float] | None:
 
 class Watch:
     """Sees the tuning happen. This one looks away; progress.py shows it."""
+
+    def begin(self, seconds: float) -> None:
+        """The run begins, and may take so long."""
 
     def problem(self, problem: Problem, number: int, total: int) -> None:
         """A problem begins."""

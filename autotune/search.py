@@ -7,7 +7,6 @@ values are times relative to the anchor's, the default's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import optuna
 
@@ -16,7 +15,7 @@ from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.race import Race
 from flashmoe.autotune.record import Outcome, Record
 from flashmoe.autotune.space import Space
-from flashmoe.stats import Interval
+from flashmoe.autotune.trials import Search, Trial
 from flashmoe.tiles import Tile
 from flashmoe.timing import Measurement
 
@@ -35,35 +34,6 @@ _SECOND_SHARE = 0.3
 _STALE_TILES, _STALE_SHARE, _STALE_GAIN = 12, 0.25, 0.003
 # How often to look whether other workers are done, and for how long at most, in seconds.
 _POLL_SECONDS, _POLL_SHARE = 0.2, 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What became of one tile: status as in flashmoe.timing, its time over the anchor's when
-    ok, the reason when not; `pruned` when a first look showed it clearly behind."""
-
-    tile: Tile
-    status: str
-    ratio: Interval | None = None
-    reason: str = ""
-    pruned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """The trials in the order of their first look, the contenders fastest first, which sampler
-    walked a space of how many tiles, what a sample costs on the clock, why the search ended, the
-    study's name, and (seconds, value) of every trial as it was told."""
-
-    trials: tuple[Trial, ...]
-    contenders: tuple[Candidate, ...]
-    sampler: str
-    space: int
-    sample_seconds: float = 0.0
-    ended: str = ""
-    study: str = ""
-    told: tuple[tuple[float, float], ...] = ()
-    importances: dict[str, float] = field(default_factory=dict)
 
 
 Watch = Callable[[Sequence[Trial], int], None]

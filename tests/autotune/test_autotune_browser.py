@@ -17,9 +17,10 @@ from support import missing
 
 from flashmoe.autotune import report_html
 from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import Group
-from flashmoe.autotune.tune import Options, Place, tune
+from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
 from flashmoe.device import fingerprint
 from flashmoe.tiles import Tile
@@ -56,7 +57,7 @@ def results() -> list[Result]:
         patch.setattr(backend, "tiles", lambda *_: GRID)
         patch.setattr(backend, "default_tile", lambda *_: DEFAULT)
         patch.setattr(
-            "flashmoe.autotune.tune.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
+            "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
         )
         bench = SimulatedBench(bowl(BEST, step=0.1), wrong={str(WRONG): "out is off by 1"})
         return list(

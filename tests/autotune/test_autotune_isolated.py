@@ -16,11 +16,12 @@ from flashmoe.autotune import helper
 from flashmoe.autotune.bench import GroupRunner
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.process import Child, ChildFailed
 from flashmoe.autotune.result import Watch
 from flashmoe.autotune.storage import open_storage
 from flashmoe.autotune.suite import Group, grouped
-from flashmoe.autotune.tune import Options, Place, tune
+from flashmoe.autotune.tune import tune
 from flashmoe.device import fingerprint
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile

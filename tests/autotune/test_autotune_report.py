@@ -12,7 +12,7 @@ from flashmoe.autotune import report
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.progress import best_so_far, shown
 from flashmoe.autotune.result import Result
-from flashmoe.autotune.search import Search, Trial
+from flashmoe.autotune.trials import Search, Trial
 from flashmoe.device import fingerprint
 from flashmoe.problem import Problem
 from flashmoe.stats import Interval

@@ -7,8 +7,9 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.race import AnchorFailed
 from flashmoe.autotune.record import Record, open_study
-from flashmoe.autotune.search import CONTENDERS, Search, Trial, search
+from flashmoe.autotune.search import CONTENDERS, search
 from flashmoe.autotune.space import Space
+from flashmoe.autotune.trials import Search, Trial
 from flashmoe.tiles import Tile, grid
 
 BEST = Tile("cpu", 192, 256)

@@ -27,9 +27,10 @@ from flashmoe import database
 from flashmoe.autotune import identity
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.record import LOST, Outcome, Record, open_study, study_name
-from flashmoe.autotune.search import Search, search
+from flashmoe.autotune.search import search
 from flashmoe.autotune.space import Space
 from flashmoe.autotune.storage import StorageError, open_storage, shown
+from flashmoe.autotune.trials import Search
 from flashmoe.tiles import Tile
 
 BEST = Tile("cpu", 192, 256)

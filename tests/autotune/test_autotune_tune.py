@@ -9,9 +9,10 @@ import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
 
 from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import CPU_SUITE, Group, grouped
-from flashmoe.autotune.tune import Options, Place, tune
+from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
 from flashmoe.database import Entry
 from flashmoe.device import fingerprint
@@ -30,7 +31,7 @@ def _simulated_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "tiles", lambda *_: GRID)
     monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
     monkeypatch.setattr(
-        "flashmoe.autotune.tune.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
+        "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
     )
 
 
