@@ -92,14 +92,16 @@ class _Live(Watch):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._name = ""
+        self._deadline = 0.0
         self._task = progress.add_task("starting", total=None, note="", deadline=0.0)
 
     def begin(self, seconds: float) -> None:
-        self._progress.update(self._task, deadline=time.monotonic() + seconds)
+        self._deadline = time.monotonic() + seconds
 
     def problem(self, problem: Problem, number: int, total: int) -> None:
         self._name = f"[{number}/{total}] {problem.label}"
-        self._progress.reset(self._task, total=None, note="")
+        # A reset forgets all fields.
+        self._progress.reset(self._task, total=None, note="", deadline=self._deadline)
 
     def stage(self, text: str) -> None:
         self._progress.update(self._task, description=escape(f"{self._name}: {text}"))
