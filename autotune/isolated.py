@@ -121,6 +121,7 @@ class Compilers:
         for child, queue in list(self._queues.items()):
             while (problem, candidate) in queue:
                 try:
+                    child.wait_until_up(_START_PATIENCE)
                     child.receive(patience)
                 except ChildFailed:
                     del self._queues[child]

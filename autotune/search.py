@@ -21,6 +21,8 @@ from flashmoe.timing import Measurement
 
 # Candidates timed together; between batches the sampler learns.
 BATCH = 6
+# Batches that are asked for, to be compiled, by the time one is timed.
+_AHEAD = 3
 # The first look at a candidate lasts about this long, within these limits in rounds.
 _FIRST_SECONDS = 0.15
 _FIRST_ROUNDS = (3, 15)
@@ -162,9 +164,9 @@ class _Walk:
             self._try(batch)
 
     def _ask(self) -> bool:
-        """Fill the pending trials: a batch, and the next one where it can be compiled meanwhile.
+        """Fill the pending trials: a batch, and the next ones where they can be compiled meanwhile.
         Whether there are any."""
-        ahead = 2 if self._bench.compiles_ahead else 1
+        ahead = _AHEAD if self._bench.compiles_ahead else 1
         left = self._limit - len(self._known) - self._record.running()
         if others := self._record.others():
             # Leave them their share, and keep the last ones small: all shall end together.

@@ -48,8 +48,7 @@ def test_a_quarter_of_the_grid_finds_the_best(which: str) -> None:
         assert median(outcome.over_best for outcome in mine) <= 1.01, grid.problem.label
     # Never worse than the default: what the final cannot tell apart stays as it was.
     assert max(outcome.over_default for run in runs for outcome in run) <= 1.0
-    if which == "recorded":
-        _agreement(runs)
+    _agreement(runs)
     _beside(
         found, [median(x.over_best for x in (run[n] for run in runs)) for n in range(len(found))]
     )
