@@ -77,12 +77,17 @@ class Processes:
         self.device = device
         self._session = session
         self._spare: Child | None = None
+        self._used: Child | None = None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # One core belongs to the process that times.
         self.compilers = Compilers(self._start, min(max((cores or 1) - 1, 1), _COMPILERS))
 
-    def take(self) -> Child:
-        """A process that is up and belongs to the caller."""
+    def take(self, *, fresh: bool) -> Child:
+        """A process that is up and belongs to the caller: one that was given back, or a `fresh`
+        one, which has run nothing yet."""
+        if self._used is not None and not fresh:
+            used, self._used = self._used, None
+            return used
         child = self._spare or self._start()
         self._spare = None
         child.wait_until_up(_START_PATIENCE)
@@ -90,11 +95,17 @@ class Processes:
             self._spare = self._start()
         return child
 
+    def give_back(self, child: Child) -> None:
+        """A process that its holder is done with: starting another takes seconds."""
+        if self._used is not None:
+            self._used.close()
+        self._used = child
+
     def close(self) -> None:
         self.compilers.close()
-        if self._spare is not None:
-            self._spare.close()
-            self._spare = None
+        for child in filter(None, (self._spare, self._used)):
+            child.close()
+        self._spare = self._used = None
 
     def _start(self) -> Child:
         return Child(self._session, (self.device,))
@@ -149,7 +160,8 @@ class IsolatedBench:
         self._prepared: dict[Candidate, Measurement] = {}
         # A CPU that compiles is no CPU to time on.
         self.compiles_ahead = processes.device.type == "cuda"
-        self._open(reference=True)
+        self.fresh_seconds = 0.0
+        self._open(reference=True, fresh=False)
 
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         if not self.compiles_ahead:
@@ -194,7 +206,8 @@ class IsolatedBench:
         return broken
 
     def refresh(self) -> None:
-        self.close()
+        self._end()
+        self._open(reference=False, fresh=True)
 
     def now(self) -> float:
         return time.perf_counter()
@@ -203,6 +216,11 @@ class IsolatedBench:
         time.sleep(seconds)
 
     def close(self) -> None:
+        if self._child is not None:
+            self._processes.give_back(self._child)
+            self._child = None
+
+    def _end(self) -> None:
         if self._child is not None:
             self._child.close()
             self._child = None
@@ -216,16 +234,16 @@ class IsolatedBench:
         return result
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
-        child = self._child or self._open(reference=False)
+        child = self._child or self._open(reference=False, fresh=True)
         try:
             return child.request(method, *arguments, patience=self._patience, **options)
         except ChildFailed:
             self._child = None
             raise
 
-    def _open(self, *, reference: bool) -> Child:
+    def _open(self, *, reference: bool, fresh: bool) -> Child:
         start = self.now()
-        self._child = self._processes.take()
+        self._child = self._processes.take(fresh=fresh)
         self._started += 1
         try:
             self._child.request(
@@ -238,7 +256,9 @@ class IsolatedBench:
                 patience=_START_PATIENCE,
             )
         except BaseException:
-            self.close()
+            self._end()
             raise
-        self.fresh_seconds = self.now() - start
+        # Before there has been a fresh one, the first tells, though it computes the reference, too.
+        if fresh or not self.fresh_seconds:
+            self.fresh_seconds = self.now() - start
         return self._child

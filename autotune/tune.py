@@ -33,7 +33,10 @@ def tune(
     for number, group in enumerate(order):
         watch.problem(group.main, number + 1, len(order))
         start = now()
-        share = group.cost / sum(other.cost for other in order[number:])
+        # Half of the time by what they cost, half to all alike, for all start processes.
+        rest = order[number:]
+        total = sum(other.cost for other in rest)
+        share = (group.cost / total + 1 / len(rest)) / 2
         result = _tune_one(
             group, place, options, watch, found, start + (deadline - start) * share, make_bench
         )
