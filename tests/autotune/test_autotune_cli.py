@@ -217,9 +217,13 @@ def test_the_problems_of_a_model_are_tuned(home: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals to a process are POSIX")
 def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "flashmoe.autotune", "--device", "cpu", "--trials", "2"]
-        # Enough for the first problem on a busy machine.
-        + ["--budget", "1000"],
+        # The budget is enough for the first problem on a busy machine.
+        [
+            sys.executable,
+            "-m",
+            "flashmoe.autotune",
+            *"--device cpu --trials 2 --budget 999".split(),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
