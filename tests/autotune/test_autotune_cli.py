@@ -222,7 +222,7 @@ def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
             sys.executable,
             "-m",
             "flashmoe.autotune",
-            *"--device cpu --trials 2 --budget 999".split(),
+            *["--device", "cpu", "--trials", "2", "--budget", "999"],
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
