@@ -69,46 +69,89 @@ def cuda_archs() -> tuple[str, ...]:
     return archs
 
 
+def compile_kernels(
+    nvcc: Path, archs: tuple[str, ...], sources: dict[str, list[Path]]
+) -> list[str]:
+    """Object files of the instances, each kernel's for its own architectures. Through ninja, which
+    compiles only what changed."""
+    directory = ROOT / "build" / "kernels"
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"includes = -I{ROOT / 'csrc'} -I{ROOT / 'build' / 'generated'}",
+        "rule nvcc",
+        f"  command = {nvcc} -c $flags $includes -Xcompiler=-fPIC -MD -MF $out.d $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    objects = []
+    for kernel, paths in sources.items():
+        flags = " ".join([*build_config.NVCC_FLAGS, *build_config.gencode(kernel, archs)])
+        for path in paths:
+            objects.append(str(directory / f"{path.stem}.o"))
+            lines += [f"build {objects[-1]}: nvcc {path}", f"  flags = {flags}"]
+    (directory / "build.ninja").write_text("\n".join([*lines, ""]))
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    subprocess.run(["ninja", "-C", str(directory), *jobs], check=True)
+    return objects
+
+
+class Build(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+    """Kernels by nvcc, the rest as torch does it; then the headers of what is compiled at run time,
+    beside the extension that was built with them."""
+
+    def build_extensions(self):
+        if cuda:
+            self.extensions[0].extra_objects += compile_kernels(
+                cuda[0] / "bin" / "nvcc", archs, generated.instances
+            )
+        super().build_extensions()
+        self.copy_runtime_sources()
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        inplace, self.inplace = self.inplace, True
+        self.copy_runtime_sources()
+        self.inplace = inplace
+
+    def copy_runtime_sources(self):
+        package = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
+        build_config.copy_runtime_sources(ROOT / "build" / "generated", package / "kernels")
+
+
 def extension():
-    cuda = choose_cuda()
-    archs = cuda_archs() if cuda else ()
-    generated = build_config.generate(ROOT / "build" / "generated", archs, cuda[1] if cuda else "")
-    sources = [f"csrc/{source}" for source in ("torch_ops.cpp", *build_config.CPU_SOURCES)]
-    sources += [str(path.relative_to(ROOT)) for path in generated]
-    flags = {"cxx": [*build_config.CXX_FLAGS, TORCH_TARGET]}
+    sources = ["torch_ops.cpp", *build_config.CPU_SOURCES]
+    sources += build_config.CUDA_SOURCES if cuda else ()
+    flags = [*build_config.CXX_FLAGS, TORCH_TARGET]
+    includes = [str(ROOT / "csrc")]
     options = {}
     if cuda:
-        # A CPU-only torch has no CUDA_HOME, and its CUDAExtension refuses.
-        cpp_extension.CUDA_HOME = str(cuda[0])
-        # Any nvcc goes with any torch: the CUDA runtime is linked in statically, torch's unused.
-        cpp_extension._check_cuda_version = lambda *_: None
-        flags["cxx"].append("-DFLASHMOE_WITH_CUDA")
-        flags["nvcc"] = [
-            *build_config.NVCC_FLAGS,
-            *build_config.gencode(archs),
-            "-DFLASHMOE_WITH_CUDA",
-        ]
+        flags.append("-DFLASHMOE_WITH_CUDA")
+        includes.append(str(cuda[0] / "include"))
         libraries = [cuda[0] / "lib64", cuda[0] / "targets" / "x86_64-linux" / "lib"]
         options = {
             "libraries": ["cudart_static", "rt", "dl", "pthread"],
             "library_dirs": [str(path) for path in libraries if path.is_dir()],
         }
-    includes = [str(ROOT / "csrc")]
-    if cuda:
-        includes.append(str(cuda[0] / "include"))
     return cpp_extension.CppExtension(
         "flashmoe._C",
-        sources,
+        [
+            *(f"csrc/{source}" for source in sources),
+            str(generated.registry.relative_to(ROOT)),
+        ],
         include_dirs=includes,
-        extra_compile_args=flags,
+        extra_compile_args={"cxx": flags},
         extra_link_args=["-Wl,--exclude-libs,ALL", "-s"],
         py_limited_api=True,
         **options,
     )
 
 
+cuda = choose_cuda()
+archs = cuda_archs() if cuda else ()
+generated = build_config.generate(ROOT / "build" / "generated", archs, cuda[1] if cuda else "")
+
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -9,6 +9,7 @@ import torch
 import flashmoe
 import flashmoe.autotune
 import flashmoe.ratchet
+from flashmoe._extension import KERNEL_SOURCES
 from flashmoe.reference import attention_reference
 
 torch.manual_seed(0)
@@ -25,6 +26,8 @@ files = importlib.metadata.files("flashmoe") or []
 top = {file.parts[0] for file in files if not file.parts[0].startswith(("..", "__"))}
 extra = {name for name in top if not name.startswith("flashmoe")}
 assert not extra, f"the wheel adds {extra} to site-packages"
+for header in ("wgmma.cuh", "attention/fwd_sm90.cuh", "ptx/tensor_map.h"):
+    assert (KERNEL_SOURCES / header).is_file(), f"{header}: tiles cannot be compiled at run time"
 assert importlib.util.find_spec("flashmoe.autotune.__main__")
 assert importlib.util.find_spec("flashmoe.ratchet.__main__")
 print(f"ok: Python {sys.version.split()[0]}, torch {torch.__version__}, {flashmoe.__file__}")

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashmoe import database, device
+from flashmoe.autotune import instances
 from flashmoe.autotune.arguments import PROG, Parser, UsageError
 from flashmoe.autotune.arguments import device as parse_device
 from flashmoe.autotune.exits import DONE
-from flashmoe.tiles import Tile, instance_head_dim
+from flashmoe.tiles import Tile
 
 
 def run(words: Sequence[str]) -> int:
@@ -74,10 +75,12 @@ def winning_tiles(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, 
             tile = Tile.parse(text)
         except ValueError:
             continue  # sdpa without a tile, or of another version
-        if tile.backend != "cuda":
+        if tile.kernel not in instances.COLUMNS:
             continue
         of_kernel = counts.setdefault(tile.kernel, {})
-        of_head_dim = of_kernel.setdefault(instance_head_dim(entry.problem.head_dim), {})
+        of_head_dim = of_kernel.setdefault(
+            instances.head_dim_of(tile.kernel, entry.problem.head_dim), {}
+        )
         of_head_dim[tile] = of_head_dim.get(tile, 0) + 1
     return {
         kernel: {
@@ -89,19 +92,15 @@ def winning_tiles(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, 
 
 
 def with_first(text: str, winners: Mapping[int, Sequence[Tile]]) -> str:
-    """A list of instances (`HEAD_DIM BLOCK_M BLOCK_N NUM_STAGES NUM_WARPS` a line) with the winners
-    first of their head dimension; other lines, comments among them, stay where they are."""
+    """A list of instances (autotune/instances.py says what a line is) with the winners first of
+    their head dimension; other lines, comments among them, stay where they are."""
     lines = text.splitlines()
     for head_dim, tiles in winners.items():
-        wanted = [_line(head_dim, tile) for tile in tiles]
+        wanted = [instances.line(head_dim, tile) for tile in tiles]
         first = next((i for i, line in enumerate(lines) if _head_dim(line) == head_dim), len(lines))
         rest = [line for line in lines[first:] if " ".join(line.split()) not in wanted]
         lines = lines[:first] + wanted + rest
     return "\n".join(lines) + "\n"
-
-
-def _line(head_dim: int, tile: Tile) -> str:
-    return f"{head_dim} {tile.block_m} {tile.block_n} {tile.num_stages} {tile.num_warps}"
 
 
 def _head_dim(line: str) -> int | None:

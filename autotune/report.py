@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
+from flashmoe.autotune import instances
 from flashmoe.autotune.result import STATUSES, Result
 from flashmoe.autotune.sensitivity import steps
 from flashmoe.autotune.trials import Trial
 from flashmoe.device import Fingerprint
 from flashmoe.stats import Interval
-from flashmoe.tiles import Tile, instance_head_dim
+from flashmoe.tiles import Tile
 
 SCHEMA = 1
 
@@ -158,20 +159,19 @@ def _sensitivity_lines(result: Result) -> list[str]:
 
 def _build_lines(tile: Tile, head_dim: int) -> list[str]:
     """How to have the tile compiled in; kernels that take it at run time need nothing."""
-    if not tile.kernel.startswith("sm"):
+    if tile.kernel not in instances.COLUMNS:
         return ["", "This kernel takes its tile at run time: there is nothing to build."]
-    instance = instance_head_dim(head_dim)
+    instance = instances.head_dim_of(tile.kernel, head_dim)
     return [
         "```sh",
-        f"nvcc -DHEAD_DIM={instance} -DBLOCK_M={tile.block_m} -DBLOCK_N={tile.block_n} "
-        f"-DNUM_STAGES={tile.num_stages} -DNUM_WARPS={tile.num_warps}",
+        f"nvcc {instances.macros(instance, tile)}",
         "```",
         "",
         f"To make it the default of head_dim {instance}, move this line of "
         f"`csrc/instances/{tile.kernel}.txt` before the others of that head_dim and build again:",
         "",
         "```text",
-        f"{instance} {tile.block_m} {tile.block_n} {tile.num_stages} {tile.num_warps}",
+        instances.line(instance, tile),
         "```",
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from flashmoe.autotune.result import Result
 from flashmoe.tiles import Tile
@@ -53,5 +53,5 @@ def best_tile(result: Result) -> Tile | None:
 def _same_but(tile: Tile, other: Tile, axis: str) -> bool:
     if getattr(tile, axis) == getattr(other, axis) or tile.kernel != other.kernel:
         return False
-    names = ("block_m", "block_n", "num_stages", "num_warps", "tma")
-    return all(getattr(tile, n) == getattr(other, n) for n in names if n != axis)
+    names = [field.name for field in fields(Tile) if field.name != axis]
+    return all(getattr(tile, name) == getattr(other, name) for name in names)

@@ -41,6 +41,8 @@ class Space:
         }
         # An axis without a choice is no parameter.
         self._values = {name: values for name, values in self._values.items() if len(values) > 1}
+        self._axes = [a for a in AXES if any(name.endswith(f".{a}") for name in self._values)]
+        self._positions: dict[Tile, list[int]] = {}
         self._of_params = {_key(self.params(tile)): tile for tile in self.tiles}
 
     def __len__(self) -> int:
@@ -114,11 +116,13 @@ class Space:
     def position(self, tile: Tile) -> list[int]:
         """Which kernel, and where on each axis, in steps; values that this space lacks count as the
         next smaller one. Axes without a choice are left out."""
-        axes = [a for a in AXES if any(name.endswith(f".{a}") for name in self._values)]
+        if tile in self._positions:
+            return self._positions[tile]
         found = [self._kernels.index(tile.kernel) if tile.kernel in self._kernels else -1]
-        for axis in axes:
+        for axis in self._axes:
             values = self._values.get(f"{tile.kernel}.{axis}", [])
             found.append(max(bisect_right(values, int(getattr(tile, axis))) - 1, 0))
+        self._positions[tile] = found
         return found
 
     def _steps(self, tile: Tile, proposal: Mapping[str, Any]) -> float:

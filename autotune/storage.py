@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBSt
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 
-from flashmoe import database
+from flashmoe import cache, database
 
 _FORMS = "a path of a journal file, a database URL (DIALECT://...), or grpc://HOST:PORT"
 # Workers that start together may create the tables together; all but one then fail.
@@ -95,7 +95,7 @@ def _journal(path: Path) -> BaseStorage:
     except OSError as error:
         raise StorageError(f"--storage must be {_FORMS}, got {str(path)!r}: {error}") from None
     except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
-        aside = database.set_aside(path)
+        aside = cache.set_aside(path)
         warnings.warn(
             f"{path} is damaged ({error!r}); it was set aside as {aside.name}",
             database.DamagedDatabase,

@@ -165,11 +165,12 @@ class Tuning:
         backends = [BACKENDS[name] for name in self._backends]
         tiles = [tile for backend in backends for tile in backend.tiles(self._problem, here)]
         defaults = [backend.default_tile(self._problem, here) for backend in backends]
-        legal = [
+        # A backend's tiles are legal for the main problem; there may be thousands.
+        legal = dict.fromkeys(
             tile
             for tile in [*tiles, *filter(None, defaults)]
-            if self._everywhere(Candidate.of_tile(tile))
-        ]
+            if len(self._group.problems) == 1 or self._everywhere(Candidate.of_tile(tile))
+        )
         first = [tile for tile in [*defaults, *self._known_good()] if tile in legal]
         if not legal:
             return Search((), (), "", 0)

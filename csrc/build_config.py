@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,46 +19,82 @@ CPU_SOURCES = (
     "attention/fwd_cpu_avx2.cpp",
     "attention/fwd_cpu_avx512.cpp",
 )
+# Host code of the CUDA kernels; needs the toolkit's headers, not nvcc.
+CUDA_SOURCES = (
+    "attention/fwd_cuda.cpp",
+    "attention/fwd_sm90_counters.cpp",
+    "attention/fwd_sm90_host.cpp",
+)
 CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden")
 NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
 # Ampere (also Ada, same instructions) and Hopper; the last one as PTX too, for newer GPUs.
 DEFAULT_CUDA_ARCHS = ("80", "90")
 MIN_NVCC = (12, 8)
+# What follows head_dim in csrc/instances/KERNEL.txt: fields of Tile in flashmoe/tiles.py.
+INSTANCE_FIELDS = {
+    "sm80": ("block_m", "block_n", "num_stages", "num_warps"),
+    "sm90": (
+        *("block_m", "block_n", "num_stages", "q_stages"),
+        *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm"),
+    ),
+}
+# What a tile compiled at run time includes, besides the generated wgmma.cuh.
+RUNTIME_SOURCES = ("attention/fwd_sm90.cuh",)
 
 
 class Instance(NamedTuple):
-    """One compiled tile of one kernel."""
+    """One compiled tile of one kernel; `shape` are the values of INSTANCE_FIELDS[kernel]."""
 
     kernel: str
     head_dim: int
-    block_m: int
-    block_n: int
-    num_stages: int
-    num_warps: int
+    shape: tuple[int, ...]
 
     @property
     def symbol(self) -> str:
-        return "fwd_{}_d{}_{}x{}_stages{}_warps{}".format(*self)
+        return "_".join(map(str, ("fwd", self.kernel, self.head_dim, *self.shape)))
+
+    def to_json(self) -> dict[str, int | str]:
+        fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
+        return {"kernel": self.kernel, "head_dim": self.head_dim, **fields}
+
+
+class Generated(NamedTuple):
+    """What generate() wrote: the registry in C++, and for each kernel its instances for nvcc."""
+
+    registry: Path
+    instances: dict[str, list[Path]]
 
 
 def instances() -> list[Instance]:
     """The tiles listed in csrc/instances, defaults first. Raises ValueError naming a bad line."""
     found = []
-    for path in sorted((CSRC / "instances").glob("*.txt")):
+    for kernel, names in INSTANCE_FIELDS.items():
+        path = CSRC / "instances" / f"{kernel}.txt"
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            fields = line.partition("#")[0].split()
-            if not fields:
+            columns = line.partition("#")[0].split()
+            if not columns:
                 continue
-            if len(fields) != 5 or not all(field.isdigit() for field in fields):
-                raise ValueError(f"{path.name}:{number}: expected five integers, got {line!r}")
-            found.append(Instance(path.stem, *map(int, fields)))
+            if len(columns) != 1 + len(names) or not all(column.isdigit() for column in columns):
+                raise ValueError(
+                    f"{path.name}:{number}: expected integers for head_dim, {', '.join(names)}, "
+                    f"got {line!r}"
+                )
+            head_dim, *shape = map(int, columns)
+            found.append(Instance(kernel, head_dim, tuple(shape)))
     return found
 
 
-def gencode(archs: tuple[str, ...]) -> list[str]:
-    """nvcc's -gencode flags: machine code for each, and PTX of the last for GPUs to come."""
+def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
+    """nvcc's -gencode flags for a kernel when `archs` are asked for; empty: it is not built.
+
+    sm80: machine code for each, and PTX of the last for GPUs to come. sm90: wgmma and setmaxnreg
+    exist on sm_90a alone.
+    """
+    if kernel == "sm90":
+        hopper = any(arch.rstrip("af") == "90" for arch in archs)
+        return ["-gencode=arch=compute_90a,code=sm_90a"] if hopper else []
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"] if archs else []
 
 
 def source_hashes() -> dict[str, str]:
@@ -66,7 +103,7 @@ def source_hashes() -> dict[str, str]:
     cpu = sorted((CSRC / "attention").glob("fwd_cpu*"))
     cuda = [
         *sorted(set((CSRC / "attention").iterdir()) - set(cpu)),
-        *sorted((CSRC / "ptx").glob("*.cuh")),
+        *sorted(path for path in (CSRC / "ptx").iterdir() if path.is_file()),
         *sorted((CSRC / "instances").glob("*.txt")),
     ]
     hashes = {}
@@ -78,49 +115,121 @@ def source_hashes() -> dict[str, str]:
     return hashes
 
 
-def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> list[Path]:
-    """Write the instance sources and the registry into `directory`; return them.
+def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Generated:
+    """Write wgmma.cuh, the instance sources and the registry into `directory`.
 
-    Without archs only the registry, empty. Files whose text is unchanged are left alone, so that
+    Without archs the registry is empty. Files whose text is unchanged are left alone, so that
     nothing is rebuilt for nothing.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    listed = instances() if archs else []
-    written = []
-    defaults = {(i.kernel, i.head_dim): i for i in reversed(listed)}
+    _write(directory / "wgmma.cuh", _wgmma_source())
+    listed = [i for i in instances() if gencode(i.kernel, archs)]
+    first = {(i.kernel, i.head_dim): i for i in reversed(listed)}
+    sources: dict[str, list[Path]] = {}
     for instance in listed:
-        is_default = defaults[instance.kernel, instance.head_dim] == instance
+        is_default = first[instance.kernel, instance.head_dim] == instance
         path = directory / f"{instance.symbol}.cu"
-        _write(path, _instance_source(instance, is_default))
-        written.append(path)
+        _write(path, _INSTANCE_SOURCES[instance.kernel](instance, is_default))
+        sources.setdefault(instance.kernel, []).append(path)
     registry = directory / "registry.cpp"
-    _write(registry, _registry_source(listed, defaults, archs, cuda_version))
-    return [*written, registry]
+    _write(registry, _registry_source(listed, first, archs, cuda_version))
+    return Generated(registry, sources)
+
+
+def copy_runtime_sources(generated: Path, target: Path) -> None:
+    """Copy the headers that tiles compiled at run time include into the folder `target`."""
+    shutil.rmtree(target, ignore_errors=True)
+    seeds = [CSRC / source for source in RUNTIME_SOURCES]
+    found: set[Path] = set()
+    while seeds:
+        path = seeds.pop().resolve()
+        if path in found:
+            continue
+        found.add(path)
+        for line in path.read_text().splitlines():
+            if line.startswith('#include "') and (header := line.split('"')[1]) != "wgmma.cuh":
+                seeds.append(path.parent / header)
+    for path in found:
+        copy = target / path.relative_to(CSRC)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    shutil.copyfile(generated / "wgmma.cuh", target / "wgmma.cuh")
+
+
+def _wgmma_source() -> str:
+    sys.path.insert(0, str(CSRC / "ptx"))
+    try:
+        import generate_wgmma
+    finally:
+        sys.path.pop(0)
+    return generate_wgmma.source()
 
 
 _ARGUMENTS = "const AttentionParams& params, DType dtype, int device, cudaStream_t stream"
 
 
-def _instance_source(instance: Instance, is_default: bool) -> str:
-    kernel, *shape = instance
-    tile = f"{kernel.capitalize()}Tile<{', '.join(map(str, shape))}>"
+# In the order of DType.
+_SM90_DTYPES = ("__half", "__nv_bfloat16")
+
+
+def _sm80_source(instance: Instance, is_default: bool) -> str:
+    tile = f"Sm80Tile<{', '.join(map(str, (instance.head_dim, *instance.shape)))}>"
     functions = [(instance.symbol, "true")]
     if is_default:
         functions.append((f"{instance.symbol}_unaligned", "false"))
-    lines = [f'#include "attention/fwd_{kernel}_launch.cuh"', "", "namespace flashmoe {", ""]
+    lines = ['#include "attention/fwd_sm80_launch.cuh"', "", "namespace flashmoe {", ""]
     for symbol, aligned in functions:
         lines += [
             f"cudaError_t {symbol}({_ARGUMENTS}) {{",
-            f"  return {kernel}::launch_dtype<{tile}, {aligned}>(params, dtype, device, stream);",
+            f"  return sm80::launch_dtype<{tile}, {aligned}>(params, dtype, device, stream);",
             "}",
             "",
         ]
     return "\n".join([*lines, "}  // namespace flashmoe", ""])
 
 
+def _sm90_source(instance: Instance, is_default: bool) -> str:
+    lines = [
+        '#include "attention/fwd_sm90.cuh"',
+        "",
+        "namespace flashmoe {",
+        "",
+        f"constexpr Sm90Tile TILE{_sm90_tile(instance)};",
+        "template struct LegalSm90Tile<TILE>;",
+        "",
+    ]
+    # nvcc 13.0 cannot call a kernel that has a template parameter of class type.
+    for dtype in _SM90_DTYPES:
+        lines += [
+            "__global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_sm)",
+            f"    {instance.symbol}{dtype}(const __grid_constant__ Sm90Params params) {{",
+            f"  sm90::attention_forward<{dtype}, TILE>(params);",
+            "}",
+            "",
+        ]
+    lines += [
+        f"extern const void* const {instance.symbol}[2];",
+        f"const void* const {instance.symbol}[2] = {{",
+        *(f"    reinterpret_cast<const void*>({instance.symbol}{t})," for t in _SM90_DTYPES),
+        "};",
+    ]
+    return "\n".join([*lines, "", "}  // namespace flashmoe", ""])
+
+
+_INSTANCE_SOURCES = {"sm80": _sm80_source, "sm90": _sm90_source}
+
+
+def _sm90_tile(instance: Instance) -> str:
+    """The initializer of its Sm90Tile."""
+    fields = instance.to_json()
+    for flag in ("pingpong", "q_in_registers"):
+        fields[flag] = "true" if fields[flag] else "false"
+    return "{" + ", ".join(str(value) for name, value in fields.items() if name != "kernel") + "}"
+
+
 def _registry_source(
     listed: list[Instance],
-    defaults: dict[tuple[str, int], Instance],
+    first: dict[tuple[str, int], Instance],
     archs: tuple[str, ...],
     cuda_version: str,
 ) -> str:
@@ -128,22 +237,31 @@ def _registry_source(
         {
             "cuda_archs": archs,
             "cuda_version": cuda_version,
-            "instances": listed,
+            "fields": INSTANCE_FIELDS,
+            "instances": [instance.to_json() for instance in listed],
             "source_hashes": source_hashes(),
         }
     )
+    declarations, entries = [], []
+    for instance in listed:
+        head_dim, symbol = instance.head_dim, instance.symbol
+        if instance.kernel == "sm80":
+            default = first["sm80", head_dim]
+            declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
+            if instance == default:
+                declarations.append(f"cudaError_t {symbol}_unaligned({_ARGUMENTS});")
+            entries.append(f"    {{{head_dim}, {symbol}, {default.symbol}_unaligned, {{}}, {{}}}},")
+        else:
+            declarations.append(f"extern const void* const {symbol}[2];")
+            entries.append(
+                f"    {{{head_dim}, nullptr, nullptr, {_sm90_tile(instance)}, "
+                f"{{{symbol}[0], {symbol}[1]}}}},"
+            )
     lines = ['#include "instances/registry.h"', "", "namespace flashmoe {", ""]
     if listed:
-        for instance in listed:
-            lines.append(f"cudaError_t {instance.symbol}({_ARGUMENTS});")
-        for instance in defaults.values():
-            lines.append(f"cudaError_t {instance.symbol}_unaligned({_ARGUMENTS});")
-        lines += ["", "const Instance instances[] = {"]
-        for instance in listed:
-            _, *shape = instance
-            unaligned = f"{defaults[instance.kernel, instance.head_dim].symbol}_unaligned"
-            lines.append(f"    {{{', '.join(map(str, shape))}, {instance.symbol}, {unaligned}}},")
-        lines += ["};", f"const int num_instances = {len(listed)};"]
+        lines += [*declarations, "", "const std::vector<Kernel>& compiled_kernels() {"]
+        lines += ["  static const std::vector<Kernel> kernels = {", *entries, "  };"]
+        lines += ["  return kernels;", "}", ""]
     lines += [f'const char build_info[] = R"({info})";', "", "}  // namespace flashmoe", ""]
     return "\n".join(lines)
 
@@ -154,9 +272,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    """For CMake: generate into a folder and print one list, semicolon-separated."""
+    """For CMake: print one list, semicolon-separated. `instances` prints the sources of a kernel
+    that `registry` generated."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("what", choices=("cpu-sources", "cxx-flags", "nvcc-flags", "generate"))
+    choices = ("cpu-sources", "cuda-sources", "cxx-flags", "nvcc-flags", "registry", "instances")
+    parser.add_argument("what", choices=choices)
+    parser.add_argument("--kernel", choices=tuple(INSTANCE_FIELDS))
     parser.add_argument("--directory", type=Path)
     parser.add_argument("--archs", default="", help="comma-separated, as 80,90")
     parser.add_argument("--cuda-version", default="")
@@ -164,13 +285,17 @@ def main() -> None:
     archs = tuple(filter(None, arguments.archs.split(",")))
     if arguments.what == "cpu-sources":
         items = [str(CSRC / source) for source in CPU_SOURCES]
+    elif arguments.what == "cuda-sources":
+        items = [str(CSRC / source) for source in CUDA_SOURCES]
     elif arguments.what == "cxx-flags":
         items = list(CXX_FLAGS)
     elif arguments.what == "nvcc-flags":
-        items = [*NVCC_FLAGS, *gencode(archs)]
+        items = [*NVCC_FLAGS, *gencode(arguments.kernel, archs)]
     else:
         generated = generate(arguments.directory, archs, arguments.cuda_version)
-        items = [str(path) for path in generated]
+        items = [str(generated.registry)]
+        if arguments.what == "instances":
+            items = [str(path) for path in generated.instances.get(arguments.kernel, ())]
     sys.stdout.write(";".join(items))
 
 

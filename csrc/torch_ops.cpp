@@ -7,6 +7,8 @@
 
 #include <array>
 #include <climits>
+#include <cstdio>
+#include <exception>
 #include <optional>
 #include <tuple>
 
@@ -156,12 +158,9 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
 
 std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                       double softmax_scale, bool causal, int64_t block_m,
-                                      int64_t block_n, int64_t num_stages, int64_t num_warps) {
+                                      int64_t block_n) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  STD_TORCH_CHECK(num_stages == 1 && num_warps == 1,
-                  "num_stages and num_warps must be 1 on a cpu, got ", num_stages, " and ",
-                  num_warps);
   Call call = prepare(q, k, v, softmax_scale, causal);
   if (!is_empty(call.params)) {
     fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
@@ -187,45 +186,21 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-const Instance* find_instance(int head_dim, int64_t block_m, int64_t block_n, int64_t num_stages,
-                              int64_t num_warps) {
-  const Instance* found = nullptr;
-  for (int i = 0; i < num_instances; ++i) {
-    const Instance& instance = instances[i];
-    // The smallest compiled head_dim that holds this one; columns past it are zero-filled.
-    if (instance.head_dim >= head_dim && (!found || instance.head_dim < found->head_dim) &&
-        instance.block_m == block_m && instance.block_n == block_n &&
-        instance.num_stages == num_stages && instance.num_warps == num_warps) {
-      found = &instance;
-    }
-  }
-  return found;
-}
-
-bool rows_aligned(const AttentionParams& p) {
-  const auto aligned = [](const void* pointer, long long batch, long long row, long long head) {
-    return reinterpret_cast<unsigned long long>(pointer) % 16 == 0 && (batch | row | head) % 8 == 0;
-  };
-  return aligned(p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride) &&
-         aligned(p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride) &&
-         aligned(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
-}
-
 std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       double softmax_scale, bool causal, int64_t block_m,
-                                       int64_t block_n, int64_t num_stages, int64_t num_warps) {
+                                       double softmax_scale, bool causal, int64_t handle) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   Call call = prepare(q, k, v, softmax_scale, causal);
-  const Instance* instance =
-      find_instance(call.params.head_dim, block_m, block_n, num_stages, num_warps);
-  STD_TORCH_CHECK(instance != nullptr, "no kernel is compiled in for head_dim ",
-                  call.params.head_dim, " with block_m=", block_m, ", block_n=", block_n,
-                  ", num_stages=", num_stages, ", num_warps=", num_warps);
+  const Kernel* kernel = find_kernel(handle);
+  STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
+  STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
+                  " takes head_dim up to ", kernel->head_dim, ", got ", call.params.head_dim);
+  const DType dtype = dtype_of(q);
+  STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
   if (!is_empty(call.params)) {
-    const auto launch = rows_aligned(call.params) ? instance->launch : instance->launch_unaligned;
-    const cudaError_t error = launch(call.params, dtype_of(q), device, current_stream(device));
+    const cudaError_t error =
+        launch_forward(*kernel, call.params, dtype, device, current_stream(device));
     STD_TORCH_CHECK(error == cudaSuccess,
                     "launching the forward kernel failed: ", cudaGetErrorString(error));
   }
@@ -237,18 +212,45 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const T
 }  // namespace
 }  // namespace flashmoe
 
-extern "C" __attribute__((visibility("default"))) const char* flashmoe_build_info() {
-  return flashmoe::build_info;
+#define FLASHMOE_EXPORT extern "C" __attribute__((visibility("default")))
+
+FLASHMOE_EXPORT const char* flashmoe_build_info() { return flashmoe::build_info; }
+
+// The handle of the kernel in a cubin, or -1 and why not. `fields` are head_dim and the fields of
+// csrc/build_config.py's INSTANCE_FIELDS, `num_fields` of them.
+FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubin,
+                                               [[maybe_unused]] const int* fields, int num_fields,
+                                               [[maybe_unused]] int bfloat16, char* error,
+                                               size_t error_size) {
+#ifdef FLASHMOE_WITH_CUDA
+  try {
+    if (num_fields != 9) throw std::runtime_error("expected 9 fields of a tile");
+    const flashmoe::Sm90Tile tile{fields[0],      fields[1],      fields[2], fields[3], fields[4],
+                                  fields[5] != 0, fields[6] != 0, fields[7], fields[8]};
+    return flashmoe::load_kernel(
+        cubin, tile, bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16);
+  } catch (const std::exception& exception) {
+    std::snprintf(error, error_size, "%s", exception.what());
+  }
+#else
+  std::snprintf(error, error_size, "this build has no CUDA kernels (%d fields)", num_fields);
+#endif
+  return -1;
 }
 
 STABLE_TORCH_LIBRARY(flashmoe, m) {
   m.def(
-      "fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int block_m, "
-      "int block_n, int num_stages, int num_warps) -> (Tensor out, Tensor softmax_lse)");
+      "fwd_cpu(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int block_m, "
+      "int block_n) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int kernel) -> "
+      "(Tensor out, Tensor softmax_lse)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd", TORCH_BOX(&flashmoe::fwd_cpu_op)); }
+STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op)); }
 
 #ifdef FLASHMOE_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) { m.impl("fwd", TORCH_BOX(&flashmoe::fwd_cuda_op)); }
+STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
+  m.impl("fwd_cuda", TORCH_BOX(&flashmoe::fwd_cuda_op));
+}
 #endif

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -14,25 +14,28 @@ import torch
 from flashmoe.tiles import Tile
 
 _PACKAGE = Path(__file__).parent
+# The headers that the extension's sm90 kernels were compiled from.
+KERNEL_SOURCES = _PACKAGE / "kernels"
+_FLAGS = {field.name for field in fields(Tile) if field.type in (bool, "bool")}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildInfo:
-    """What setup.py compiled: CUDA architectures (empty without CUDA), for each (kernel, head_dim)
-    the tiles that are compiled in, and for each kind of device a hash of the kernels' sources."""
+    """What setup.py compiled: CUDA architectures (empty without CUDA), for each CUDA kernel the
+    fields of Tile that it is compiled for, for each (kernel, head_dim) the tiles that are compiled
+    in and for each of those its handle, and for each kind of device a hash of the kernels' sources.
+    """
 
     cuda_archs: tuple[str, ...]
     cuda_version: str
+    fields: dict[str, tuple[str, ...]]
     instances: dict[tuple[str, int], tuple[Tile, ...]]
+    handles: dict[tuple[int, Tile], int]
     source_hashes: dict[str, str]
 
 
 @functools.cache
-def load() -> BuildInfo:
-    """Load the extension (once) and return its build information.
-
-    Raises ImportError, saying what to do, when the package was not built.
-    """
+def _library() -> ctypes.CDLL:
     found = sorted(_PACKAGE.glob("_C*.so")) + sorted(_PACKAGE.glob("_C*.pyd"))
     if not found:
         raise ImportError(
@@ -42,16 +45,50 @@ def load() -> BuildInfo:
     torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
     library = ctypes.CDLL(str(found[0]))
     library.flashmoe_build_info.restype = ctypes.c_char_p
-    info = json.loads(library.flashmoe_build_info().decode())
+    library.flashmoe_load_kernel.restype = ctypes.c_longlong
+    return library
+
+
+@functools.cache
+def load() -> BuildInfo:
+    """Load the extension (once) and return its build information.
+
+    Raises ImportError, saying what to do, when the package was not built.
+    """
+    info = json.loads(_library().flashmoe_build_info().decode())
     instances: dict[tuple[str, int], list[Tile]] = {}
-    for kernel, head_dim, *shape in info["instances"]:
-        instances.setdefault((kernel, head_dim), []).append(Tile(kernel, *shape))
+    handles: dict[tuple[int, Tile], int] = {}
+    for handle, shape in enumerate(info["instances"]):
+        head_dim = shape.pop("head_dim")
+        # The build's lists hold integers only.
+        flags = {name: bool(shape[name]) for name in _FLAGS & shape.keys()}
+        tile = Tile(**(shape | flags))
+        instances.setdefault((tile.kernel, head_dim), []).append(tile)
+        handles[head_dim, tile] = handle
     return BuildInfo(
         tuple(info["cuda_archs"]),
         info["cuda_version"],
+        {kernel: tuple(names) for kernel, names in info["fields"].items()},
         {key: tuple(tiles) for key, tiles in instances.items()},
+        handles,
         info["source_hashes"],
     )
+
+
+def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str) -> int:
+    """The handle of an sm90 kernel that was compiled for `tile`, `head_dim` and `dtype`.
+
+    Raises RuntimeError when CUDA cannot load it.
+    """
+    values = (head_dim, *(int(getattr(tile, name)) for name in load().fields["sm90"]))
+    array = (ctypes.c_int * len(values))(*values)
+    error = ctypes.create_string_buffer(512)
+    handle: int = _library().flashmoe_load_kernel(
+        cubin, array, len(values), int(dtype == "bfloat16"), error, ctypes.c_size_t(len(error))
+    )
+    if handle < 0:
+        raise RuntimeError(f"loading {tile} for head_dim {head_dim}: {error.value.decode()}")
+    return handle
 
 
 @functools.cache

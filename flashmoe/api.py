@@ -24,6 +24,9 @@ _Call = Callable[[Tensor, Tensor, Tensor], _Result]
 _calls: dict[Any, _Call] = {}
 _MAX_CALLS = 4096
 
+# Kernels take softmax_scale as float32: below its smallest normal number it may become 0.
+_MIN_SCALE, _MAX_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def flash_attn_func(
     q: Tensor,
@@ -48,7 +51,7 @@ def flash_attn_func(
             of 8, at most 256. Any strides; without a contiguous last dimension it is copied.
         k, v: (batch, seqlen_kv, heads_kv, head_dim); heads_q must be a multiple of heads_kv, and
             query head h uses head h // (heads_q // heads_kv).
-        softmax_scale: default 1 / sqrt(head_dim).
+        softmax_scale: finite and positive; default 1 / sqrt(head_dim).
         causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
         deterministic: gradients are bitwise repeatable with every backend of today, so this changes
             nothing; it is there for flash-attn's signature. Only `backend="sdpa"`, whose gradients
@@ -93,14 +96,14 @@ def scaled_dot_product_attention(
 
     query (batch, heads_q, seqlen_q, head_dim), key and value (batch, heads_kv, seqlen_kv,
     head_dim); is_causal is aligned top-left: query i sees keys j <= i. What our kernels do not
-    compute goes to torch's own: an attn_mask, dropout, a scale that is not positive, other ranks,
-    dtypes and head dimensions, value's head_dim differing from query's, and a causal query longer
-    than its keys.
+    compute goes to torch's own: an attn_mask, dropout, a scale that is not finite and positive in
+    float32, other ranks, dtypes and head dimensions, value's head_dim differing from query's, and a
+    causal query longer than its keys.
     """
     if (
         attn_mask is not None
         or dropout_p != 0.0
-        or (scale is not None and scale <= 0)
+        or (scale is not None and not _MIN_SCALE <= scale <= _MAX_SCALE)
         or not _ours(query, key, value, is_causal, enable_gqa)
     ):
         return F.scaled_dot_product_attention(
@@ -237,14 +240,15 @@ def _prepare(
     """The call for all later tensors like these, with nothing left to decide."""
     scale = _validate(q, k, v, softmax_scale)
     causal = bool(causal) and q.shape[1] > 1  # the last query sees every key
-    plan = make_plan(ops.problem_of(q, k, causal), q.device, backend, tile, need_lse=return_lse)
-    forward, planned = BACKENDS[plan.backend].forward, plan.tile
+    problem = ops.problem_of(q, k, causal)
+    plan = make_plan(problem, q.device, backend, tile, need_lse=return_lse)
+    forward = BACKENDS[plan.backend].bind(plan.tile, problem)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return forward(q, k, v, scale, causal, planned)[0]
+        return forward(q, k, v, scale, causal)[0]
 
     def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, lse = forward(q, k, v, scale, causal, planned)
+        out, lse = forward(q, k, v, scale, causal)
         assert lse is not None
         return out, lse, None
 
@@ -296,6 +300,8 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> f
         return float(head_dim**-0.5)
     if not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
-    if not 0.0 < softmax_scale < float("inf"):
-        raise ValueError(f"softmax_scale must be finite and positive, got {softmax_scale}")
+    if not _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
+        raise ValueError(
+            f"softmax_scale must be finite and positive in float32, got {softmax_scale}"
+        )
     return float(softmax_scale)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 import filelock
 
+from flashmoe.cache import cache_dir, set_aside
 from flashmoe.device import slug
 from flashmoe.problem import Problem
 
@@ -143,14 +143,6 @@ def nearest(entries: Mapping[str, Entry], problem: Problem) -> list[Entry]:
     return sorted(related, key=steps)
 
 
-def cache_dir() -> Path:
-    """FLASHMOE_CACHE_DIR, or flashmoe/ in XDG_CACHE_HOME, or ~/.cache/flashmoe."""
-    if explicit := os.environ.get("FLASHMOE_CACHE_DIR"):
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashmoe"
-
-
 def user_path(device_name: str) -> Path:
     """Where the tuner stores results for a device model."""
     return cache_dir() / "tuned" / f"{slug(device_name)}.json"
@@ -211,19 +203,3 @@ def parse(text: str) -> dict[str, Entry]:
     if data["schema"] not in _READABLE:
         raise ValueError(f"schema must be one of {_READABLE}, got {data['schema']!r}")
     return {bucket: Entry.from_json(entry) for bucket, entry in data["entries"].items()}
-
-
-def set_aside(path: Path) -> Path:
-    """Give a damaged file another name beside itself, and return that."""
-    aside = _free_name(path)
-    path.rename(aside)
-    return aside
-
-
-def _free_name(path: Path) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for number in range(1000):
-        aside = path.with_name(f"{path.name}.damaged-{stamp}-{number}")
-        if not aside.exists():
-            return aside
-    raise FileExistsError(f"too many damaged copies beside {path}")

@@ -36,8 +36,8 @@ def _fake_forward(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), lse
 
 
-@torch.library.register_fake("flashmoe::fwd")  # type: ignore[untyped-decorator]
-def _fwd_fake(
+@torch.library.register_fake("flashmoe::fwd_cpu")  # type: ignore[untyped-decorator]
+def _fwd_cpu_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,8 +45,13 @@ def _fwd_fake(
     causal: bool,
     block_m: int,
     block_n: int,
-    num_stages: int,
-    num_warps: int,
+) -> tuple[Tensor, Tensor]:
+    return _fake_forward(q)
+
+
+@torch.library.register_fake("flashmoe::fwd_cuda")  # type: ignore[untyped-decorator]
+def _fwd_cuda_fake(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, kernel: int
 ) -> tuple[Tensor, Tensor]:
     return _fake_forward(q)
 

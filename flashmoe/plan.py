@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,8 +16,9 @@ from flashmoe.device import arch
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
-# From here on, Triton's wgmma outweighs its launch on Hopper: at 3e10 FLOP a forward takes about
-# 0.1 ms there, which is what one launch costs the host (H200: 85 to 130 us, the cuda kernel 15 us).
+# From here on, Triton's tensor-core instructions outweigh its launch where the cuda kernel has only
+# mma.sync: at 3e10 FLOP a forward takes about 0.1 ms on an H200, which is what one launch costs the
+# host (85 to 130 us, the cuda kernel 15 us).
 _TRITON_FLOPS = 3e10
 # Below so many queries a block of rows is mostly empty, and no kernel of ours splits the keys over
 # blocks yet: at (16, 32 heads over 8, 1 x 8192, 128) sm80 takes 0.74 ms on an H200, SDPA 0.13.
@@ -57,14 +58,21 @@ def make_plan(
         if need_lse and chosen.backend == "sdpa":
             raise ValueError("backend must be one that returns softmax_lse here, got 'sdpa'")
         return chosen
-    for source, entries in _databases(arch(device).name):
+    here = arch(device)
+    for source, entries in _databases(here.name):
         stored = _stored(entries.get(problem.bucket), need_lse, source)
         if stored is not None and _runs(stored.backend, stored.tile, problem, device):
-            return stored
-    for source, entries in _databases(arch(device).name):
+            if BACKENDS[stored.backend].ready(stored.tile, problem, here):
+                return stored
+            # Nobody waits for a compiler who did not ask to.
+            source = f"heuristic: {stored.tile} of the {source} is not compiled yet"
+            return replace(heuristic(problem, device, need_lse), source=source)
+    for source, entries in _databases(here.name):
         if problem.bucket not in entries:
             for plan in _between(entries, problem, need_lse, source):
-                if _runs(plan.backend, plan.tile, problem, device):
+                if _runs(plan.backend, plan.tile, problem, device) and BACKENDS[plan.backend].ready(
+                    plan.tile, problem, here
+                ):
                     return plan
     return heuristic(problem, device, need_lse)
 
@@ -91,9 +99,21 @@ def _preference(problem: Problem, here: Arch) -> list[str]:
         return [name for name in BACKENDS if name != "triton"]  # interpreted, for tests only
     if problem.direction == "fwd" and problem.seqlen_q < _DECODE_SEQLEN_Q < problem.seqlen_kv:
         return sorted(BACKENDS, key=lambda name: name != "sdpa")
-    if here.capability >= (9, 0) and problem.flops >= _TRITON_FLOPS:
+    if (
+        here.capability >= (9, 0)
+        and problem.flops >= _TRITON_FLOPS
+        and not _has_sm90(problem, here)
+    ):
         return sorted(BACKENDS, key=lambda name: name != "triton")
     return list(BACKENDS)
+
+
+def _has_sm90(problem: Problem, here: Arch) -> bool:
+    cuda = BACKENDS["cuda"]
+    if cuda.unsupported(problem, here):
+        return False
+    tile = cuda.default_tile(problem, here)
+    return tile is not None and tile.kernel == "sm90"
 
 
 @functools.cache

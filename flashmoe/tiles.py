@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashmoe.problem import DTYPE_BYTES, Problem
 
@@ -14,6 +14,9 @@ from flashmoe.problem import DTYPE_BYTES, Problem
 SM80_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 # Registers that the float32 fragments of S and O may take of a thread's 255 before ptxas spills.
 _SM80_FRAGMENT_REGISTERS = 208
+# The same for the sm90 kernel, of what setmaxnreg gives a consumer: what a thread needs besides its
+# fragments. benchmarks/hopper/check_tiles.py compares the rule with the compiler.
+_SM90_OTHER_REGISTERS = 32
 # The same for Triton's kernels, as triton_registers counts. Where the tensor cores read operands
 # from shared memory, the backward spills a little before 256 and is fastest there all the same
 # (H200, bfloat16, head_dim 128: 64x64 with 4 warps); past it ptxas serializes wgmma. Elsewhere
@@ -37,10 +40,15 @@ class Arch:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One configuration of one kernel. `kernel` is one of cpu, sm80, triton. A tile handles
-    block_m query rows by block_n keys a step, with num_stages K/V buffers in flight and num_warps
-    warps a thread block (1 and 1 for the cpu kernel, which has neither). `tma`: operands are
-    fetched by the tensor memory accelerator, where alignment allows it."""
+    """One configuration of one kernel. `kernel` is one of cpu, sm80, sm90, triton. A tile handles
+    block_m query rows by block_n keys a step, with num_stages K/V buffers in flight.
+
+    num_warps: warps a thread block. tma: operands are fetched by the tensor memory accelerator,
+    where alignment allows it. q_stages: buffers of Q. pingpong: groups of 64 rows take turns at the
+    tensor cores. q_in_registers: Q from registers instead of shared memory. exp2_fma: sixteenths of
+    the exponentials computed on the FMA pipes. ctas_per_sm: thread blocks on a multiprocessor.
+    A field that its kernel does not have must be left at its default.
+    """
 
     kernel: str
     block_m: int
@@ -48,12 +56,21 @@ class Tile:
     num_stages: int = 1
     num_warps: int = 1
     tma: bool = False
+    q_stages: int = 1
+    pingpong: bool = False
+    q_in_registers: bool = False
+    exp2_fma: int = 0
+    ctas_per_sm: int = 1
 
     def __str__(self) -> str:
-        return (
-            f"{self.kernel}:{self.block_m}x{self.block_n}-stages{self.num_stages}"
-            f"-warps{self.num_warps}{'-tma' if self.tma else ''}"
-        )
+        text = f"{self.kernel}:{self.block_m}x{self.block_n}"
+        for option in _OPTIONS:
+            value = getattr(self, option.field)
+            if option.is_flag:
+                text += f"-{option.text}" if value else ""
+            elif self.kernel in option.kernels or value != option.default:
+                text += f"-{option.text}{value}"
+        return text
 
     @property
     def backend(self) -> str:
@@ -62,25 +79,67 @@ class Tile:
 
     @classmethod
     def parse(cls, text: str) -> Tile:
-        """The inverse of str(): `kernel:MxN-stagesS-warpsW`, with `-tma` where it is used; stages
-        and warps default to 1.
+        """The inverse of str(): `KERNEL:MxN` and the options of Tile's fields; those that are
+        absent are at their defaults.
 
         Raises ValueError naming the text and the form.
         """
-        match = re.fullmatch(r"(\w+):(\d+)x(\d+)(?:-stages(\d+))?(?:-warps(\d+))?(-tma)?", text)
-        if match is None or match[1] not in _RULES:
+        match = re.fullmatch(_FORM, text)
+        if match is None or match["kernel"] not in _RULES:
             raise ValueError(
-                f"tile must look like KERNEL:MxN-stagesS-warpsW[-tma] with KERNEL one of "
+                f"tile must look like KERNEL:MxN{_SYNTAX} with KERNEL one of "
                 f"{', '.join(_RULES)}, got {text!r}"
             )
-        m, n, stages, warps = (int(x) if x else 1 for x in match.groups()[1:5])
-        return cls(match[1], m, n, stages, warps, match[6] is not None)
+        options = {
+            o.field: True if o.is_flag else int(match[o.field][len(o.text) + 1 :])
+            for o in _OPTIONS
+            if match[o.field]
+        }
+        return cls(match["kernel"], int(match["m"]), int(match["n"]), **options)
 
     def violations(self, arch: Arch, problem: Problem) -> list[str]:
         """Why this tile cannot run `problem` on `arch`; empty when it is legal."""
         if self.kernel not in _RULES:
             return [f"kernel must be one of {', '.join(_RULES)}, got {self.kernel!r}"]
-        return list(_RULES[self.kernel](self, arch, problem))
+        foreign = [
+            f"{option.field} must be {option.default} for the {self.kernel} kernel, "
+            f"got {getattr(self, option.field)}"
+            for option in _OPTIONS
+            if self.kernel not in option.kernels and getattr(self, option.field) != option.default
+        ]
+        return [*foreign, *_RULES[self.kernel](self, arch, problem)]
+
+
+class _Option(NamedTuple):
+    """A field of Tile that some kernels have, and its name in a tile's text."""
+
+    field: str
+    text: str
+    kernels: tuple[str, ...]
+
+    @property
+    def default(self) -> Any:
+        return next(field.default for field in fields(Tile) if field.name == self.field)
+
+    @property
+    def is_flag(self) -> bool:
+        return self.default is False
+
+
+_OPTIONS = (
+    _Option("num_stages", "stages", ("cpu", "sm80", "sm90", "triton")),
+    _Option("num_warps", "warps", ("cpu", "sm80", "triton")),
+    _Option("tma", "tma", ("triton",)),
+    _Option("q_stages", "q", ("sm90",)),
+    _Option("pingpong", "pingpong", ("sm90",)),
+    _Option("q_in_registers", "qreg", ("sm90",)),
+    _Option("exp2_fma", "fma", ("sm90",)),
+    _Option("ctas_per_sm", "ctas", ("sm90",)),
+)
+_FORM = r"(?P<kernel>\w+):(?P<m>\d+)x(?P<n>\d+)" + "".join(
+    rf"(?P<{o.field}>-{o.text}{{}})?".format("" if o.is_flag else r"\d+") for o in _OPTIONS
+)
+_SYNTAX = "".join(f"[-{o.text}{'' if o.is_flag else o.text[0].upper()}]" for o in _OPTIONS)
 
 
 def instance_head_dim(head_dim: int) -> int:
@@ -99,8 +158,6 @@ def _cpu_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     for name, value in (("num_stages", tile.num_stages), ("num_warps", tile.num_warps)):
         if value != 1:
             yield f"{name} must be 1 for the cpu kernel, got {value}"
-    if tile.tma:
-        yield "tma must be false for the cpu kernel"
 
 
 def sm80_smem_bytes(tile: Tile, head_dim: int) -> int:
@@ -115,8 +172,6 @@ def _sm80_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield "the sm80 kernel has no backward"
     if problem.dtype not in ("float16", "bfloat16"):
         yield f"dtype must be float16 or bfloat16 for the sm80 kernel, got {problem.dtype}"
-    if tile.tma:
-        yield "tma must be false for the sm80 kernel"
     if tile.num_warps not in (4, 8):
         yield f"num_warps must be 4 or 8, got {tile.num_warps}"
         return
@@ -137,6 +192,66 @@ def _sm80_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
             f"registers: fragments of S and O take {fragments} a thread, at most "
             f"{_SM80_FRAGMENT_REGISTERS} fit without spills"
         )
+
+
+def sm90_head_dim(head_dim: int) -> int:
+    """The head dimension of an sm90 kernel compiled for `head_dim`: a multiple of 16, zero-filled
+    from head_dim on."""
+    return -(-head_dim // 16) * 16
+
+
+def sm90_smem_bytes(tile: Tile, head_dim: int) -> int:
+    """Shared memory of the sm90 kernel: q_stages buffers of Q, num_stages each of K and V, 16-bit
+    in panels of 64 columns, and what its warps tell each other."""
+    row = 128 * -(-head_dim // 64)
+    return 512 + row * (tile.block_m * tile.q_stages + 2 * tile.block_n * tile.num_stages)
+
+
+def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
+    """Registers that a consumer thread of the sm90 kernel needs for O, S, P, Q where it is kept
+    there, and the rest; and those that setmaxnreg gives it."""
+    needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4 + _SM90_OTHER_REGISTERS
+    if tile.q_in_registers:
+        needed += head_dim // 4
+    consumers = tile.block_m // 64
+    entry = min(65536 // (128 * (consumers + 1) * tile.ctas_per_sm) // 8 * 8, 255)
+    producer = 32 if consumers == 3 else 24
+    return needed, min(((entry - producer) // consumers + entry) // 8 * 8, 240)
+
+
+def _sm90_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
+    if arch.kind != "cuda" or arch.capability[0] != 9:
+        yield f"the sm90 kernel needs compute capability 9.x, got {arch.capability} ({arch.kind})"
+    if problem.direction != "fwd":
+        yield "the sm90 kernel has no backward"
+    if problem.dtype not in ("float16", "bfloat16"):
+        yield f"dtype must be float16 or bfloat16 for the sm90 kernel, got {problem.dtype}"
+    ranges = {"num_stages": (1, 4), "q_stages": (1, 2), "exp2_fma": (0, 8), "ctas_per_sm": (1, 2)}
+    bounded = True
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(tile, name) <= high:
+            bounded = False
+            yield f"{name} must be from {low} to {high}, got {getattr(tile, name)}"
+    if tile.block_m not in (64, 128, 192, 256):
+        bounded = False
+        yield f"block_m must be 64, 128, 192 or 256, got {tile.block_m}"
+    elif tile.pingpong and tile.block_m == 64:
+        yield "pingpong needs two groups of 64 rows, got block_m 64"
+    if tile.block_n % 16 or not 32 <= tile.block_n <= 256:
+        bounded = False
+        yield f"block_n must be a multiple of 16 from 32 to 256, got {tile.block_n}"
+    if not bounded:
+        return
+    head_dim = sm90_head_dim(problem.head_dim)
+    smem = sm90_smem_bytes(tile, head_dim)
+    # Each resident block takes 1 KiB besides, of which smem_per_block leaves room for one.
+    limit = (arch.smem_per_block + 1024) // tile.ctas_per_sm - 1024
+    if smem > limit:
+        each = " each" if tile.ctas_per_sm > 1 else ""
+        yield f"shared memory of {smem} bytes{each} exceeds the {limit} of {arch.name}"
+    needed, given = sm90_registers(tile, head_dim)
+    if needed > given:
+        yield f"registers: a thread needs {needed}, and {given} are there without spills"
 
 
 def triton_smem_bytes(tile: Tile, problem: Problem) -> int:
@@ -209,6 +324,7 @@ def _triton_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
 _RULES: dict[str, Callable[[Tile, Arch, Problem], Iterator[str]]] = {
     "cpu": _cpu_rules,
     "sm80": _sm80_rules,
+    "sm90": _sm90_rules,
     "triton": _triton_rules,
 }
 

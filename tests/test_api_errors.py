@@ -46,9 +46,9 @@ def test_heads_must_be_a_multiple():
         flash_attn_func(*qkv(k=k, v=v))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-60, 1e60, float("nan"), float("inf")])
 def test_softmax_scale_must_be_positive(scale):
-    with pytest.raises(ValueError, match="softmax_scale must be finite and positive"):
+    with pytest.raises(ValueError, match="softmax_scale must be finite and positive in float32"):
         flash_attn_func(*qkv(), softmax_scale=scale)
 
 
@@ -126,7 +126,7 @@ def test_device_must_be_cpu_or_cuda():
 
 def test_the_op_itself_never_reads_wild_memory():
     q, k, v = qkv()
-    fwd = torch.ops.flashmoe.fwd
+    fwd = torch.ops.flashmoe.fwd_cpu
     for bad_k, bad_v, message in (
         (k[:1], v, "one shape"),
         (k[:1], v[:1], "batch"),
@@ -135,6 +135,6 @@ def test_the_op_itself_never_reads_wild_memory():
         (k[0], v[0], "4 dimensions"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            fwd(q, bad_k, bad_v, 1.0, False, 64, 64, 1, 1)
+            fwd(q, bad_k, bad_v, 1.0, False, 64, 64)
     with pytest.raises(RuntimeError, match="block_m"):
-        fwd(q, k, v, 1.0, False, 0, 64, 1, 1)
+        fwd(q, k, v, 1.0, False, 0, 64)

@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"problem", "reference", "stats", "timing", "tuned"},
+            {"cache", "problem", "reference", "stats", "timing", "tuned"},
             {"tiles"},
             {"_extension"},
             {"device"},

@@ -245,6 +245,8 @@ class TestScaledDotProductAttention:
             ((q, k, v[..., :16]), {}),
             ((q.double(), k.double(), v.double()), {}),
             ((q, k, v), {"scale": -0.5}),
+            ((q, k, v), {"scale": 0.0}),
+            ((q, k, v), {"scale": 1e-60}),
         ):
             actual = flashmoe.scaled_dot_product_attention(*arguments, **options)
             expected = F.scaled_dot_product_attention(*arguments, **options)

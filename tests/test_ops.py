@@ -7,9 +7,7 @@ import torch
 from support import DEVICE
 
 import flashmoe
-from flashmoe import flash_attn_func, ops
-
-TILE = (32, 32, 1, 1) if DEVICE.type == "cpu" else (64, 64, 2, 4)
+from flashmoe import _extension, flash_attn_func, ops
 
 
 def qkv(requires_grad=False, dtype=torch.bfloat16):
@@ -21,8 +19,25 @@ def qkv(requires_grad=False, dtype=torch.bfloat16):
     return q, k, v
 
 
-def test_opcheck_fwd():
-    torch.library.opcheck(torch.ops.flashmoe.fwd.default, (*qkv(), 0.2, True, *TILE))
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the op of the cpu")
+def test_opcheck_fwd_cpu():
+    torch.library.opcheck(torch.ops.flashmoe.fwd_cpu.default, (*qkv(), 0.2, True, 32, 32))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the op of CUDA devices")
+@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+def test_opcheck_fwd_cuda(kernel):
+    handles = _extension.load().handles
+    found = [handle for (d, tile), handle in handles.items() if d == 64 and tile.kernel == kernel]
+    if not found or (kernel == "sm90" and torch.cuda.get_device_capability(DEVICE)[0] != 9):
+        pytest.skip(f"{kernel} kernels do not run here")
+    torch.library.opcheck(torch.ops.flashmoe.fwd_cuda.default, (*qkv(), 0.2, True, found[0]))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, float("nan")])
+def test_fwd_refuses_a_scale_that_is_not_positive(scale):
+    with pytest.raises(RuntimeError, match=r"softmax_scale must be .*positive, got "):
+        torch.ops.flashmoe.fwd(*qkv(), scale, True, *TILE)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,16 @@ from hypothesis import strategies as st
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
 from flashmoe.problem import DTYPE_BYTES, Problem
-from flashmoe.tiles import SM80_HEAD_DIMS, Arch, Tile, grid, instance_head_dim, sm80_smem_bytes
+from flashmoe.tiles import (
+    SM80_HEAD_DIMS,
+    Arch,
+    Tile,
+    grid,
+    instance_head_dim,
+    sm80_smem_bytes,
+    sm90_registers,
+    sm90_smem_bytes,
+)
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 L4 = Arch("cuda", "NVIDIA L4", (8, 9), 58, 101376)
@@ -88,18 +99,46 @@ def test_one_bucket_never_mixes_what_changes_a_kernel(a, b):
 
 tiles = st.builds(
     Tile,
-    kernel=st.sampled_from(["cpu", "sm80", "triton"]),
+    kernel=st.sampled_from(["cpu", "sm80", "sm90", "triton"]),
     block_m=st.integers(1, 512),
     block_n=st.integers(1, 512),
     num_stages=st.integers(1, 6),
     num_warps=st.integers(1, 16),
     tma=st.booleans(),
+    q_stages=st.integers(1, 3),
+    pingpong=st.booleans(),
+    q_in_registers=st.booleans(),
+    exp2_fma=st.integers(0, 16),
+    ctas_per_sm=st.integers(1, 3),
 )
 
 
 @given(tiles)
 def test_tile_text_round_trips(tile):
     assert Tile.parse(str(tile)) == tile
+
+
+def test_tile_text_names_what_the_kernel_has():
+    assert str(Tile("sm80", 128, 64, 2, 4)) == "sm80:128x64-stages2-warps4"
+    tile = Tile("sm90", 192, 80, 2, pingpong=True)
+    assert str(tile) == "sm90:192x80-stages2-q1-pingpong-fma0-ctas1"
+    assert Tile.parse("sm90:192x80-stages2-pingpong") == tile
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sm90:64",
+        "sm90:64x64-stages",
+        "sm90:64x64-pingpong1",
+        "sm90:64x64-colour3",
+        "sm90:64x64-stages2-stages2",
+        "sm70:64x64",
+    ],
+)
+def test_tile_text_errors(text):
+    with pytest.raises(ValueError, match=rf"KERNEL:MxN\[-stagesS\].*sm90.*got '{text}'"):
+        Tile.parse(text)
 
 
 @given(tiles, problems)
@@ -156,6 +195,39 @@ def test_violations_name_the_limit():
 def test_triton_rules(tile, changes, arch, reason):
     """The reason given is the only one."""
     (given,) = Tile.parse(tile).violations(arch, replace(PROBLEM, **changes))
+    assert re.search(reason, given)
+
+
+@pytest.mark.parametrize(
+    ("tile", "changes", "arch", "reason"),
+    [
+        ("64x64", {}, A100, r"compute capability 9.x, got \(8, 0\)"),
+        ("64x64", {}, RTX5090, r"compute capability 9.x, got \(12, 0\)"),
+        ("64x64", {"direction": "bwd"}, H200, "no backward"),
+        ("64x64", {"dtype": "float32"}, H200, "dtype must be float16 or bfloat16 .*, got float32"),
+        ("96x64", {}, H200, "block_m must be 64, 128, 192 or 256, got 96"),
+        ("64x72", {}, H200, "block_n must be a multiple of 16 from 32 to 256, got 72"),
+        ("64x272", {}, H200, "block_n must be a multiple of 16 from 32 to 256, got 272"),
+        ("64x64-stages5", {}, H200, "num_stages must be from 1 to 4, got 5"),
+        ("64x64-q3", {}, H200, "q_stages must be from 1 to 2, got 3"),
+        ("64x64-fma9", {}, H200, "exp2_fma must be from 0 to 8, got 9"),
+        ("64x64-ctas3", {}, H200, "ctas_per_sm must be from 1 to 2, got 3"),
+        ("64x64-pingpong", {}, H200, "pingpong needs two groups of 64 rows, got block_m 64"),
+        ("64x64-warps8", {}, H200, "num_warps must be 1 for the sm90 kernel, got 8"),
+        ("64x64-tma", {}, H200, "tma must be False for the sm90 kernel, got True"),
+        (
+            "128x128-stages4",
+            {"head_dim": 128},
+            H200,
+            "shared memory of 295424 bytes exceeds the 232448 of NVIDIA H200",
+        ),
+        ("64x144-stages3-ctas2", {}, H200, "of 119296 bytes each exceeds the 115712"),
+        ("192x112-stages1", {"head_dim": 128}, H200, "a thread needs 180, and 160 are there"),
+    ],
+)
+def test_sm90_rules(tile, changes, arch, reason):
+    """The reason given is the only one."""
+    (given,) = Tile.parse(f"sm90:{tile}").violations(arch, replace(PROBLEM, **changes))
     assert re.search(reason, given)
 
 
@@ -219,6 +291,69 @@ def test_python_and_cpp_agree_on_shared_memory_and_registers():
             reasons = tile.violations(roomy, replace(PROBLEM, head_dim=head_dim))
             limit = int(re.search(r"SO_REGISTERS <= (\d+)", text)[1])
             assert bool(reasons) == (names["SO_REGISTERS"] > limit)
+
+
+CXX = shutil.which("c++") or shutil.which("g++")
+HEADER = f'#include "{ROOT}/csrc/attention/tile_sm90.h"\n'
+
+
+def sm90_initializer(tile: Tile, head_dim: int) -> str:
+    values = (head_dim, *(getattr(tile, name) for name in _extension.load().fields["sm90"]))
+    return "flashmoe::Sm90Tile{" + ", ".join(str(value).lower() for value in values) + "}"
+
+
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
+    space = [
+        (head_dim, Tile("sm90", m, n, stages, 1, False, q, False, q_regs, 3, ctas))
+        for head_dim in (16, 64, 80, 128, 256)
+        for m, n in ((64, 32), (128, 176), (192, 80), (256, 64))
+        for stages, q, q_regs, ctas in ((1, 1, False, 1), (3, 2, True, 1), (2, 1, False, 2))
+    ]
+    array = ", ".join(sm90_initializer(tile, head_dim) for head_dim, tile in space)
+    (tmp_path / "numbers.cpp").write_text(
+        f"#include <cstdio>\n#include <initializer_list>\n{HEADER}"
+        f"int main() {{\n  for (const auto& t : {{{array}}}) {{\n"
+        '    std::printf("%d %d %d\\n", t.smem_bytes(), t.needed_registers(), '
+        "t.consumer_registers());\n  }\n}\n"
+    )
+    program = tmp_path / "numbers"
+    subprocess.run([CXX, "-std=c++20", tmp_path / "numbers.cpp", "-o", program], check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    for line, (head_dim, tile) in zip(said.splitlines(), space, strict=True):
+        expected = (sm90_smem_bytes(tile, head_dim), *sm90_registers(tile, head_dim))
+        assert tuple(map(int, line.split())) == expected, (head_dim, tile)
+
+
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("head_dim", "tile", "message"),
+    [
+        (128, "128x128-stages2", ""),
+        (256, "128x80-stages2-pingpong", ""),
+        (128, "96x64", "block_m: "),
+        (128, "64x72", "block_n: "),
+        (64, "64x64-stages5", "num_stages: "),
+        (64, "64x64-q3", "q_stages: "),
+        (64, "64x64-pingpong", "pingpong: "),
+        (64, "64x64-fma9", "exp2_fma: "),
+        (64, "64x64-ctas3", "ctas_per_sm: "),
+        (128, "128x128-stages4", "shared memory"),
+        (64, "64x144-stages3-ctas2", "shared memory"),
+        (128, "192x112-stages1", "registers"),
+    ],
+)
+def test_cpp_asserts_what_python_calls_illegal(head_dim, tile, message, tmp_path):
+    tile = Tile.parse(f"sm90:{tile}")
+    assert bool(tile.violations(H200, replace(PROBLEM, head_dim=head_dim))) == bool(message)
+    unit = tmp_path / "tile.cpp"
+    initializer = sm90_initializer(tile, head_dim)
+    unit.write_text(f"{HEADER}template struct flashmoe::LegalSm90Tile<{initializer}>;\n")
+    done = subprocess.run(
+        [CXX, "-std=c++20", "-fsyntax-only", unit], capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == (not message)
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(("head_dim", "instance"), [(8, 32), (64, 64), (80, 96), (200, 256)])

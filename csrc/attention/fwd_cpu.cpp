@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -48,7 +49,8 @@ CpuIsa choose_cpu_isa() {
                               " on this machine, got '" + wanted + "'");
 }
 
-void check(bool ok, const char* what, long long got) {
+template <typename T>
+void check(bool ok, const char* what, T got) {
   if (!ok) throw std::invalid_argument(std::string(what) + ", got " + std::to_string(got));
 }
 
@@ -128,6 +130,8 @@ void fwd_cpu(const AttentionParams& params, DType dtype, int block_m, int block_
         params.heads_q);
   check(dtype >= DType::float32 && dtype <= DType::bfloat16, "dtype must be 0, 1 or 2",
         static_cast<int>(dtype));
+  check(std::isfinite(params.softmax_scale) && params.softmax_scale > 0,
+        "softmax_scale must be finite and positive", params.softmax_scale);
   check(block_m > 0, "block_m must be positive", block_m);
   check(block_n > 0, "block_n must be positive", block_n);
 

@@ -60,7 +60,7 @@ struct BlockForward {
   float* v_tile;     // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
   float* s_t;        // [block_n][PANEL] scores, then probabilities
   float* o;          // [row][o_stride], not yet divided by row_sum
-  float* row_max;    // [row], of the scores before softmax_scale
+  float* row_max;    // [row], of the scores before softmax_scale, which is positive
   float* row_sum;    // [row]
   float* alpha;      // [PANEL] exp2(old max - new max) of the current panel and tile
   float* limit;      // [PANEL] visible keys of each row in the current tile
@@ -128,14 +128,12 @@ struct BlockForward {
       return static_cast<const T*>(params.q) + task.batch * params.q_batch_stride +
              row / group * params.q_row_stride + query_head(row) * params.q_head_stride;
     };
-    // The running maximum is of unscaled scores: a negative scale is a negated Q.
-    const auto sign = Vec::eight_set1(params.softmax_scale < 0.0f ? -1.0f : 1.0f);
     for (int lane = 0; lane < round_up(rows, WIDTH); lane += 8) {
       for (int i = 0; i < 8; ++i) {
         const T* q = src(lane + i);
         prefetch_row(src(lane + i + 4));
         for (int d = 0; d < head_dim; d += 8) {
-          Vec::eight_store(q_rows + i * head_dim + d, Vec::eight_mul(Vec::eight_load(q + d), sign));
+          Vec::eight_store(q_rows + i * head_dim + d, Vec::eight_load(q + d));
         }
       }
       for (int d = 0; d < head_dim; d += 8) {
@@ -202,7 +200,7 @@ struct BlockForward {
       // A row that has seen nothing yet keeps -inf; -inf - (-inf) would make it NaN.
       const auto m_used = Vec::select_greater(m_new, neg_inf, m_new, Vec::set1(0.0f));
       // The difference is scaled, not the scores: scaling a score rounds it by its own magnitude.
-      const auto scale = Vec::set1(__builtin_fabsf(params.softmax_scale) * LOG2_E);
+      const auto scale = Vec::set1(params.softmax_scale * LOG2_E);
       const auto alpha_j = exp2_nonpositive<Vec>(Vec::mul(Vec::sub(m_old, m_used), scale));
       auto sum = Vec::set1(0.0f);
       for (n = 0; n < keys; ++n) {
@@ -288,8 +286,7 @@ struct BlockForward {
     const long long batch_head =
         static_cast<long long>(task.batch) * params.heads_q + query_head(row);
     params.softmax_lse[batch_head * params.seqlen_q + row / group] =
-        empty ? -__builtin_inff()
-              : row_max[local] * __builtin_fabsf(params.softmax_scale) + __builtin_logf(sum);
+        empty ? -__builtin_inff() : row_max[local] * params.softmax_scale + __builtin_logf(sum);
   }
 
   void run() {

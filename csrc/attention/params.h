@@ -20,7 +20,7 @@ struct AttentionParams {
   long long v_batch_stride, v_row_stride, v_head_stride;
   long long o_batch_stride, o_row_stride, o_head_stride;
   int batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim;
-  float softmax_scale;  // positive
+  float softmax_scale;  // finite and positive
   int causal;  // 1: query i sees keys j <= i + (seqlen_kv - seqlen_q), aligned bottom-right
 };
 

@@ -2,27 +2,18 @@
 #pragma once
 
 #ifdef FLASHMOE_WITH_CUDA
-#include <cuda_runtime.h>
-#endif
+#include <vector>
 
-#include "attention/params.h"
+#include "attention/fwd_cuda.h"
+#endif
 
 namespace flashmoe {
 
 #ifdef FLASHMOE_WITH_CUDA
-using ForwardLauncher = cudaError_t (*)(const AttentionParams& params, DType dtype, int device,
-                                        cudaStream_t stream);
-
-struct Instance {
-  int head_dim, block_m, block_n, num_stages, num_warps;
-  ForwardLauncher launch;
-  ForwardLauncher launch_unaligned;  // the head_dim's default tile, for rows not 16-byte aligned
-};
-
-extern const Instance instances[];
-extern const int num_instances;
+// In the order of build_info's instances.
+const std::vector<Kernel>& compiled_kernels();
 #endif
 
-extern const char build_info[];  // JSON: cuda_archs, cuda_version, instances, source_hashes
+extern const char build_info[];  // JSON: see flashmoe/_extension.py
 
 }  // namespace flashmoe

@@ -36,9 +36,20 @@ __device__ __forceinline__ void wgmma_wait_group() {
 // d (64 x N) = a (64 x 16) * b (16 x N), plus d when accumulate is not 0. Thread t of the warpgroup
 // holds d[4 * i + ...] at row t / 32 * 16 + t % 32 / 4 (+ 8 for the odd pair), columns
 // 8 * i + t % 4 * 2 and the next. ss: both operands in shared memory, K-major. rs: a in registers
-// (laid out as mma_m16n8k16's A), b MN-major.
+// (laid out as mma_m16n8k16's A), b MN-major; rs_k_major: the same with b K-major.
 template <typename T, int N>
 struct Wgmma;
+"""
+
+RS = """\
+  __device__ __forceinline__ static void {name}(float (&d)[{registers}], const unsigned (&a)[4],
+                                            unsigned long long b, int accumulate) {{
+    asm volatile(
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{rs_predicate}, 0;\\n{instruction} {{{names}}}, "
+        "{{{a_names}}}, %{rs_b}, p, 1, 1, {trans_b};\\n}}\\n"
+        : {outputs}
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }}
 """
 
 SPECIALIZATION = """
@@ -52,42 +63,47 @@ struct Wgmma<{type}, {n}> {{
         : {outputs}
         : "l"(a), "l"(b), "r"(accumulate));
   }}
-  __device__ __forceinline__ static void rs(float (&d)[{registers}], const unsigned (&a)[4],
-                                            unsigned long long b, int accumulate) {{
-    asm volatile(
-        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{rs_predicate}, 0;\\n{instruction} {{{names}}}, "
-        "{{{a_names}}}, %{rs_b}, p, 1, 1, 1;\\n}}\\n"
-        : {outputs}
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-  }}
-}};
+{rs}}};
 """
 
 
 def specialization(cuda_type: str, ptx_type: str, n: int) -> str:
     registers = n // 2
+    common = {
+        "registers": registers,
+        "instruction": f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type}",
+        "names": ", ".join(f"%{i}" for i in range(registers)),
+        "outputs": ", ".join(f'"+f"(d[{i}])' for i in range(registers)),
+    }
+    rs = [
+        RS.format(
+            name=name,
+            trans_b=trans_b,
+            a_names=", ".join(f"%{i}" for i in range(registers, registers + 4)),
+            rs_b=registers + 4,
+            rs_predicate=registers + 5,
+            **common,
+        )
+        for name, trans_b in (("rs", 1), ("rs_k_major", 0))
+    ]
     return SPECIALIZATION.format(
         type=cuda_type,
         n=n,
-        registers=registers,
         next=registers + 1,
         ss_predicate=registers + 2,
-        rs_b=registers + 4,
-        rs_predicate=registers + 5,
-        instruction=f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type}",
-        names=", ".join(f"%{i}" for i in range(registers)),
-        a_names=", ".join(f"%{i}" for i in range(registers, registers + 4)),
-        outputs=", ".join(f'"+f"(d[{i}])' for i in range(registers)),
+        rs="".join(rs),
+        **common,
     )
 
 
-def main() -> None:
+def source() -> str:
+    """The text of wgmma.cuh."""
     parts = [HEADER]
     for cuda_type, ptx_type in (("__nv_bfloat16", "bf16"), ("__half", "f16")):
         parts += [specialization(cuda_type, ptx_type, n) for n in range(16, 257, 16)]
     parts.append("\n}  // namespace flashmoe::ptx\n")
-    (Path(sys.argv[1]) / "wgmma.cuh").write_text("".join(parts))
+    return "".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    (Path(sys.argv[1]) / "wgmma.cuh").write_text(source())

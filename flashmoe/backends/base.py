@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from torch import Tensor
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
+# q, k, v, softmax_scale, causal -> out, softmax_lse: a forward whose tile is decided.
+Forward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+
 
 class Backend(Protocol):
-    """Tensors are (batch, seqlen, heads, head_dim) with any strides; softmax_lse is (batch,
-    heads_q, seqlen_q) float32, natural logarithm."""
+    """What a backend does not say itself, it inherits. Tensors are (batch, seqlen, heads, head_dim)
+    with any strides; softmax_lse is (batch, heads_q, seqlen_q) float32, natural logarithm."""
 
     name: str
 
@@ -33,6 +37,11 @@ class Backend(Protocol):
         """Every tile worth trying for `problem`, all legal; empty for a backend without tiles."""
         ...
 
+    def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
+        """Whether `tile`, which is not rejected, runs `problem` without waiting for a compiler that
+        can be done without."""
+        return True
+
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         """Why this backend cannot run `problem` with `tile`; empty when it can."""
         ...
@@ -49,6 +58,17 @@ class Backend(Protocol):
         """out as q (contiguous) and softmax_lse, None where the backend does not tell it."""
         ...
 
+    def bind(self, tile: Tile | None, problem: Problem) -> Forward:
+        """forward with `tile` for tensors of `problem`'s dtype and head_dim, with as little left to
+        do in a call as there can be."""
+
+        def forward(
+            q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+        ) -> tuple[Tensor, Tensor | None]:
+            return self.forward(q, k, v, softmax_scale, causal, tile)
+
+        return forward
+
     def backward(
         self,
         dout: Tensor,
@@ -62,7 +82,7 @@ class Backend(Protocol):
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv from the forward's out and softmax_lse; the same bits every time."""
-        ...
+        raise NotImplementedError(f"the {self.name} backend has no backward kernel")
 
 
 @runtime_checkable
@@ -82,6 +102,29 @@ class Enumerates(Protocol):
     def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
         """Every tile that `tiles` chose from, legal for `problem` or not."""
         ...
+
+
+class Default(NamedTuple):
+    """The default tile for head dimensions up to head_dim, if causal is what it says (None: either)
+    and there are min_seqlen_q queries."""
+
+    head_dim: int
+    tile: Tile
+    causal: bool | None = None
+    min_seqlen_q: int = 0
+
+
+def first_default(defaults: Iterable[Default], problem: Problem, arch: Arch) -> Tile | None:
+    """The tile of the first entry that applies to `problem` and is legal; None without one."""
+    for default in defaults:
+        if (
+            problem.head_dim <= default.head_dim
+            and default.causal in (None, problem.causal)
+            and problem.seqlen_q >= default.min_seqlen_q
+            and not default.tile.violations(arch, problem)
+        ):
+            return default.tile
+    return None
 
 
 def reject_without_tiles(name: str, tile: Tile | None) -> str:

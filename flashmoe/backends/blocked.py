@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmoe.backends.base import reject_without_tiles
+from flashmoe.backends.base import Backend, reject_without_tiles
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
 _BLOCK_M = 256
 
 
-class BlockedBackend:
+class BlockedBackend(Backend):
     name = "blocked"
 
     def unavailable(self, device: torch.device) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from flashmoe import tiles
-from flashmoe.backends.base import reject_illegal
-from flashmoe.backends.compiled import CompiledBackend
+from flashmoe import _extension, tiles
+from flashmoe.backends.base import Backend, reject_illegal
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -16,7 +16,11 @@ _BLOCK_N = (64, 128, 256)
 _MIN_BLOCK_M = 48
 
 
-class CpuBackend(CompiledBackend):
+_extension.load()
+_fwd = torch.ops.flashmoe.fwd_cpu.default
+
+
+class CpuBackend(Backend):
     """A block's rows are (position, query head) pairs: a GQA group shares each tile of K and V."""
 
     name = "cpu"
@@ -55,3 +59,18 @@ class CpuBackend(CompiledBackend):
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        tile: Tile | None,
+    ) -> tuple[Tensor, Tensor]:
+        assert tile is not None, "the cpu forward needs a tile"
+        result: tuple[Tensor, Tensor] = _fwd(
+            q, k, v, softmax_scale, causal, tile.block_m, tile.block_n
+        )
+        return result

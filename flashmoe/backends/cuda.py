@@ -1,16 +1,49 @@
-"""CUDA kernels compiled ahead of time. Tiles are those in the binary (csrc/instances)."""
+"""CUDA kernels: those in the binary (csrc/instances), and Hopper tiles compiled on this machine."""
 
 from __future__ import annotations
 
+import functools
+import os
+
 import torch
+from torch import Tensor
 
 from flashmoe import _extension
-from flashmoe.backends.compiled import CompiledBackend
+from flashmoe.backends import jit
+from flashmoe.backends.base import Backend, Default, Forward, first_default
 from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile, instance_head_dim
+from flashmoe.tiles import Arch, Tile, grid, sm90_head_dim
+
+_extension.load()
+_fwd = torch.ops.flashmoe.fwd_cuda.default
+
+# The first entry that applies is the default on Hopper. All are compiled in.
+_SM90_DEFAULTS = tuple(
+    Default(head_dim, Tile.parse(f"sm90:{tile}"), min_seqlen_q=min_seqlen_q)
+    for head_dim, tile, min_seqlen_q in (
+        (64, "192x128-stages2-q1-pingpong", 1025),
+        (64, "256x64-stages2-q2", 0),
+        (96, "192x96-stages2-q1-pingpong", 1025),
+        (96, "128x128-stages2-q2", 0),
+        (128, "192x80-stages2-q1-pingpong", 1025),
+        (128, "128x128-stages2-q2", 0),
+        (192, "128x96-stages2-q1-pingpong", 0),
+        (256, "128x80-stages2-q1-pingpong", 0),
+    )
+)
+_SM90_SPACE = {
+    "block_m": (64, 128, 192, 256),
+    "block_n": tuple(range(32, 257, 16)),
+    "num_stages": (1, 2, 3, 4),
+    "q_stages": (1, 2),
+    "pingpong": (False, True),
+    "q_in_registers": (False, True),
+    "exp2_fma": tuple(range(9)),
+    "ctas_per_sm": (1, 2),
+}
 
 
-class CudaBackend(CompiledBackend):
+class CudaBackend(Backend):
     name = "cuda"
 
     def unavailable(self, device: torch.device) -> str:
@@ -24,27 +57,119 @@ class CudaBackend(CompiledBackend):
     def unsupported(self, problem: Problem, arch: Arch) -> str:
         if problem.direction == "bwd":
             return "has no backward kernel"
-        if not self.tiles(problem, arch):
+        if not _compiled_in(problem, arch):
             return f"no tile is compiled in for {problem.dtype}, head_dim {problem.head_dim}"
         return ""
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
-        """The first one listed in csrc/instances for the head dimension that fits this GPU."""
-        return self.tiles(problem, arch)[0]
+        """A compiled-in one: on Hopper by _SM90_DEFAULTS, elsewhere the first one listed in
+        csrc/instances for the head dimension that fits this GPU."""
+        compiled = _compiled_in(problem, arch)
+        default = first_default(_SM90_DEFAULTS, problem, arch)
+        return default if default in compiled else compiled[0]
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
-        compiled = _extension.load().instances
-        space = compiled.get(("sm80", instance_head_dim(problem.head_dim)), ())
-        return [tile for tile in space if not tile.violations(arch, problem)]
+        """On Hopper every legal tile of its kernel where they can be compiled; otherwise those that
+        are compiled in."""
+        compiled = _compiled_in(problem, arch)
+        if not any(tile.kernel == "sm90" for tile in compiled) or jit.unavailable():
+            return compiled
+        return list(_legal_sm90(sm90_head_dim(problem.head_dim), arch))
+
+    def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
+        """FLASHMOE_COMPILE=1 asks to wait for the compiler."""
+        assert tile is not None, "the cuda backend has no plan without a tile"
+        return (
+            os.environ.get("FLASHMOE_COMPILE") == "1"
+            or _compiled_handle(tile, problem.head_dim) is not None
+            or jit.is_cached(_target(tile, problem.head_dim, problem.dtype))
+        )
+
+    def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
+        if _compiled_handle(tile, problem.head_dim) is None:
+            jit.precompile(_target(tile, problem.head_dim, problem.dtype))
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         if tile is None:
             return "it needs a tile"
         if broken := tile.violations(arch, problem):
             return "; ".join(broken)
-        compiled = self.tiles(problem, arch)
-        return (
-            ""
-            if tile in compiled
-            else f"not compiled in; compiled are {', '.join(map(str, compiled))}"
-        )
+        if _compiled_handle(tile, problem.head_dim) is not None:
+            return ""
+        if tile.kernel == "sm90":
+            if jit.is_cached(_target(tile, problem.head_dim, problem.dtype)):
+                return ""
+            why = jit.unavailable()
+            return f"not compiled in, and cannot be compiled here: {why}" if why else ""
+        compiled = ", ".join(map(str, _compiled_in(problem, arch)))
+        return f"not compiled in; compiled are {compiled}"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        tile: Tile | None,
+    ) -> tuple[Tensor, Tensor]:
+        assert tile is not None, "the cuda forward needs a tile"
+        handle = _handle(tile, q.shape[3], q.dtype)
+        result: tuple[Tensor, Tensor] = _fwd(q, k, v, softmax_scale, causal, handle)
+        return result
+
+    def bind(self, tile: Tile | None, problem: Problem) -> Forward:
+        assert tile is not None, "the cuda forward needs a tile"
+        handle = _handle(tile, problem.head_dim, getattr(torch, problem.dtype))
+
+        def forward(
+            q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+        ) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = _fwd(q, k, v, softmax_scale, causal, handle)
+            return result
+
+        return forward
+
+
+def _instance_head_dim(kernel: str, head_dim: int) -> int | None:
+    """The smallest head dimension that `kernel` is compiled in for and that holds `head_dim`."""
+    held = [d for name, d in _extension.load().instances if name == kernel and d >= head_dim]
+    return min(held, default=None)
+
+
+def _compiled_in(problem: Problem, arch: Arch) -> list[Tile]:
+    """The legal tiles in the binary, Hopper's first."""
+    instances = _extension.load().instances
+    return [
+        tile
+        for kernel in ("sm90", "sm80")
+        if (head_dim := _instance_head_dim(kernel, problem.head_dim)) is not None
+        for tile in instances[kernel, head_dim]
+        if not tile.violations(arch, problem)
+    ]
+
+
+def _compiled_handle(tile: Tile, head_dim: int) -> int | None:
+    instance = _instance_head_dim(tile.kernel, head_dim)
+    return None if instance is None else _extension.load().handles.get((instance, tile))
+
+
+def _target(tile: Tile, head_dim: int, dtype: str) -> jit.Target:
+    return jit.Target(tile, sm90_head_dim(head_dim), dtype)
+
+
+@functools.cache
+def _handle(tile: Tile, head_dim: int, dtype: torch.dtype) -> int:
+    """The handle of the kernel that runs a tile: the compiled-in one, or else it is loaded from the
+    cache, or else compiled."""
+    handle = _compiled_handle(tile, head_dim)
+    if handle is not None:
+        return handle
+    target = _target(tile, head_dim, str(dtype).removeprefix("torch."))
+    return _extension.load_kernel(jit.cubin(target), tile, target.head_dim, target.dtype)
+
+
+@functools.cache
+def _legal_sm90(head_dim: int, arch: Arch) -> tuple[Tile, ...]:
+    problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16")
+    return tuple(tile for tile in grid("sm90", **_SM90_SPACE) if not tile.violations(arch, problem))

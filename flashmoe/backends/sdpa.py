@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe.backends.base import reject_without_tiles
+from flashmoe.backends.base import Backend, reject_without_tiles
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
 
-class SdpaBackend:
+class SdpaBackend(Backend):
     name = "sdpa"
 
     def unavailable(self, device: torch.device) -> str:

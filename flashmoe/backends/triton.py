@@ -5,25 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashmoe import tiles
-from flashmoe.backends.base import last_contiguous, reject_illegal
+from flashmoe.backends.base import (
+    Backend,
+    Default,
+    first_default,
+    last_contiguous,
+    reject_illegal,
+)
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
-
-
-class _Default(NamedTuple):
-    """A tile for head dimensions up to head_dim, if causal is what it says (None: either) and there
-    are min_seqlen_q queries."""
-
-    head_dim: int
-    tile: Tile
-    causal: bool | None = None
-    min_seqlen_q: int = 0
 
 
 def _tile(block_m: int, block_n: int, num_stages: int, num_warps: int, tma: bool = False) -> Tile:
@@ -33,43 +28,43 @@ def _tile(block_m: int, block_n: int, num_stages: int, num_warps: int, tma: bool
 # The first entry that applies and is legal is the default. Each list ends in what fits the 99 KiB
 # of shared memory of consumer GPUs. sm90: the fastest on an H200 (bfloat16, batch 2 to 4, seqlen
 # 4096 to 8192, Triton 3.6); at seqlen 512 and head_dim 64 pointers beat tma, 311 to 288 TFLOP/s.
-_DEFAULTS: dict[tuple[str, str], tuple[_Default, ...]] = {
+_DEFAULTS: dict[tuple[str, str], tuple[Default, ...]] = {
     ("sm90", "fwd"): (
-        _Default(64, _tile(64, 128, 2, 4, tma=True), min_seqlen_q=2048),
-        _Default(64, _tile(64, 64, 3, 4)),
-        _Default(128, _tile(64, 64, 3, 4, tma=True)),
-        _Default(256, _tile(128, 64, 2, 8, tma=True)),
-        _Default(256, _tile(64, 32, 2, 4)),
+        Default(64, _tile(64, 128, 2, 4, tma=True), min_seqlen_q=2048),
+        Default(64, _tile(64, 64, 3, 4)),
+        Default(128, _tile(64, 64, 3, 4, tma=True)),
+        Default(256, _tile(128, 64, 2, 8, tma=True)),
+        Default(256, _tile(64, 32, 2, 4)),
     ),
     ("sm90", "bwd"): (
-        _Default(64, _tile(64, 64, 3, 4, tma=True)),
-        _Default(128, _tile(64, 128, 3, 8), causal=True),
-        _Default(128, _tile(64, 64, 2, 4, tma=True)),
-        _Default(256, _tile(64, 64, 2, 8)),
-        _Default(256, _tile(64, 64, 1, 8)),
-        _Default(256, _tile(32, 32, 1, 8)),
+        Default(64, _tile(64, 64, 3, 4, tma=True)),
+        Default(128, _tile(64, 128, 3, 8), causal=True),
+        Default(128, _tile(64, 64, 2, 4, tma=True)),
+        Default(256, _tile(64, 64, 2, 8)),
+        Default(256, _tile(64, 64, 1, 8)),
+        Default(256, _tile(32, 32, 1, 8)),
     ),
     ("sm80", "fwd"): (
-        _Default(64, _tile(128, 64, 3, 4)),
-        _Default(128, _tile(128, 64, 2, 8)),
-        _Default(256, _tile(64, 32, 2, 4)),
+        Default(64, _tile(128, 64, 3, 4)),
+        Default(128, _tile(128, 64, 2, 8)),
+        Default(256, _tile(64, 32, 2, 4)),
     ),
     ("sm80", "bwd"): (
-        _Default(64, _tile(64, 128, 2, 8)),
-        _Default(128, _tile(64, 64, 2, 8)),
-        _Default(128, _tile(64, 64, 1, 8)),
-        _Default(256, _tile(32, 32, 1, 8)),
+        Default(64, _tile(64, 128, 2, 8)),
+        Default(128, _tile(64, 64, 2, 8)),
+        Default(128, _tile(64, 64, 1, 8)),
+        Default(256, _tile(32, 32, 1, 8)),
     ),
     ("float32", "fwd"): (
-        _Default(64, _tile(32, 32, 2, 4)),
-        _Default(128, _tile(32, 32, 2, 8)),
-        _Default(256, _tile(16, 32, 2, 8)),
-        _Default(256, _tile(16, 32, 1, 8)),
+        Default(64, _tile(32, 32, 2, 4)),
+        Default(128, _tile(32, 32, 2, 8)),
+        Default(256, _tile(16, 32, 2, 8)),
+        Default(256, _tile(16, 32, 1, 8)),
     ),
     ("float32", "bwd"): (
-        _Default(64, _tile(32, 32, 1, 4)),
-        _Default(128, _tile(16, 32, 1, 8)),
-        _Default(256, _tile(16, 16, 1, 8)),
+        Default(64, _tile(32, 32, 1, 4)),
+        Default(128, _tile(16, 32, 1, 8)),
+        Default(256, _tile(16, 16, 1, 8)),
     ),
 }
 # Neither size nor warps matter to the interpreter.
@@ -87,7 +82,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     name = "triton"
 
     def unavailable(self, device: torch.device) -> str:
@@ -109,14 +104,9 @@ class TritonBackend:
         family = "sm90" if arch.capability >= (9, 0) else "sm80"
         if problem.dtype == "float32":
             family = "float32"
-        return next(
-            default.tile
-            for default in _DEFAULTS[family, problem.direction]
-            if problem.head_dim <= default.head_dim
-            and default.causal in (None, problem.causal)
-            and problem.seqlen_q >= default.min_seqlen_q
-            and not default.tile.violations(arch, problem)
-        )
+        tile = first_default(_DEFAULTS[family, problem.direction], problem, arch)
+        assert tile is not None, "each list ends in what fits every GPU"
+        return tile
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         if arch.kind == "cpu":

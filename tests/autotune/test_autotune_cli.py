@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,16 @@ def test_the_problems_of_a_model_are_tuned(home: Path) -> None:
     assert result["problem"] == PROBLEM.to_json()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and so would every process started from here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals to a process are POSIX")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
     process = subprocess.Popen(
         # The budget is enough for the first problem on a busy machine.

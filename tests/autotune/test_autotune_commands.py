@@ -12,6 +12,7 @@ from autotune_simulated import PROBLEM
 from flashmoe import database
 from flashmoe.autotune.cli import main
 from flashmoe.autotune.command_apply import winning_tiles, with_first
+from flashmoe.autotune.instances import COLUMNS
 from flashmoe.device import cpu_name
 from flashmoe.tiles import Tile
 
@@ -124,6 +125,13 @@ def test_a_tile_that_is_not_listed_is_added() -> None:
     new = Tile("sm80", 64, 128, 1, 4)
     assert "256 64 128 1 4\n256 64 32 1 4\n" in with_first(INSTANCES, {256: [new]})
     assert with_first(INSTANCES, {32: [new]}).endswith("256 64 32 1 4\n32 64 128 1 4\n")
+
+
+@pytest.mark.parametrize("kernel", COLUMNS)
+def test_the_columns_are_those_of_the_lists(kernel: str) -> None:
+    path = Path(__file__).parents[2] / "csrc" / "instances" / f"{kernel}.txt"
+    heads = [text for text in path.read_text().splitlines() if text.startswith("# head_dim")]
+    assert heads == [" ".join(("# head_dim", *COLUMNS[kernel]))]
 
 
 def test_the_tile_that_won_most_problems_comes_first() -> None:

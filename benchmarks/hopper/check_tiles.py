@@ -1,0 +1,143 @@
+"""Compares Tile.violations of the sm90 kernel with what the compiler makes of a random sample.
+
+    python benchmarks/hopper/check_tiles.py --legal 60 --illegal 20 --output FILE    # no GPU needed
+
+A legal tile must compile without spills, stack or serialized wgmma; an illegal one must name its
+reason, and one whose reason is registers is compiled all the same, to see how close the rule is.
+Exit code 1 if a legal tile fails. Uses nvcc (CUDA_HOME or PATH).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flashmoe._extension import KERNEL_SOURCES
+from flashmoe.backends import jit
+from flashmoe.problem import Problem
+from flashmoe.tiles import Arch, Tile, sm90_registers
+
+H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+def random_tile(rng: random.Random) -> Tile:
+    block_m = rng.choice((64, 128, 192, 256))
+    return Tile(
+        "sm90",
+        block_m,
+        rng.randrange(32, 257, 16),
+        num_stages=rng.choice((1, 2, 2, 3, 4)),
+        q_stages=rng.choice((1, 2)),
+        pingpong=block_m > 64 and rng.random() < 0.5,
+        q_in_registers=rng.random() < 0.2,
+        exp2_fma=rng.choice((0, 0, *range(1, 9))),
+        ctas_per_sm=rng.choice((1, 1, 1, 2)),
+    )
+
+
+def sample(seed: int, legal: int, illegal: int) -> list[dict[str, Any]]:
+    """So many legal tiles, over the head dimensions in turn and mostly close to the registers'
+    limit, and so many whose only violation is that limit, by little."""
+    rng = random.Random(seed)
+    found: list[dict[str, Any]] = []
+    while legal + illegal > 0:
+        head_dim = HEAD_DIMS[(legal + illegal) % len(HEAD_DIMS)]
+        if rng.random() < 0.1:
+            head_dim = rng.randrange(16, 257, 16)
+        tile, dtype = random_tile(rng), rng.choice(("float16", "bfloat16"))
+        reasons = tile.violations(H200, Problem(1, 1, 1, 1, 1, head_dim, dtype))
+        needed, given = sm90_registers(tile, head_dim)
+        spare = given - needed
+        if not reasons and legal and (spare < 24 or rng.random() < 0.1):
+            legal -= 1
+        elif len(reasons) == 1 and reasons[0].startswith("registers") and illegal and spare > -24:
+            illegal -= 1
+        else:
+            continue
+        found.append(
+            {
+                "head_dim": head_dim,
+                "tile": str(tile),
+                "dtype": dtype,
+                "needed": needed,
+                "given": given,
+                "reasons": reasons,
+            }
+        )
+    return found
+
+
+def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
+    """`item` with what ptxas said: bytes of spills and stack, and whether it serialized wgmma."""
+    target = jit.Target(Tile.parse(item["tile"]), item["head_dim"], item["dtype"])
+    # Without the assertions of what is legal, which is what is put to the test.
+    text = re.sub(r"template struct .*;\n", "", jit.source(target))
+    nvcc = f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else "nvcc"
+    with tempfile.TemporaryDirectory() as folder:
+        unit = Path(folder, "attention.cu")
+        unit.write_text(text)
+        output = str(Path(folder, "attention.cubin"))
+        command = [nvcc, *jit.NVCC_OPTIONS, "-Xptxas=-v", f"-I{KERNEL_SOURCES}", "-o", output, unit]
+        done = subprocess.run(command, capture_output=True, text=True)
+    log = done.stderr
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    return {
+        **item,
+        "compiled": done.returncode == 0,
+        "stack": int(stack[1]) if stack else None,
+        "spills": int(stack[2]) if stack else None,
+        "serialized": "serialized" in log,
+        "error": log[-400:] if done.returncode else "",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--legal", type=int, default=60)
+    parser.add_argument("--illegal", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    items = sample(arguments.seed, arguments.legal, arguments.illegal)
+    results, wrong, strict = [], 0, 0
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for result in pool.map(compile_tile, items):
+            results.append(result)
+            clean = (
+                result["compiled"]
+                and not result["stack"]
+                and not result["spills"]
+                and not result["serialized"]
+            )
+            verdict = "legal" if not result["reasons"] else "illegal"
+            wrong += verdict == "legal" and not clean
+            strict += verdict == "illegal" and clean
+            print(
+                f"{verdict:7} {'clean' if clean else 'BROKEN':6} needs {result['needed']:3} of "
+                f"{result['given']:3}  spills {result['spills']}  "
+                f"{'SERIALIZED ' if result['serialized'] else ''}{result['head_dim']} "
+                f"{result['tile']} {result['dtype']} {result['error']}",
+                flush=True,
+            )
+    print(
+        f"{arguments.legal} legal, {wrong} of them not clean; {arguments.illegal} illegal by "
+        f"registers alone, {strict} of them clean"
+    )
+    if arguments.output:
+        arguments.output.write_text("".join(json.dumps(result) + "\n" for result in results))
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+// The forward kernels for CUDA devices, compiled in or loaded later, behind one call. Host side;
+// knows no torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+#include "params.h"
+#include "tile_sm90.h"
+
+namespace flashmoe {
+
+using ForwardLauncher = cudaError_t (*)(const AttentionParams& params, DType dtype, int device,
+                                        cudaStream_t stream);
+
+// One tile that can run problems of at most head_dim: columns past theirs are zero-filled. Either
+// sm80, by two launchers, or sm90, by the kernels of both dtypes.
+struct Kernel {
+  int head_dim;
+  ForwardLauncher launch;
+  ForwardLauncher launch_unaligned;  // the head_dim's default tile, for rows not 16-byte aligned
+  Sm90Tile tile;
+  const void* entries[2];  // float16, bfloat16; null where the dtype was not compiled
+};
+
+// The kernel of a handle; null when there is none. Handles count the compiled-in kernels in the
+// order of build_info's instances, then those loaded.
+const Kernel* find_kernel(long long handle);
+
+// The handle of a kernel of `tile` and `dtype` in a cubin. Throws std::runtime_error when the CUDA
+// runtime cannot load it.
+long long load_kernel(const void* cubin, const Sm90Tile& tile, DType dtype);
+
+// Launches `kernel`, or the default sm80 kernel where the TMA cannot fetch the tensors. Needs
+// batch, heads_q and seqlen_q above 0.
+cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
+                           int device, cudaStream_t stream);
+
+}  // namespace flashmoe

@@ -1,0 +1,22 @@
+// Host side of the Hopper forward kernel: describes Q, K and V to the TMA, decides the grid and
+// launches. Knows no torch, and no kernel: a compiled-in and a runtime-compiled one look the same.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+#include "tile_sm90.h"
+
+namespace flashmoe::sm90 {
+
+// Whether the TMA can fetch q, k and v: 16-byte aligned rows at positive strides.
+bool can_run(const AttentionParams& params);
+
+// `kernel` is attention_forward_kernel of this tile and dtype: the address of a compiled-in one, or
+// a cudaKernel_t. Needs can_run(params), and batch, heads_q and seqlen_q above 0. `counter` is an
+// int in device memory that is 0, and left at 0; no other launch may use it meanwhile. With null,
+// blocks of rows are dealt in turn, and causal problems are less well balanced.
+cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& params,
+                   DType dtype, int device, cudaStream_t stream, int* counter);
+
+}  // namespace flashmoe::sm90

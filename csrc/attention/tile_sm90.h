@@ -1,0 +1,99 @@
+// The template parameters of the Hopper forward kernel and what follows from them, and what its
+// launch needs. Plain C++, no std headers: host and NVRTC both read it. flashmoe/tiles.py says the
+// same in Python (Tile.violations); a test compares the two.
+#pragma once
+
+#include "../ptx/tensor_map.h"
+#include "params.h"
+
+namespace flashmoe {
+
+struct Sm90Tile {
+  int head_dim;         // a multiple of 16 up to 256
+  int block_m;          // 64 rows a consumer warpgroup
+  int block_n;          // keys a step, a multiple of 16 from 32 to 256
+  int num_stages;       // buffers each of K and V
+  int q_stages;         // buffers of Q: 2 fetches the next block of rows early
+  bool pingpong;        // consumer warpgroups take turns at the tensor cores
+  bool q_in_registers;  // Q from registers instead of shared memory
+  int exp2_fma;         // sixteenths of the exponentials computed on the FMA pipes
+  int ctas_per_sm;
+
+  constexpr int consumers() const { return block_m / 64; }
+  constexpr int num_threads() const { return 128 * (consumers() + 1); }
+  constexpr bool uses_pingpong() const { return pingpong && consumers() > 1; }
+  // O leaves through the buffer of its Q, which is free when Q of the next block has another.
+  constexpr bool stages_output() const { return q_stages > 1; }
+  constexpr int panels() const { return (head_dim + 63) / 64; }  // of 64 columns, 128 bytes
+  constexpr int q_bytes() const { return 64 * 128 * panels(); }  // of one warpgroup and stage
+  constexpr int kv_bytes() const { return block_n * 128 * panels(); }
+  // 512 for the mbarriers and what the scheduler writes.
+  constexpr int smem_bytes() const {
+    return 512 + consumers() * q_stages * q_bytes() + 2 * num_stages * kv_bytes();
+  }
+  // What ptxas may use at entry, and what setmaxnreg makes of it.
+  constexpr int entry_registers() const {
+    const int registers = 65536 / (num_threads() * ctas_per_sm) / 8 * 8;
+    return registers > 255 ? 255 : registers;
+  }
+  // What it needs without spills: more would cost the consumers some, where they are two.
+  constexpr int producer_registers() const { return consumers() == 2 && q_stages == 1 ? 24 : 32; }
+  constexpr int consumer_registers() const {
+    const int left = (entry_registers() - producer_registers()) / consumers() + entry_registers();
+    return left > 240 ? 240 : left / 8 * 8;
+  }
+  // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest.
+  constexpr int needed_registers() const {
+    return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 : 0) + 32;
+  }
+};
+
+// Asserts what flashmoe/tiles.py calls legal, where a kernel is instantiated.
+template <Sm90Tile TILE>
+struct LegalSm90Tile {
+  static_assert(TILE.head_dim % 16 == 0 && TILE.head_dim >= 16 && TILE.head_dim <= 256,
+                "head_dim: a multiple of 16 from 16 to 256");
+  static_assert(TILE.block_m % 64 == 0 && TILE.block_m >= 64 && TILE.block_m <= 256,
+                "block_m: 64, 128, 192 or 256");
+  static_assert(TILE.block_n % 16 == 0 && TILE.block_n >= 32 && TILE.block_n <= 256,
+                "block_n: a multiple of 16 from 32 to 256");
+  static_assert(TILE.num_stages >= 1 && TILE.num_stages <= 4, "num_stages: 1 to 4");
+  static_assert(TILE.q_stages >= 1 && TILE.q_stages <= 2, "q_stages: 1 or 2");
+  static_assert(!TILE.pingpong || TILE.block_m > 64, "pingpong: two groups of 64 rows");
+  static_assert(TILE.exp2_fma >= 0 && TILE.exp2_fma <= 8, "exp2_fma: 0 to 8");
+  static_assert(TILE.ctas_per_sm >= 1 && TILE.ctas_per_sm <= 2, "ctas_per_sm: 1 or 2");
+  static_assert(TILE.smem_bytes() <= 233472 / TILE.ctas_per_sm - 1024, "shared memory");
+  static_assert(TILE.needed_registers() <= TILE.consumer_registers(), "registers");
+};
+
+// Division of an int from 0 on by one above 0, by multiplication (Granlund and Montgomery, 1994).
+struct FastDivisor {
+  int divisor;
+  unsigned multiplier, shift;
+
+  static FastDivisor of(int divisor) {
+    unsigned shift = 0;
+    while ((1ll << shift) < divisor) ++shift;
+    const unsigned long long power = 1ull << (31 + shift);
+    return {divisor, static_cast<unsigned>((power + divisor - 1) / divisor), shift};
+  }
+#ifdef __CUDACC__
+  __device__ __forceinline__ int divide(int n) const {
+    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> (shift - 1));
+  }
+#endif
+};
+
+struct Sm90Params {
+  ptx::TensorMap q, k, v, o;
+  AttentionParams attention;
+  float scale_log2;  // softmax_scale in units of log 2
+  float slack;       // by how much, in units of Q K^T, a row's maximum may lag behind
+  int num_work;      // blocks of rows over all heads and batches
+  FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
+  FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
+  FastDivisor per_section;               // and their blocks
+  int* counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+};
+
+}  // namespace flashmoe

@@ -1,0 +1,40 @@
+// ld and st: plain loads and stores in the forms that C++ does not spell.
+#pragma once
+
+namespace flashmoe::ptx {
+
+__device__ __forceinline__ int4 ld_shared_v4(unsigned src_smem) {
+  int4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(src_smem)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void st_shared_v4(unsigned dst_smem, int4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(dst_smem), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+// Predicated, where the compiler would branch.
+__device__ __forceinline__ void st_global_v2_if(bool condition, void* dst_gmem, unsigned x,
+                                                unsigned y) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(
+          int(condition)),
+      "l"(dst_gmem), "r"(x), "r"(y)
+      : "memory");
+}
+
+__device__ __forceinline__ void st_global_v4_if(bool condition, void* dst_gmem, unsigned x,
+                                                unsigned y, unsigned z, unsigned w) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}\n" ::
+          "r"(int(condition)),
+      "l"(dst_gmem), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+}  // namespace flashmoe::ptx

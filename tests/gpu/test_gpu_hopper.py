@@ -1,0 +1,211 @@
+"""The Hopper kernel on a real GPU: compiled-in tiles and tiles compiled here, in all its ways."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import LAYOUTS, assert_matches_reference, guarded
+
+from flashmoe import Tile, _extension, flash_attn_func
+from flashmoe.backends import BACKENDS, jit
+from flashmoe.device import arch
+from flashmoe.ops import problem_of
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+DEVICE = torch.device("cuda", 0)
+CUDA = BACKENDS["cuda"]
+COMPILED = {
+    head_dim: tiles
+    for (kernel, head_dim), tiles in _extension.load().instances.items()
+    if kernel == "sm90"
+}
+PAIRS = [(head_dim, tile) for head_dim, tiles in COMPILED.items() for tile in tiles]
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def tensors(batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, dtype, layouts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = guarded((batch, seqlen_q, heads_q, head_dim), dtype, layouts[0], DEVICE, generator)
+    k, v = (
+        guarded((batch, seqlen_kv, heads_kv, head_dim), dtype, layout, DEVICE, generator)
+        for layout in layouts[1:]
+    )
+    return q, k, v
+
+
+def run(q, k, v, causal, tile):
+    return CUDA.forward(q, k, v, q.shape[3] ** -0.5, causal, tile)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_random_problems(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    head_dim = 8 * data.draw(st.integers(1, 32))
+    causal = data.draw(st.booleans())
+    group, heads_kv = data.draw(st.sampled_from([1, 2, 8])), data.draw(st.integers(1, 3))
+    # Long ones seldom: the reference takes its time.
+    longest = data.draw(st.sampled_from([200, 600, 600, 4100]))
+    seqlen_q, seqlen_kv = data.draw(st.integers(1, longest)), data.draw(st.integers(1, longest))
+    batch = 1 if longest > 600 else data.draw(st.integers(1, 3))
+    # Of the unaligned layout only the fall back to sm80 is to be seen.
+    layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in range(3)]
+    q, k, v = tensors(
+        batch,
+        seqlen_q,
+        seqlen_kv,
+        heads_kv * group,
+        heads_kv,
+        head_dim,
+        dtype,
+        layouts,
+        data.draw(st.integers(0, 2**31)),
+    )
+    instance = min(d for d in COMPILED if d >= head_dim)
+    out, lse = run(q, k, v, causal, data.draw(st.sampled_from(COMPILED[instance])))
+    assert_matches_reference(out, lse, q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), PAIRS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_enough_blocks_for_every_scheduler(head_dim, tile, causal):
+    """More blocks of rows than multiprocessors, so that thread blocks draw several."""
+    q, k, v = tensors(4, 700, 650, 12, 4, head_dim, torch.bfloat16, ["packed"] * 3)
+    out, lse = run(q, k, v, causal, tile)
+    assert_matches_reference(out, lse, q, k, v, causal=causal)
+    for _ in range(10):
+        again, again_lse = run(q, k, v, causal, tile)
+        assert torch.equal(again, out)
+        assert torch.equal(again_lse, lse)
+
+
+@pytest.mark.parametrize("seqlens", [(1, 1), (1, 5000), (300, 1), (500, 129), (64, 0), (3000, 7)])
+def test_rows_that_see_nothing(seqlens):
+    for head_dim, tile in PAIRS:
+        q, k, v = tensors(1, *seqlens, 4, 2, head_dim, torch.float16, ["padded"] * 3)
+        out, lse = run(q, k, v, True, tile)
+        assert_matches_reference(out, lse, q, k, v, causal=True)
+
+
+def test_no_keys_at_all():
+    q = torch.randn(2, 300, 4, 128, dtype=torch.bfloat16, device=DEVICE)
+    k = torch.empty(2, 0, 4, 128, dtype=torch.bfloat16, device=DEVICE)
+    out, lse = run(q, k, k, False, COMPILED[128][0])
+    assert not out.any()
+    assert (lse == float("-inf")).all()
+
+
+def test_broadcast_keys_fall_back():
+    """A stride of 0 is nothing that the TMA can fetch; a batch of 1 has any."""
+    q, k, v = tensors(3, 200, 300, 4, 4, 128, torch.bfloat16, ["contiguous"] * 3)
+    k, v = (x[:1].expand(3, -1, -1, -1) for x in (k, v))
+    out, lse = run(q, k, v, False, COMPILED[128][0])
+    assert_matches_reference(out, lse, q, k, v)
+
+
+@pytest.mark.parametrize("capture_first", [False, True])
+def test_graphs_replay_with_new_inputs_beside_eager_launches(capture_first):
+    q, k, v = tensors(4, 2000, 2000, 16, 16, 128, torch.bfloat16, ["contiguous"] * 3)
+    tile = COMPILED[128][0]
+    if not capture_first:
+        run(q, k, v, True, tile)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):
+        first, _ = run(q, k, v, True, tile)
+        second, _ = run(first, k, v, True, tile)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        beside, _ = run(q, k, v, True, tile)
+        torch.cuda.synchronize()
+        assert torch.equal(beside, first)
+        assert torch.equal(second, run(first, k, v, True, tile)[0])
+
+
+def test_launches_on_many_streams_and_threads_at_once():
+    q, k, v = tensors(2, 1500, 1500, 16, 4, 64, torch.bfloat16, ["contiguous"] * 3)
+    tile = COMPILED[64][0]
+    expected, _ = run(q, k, v, True, tile)
+    torch.cuda.synchronize()
+    outs, lock = [], threading.Lock()
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            mine = [run(q, k, v, True, tile)[0] for _ in range(50)]
+        with lock:
+            outs.extend(mine)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert len(outs) == 200
+    assert all(torch.equal(out, expected) for out in outs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_at_once():
+    q, k, v = tensors(2, 1500, 1500, 16, 4, 128, torch.bfloat16, ["contiguous"] * 3)
+    expected, _ = run(q, k, v, True, COMPILED[128][0])
+    moved = [x.to("cuda:1") for x in (q, k, v)]
+    outs = []
+    for _ in range(20):
+        outs.append(run(q, k, v, True, COMPILED[128][0])[0])
+        outs.append(run(*moved, True, COMPILED[128][0])[0])
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(out.to(DEVICE), expected) for out in outs)
+
+
+def test_offsets_past_two_to_the_31_elements():
+    """One tensor of more than 2^31 elements: rows at its end."""
+    seqlen, heads, head_dim = 2**31 // (32 * 128) + 300, 32, 128
+    if torch.cuda.mem_get_info()[0] < 6 * seqlen * heads * head_dim * 2:
+        pytest.skip("needs more device memory")
+    q = torch.randn(1, seqlen, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    k, v = (torch.randn(1, 200, heads, head_dim, dtype=q.dtype, device=DEVICE) for _ in "kv")
+    out, lse = run(q, k, v, False, COMPILED[128][0])
+    last = slice(seqlen - 200, seqlen)
+    assert_matches_reference(out[:, last], lse[:, :, last], q[:, last], k, v)
+    out, lse = run(k, q, q, False, COMPILED[128][0])
+    part_out, part_lse = run(k, q[:, : seqlen // 2], q[:, : seqlen // 2], False, COMPILED[128][0])
+    rest_out, rest_lse = run(k, q[:, seqlen // 2 :], q[:, seqlen // 2 :], False, COMPILED[128][0])
+    torch.testing.assert_close(lse, torch.logaddexp(part_lse, rest_lse))
+    weights = [(x - lse).exp().transpose(1, 2).unsqueeze(3) for x in (part_lse, rest_lse)]
+    combined = part_out.float() * weights[0] + rest_out.float() * weights[1]
+    torch.testing.assert_close(out.float(), combined, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.skipif(bool(jit.unavailable()), reason=jit.unavailable())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_compiled_here(dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
+    texts = {
+        64: ("64x112-stages2", "128x96-stages3-q2-fma4", "64x64-stages2-qreg-ctas2"),
+        80: ("128x144-stages2-pingpong", "192x96-stages1-q2"),
+        128: ("64x160-stages2-qreg", "128x160-stages2-fma2", "192x64-stages3-pingpong"),
+        256: ("64x80-stages2", "128x48-stages3-pingpong"),
+    }
+    for head_dim, names in texts.items():
+        tiles = [Tile.parse(f"sm90:{name}") for name in names]
+        q, k, v = tensors(2, 333, 417, 4, 2, head_dim, dtype, ["packed"] * 3)
+        problem = problem_of(q, k, True)
+        assert [tile.violations(arch(DEVICE), problem) for tile in tiles] == [[]] * len(tiles)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda tile, p=problem: CUDA.precompile(tile, p, DEVICE), tiles))
+        for tile in tiles:
+            for causal in (False, True):
+                out, lse = run(q, k, v, causal, tile)
+                assert_matches_reference(out, lse, q, k, v, causal=causal)
+            assert torch.equal(flash_attn_func(q, k, v, causal=True, tile=tile), out)

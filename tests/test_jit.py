@@ -1,0 +1,282 @@
+"""Tiles compiled at run time: the cache, the compilers, and what the cuda backend makes of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmoe import _extension, database, plan
+from flashmoe.backends import BACKENDS, jit
+from flashmoe.backends import cuda as cuda_backend
+from flashmoe.problem import Problem
+from flashmoe.tiles import Arch, Tile
+
+H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
+A100 = Arch("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
+DEVICE = torch.device("cuda", 0)
+PROBLEM = Problem(2, 16, 16, 8192, 8192, 128, "bfloat16")
+COMPILED = Tile.parse("sm90:128x128-stages2-q2")
+SMALL = Tile.parse("sm90:64x48-stages1")
+CUDA = BACKENDS["cuda"]
+TARGET = jit.Target(SMALL, 64, "bfloat16")
+
+
+class FakeCompiler:
+    identity = "fake-1"
+
+    def __init__(self):
+        self.compiled = []
+
+    def compile(self, text):
+        self.compiled.append(text)
+        if "Sm90Tile{64, 64, 32" in text.replace("TILE", "Sm90Tile"):
+            raise jit.CompilationFailed("fake-1: 32 keys are too few")
+        return b"code of " + text.encode()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FLASHMOE_COMPILER", raising=False)
+    monkeypatch.delenv("FLASHMOE_COMPILE", raising=False)
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    fake = FakeCompiler()
+    monkeypatch.setattr(jit, "_compiler", lambda name: fake)
+    return fake
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def missing(name):
+        raise jit.CompilerUnavailable("cuda.core is not installed")
+
+    monkeypatch.setattr(jit, "_compiler", missing)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """An H200 whose build has two sm90 tiles and one sm80 tile for head_dim 128."""
+    sm80 = Tile("sm80", 128, 64, 1, 4)
+    default = Tile.parse("sm90:192x80-stages2-pingpong")
+    info = replace(
+        _extension.load(),
+        cuda_archs=("80", "90"),
+        instances={("sm80", 128): (sm80,), ("sm90", 128): (default, COMPILED)},
+        handles={(128, sm80): 0, (128, default): 1, (128, COMPILED): 2},
+    )
+    monkeypatch.setattr(_extension, "load", lambda: info)
+    monkeypatch.setattr(plan, "arch", lambda device: H200)
+    monkeypatch.setattr(CUDA, "unavailable", lambda device: "")
+    plan.reload_databases()
+    cuda_backend._handle.cache_clear()
+    yield info
+    plan.reload_databases()
+    cuda_backend._handle.cache_clear()
+
+
+def store(tile):
+    entry = database.Entry(PROBLEM, "cuda", str(tile), "")
+    database.update(database.user_path(H200.name), {PROBLEM.bucket: entry})
+    plan.reload_databases()
+
+
+def test_a_tile_is_compiled_once_and_kept(cache, compiler):
+    assert not jit.is_cached(TARGET)
+    code = jit.cubin(TARGET)
+    assert jit.is_cached(TARGET)
+    assert jit.cubin(TARGET) == code
+    assert len(compiler.compiled) == 1
+    (path,) = cache.iterdir()
+    assert path.read_bytes().startswith(code)
+    assert path.name.endswith("-fake-1.cubin")
+
+
+def test_the_key_is_all_that_the_code_depends_on(compiler, monkeypatch):
+    names = {jit._stem(TARGET)}
+    for change in ({"head_dim": 128}, {"dtype": "float16"}, {"tile": replace(SMALL, exp2_fma=1)}):
+        names.add(jit._stem(TARGET._replace(**change)))
+    monkeypatch.setattr(jit, "_headers_digest", lambda: "other headers")
+    names.add(jit._stem(TARGET))
+    monkeypatch.setattr(jit, "NVCC_OPTIONS", ("-O0",))
+    names.add(jit._stem(TARGET))
+    assert len(names) == 6
+
+
+def test_another_compiler_compiles_anew_but_running_takes_none(compiler):
+    jit.cubin(TARGET)
+    compiler.identity = "fake-2"
+    jit.cubin(TARGET)
+    assert len(compiler.compiled) == 1
+    for _ in range(2):
+        jit.precompile(TARGET)
+    assert len(compiler.compiled) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"x" + b[1:]])
+def test_a_damaged_kernel_is_set_aside_named_and_compiled_again(cache, compiler, damage):
+    code = jit.cubin(TARGET)
+    (path,) = cache.iterdir()
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    with pytest.warns(jit.DamagedKernel, match=str(path)):
+        assert jit.cubin(TARGET) == code
+    (aside,) = cache.glob("*.damaged-*")
+    assert aside.read_bytes() == damaged
+    assert path.read_bytes().startswith(code)
+
+
+def test_what_a_compiler_refuses_is_not_kept(cache, compiler):
+    target = jit.Target(Tile("sm90", 64, 32), 64, "float16")
+    for attempt in (jit.precompile, jit.cubin):
+        with pytest.raises(jit.CompilationFailed, match="32 keys are too few"):
+            attempt(target)
+    assert not jit.is_cached(target)
+
+
+def test_concurrent_writers_of_one_kernel(cache, compiler):
+    with ThreadPoolExecutor(8) as pool:
+        codes = set(pool.map(jit.cubin, [TARGET] * 32))
+    assert len(codes) == 1
+    assert len(list(cache.iterdir())) == 1  # nor is a half-written file left
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    jit._compiler.cache_clear()
+    assert re.search(r"pip install 'flashmoe\[tune\]'", jit.unavailable())
+    with pytest.raises(jit.CompilerUnavailable, match="is not installed"):
+        jit.cubin(TARGET)
+    monkeypatch.setenv("FLASHMOE_COMPILER", "gcc")
+    assert jit.unavailable() == "FLASHMOE_COMPILER must be nvrtc or nvcc, got 'gcc'"
+    monkeypatch.setenv("FLASHMOE_COMPILER", "nvcc")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert "nvcc is not in /nowhere/bin" in jit.unavailable()
+    jit._compiler.cache_clear()
+
+
+def test_default_tile_and_tiles_on_hopper(hopper, compiler):
+    assert CUDA.default_tile(PROBLEM, H200) == Tile.parse("sm90:192x80-stages2-pingpong")
+    short = replace(PROBLEM, seqlen_q=512, seqlen_kv=512)
+    assert CUDA.default_tile(short, H200) == COMPILED
+    assert CUDA.default_tile(PROBLEM, A100).kernel == "sm80"
+    space = CUDA.tiles(PROBLEM, H200)
+    assert len(space) > 500
+    assert COMPILED in space
+    assert all(tile.kernel == "sm90" for tile in space)
+    assert [tile.kernel for tile in CUDA.tiles(PROBLEM, A100)] == ["sm80"]
+    # A smaller head_dim runs on the next instance.
+    assert CUDA.default_tile(replace(PROBLEM, head_dim=104), H200).kernel == "sm90"
+
+
+def test_without_a_compiler_only_compiled_tiles_are_tried(hopper, no_compiler):
+    assert CUDA.tiles(PROBLEM, H200) == [
+        *hopper.instances["sm90", 128],
+        *hopper.instances["sm80", 128],
+    ]
+    assert CUDA.rejects(COMPILED, PROBLEM, H200) == ""
+    reason = CUDA.rejects(SMALL, PROBLEM, H200)
+    assert reason == "not compiled in, and cannot be compiled here: cuda.core is not installed"
+    with pytest.raises(ValueError, match=r"tile sm90:64x48.* cannot run .*cannot be compiled here"):
+        plan.make_plan(PROBLEM, DEVICE, tile=SMALL)
+
+
+def test_hopper_prefers_its_own_kernel_to_triton(hopper):
+    assert plan.heuristic(PROBLEM, DEVICE).backend == "cuda"
+    float32 = replace(PROBLEM, dtype="float32")
+    assert plan._preference(float32, H200)[0] == "triton"
+
+
+def test_a_tuned_tile_that_is_not_compiled_never_waits(hopper, compiler, monkeypatch):
+    store(SMALL)
+    planned = plan.make_plan(PROBLEM, DEVICE)
+    assert planned.tile == CUDA.default_tile(PROBLEM, H200)
+    assert planned.source == f"heuristic: {SMALL} of the user database is not compiled yet"
+    assert not compiler.compiled
+    with monkeypatch.context() as patch:
+        patch.setenv("FLASHMOE_COMPILE", "1")
+        assert plan.make_plan(PROBLEM, DEVICE).tile == SMALL
+    for tile in (SMALL, COMPILED):
+        CUDA.precompile(tile, PROBLEM, DEVICE)
+    assert len(compiler.compiled) == 1
+    planned = plan.make_plan(PROBLEM, DEVICE)
+    assert (planned.tile, planned.source) == (SMALL, "user database")
+
+
+def test_a_cached_tile_runs_without_a_compiler(hopper, compiler, monkeypatch):
+    store(SMALL)
+    CUDA.precompile(SMALL, PROBLEM, DEVICE)
+
+    def missing(name):
+        raise jit.CompilerUnavailable("gone")
+
+    monkeypatch.setattr(jit, "_compiler", missing)
+    assert plan.make_plan(PROBLEM, DEVICE).tile == SMALL
+
+
+def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):
+    loaded = []
+
+    def load_kernel(cubin, tile, head_dim, dtype):
+        loaded.append((tile, head_dim, dtype))
+        return 77
+
+    monkeypatch.setattr(_extension, "load_kernel", load_kernel)
+    monkeypatch.setattr(cuda_backend, "_fwd", lambda *arguments: arguments)
+    problem = replace(PROBLEM, head_dim=72, dtype="float16")
+    for _ in range(2):
+        forward = CUDA.bind(SMALL, problem)
+        assert forward("q", "k", "v", 0.5, True) == ("q", "k", "v", 0.5, True, 77)
+    assert loaded == [(SMALL, 80, "float16")]
+    assert CUDA.bind(COMPILED, problem)("q", "k", "v", 0.5, True)[-1] == 2
+    assert len(loaded) == 1
+
+
+def test_every_default_of_hopper_is_compiled_in():
+    root = Path(__file__).resolve().parents[1]
+    lines = (root / "csrc" / "instances" / "sm90.txt").read_text().splitlines()
+    listed = {tuple(map(int, line.split())) for line in lines if not line.startswith("#")}
+    for default in cuda_backend._SM90_DEFAULTS:
+        values = (int(getattr(default.tile, name)) for name in _extension.load().fields["sm90"])
+        assert (default.head_dim, *values) in listed
+
+
+def test_loading_what_is_no_kernel_is_an_error():
+    with pytest.raises(RuntimeError, match=r"loading sm90:64x48\S* for head_dim 64: "):
+        _extension.load_kernel(b"not a kernel", SMALL, 64, "bfloat16")
+
+
+def compiles():
+    """A real compiler makes machine code, in several threads at once, and names what it refuses."""
+    targets = [TARGET, jit.Target(replace(SMALL, exp2_fma=4), 80, "float16")]
+    with ThreadPoolExecutor(2) as pool:
+        for code in pool.map(jit.cubin, targets):
+            assert code.startswith(b"\x7fELF")
+            assert b"attention" in code
+    illegal = jit.Target(Tile("sm90", 64, 24), 64, "float16")
+    with pytest.raises(jit.CompilationFailed, match=r"block_n: a multiple of 16"):
+        jit.precompile(illegal)
+
+
+def test_nvrtc_compiles():
+    jit._compiler.cache_clear()
+    if reason := jit.unavailable():
+        pytest.skip(reason)
+    compiles()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not in PATH")
+def test_nvcc_compiles(monkeypatch):
+    monkeypatch.setenv("FLASHMOE_COMPILER", "nvcc")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    compiles()
