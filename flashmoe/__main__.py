@@ -9,7 +9,7 @@ import torch
 
 import flashmoe
 from flashmoe import _extension, database
-from flashmoe.backends import BACKENDS
+from flashmoe.backends import BACKENDS, jit
 from flashmoe.device import arch, fingerprint
 
 
@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     for (kernel, head_dim), tiles in sorted(info.instances.items()):
         shapes = ", ".join(str(tile).partition(":")[2] for tile in tiles)
         print(f"  {kernel} head_dim {head_dim}: {shapes}")
+    reason = jit.unavailable()
+    print(f"other sm90 tiles are compiled here: {'no: ' + reason if reason else jit.compiler()}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in [*devices, torch.device("cpu")]:
         print("\n".join(describe(device)))

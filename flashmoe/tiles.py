@@ -17,6 +17,8 @@ _SM80_FRAGMENT_REGISTERS = 208
 # The same for the sm90 kernel, of what setmaxnreg gives a consumer: what a thread needs besides its
 # fragments. benchmarks/hopper/check_tiles.py compares the rule with the compiler.
 _SM90_OTHER_REGISTERS = 32
+# What ptxas asks for besides the accumulators to compile one wgmma at all.
+_WGMMA_REGISTERS = 30
 # The same for Triton's kernels, as triton_registers counts. Where the tensor cores read operands
 # from shared memory, the backward spills a little before 256 and is fastest there all the same
 # (H200, bfloat16, head_dim 128: 64x64 with 4 warps); past it ptxas serializes wgmma. Elsewhere
@@ -90,7 +92,7 @@ class Tile:
                 f"tile must look like KERNEL:MxN{_SYNTAX} with KERNEL one of "
                 f"{', '.join(_RULES)}, got {text!r}"
             )
-        options = {
+        options: dict[str, Any] = {
             o.field: True if o.is_flag else int(match[o.field][len(o.text) + 1 :])
             for o in _OPTIONS
             if match[o.field]
@@ -207,15 +209,19 @@ def sm90_smem_bytes(tile: Tile, head_dim: int) -> int:
     return 512 + row * (tile.block_m * tile.q_stages + 2 * tile.block_n * tile.num_stages)
 
 
+def sm90_entry_registers(tile: Tile) -> int:
+    """Registers of every thread of the sm90 kernel before setmaxnreg."""
+    return min(65536 // (128 * (tile.block_m // 64 + 1) * tile.ctas_per_sm) // 8 * 8, 255)
+
+
 def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
     """Registers that a consumer thread of the sm90 kernel needs for O, S, P, Q where it is kept
     there, and the rest; and those that setmaxnreg gives it."""
     needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4 + _SM90_OTHER_REGISTERS
     if tile.q_in_registers:
         needed += head_dim // 4
-    consumers = tile.block_m // 64
-    entry = min(65536 // (128 * (consumers + 1) * tile.ctas_per_sm) // 8 * 8, 255)
-    producer = 32 if consumers == 3 else 24
+    consumers, entry = tile.block_m // 64, sm90_entry_registers(tile)
+    producer = 24 if consumers == 2 and tile.q_stages == 1 else 32
     return needed, min(((entry - producer) // consumers + entry) // 8 * 8, 240)
 
 
@@ -249,6 +255,12 @@ def _sm90_rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     if smem > limit:
         each = " each" if tile.ctas_per_sm > 1 else ""
         yield f"shared memory of {smem} bytes{each} exceeds the {limit} of {arch.name}"
+    columns, entry = max(head_dim, tile.block_n), sm90_entry_registers(tile)
+    if columns // 2 + _WGMMA_REGISTERS > entry:
+        yield (
+            f"registers: a wgmma of {columns} columns needs {columns // 2 + _WGMMA_REGISTERS}, and "
+            f"a thread starts with {entry}"
+        )
     needed, given = sm90_registers(tile, head_dim)
     if needed > given:
         yield f"registers: a thread needs {needed}, and {given} are there without spills"

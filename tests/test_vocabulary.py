@@ -223,6 +223,12 @@ def test_triton_rules(tile, changes, arch, reason):
         ),
         ("64x144-stages3-ctas2", {}, H200, "of 119296 bytes each exceeds the 115712"),
         ("192x112-stages1", {"head_dim": 128}, H200, "a thread needs 180, and 160 are there"),
+        (
+            "64x32-stages1-ctas2",
+            {"head_dim": 256},
+            H200,
+            "a wgmma of 256 columns needs 158, and a thread starts with 128",
+        ),
     ],
 )
 def test_sm90_rules(tile, changes, arch, reason):
@@ -341,6 +347,7 @@ def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
         (128, "128x128-stages4", "shared memory"),
         (64, "64x144-stages3-ctas2", "shared memory"),
         (128, "192x112-stages1", "registers"),
+        (256, "64x32-stages1-ctas2", "registers at entry"),
     ],
 )
 def test_cpp_asserts_what_python_calls_illegal(head_dim, tile, message, tmp_path):

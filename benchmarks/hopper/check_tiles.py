@@ -97,7 +97,9 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
         "stack": int(stack[1]) if stack else None,
         "spills": int(stack[2]) if stack else None,
         "serialized": "serialized" in log,
-        "error": log[-400:] if done.returncode else "",
+        "error": next((line for line in log.splitlines() if "error" in line or "fatal" in line), "")
+        if done.returncode
+        else "",
     }
 
 

@@ -42,6 +42,10 @@ struct Sm90Tile {
     const int left = (entry_registers() - producer_registers()) / consumers() + entry_registers();
     return left > 240 ? 240 : left / 8 * 8;
   }
+  // What ptxas must have at entry to compile the larger wgmma, whatever setmaxnreg adds.
+  constexpr int wgmma_registers() const {
+    return (head_dim > block_n ? head_dim : block_n) / 2 + 30;
+  }
   // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest.
   constexpr int needed_registers() const {
     return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 : 0) + 32;
@@ -64,6 +68,7 @@ struct LegalSm90Tile {
   static_assert(TILE.ctas_per_sm >= 1 && TILE.ctas_per_sm <= 2, "ctas_per_sm: 1 or 2");
   static_assert(TILE.smem_bytes() <= 233472 / TILE.ctas_per_sm - 1024, "shared memory");
   static_assert(TILE.needed_registers() <= TILE.consumer_registers(), "registers");
+  static_assert(TILE.wgmma_registers() <= TILE.entry_registers(), "registers at entry");
 };
 
 // Division of an int from 0 on by one above 0, by multiplication (Granlund and Montgomery, 1994).

@@ -82,7 +82,8 @@ class Backend(Protocol):
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv from the forward's out and softmax_lse; the same bits every time."""
-        raise NotImplementedError(f"the {self.name} backend has no backward kernel")
+        missing = f"the {self.name} backend has no backward kernel"
+        raise NotImplementedError(missing)
 
 
 @runtime_checkable

@@ -74,6 +74,11 @@ def unavailable() -> str:
     return ""
 
 
+def compiler() -> str:
+    """The name and version of what compiles. Raises CompilerUnavailable."""
+    return _chosen_compiler().identity
+
+
 def is_cached(target: Target) -> bool:
     """Whether the cache holds the kernel, from any compiler."""
     return any(_cached_paths(target))
@@ -207,9 +212,9 @@ def _compiler(name: str) -> _Compiler:
 
 
 def _compile(target: Target) -> bytes:
-    compiler = _chosen_compiler()
-    code = compiler.compile(source(target))
-    path = _path(target, compiler)
+    chosen = _chosen_compiler()
+    code = chosen.compile(source(target))
+    path = _path(target, chosen)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: a reader sees all of it or nothing. Behind the code its digest, which
     # readers of ELF files do not mind.
@@ -241,8 +246,8 @@ def _read(path: Path) -> bytes | None:
     return None
 
 
-def _path(target: Target, compiler: _Compiler) -> Path:
-    return _folder() / f"{_stem(target)}-{compiler.identity}.cubin"
+def _path(target: Target, chosen: _Compiler) -> Path:
+    return _folder() / f"{_stem(target)}-{chosen.identity}.cubin"
 
 
 def _cached_paths(target: Target) -> list[Path]:
