@@ -31,9 +31,9 @@ CONTENDERS = 8
 FINALISTS = 3
 # Of the search's time, the share that is left to the second look.
 _SECOND_SHARE = 0.3
-# A sampled search ends after so many tiles, at least and as a share of the space, without a gain of
-# at least this much.
-_STALE_TILES, _STALE_SHARE, _STALE_GAIN = 12, 0.25, 0.003
+# A sampled search ends after so many tiles without a gain of at least this much: a share of the
+# space, within these limits.
+_STALE_SHARE, _STALE_TILES, _STALE_GAIN = 0.25, (12, 60), 0.003
 # How often to look whether other workers are done, and for how long at most, in seconds.
 _POLL_SECONDS, _POLL_SHARE = 0.2, 0.25
 
@@ -289,7 +289,8 @@ class _Walk:
 
     def _stale(self) -> bool:
         """Whether the last many tiles brought no gain."""
-        patience = max(_STALE_TILES, round(_STALE_SHARE * len(self._space)))
+        low, high = _STALE_TILES
+        patience = min(max(round(_STALE_SHARE * len(self._space)), low), high)
         values = [
             trial.ratio.value if trial.ratio else float("inf") for trial in self._known.values()
         ]

@@ -1,8 +1,8 @@
-"""Times every legal tile of several forward problems and keeps the raw samples, once.
+"""Times the legal tiles of several forward problems and keeps the raw samples, once.
 
     python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h200.json --seconds 150
 
-The file is what the tuner's tests replay as a simulated device (tests/autotune/autotune_replay.py).
+Every legal Triton tile, and of the Hopper kernel's the ones in SM90_AXES. The file is what the tuner's tests replay as a simulated device (tests/autotune/autotune_replay.py).
 Each tile is checked first, then timed interleaved with the default tile in batches, so every sample
 has a partner of the default from the same round. A tile that is wrong or fails is recorded as such.
 """
@@ -43,6 +43,14 @@ CPU_PROBLEMS = (
     Problem(1, 2, 2, 512, 512, 128, "float32"),
     Problem(4, 8, 8, 128, 128, 32, "float32"),
 )
+# Of the Hopper kernel's thousands of tiles, those with these values.
+SM90_AXES = {
+    "block_n": (64, 80, 96, 128, 160, 176),
+    "num_stages": (2, 3),
+    "q_in_registers": (False,),
+    "exp2_fma": (0, 4),
+    "ctas_per_sm": (1,),
+}
 # Denser than the backend's own grid: the kernel takes any tile.
 CPU_TILES = tiles.grid(
     "cpu",
@@ -56,7 +64,12 @@ def grid_of(problem: Problem, here: torch.device) -> list[Tile]:
     arch = device.arch(here)
     names = searched_backends(problem, here, None)
     found = [BACKENDS[name].default_tile(problem, arch) for name in names]
-    found += [tile for name in names for tile in BACKENDS[name].tiles(problem, arch)]
+    found += [
+        tile
+        for name in names
+        for tile in BACKENDS[name].tiles(problem, arch)
+        if tile.kernel != "sm90" or all(getattr(tile, a) in v for a, v in SM90_AXES.items())
+    ]
     if here.type == "cpu":
         found += [tile for tile in CPU_TILES if not tile.violations(arch, problem)]
     return [tile for tile in dict.fromkeys(found) if tile is not None]
