@@ -2,8 +2,8 @@
 
     python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h200.json --seconds 150
 
-Every legal Triton tile, and of the Hopper kernel's the ones in SM90_AXES. The file is what the tuner's tests replay as a simulated device (tests/autotune/autotune_replay.py).
-Each tile is checked first, then timed interleaved with the default tile in batches, so every sample
+Every legal Triton tile, and of the Hopper kernel's thousands those in SM90_AXES. The file is what
+the tuner's tests replay as a simulated device (tests/autotune/autotune_replay.py). Each tile is checked first, then timed interleaved with the default tile in batches, so every sample
 has a partner of the default from the same round. A tile that is wrong or fails is recorded as such.
 """
 
@@ -45,8 +45,8 @@ CPU_PROBLEMS = (
 )
 # Of the Hopper kernel's thousands of tiles, those with these values.
 SM90_AXES = {
-    "block_n": (64, 80, 96, 128, 160, 176),
-    "num_stages": (2, 3),
+    "block_n": (64, 96, 128, 176),
+    "num_stages": (2,),
     "q_in_registers": (False,),
     "exp2_fma": (0, 4),
     "ctas_per_sm": (1,),

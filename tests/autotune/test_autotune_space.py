@@ -29,7 +29,7 @@ def asked(name: str, tiles: list[Tile], first: list[Tile], count: int) -> list[T
         trial = study.ask()
         taken.append(space.suggest(trial))
         assert space.tile_of(trial.params) == taken[-1]
-        study.tell(trial, float(number))
+        study.tell(trial, number + 1.0)
     return taken
 
 
