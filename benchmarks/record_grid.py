@@ -3,8 +3,9 @@
     python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h200.json --seconds 150
 
 Every legal Triton tile, and of the Hopper kernel's thousands those in SM90_AXES. The file is what
-the tuner's tests replay as a simulated device (tests/autotune/autotune_replay.py). Each tile is checked first, then timed interleaved with the default tile in batches, so every sample
-has a partner of the default from the same round. A tile that is wrong or fails is recorded as such.
+the tuner's tests replay as a simulated device (tests/autotune/autotune_replay.py). Each tile is
+checked first, then timed interleaved with the default tile in batches, so every sample has one of
+the default from the same round. A tile that is wrong or fails is recorded as such.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -275,26 +276,26 @@ def _postgres_bin() -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of a server of our own, from the distribution's package."""
     if importlib.util.find_spec("psycopg") is None:
         missing("psycopg is not installed")
     programs = _postgres_bin()
     if programs is None:
         missing("no PostgreSQL server (apt-get install postgresql)")
-    folder = tmp_path_factory.mktemp("postgres")
-    # initdb refuses root.
     become = []
     if os.getuid() == 0:
         if shutil.which("runuser") is None:
             missing("PostgreSQL does not run as root, and there is no runuser")
         become = ["runuser", "-u", "postgres", "--"]
-        for parent in (folder, *folder.parents):
-            if parent == Path("/"):
-                break
-            if not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
-        shutil.chown(folder, "postgres")
+    # Not below pytest's own folder, which only its user may enter.
+    with tempfile.TemporaryDirectory(prefix="flashmoe-") as folder:
+        if become:
+            shutil.chown(folder, "postgres")
+        yield from _server(programs, Path(folder), become)
+
+
+def _server(programs: Path, folder: Path, become: list[str]) -> Iterator[str]:
     data, log = folder / "data", folder / "log"
 
     def do(*words: str) -> None:
