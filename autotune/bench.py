@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flashmoe import timing
+from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.check import Inputs, ragged_inputs, timed_inputs
-from flashmoe.autotune.space import Candidate
 from flashmoe.backends import BACKENDS
 from flashmoe.problem import Problem
 from flashmoe.timing import Measurement
 
 
-class Bench(Protocol):
-    """What the search needs to know about one problem on one device; tests simulate it."""
+class Runner(Protocol):
+    """Checks and times the candidates of one problem on one device, in the process that runs them.
+    May raise timing.DeviceLost."""
+
+    def reference(self) -> None:
+        """Compute what results are compared with. Raises when that does not fit."""
+        ...
 
     def prepare(self, candidate: Candidate) -> Measurement:
         """Compile and check `candidate`, on the tensors that will be timed: `ok`, or `wrong` or
@@ -37,29 +42,72 @@ class Bench(Protocol):
         rounds: int,
         warmup: int,
         max_seconds: float | None = None,
+        before_sample: Callable[[str], None] | None = None,
     ) -> dict[str, Measurement]:
         """Interleaved samples by name, as flashmoe.timing.measure takes them."""
+        ...
+
+
+class Bench(Protocol):
+    """What the search needs to know about one problem on one device. Survives every candidate:
+    one that crashes is `failed`, one that hangs is a `timeout`."""
+
+    # Whether precompile is worth calling ahead of time.
+    compiles_ahead: bool
+    # What going on in a fresh process costs.
+    fresh_seconds: float
+
+    def precompile(self, candidates: Sequence[Candidate]) -> None:
+        """Begin to compile, beside whatever is timed."""
+        ...
+
+    def prepare(self, candidate: Candidate) -> Measurement: ...
+
+    def verify(self, candidate: Candidate) -> Measurement: ...
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+    ) -> dict[str, Measurement]: ...
+
+    def refresh(self) -> None:
+        """Run what follows in a fresh process."""
         ...
 
     def now(self) -> float:
         """Seconds on a clock that only goes forward."""
         ...
 
+    def wait(self, seconds: float) -> None:
+        """Do nothing for so long."""
+        ...
 
-class DeviceBench:
-    """The Bench of a real device."""
+    def close(self) -> None:
+        """End what runs for this bench."""
+        ...
 
-    def __init__(self, problem: Problem, device: torch.device, seed: int) -> None:
+
+class DeviceRunner:
+    """The Runner of a real device. `order` varies the order of timing and nothing else."""
+
+    def __init__(self, problem: Problem, device: torch.device, seed: int, order: int = 0) -> None:
         self._problem = problem
         self._device = device
         self._seed = seed
         self._inputs = timed_inputs(problem, device, seed)
-        self._looks = 0
+        self._order = self._looks = order
         self._prepared: dict[Candidate, Measurement] = {}
 
     @functools.cached_property
     def _ragged(self) -> Inputs:
         return ragged_inputs(self._problem, self._device, self._seed + 1)
+
+    def reference(self) -> None:
+        self._inputs.bounds()
 
     def prepare(self, candidate: Candidate) -> Measurement:
         if candidate not in self._prepared:
@@ -76,6 +124,7 @@ class DeviceBench:
         rounds: int,
         warmup: int,
         max_seconds: float | None = None,
+        before_sample: Callable[[str], None] | None = None,
     ) -> dict[str, Measurement]:
         self._looks += 1
         x = self._inputs
@@ -90,10 +139,8 @@ class DeviceBench:
             warmup=warmup,
             seed=self._seed + self._looks,
             max_seconds=max_seconds,
+            before_sample=before_sample,
         )
-
-    def now(self) -> float:
-        return time.perf_counter()
 
     def _forward(
         self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor
@@ -103,10 +150,76 @@ class DeviceBench:
         return backend.forward(q, k, v, scale, self._problem.causal, candidate.tile)
 
     def _checked(self, candidate: Candidate, inputs: Inputs) -> Measurement:
-        start = self.now()
+        start = time.perf_counter()
         try:
             reason = inputs.error(functools.partial(self._forward, candidate))
             status = "wrong" if reason else "ok"
-        except Exception as error:  # noqa: BLE001 - a failing candidate is a result, not a crash
+        except timing.DeviceLost:
+            raise
+        except Exception as error:
             status, reason = "failed", f"{type(error).__name__}: {error}"
-        return Measurement(status, (self.now() - start,), reason)
+            if not timing.usable(self._device):
+                raise timing.DeviceLost(str(candidate), reason) from error
+        return Measurement(status, (time.perf_counter() - start,), reason)
+
+
+class GroupRunner:
+    """Several problems that will share a tile, as one: a sample is the weighted sum of theirs, each
+    timed in the same round, so a tile is behind when it is behind for them all together."""
+
+    def __init__(self, runners: Sequence[Runner], weights: Sequence[float]) -> None:
+        self._runners = runners
+        self._weights = weights
+
+    def reference(self) -> None:
+        for runner in self._runners:
+            runner.reference()
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        return self._all(candidate, "prepare")
+
+    def verify(self, candidate: Candidate) -> Measurement:
+        return self._all(candidate, "verify")
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+        before_sample: Callable[[str], None] | None = None,
+    ) -> dict[str, Measurement]:
+        deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+        samples: dict[str, list[float]] = {name: [] for name in candidates}
+        failed: dict[str, Measurement] = {}
+        for number in range(rounds):
+            sums = dict.fromkeys(candidates, 0.0)
+            for runner, weight in zip(self._runners, self._weights, strict=True):
+                alive = {name: c for name, c in candidates.items() if name not in failed}
+                for name, measured in runner.measure(
+                    alive,
+                    rounds=1,
+                    warmup=0 if number else warmup,
+                    before_sample=before_sample,
+                ).items():
+                    if measured.status == "ok":
+                        sums[name] += weight * measured.samples[0]
+                    else:
+                        failed[name] = measured
+            for name, total in sums.items():
+                samples[name].append(total)
+            if deadline is not None and time.perf_counter() >= deadline:
+                break
+        return {
+            name: failed.get(name) or Measurement("ok", tuple(samples[name])) for name in candidates
+        }
+
+    def _all(self, candidate: Candidate, method: str) -> Measurement:
+        seconds = 0.0
+        for runner in self._runners:
+            found: Measurement = getattr(runner, method)(candidate)
+            seconds += sum(found.samples)
+            if found.status != "ok":
+                return Measurement(found.status, (seconds,), found.reason)
+        return Measurement("ok", (seconds,))

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flashmoe.autotune.space import SDPA, Candidate
+import numpy as np
+
+from flashmoe.autotune.candidate import SDPA, Candidate
 from flashmoe.stats import Interval, paired_ratio
 
 # The name under which the default is timed a second time in every round.
@@ -25,24 +27,31 @@ Samples = Mapping[str, Sequence[float]]
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The winner, what it replaced (itself if nothing changed), the best choice that has a tile
-    (None if no tile ran), and the noise floor, as a share of the time. `reason` says in one line
-    why."""
+    (None if no tile ran), the noise floor, as a share of the time, and the fastest but the winner
+    (None if there was no other). `reason` says in one line why."""
 
     winner: Candidate
     base: Candidate
     tile: Candidate | None
     noise: float
     reason: str
+    runner_up: Candidate | None = None
 
     @property
     def changed(self) -> bool:
         return self.winner != self.base
 
 
-def noise_floor(samples: Samples, default: Candidate) -> float:
-    """The largest gain that the default shows over itself: the far end of the interval."""
+def noise_floor(samples: Samples, default: Candidate, parts: Sequence[Samples] = ()) -> float:
+    """The largest gain that the default shows over itself: the far end of the interval, and in any
+    single process, whose samples are `parts`, the point."""
     ratio = paired_ratio(samples[str(default)], samples[AGAIN], CONFIDENCE)
-    return max(ratio.high - 1.0, 1.0 / ratio.low - 1.0)
+    points = [_gain(part, AGAIN, str(default)) for part in parts]
+    return max(ratio.high - 1.0, 1.0 / ratio.low - 1.0, *map(abs, points))
+
+
+def _gain(samples: Samples, name: str, over: str) -> float:
+    return float(np.median(samples[over]) / np.median(samples[name])) - 1.0
 
 
 def speedup(samples: Samples, candidate: Candidate, over: Candidate) -> Interval:
@@ -55,13 +64,15 @@ def decide(
     base: Candidate,
     default: Candidate,
     challengers: Sequence[Candidate],
+    parts: Sequence[Samples] = (),
 ) -> Decision:
     """The winner among `base`, which is in place, and the challengers, SDPA among them.
 
     `samples` are seconds by candidate name, paired by round, and hold AGAIN. The fastest tile
-    must beat base, and SDPA must beat the outcome of that, to be chosen.
+    must beat base, and SDPA must beat the outcome of that, to be chosen. `parts` are the same
+    samples by process: who wins must be faster in every one of them.
     """
-    noise = noise_floor(samples, default)
+    noise = noise_floor(samples, default, parts)
     rounds = len(samples[str(base)])
     everyone = dict.fromkeys([base, default, *challengers])
     rivals = [candidate for candidate in everyone if candidate != base]
@@ -75,7 +86,8 @@ def decide(
 
     def beats(challenger: Candidate, holder: Candidate, confidence: float) -> bool:
         ratio = paired_ratio(samples[str(holder)], samples[str(challenger)], confidence)
-        return ratio.low > 1.0 and ratio.value - 1.0 > noise
+        everywhere = all(_gain(part, str(challenger), str(holder)) > 0 for part in parts)
+        return ratio.low > 1.0 and ratio.value - 1.0 > noise and everywhere
 
     # speedup(base, c) is smallest for the fastest.
     fastest = min(tiles, key=lambda c: speedup(samples, base, c).value, default=None)
@@ -96,4 +108,6 @@ def decide(
         reason = f"{winner} is {interval} as fast as {base}; noise floor {noise:.1%}"
     else:
         reason = f"nothing beats {base}: best other {interval}; noise floor {noise:.1%}"
-    return Decision(winner, base, best_tile, noise, reason)
+    others = [candidate for candidate in everyone if candidate != winner]
+    second = min(others, key=lambda c: float(np.median(samples[str(c)])), default=None)
+    return Decision(winner, base, best_tile, noise, reason, second)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from flashmoe.autotune.report import outcome
 from flashmoe.autotune.result import Result, Watch
-from flashmoe.autotune.search import Trial
+from flashmoe.autotune.trials import Trial
 from flashmoe.problem import Problem
 
 
@@ -26,6 +28,18 @@ def best_so_far(trials: Sequence[Trial]) -> str:
     return f"best {best.tile} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of the default"
 
 
+def counts(trials: Sequence[Trial]) -> str:
+    """How many were pruned and how many did not work, where any did."""
+    pruned = sum(trial.pruned for trial in trials)
+    failed = sum(trial.status != "ok" for trial in trials)
+    parts = [f"{n} {what}" for n, what in ((pruned, "pruned"), (failed, "failed")) if n]
+    return ", ".join(parts)
+
+
+def _note(trials: Sequence[Trial]) -> str:
+    return ", ".join(filter(None, (counts(trials), best_so_far(trials))))
+
+
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[Watch]:
     """The Watch that suits `console`."""
@@ -36,7 +50,7 @@ def shown(console: Console) -> Iterator[Watch]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        _LeftColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
@@ -59,29 +73,42 @@ class _Lines(Watch):
         self._print(f"  {text}")
 
     def trials(self, trials: Sequence[Trial], total: int) -> None:
-        note = best_so_far(trials)
+        note = _note(trials)
         self._print(f"  {len(trials)}/{total} tiles" + (f", {note}" if note else ""))
 
     def result(self, result: Result) -> None:
         self._print(f"  {outcome(result)} ({result.elapsed:.1f} s)")
 
 
+class _LeftColumn(ProgressColumn):
+    """What is left of the budget, kept in the task's field `deadline`."""
+
+    def render(self, task: Task) -> Text:
+        left = max(task.fields["deadline"] - time.monotonic(), 0.0)
+        return Text(f"{left:.0f} s left")
+
+
 class _Live(Watch):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._name = ""
-        self._task = progress.add_task("starting", total=None, note="")
+        self._deadline = 0.0
+        self._task = progress.add_task("starting", total=None, note="", deadline=0.0)
+
+    def begin(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
 
     def problem(self, problem: Problem, number: int, total: int) -> None:
         self._name = f"[{number}/{total}] {problem.label}"
-        self._progress.reset(self._task, total=None, note="")
+        # A reset forgets all fields.
+        self._progress.reset(self._task, total=None, note="", deadline=self._deadline)
 
     def stage(self, text: str) -> None:
         self._progress.update(self._task, description=escape(f"{self._name}: {text}"))
 
     def trials(self, trials: Sequence[Trial], total: int) -> None:
         self._progress.update(
-            self._task, completed=len(trials), total=total, note=escape(best_so_far(trials))
+            self._task, completed=len(trials), total=total, note=escape(_note(trials))
         )
 
     def result(self, result: Result) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashmoe.autotune.bench import Bench
-from flashmoe.autotune.space import Candidate
+from flashmoe.autotune.candidate import Candidate
 from flashmoe.stats import Interval, paired_ratio
 from flashmoe.timing import Measurement
 
 _ANCHOR = "anchor"
+
+
+# A candidate is clearly behind when its whole interval lies above the fastest's, and by this much:
+# intervals of a first look's few samples are too narrow.
+_MARGIN = 0.02
 
 
 class AnchorFailed(RuntimeError):
@@ -60,6 +65,23 @@ class Race:
     def ratio(self, candidate: Candidate) -> Interval:
         """The candidate's time over the anchor's."""
         return self._ratios[candidate]
+
+    def samples(self, candidate: Candidate) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Seconds of the candidate, and of the anchor in the same rounds."""
+        times, anchor_times = zip(*self._pairs[candidate], strict=True)
+        return times, anchor_times
+
+    def recall(
+        self, candidate: Candidate, samples: Sequence[float], anchor: Sequence[float]
+    ) -> None:
+        """Take over samples that another process, or an earlier run, has taken."""
+        self._add(candidate, Measurement("ok", tuple(samples)), Measurement("ok", tuple(anchor)))
+
+    def behind(self, candidate: Candidate) -> bool:
+        """Whether it is clearly behind the fastest so far."""
+        best = min(self._ratios.values(), key=lambda ratio: ratio.value)
+        ratio = self._ratios[candidate]
+        return ratio.low > best.high and ratio.value > best.value * (1 + _MARGIN)
 
     def contenders(self, limit: int) -> list[Candidate]:
         """At most `limit` candidates, fastest first, without those clearly behind the fastest:

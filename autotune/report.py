@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
+from flashmoe.autotune import instances
 from flashmoe.autotune.result import STATUSES, Result
-from flashmoe.autotune.search import Trial
+from flashmoe.autotune.sensitivity import steps
+from flashmoe.autotune.trials import Trial
 from flashmoe.device import Fingerprint
 from flashmoe.stats import Interval
-from flashmoe.tiles import Tile, instance_head_dim
+from flashmoe.tiles import Tile
 
 SCHEMA = 1
 
@@ -137,25 +139,39 @@ def _suggestion(result: Result) -> list[str]:
     ]
     if best.tile is not None:
         lines += _build_lines(best.tile, result.problem.head_dim)
+    return lines + _sensitivity_lines(result)
+
+
+def _sensitivity_lines(result: Result) -> list[str]:
+    """What one step away from the best tile costs, and what Optuna makes of it all."""
+    lines: list[str] = []
+    if found := steps(result):
+        lines += ["", "| one step in | to | time |", "|---|---|---|"]
+        for step in found:
+            loss = "not measured" if step.loss is None else f"{step.loss:+.1%}"
+            lines.append(f"| {step.axis.upper()} | {step.tile} | {loss} |")
+    if result.search is not None and result.search.importances:
+        shares = sorted(result.search.importances.items(), key=lambda pair: -pair[1])
+        text = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+        lines += ["", f"Importance (PED-ANOVA): {text}."]
     return lines
 
 
 def _build_lines(tile: Tile, head_dim: int) -> list[str]:
     """How to have the tile compiled in; kernels that take it at run time need nothing."""
-    if not tile.kernel.startswith("sm"):
+    if tile.kernel not in instances.COLUMNS:
         return ["", "This kernel takes its tile at run time: there is nothing to build."]
-    instance = instance_head_dim(head_dim)
+    instance = instances.head_dim_of(tile.kernel, head_dim)
     return [
         "```sh",
-        f"nvcc -DHEAD_DIM={instance} -DBLOCK_M={tile.block_m} -DBLOCK_N={tile.block_n} "
-        f"-DNUM_STAGES={tile.num_stages} -DNUM_WARPS={tile.num_warps}",
+        f"nvcc {instances.macros(instance, tile)}",
         "```",
         "",
         f"To make it the default of head_dim {instance}, move this line of "
         f"`csrc/instances/{tile.kernel}.txt` before the others of that head_dim and build again:",
         "",
         "```text",
-        f"{instance} {tile.block_m} {tile.block_n} {tile.num_stages} {tile.num_warps}",
+        instances.line(instance, tile),
         "```",
     ]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
-from flashmoe.autotune.search import Search, Trial
-from flashmoe.autotune.space import Candidate
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.decide import AGAIN
+from flashmoe.autotune.trials import Search, Trial
 from flashmoe.database import Entry
 from flashmoe.device import Fingerprint
 from flashmoe.problem import Problem
@@ -26,7 +28,8 @@ class Result:
     """One problem's outcome. `samples` are the final's, seconds by candidate name, and `seconds`
     the winner's median. `tile_with_lse` names the best tile where the winner has none; `store`
     says whether the database shall have the result. Speed-ups are None where the other could not
-    run. An `unmeasured` result has a `reason` and nothing else."""
+    run; `weight` says how often the problem runs. An `unmeasured` result has a `reason` and nothing
+    else."""
 
     problem: Problem
     status: str
@@ -42,6 +45,9 @@ class Result:
     search: Search | None = None
     store: bool = False
     elapsed: float = 0.0
+    runner_up: str = ""
+    storage: str = ""
+    weight: float = 1.0
 
     def rejected(self) -> list[Trial]:
         """The tiles that computed wrong numbers or failed."""
@@ -62,7 +68,28 @@ class Result:
             fingerprint.to_json(),
             command,
             self.tile_with_lse,
+            self.runner_up,
+            _triple(self.seconds),
+            self.over_default(),
+            self.search.study if self.search else "",
+            self.storage,
         )
+
+    def over_default(self) -> dict[str, float]:
+        """The time over the default's of every tile that was timed, and of the final's rivals."""
+        found = {
+            str(trial.tile): trial.ratio.value
+            for trial in (self.search.trials if self.search else ())
+            if trial.ratio is not None
+        }
+        if str(self.default) in self.samples:
+            default = median(self.samples[str(self.default)])
+            found |= {
+                name: median(samples) / default
+                for name, samples in self.samples.items()
+                if name != AGAIN
+            }
+        return {name: round(ratio, 4) for name, ratio in sorted(found.items())}
 
 
 def _triple(interval: Interval | None) -> tuple[float, float, float] | None:
@@ -71,6 +98,9 @@ def _triple(interval: Interval | None) -> tuple[float, float, float] | None:
 
 class Watch:
     """Sees the tuning happen. This one looks away; progress.py shows it."""
+
+    def begin(self, seconds: float) -> None:
+        """The run begins, and may take so long."""
 
     def problem(self, problem: Problem, number: int, total: int) -> None:
         """A problem begins."""

@@ -1,29 +1,28 @@
-"""The search of one problem's tiles: an Optuna study, asked and told, with racing inside.
+"""The search of one problem's tiles: which are tried, in which order, with how many samples.
 
-The study is one problem's; its trials' values are times relative to the anchor's, the default's,
-so that a value means the same whenever it was taken.
+Trials are asked and told through a Record, so they outlive this process and are shared with others;
+values are times relative to the anchor's, the default's.
 """
 
 from __future__ import annotations
 
-import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import optuna
-from optuna.samplers import BruteForceSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState
 
 from flashmoe.autotune.bench import Bench
+from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.race import Race
-from flashmoe.autotune.space import Candidate, Space
-from flashmoe.stats import Interval
+from flashmoe.autotune.record import Outcome, Record
+from flashmoe.autotune.space import Space
+from flashmoe.autotune.trials import Search, Trial
 from flashmoe.tiles import Tile
 from flashmoe.timing import Measurement
 
 # Candidates timed together; between batches the sampler learns.
 BATCH = 6
+# Batches that are asked for, to be compiled, by the time one is timed.
+_AHEAD = 3
 # The first look at a candidate lasts about this long, within these limits in rounds.
 _FIRST_SECONDS = 0.15
 _FIRST_ROUNDS = (3, 15)
@@ -32,48 +31,14 @@ CONTENDERS = 8
 FINALISTS = 3
 # Of the search's time, the share that is left to the second look.
 _SECOND_SHARE = 0.3
-# Repeated suggestions in a row after which an unexplored tile is enqueued instead.
-_MAX_REPEATS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What became of one tile: status as in flashmoe.timing, its time over the anchor's when
-    ok, the reason when not."""
-
-    tile: Tile
-    status: str
-    ratio: Interval | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """The trials in the order of their first look, the contenders fastest first, which sampler
-    walked a space of how many tiles, and what a sample costs on the clock."""
-
-    trials: tuple[Trial, ...]
-    contenders: tuple[Candidate, ...]
-    sampler: str
-    space: int
-    sample_seconds: float = 0.0
+# A sampled search ends after so many tiles without a gain of at least this much: a share of the
+# space, within these limits.
+_STALE_SHARE, _STALE_TILES, _STALE_GAIN = 0.25, (12, 60), 0.003
+# How often to look whether other workers are done, and for how long at most, in seconds.
+_POLL_SECONDS, _POLL_SHARE = 0.2, 0.25
 
 
 Watch = Callable[[Sequence[Trial], int], None]
-
-
-class _Exhaustive(BruteForceSampler):
-    """BruteForceSampler for ask and tell: the original stops the study after the last trial, which
-    only study.optimize allows."""
-
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        pass
 
 
 def search(
@@ -81,154 +46,255 @@ def search(
     bench: Bench,
     anchor: Candidate,
     first: Sequence[Tile],
+    record: Record,
     *,
     seconds: float,
     trials: int | None = None,
+    sampler: str | None = None,
     seed: int = 0,
+    related: Sequence[Mapping[Tile, float]] = (),
     watch: Watch = lambda trials, total: None,
+    contend: bool = True,
 ) -> Search:
-    """Find the contenders among the tiles of `space` within `seconds` and `trials` tiles.
+    """Find the contenders among the tiles of `space` within `seconds` and `trials` tiles, those
+    that `record` holds already among them.
 
-    The tiles `first` are tried before the sampler's. All tiles are tried where that fits, by
-    BruteForceSampler; otherwise TPESampler(seed) chooses. `watch` sees the trials so far and how
-    many there may be. `anchor` is known to be right; AnchorFailed when it cannot be timed.
+    The tiles `first` are tried before the sampler's. `sampler` is one of SAMPLERS; without one, all
+    tiles are tried where that fits (brute), otherwise the model chooses, starting from `related`,
+    times over the default's in other problems. `watch` sees the trials so far and how many there
+    may be. `anchor` is known to be right; AnchorFailed when it cannot be timed. Without `contend`
+    the trials are all that counts, for another worker looks again at the contenders.
     """
-    walk = _Walk(space, bench, anchor, seconds)
-    walk.try_tiles(list(dict.fromkeys(first))[:trials])
-    affordable = walk.affordable()
-    limit = len(space) if trials is None else min(trials, len(space))
-    exhaustive = affordable >= limit == len(space)
-    study = _new_study(exhaustive, seed)
-    for tile in walk.known:
-        study.enqueue_trial(space.params(tile))
-    suggestions = _suggestions(study, space, walk.known, random.Random(seed))
-    watch(list(walk.known.values()), limit)
-    while len(walk.known) < limit and not walk.late():
-        asked: dict[Tile, optuna.Trial] = {}
-        while len(asked) < min(BATCH, limit - len(walk.known)):
-            tile, trial = next(suggestions)
-            if tile in walk.known or tile in asked:
-                _tell(study, trial, walk.known.get(tile))
-            else:
-                asked[tile] = trial
-        walk.try_tiles(list(asked))
-        for tile, trial in asked.items():
-            _tell(study, trial, walk.known.get(tile))
-        watch(list(walk.known.values()), limit)
-    contenders = walk.second_look()
-    sampler = "BruteForceSampler" if exhaustive else "TPESampler"
-    trials_made = tuple(walk.known.values())
-    return Search(trials_made, tuple(contenders), sampler, len(space), walk.sample_seconds)
+    return _Walk(
+        space, bench, anchor, first, record, seconds, trials, sampler, seed, related, watch
+    ).run(contend)
+
+
+def estimate(tiles: int, prepare_seconds: float, sample_seconds: float) -> float:
+    """Seconds that trying so many tiles takes, one after the other."""
+    rounds = _first_rounds(sample_seconds)
+    look = sample_seconds * (rounds + 1) * (BATCH + 1) / BATCH
+    return tiles * (prepare_seconds + look) / (1 - _SECOND_SHARE)
+
+
+def _first_rounds(sample_seconds: float) -> int:
+    low, high = _FIRST_ROUNDS
+    return min(max(round(_FIRST_SECONDS / max(sample_seconds, 1e-9)), low), high)
 
 
 class _Walk:
-    """The tiles tried so far, and the time they took."""
+    """One worker's way through the space."""
 
-    def __init__(self, space: Space, bench: Bench, anchor: Candidate, seconds: float) -> None:
+    def __init__(
+        self,
+        space: Space,
+        bench: Bench,
+        anchor: Candidate,
+        first: Sequence[Tile],
+        record: Record,
+        seconds: float,
+        trials: int | None,
+        sampler: str | None,
+        seed: int,
+        related: Sequence[Mapping[Tile, float]],
+        watch: Watch,
+    ) -> None:
         self._space = space
         self._bench = bench
-        self._race = Race(bench, anchor)
+        self._first = list(dict.fromkeys(first))
+        self._record = record
+        self._wanted = sampler
+        self._seed = seed
+        self._related = related
+        self._watch = watch
         self._seconds = seconds
         self._deadline = bench.now() + seconds
-        self.known: dict[Tile, Trial] = {}
+        self._limit = len(space) if trials is None else min(trials, len(space))
+        self._race = Race(bench, anchor)
+        self._known: dict[Tile, Trial] = {}
         self._prepare_seconds: dict[str, float] = {}
-        self._race.look([anchor], rounds=3, max_seconds=self.left())
-        low, high = _FIRST_ROUNDS
-        seconds = max(self._race.sample_seconds, 1e-9)
-        self.rounds = min(max(round(_FIRST_SECONDS / seconds), low), high)
+        self._pending: list[tuple[Tile, optuna.Trial]] = []
+        self._sampler = ""
+        self._race.look([anchor], rounds=3, max_seconds=self._left())
+        self._rounds = _first_rounds(self._race.sample_seconds)
 
-    def left(self) -> float:
+    def run(self, contend: bool) -> Search:
+        self._record.fail_dead()
+        self._recall()
+        try:
+            ended = self._try_all()
+        finally:
+            for _, trial in self._pending:
+                self._record.tell(trial, None)
+        contenders: list[Candidate] = []
+        if contend:
+            self._await_others()
+            contenders = self._second_look()
+        return Search(
+            tuple(self._known.values()),
+            tuple(contenders),
+            self._sampler,
+            len(self._space),
+            self._race.sample_seconds,
+            ended,
+            self._record.name,
+            tuple((when, o.value) for when, o in self._record.times() if o.value is not None),
+            self._record.importances(),
+        )
+
+    def _try_all(self) -> str:
+        """Try tiles until there is a reason to stop, and return that."""
+        name = ""
+        while True:
+            self._recall()
+            self._watch(list(self._known.values()), self._limit)
+            if len(self._known) >= self._limit:
+                return "all tiles tried" if self._limit == len(self._space) else "--trials reached"
+            if self._late():
+                return "--budget reached"
+            wanted = self._wanted or ("brute" if self._all_fit() else "model")
+            if wanted != name:
+                name = wanted
+                self._sampler = self._record.use(name, self._first, self._seed, self._related)
+            if name not in ("brute", "grid") and self._stale():
+                return "no better tile for long"
+            if not self._ask():
+                return "all tiles tried or in flight"
+            batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
+            self._try(batch)
+
+    def _ask(self) -> bool:
+        """Fill the pending trials: a batch, and the next ones where they can be compiled meanwhile.
+        Whether there are any."""
+        ahead = _AHEAD if self._bench.compiles_ahead else 1
+        left = self._limit - len(self._known) - self._record.running()
+        if others := self._record.others():
+            # Leave them their share, and keep the last ones small: all shall end together.
+            left = -(-left // (2 * (others + 1)))
+        for _ in range(min(ahead * BATCH - len(self._pending), left)):
+            asked = self._record.ask()
+            if asked is None:
+                break
+            self._pending.append(asked)
+            self._bench.precompile([Candidate.of_tile(asked[0])])
+        return bool(self._pending)
+
+    def _try(self, batch: Sequence[tuple[Tile, optuna.Trial]]) -> None:
+        """Check, time and tell a batch; what time does not allow is told as not tried."""
+        found: dict[Tile, Outcome] = {}
+        ready: dict[Candidate, float] = {}
+        try:
+            for tile, _ in batch:
+                # What is ready must still be timed: leave the time for two rounds of it.
+                if self._late() or self._left() < self._race.cost(len(ready) + 1, 2):
+                    break
+                candidate = Candidate.of_tile(tile)
+                prepared = self._bench.prepare(candidate)
+                took = self._prepare_seconds[tile.kernel] = prepared.samples[0]
+                if prepared.status == "ok":
+                    ready[candidate] = took
+                else:
+                    found[tile] = Outcome(
+                        tile, prepared.status, prepared.reason, prepare_seconds=took
+                    )
+            for outcome in self._look(ready):
+                found[outcome.tile] = outcome
+        finally:
+            for tile, trial in batch:
+                self._record.tell(trial, found.get(tile))
+                if tile in found:
+                    self._learn(found[tile])
+
+    def _look(self, ready: dict[Candidate, float]) -> list[Outcome]:
+        """Time what is ready: a first look, and a second one unless it is clearly behind."""
+        if not ready or self._left() <= 0:
+            return []
+        measured = self._race.look(list(ready), self._rounds, self._left())
+        close = [c for c, m in measured.items() if m.status == "ok" and not self._race.behind(c)]
+        if close and not self._late():
+            measured |= self._race.look(close, self._rounds, self._left())
+        return [
+            self._outcome(candidate, measurement, ready[candidate])
+            for candidate, measurement in measured.items()
+        ]
+
+    def _outcome(self, candidate: Candidate, measurement: Measurement, took: float) -> Outcome:
+        tile = candidate.tile
+        assert tile is not None
+        if measurement.status != "ok":
+            return Outcome(tile, measurement.status, measurement.reason, prepare_seconds=took)
+        samples, anchor = self._race.samples(candidate)
+        ratio = self._race.ratio(candidate)
+        pruned = self._race.behind(candidate)
+        return Outcome(
+            tile, "ok", "", samples, anchor, ratio.value, pruned=pruned, prepare_seconds=took
+        )
+
+    def _recall(self) -> None:
+        """Take over what the study holds: earlier runs' trials, other workers', and our own."""
+        for outcome in self._record.outcomes():
+            tile = outcome.tile
+            if tile in self._known:
+                continue
+            if outcome.value is not None:
+                self._race.recall(Candidate.of_tile(tile), outcome.samples, outcome.anchor)
+            self._prepare_seconds.setdefault(tile.kernel, outcome.prepare_seconds)
+            self._learn(outcome)
+
+    def _learn(self, outcome: Outcome) -> None:
+        tile = outcome.tile
+        ratio = self._race.ratio(Candidate.of_tile(tile)) if outcome.value is not None else None
+        self._known[tile] = Trial(tile, outcome.status, ratio, outcome.reason, outcome.pruned)
+
+    def _await_others(self) -> None:
+        """Until other workers have told what they are trying, but not for long."""
+        end = self._bench.now() + _POLL_SHARE * max(self._left(), 0.0)
+        self._recall()
+        while self._record.running() and self._bench.now() < end:
+            self._bench.wait(_POLL_SECONDS)
+            self._record.fail_dead()
+            self._recall()
+
+    def _second_look(self) -> list[Candidate]:
+        """Halve the field, doubling the rounds, until it is small or time is up."""
+        contenders = self._prepared(self._race.contenders(CONTENDERS))
+        rounds = self._rounds
+        while len(contenders) > FINALISTS and self._left() > self._race.cost(len(contenders), 2):
+            rounds *= 2
+            self._race.look(contenders, rounds, self._left())
+            best = self._race.contenders(max(FINALISTS, len(contenders) // 2))
+            contenders = [candidate for candidate in best if candidate in contenders]
+        # All that survived, so that a finalist that turns out wrong has a successor.
+        return self._prepared(self._race.contenders(CONTENDERS))
+
+    def _prepared(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that this process has checked or, if another did, finds right as well."""
+        return [c for c in candidates if self._bench.prepare(c).status == "ok"]
+
+    def _left(self) -> float:
         return self._deadline - self._bench.now()
 
-    def late(self) -> bool:
+    def _late(self) -> bool:
         """Whether what is left belongs to the second look."""
-        return self.left() <= _SECOND_SHARE * self._seconds
+        return self._left() <= _SECOND_SHARE * self._seconds
 
-    @property
-    def sample_seconds(self) -> float:
-        return self._race.sample_seconds
+    def _all_fit(self) -> bool:
+        """Whether the time allows a first look at every tile, going by those tried."""
+        if self._limit < len(self._space):
+            return False
+        rest = [tile for tile in self._space.tiles if tile not in self._known]
+        prepare = sum(self._prepare_seconds.get(tile.kernel, 0.0) for tile in rest)
+        look = self._race.cost(BATCH, self._rounds) / BATCH * len(rest)
+        return prepare + look <= self._left() - _SECOND_SHARE * self._seconds
 
-    def affordable(self) -> int:
-        """How many tiles of the space the time for the first look allows, going by those tried."""
-        kernels = [tile.kernel for tile in self._space.tiles]
-        prepare = sum(self._prepare_seconds.get(kernel, 0.0) for kernel in kernels) / len(kernels)
-        look = self._race.cost(BATCH, self.rounds) / BATCH
-        left = max(self.left() - _SECOND_SHARE * self._seconds, 0.0)
-        return len(self.known) + int(left / (prepare + look))
-
-    def try_tiles(self, tiles: Sequence[Tile]) -> None:
-        """Check and time new tiles; those that time does not allow stay unknown."""
-        ready: list[Candidate] = []
-        for tile in tiles:
-            # What is ready must still be timed: leave the time for two rounds of it.
-            if self.late() or self.left() < self._race.cost(len(ready) + 1, 2):
-                break
-            candidate = Candidate.of_tile(tile)
-            prepared = self._bench.prepare(candidate)
-            self._prepare_seconds[tile.kernel] = prepared.samples[0]
-            if prepared.status == "ok":
-                ready.append(candidate)
-            else:
-                self.known[tile] = Trial(tile, prepared.status, reason=prepared.reason)
-        if ready and self.left() > 0:
-            self._look(ready, self.rounds)
-
-    def second_look(self) -> list[Candidate]:
-        """Halve the field, doubling the rounds, until it is small or time is up."""
-        contenders = self._race.contenders(CONTENDERS)
-        rounds = self.rounds
-        while len(contenders) > FINALISTS and self.left() > self._race.cost(len(contenders), 2):
-            rounds *= 2
-            self._look(contenders, rounds)
-            contenders = self._race.contenders(max(FINALISTS, len(contenders) // 2))
-        # All that survived, so that a finalist that turns out wrong has a successor.
-        return self._race.contenders(CONTENDERS)
-
-    def _look(self, candidates: Sequence[Candidate], rounds: int) -> None:
-        for candidate, measurement in self._race.look(candidates, rounds, self.left()).items():
-            self._record(candidate, measurement)
-
-    def _record(self, candidate: Candidate, measurement: Measurement) -> None:
-        tile = candidate.tile
-        if tile is None:
-            return
-        ok = measurement.status == "ok"
-        ratio = self._race.ratio(candidate) if ok else None
-        self.known[tile] = Trial(tile, measurement.status, ratio, measurement.reason)
-
-
-def _new_study(exhaustive: bool, seed: int) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        # BruteForceSampler has been called experimental since Optuna 3.1.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = _Exhaustive(seed=seed) if exhaustive else TPESampler(seed=seed)
-    return optuna.create_study(direction="minimize", sampler=sampler)
-
-
-def _suggestions(
-    study: optuna.Study, space: Space, known: dict[Tile, Trial], rng: random.Random
-) -> Iterator[tuple[Tile, optuna.Trial]]:
-    """Asks forever; a sampler that repeats itself is handed an unexplored tile."""
-    asked: set[Tile] = set()
-    repeats = 0
-    while True:
-        if repeats >= _MAX_REPEATS:
-            unexplored = [t for t in space.tiles if t not in known and t not in asked]
-            study.enqueue_trial(space.params(rng.choice(unexplored or space.tiles)))
-        trial = study.ask()
-        tile = space.suggest(trial)
-        trial.set_user_attr("tile", str(tile))
-        repeats = repeats + 1 if tile in known or tile in asked else 0
-        asked.add(tile)
-        yield tile, trial
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Trial | None) -> None:
-    """A tile without a time is a failed trial, with the reason; `None` was not tried at all."""
-    if outcome is not None and outcome.ratio is not None:
-        study.tell(trial, outcome.ratio.value)
-        return
-    trial.set_user_attr("status", outcome.status if outcome else "not tried")
-    trial.set_user_attr("reason", outcome.reason if outcome else "")
-    study.tell(trial, state=TrialState.FAIL)
+    def _stale(self) -> bool:
+        """Whether the last many tiles brought no gain."""
+        low, high = _STALE_TILES
+        patience = min(max(round(_STALE_SHARE * len(self._space)), low), high)
+        values = [
+            trial.ratio.value if trial.ratio else float("inf") for trial in self._known.values()
+        ]
+        if len(values) <= patience:
+            return False
+        before = min(values[:-patience])
+        return min(values[-patience:]) > before * (1 - _STALE_GAIN)

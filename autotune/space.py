@@ -1,77 +1,30 @@
-"""What may be tried for a problem: candidates, and the legal tiles as Optuna parameters."""
+"""The legal tiles of a problem as Optuna parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+import math
+import random
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from typing import Any
 
 import optuna
-import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
-from flashmoe.plan import Plan, heuristic, why_not
-from flashmoe.problem import Problem
 from flashmoe.tiles import Tile
 
 # All of a tile: tiles that no parameter tells apart could not all be suggested.
 AXES = tuple(field.name for field in fields(Tile) if field.name != "kernel")
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to run a problem: a backend, with a tile unless it has none."""
-
-    backend: str
-    tile: Tile | None = None
-
-    def __str__(self) -> str:
-        return self.backend if self.tile is None else str(self.tile)
-
-    @classmethod
-    def of_tile(cls, tile: Tile) -> Candidate:
-        return cls(tile.backend, tile)
-
-    @classmethod
-    def of_plan(cls, plan: Plan) -> Candidate:
-        return cls(plan.backend, plan.tile)
-
-
-SDPA = Candidate("sdpa")
-
-
-def default_candidate(problem: Problem, device: torch.device) -> Candidate:
-    """What runs `problem` untuned. Raises NotImplementedError when nothing does."""
-    return Candidate.of_plan(heuristic(problem, device))
-
-
-def searched_backends(problem: Problem, device: torch.device, backend: str | None) -> list[str]:
-    """The backends whose tiles are searched: `backend`, or every one that runs `problem` here,
-    except Triton's interpreter, which is never fast."""
-    names = [backend] if backend else list(BACKENDS)
-    return [
-        name
-        for name in names
-        if not why_not(name, problem, device)
-        and (backend or not (name == "triton" and device.type == "cpu"))
-        and BACKENDS[name].tiles(problem, arch(device))
-    ]
-
-
-def runs(candidate: Candidate, problem: Problem, device: torch.device) -> bool:
-    """Whether a candidate that was stored elsewhere or earlier is legal here."""
-    name = candidate.backend
-    if name not in BACKENDS or why_not(name, problem, device):
-        return False
-    return not BACKENDS[name].rejects(candidate.tile, problem, arch(device))
-
-
 class Space:
     """A set of legal tiles, as Optuna parameters.
 
-    Every axis of a kernel is one categorical parameter over the values it takes in the set, named
-    `KERNEL.AXIS` (`sm80.block_m`), so that samplers see the structure. A combination outside the
-    set stands for the nearest tile in it: whatever a sampler suggests is legal.
+    Every axis of a kernel is one parameter named `KERNEL.AXIS` (`sm80.block_m`), an integer from
+    the least to the greatest value that it takes in the set: samplers see names and order. Which
+    combinations exist only `nearest` knows.
     """
 
     def __init__(self, tiles: Iterable[Tile]) -> None:
@@ -79,42 +32,127 @@ class Space:
         if not self.tiles:
             raise ValueError("tiles must hold at least one tile, got none")
         self._kernels = sorted({tile.kernel for tile in self.tiles})
-        self._of_kernel = {k: [t for t in self.tiles if t.kernel == k] for k in self._kernels}
-        self._values: dict[tuple[str, str], list[int]] = {
-            (kernel, axis): sorted({getattr(tile, axis) for tile in tiles_of})
-            for kernel, tiles_of in self._of_kernel.items()
+        self._values: dict[str, list[int]] = {
+            f"{kernel}.{axis}": sorted(
+                {int(getattr(tile, axis)) for tile in self.tiles if tile.kernel == kernel}
+            )
+            for kernel in self._kernels
             for axis in AXES
         }
+        # An axis without a choice is no parameter.
+        self._values = {name: values for name, values in self._values.items() if len(values) > 1}
+        self._axes = [a for a in AXES if any(name.endswith(f".{a}") for name in self._values)]
+        self._positions: dict[Tile, list[int]] = {}
+        self._of_params = {_key(self.params(tile)): tile for tile in self.tiles}
 
     def __len__(self) -> int:
         return len(self.tiles)
 
-    def suggest(self, trial: optuna.Trial) -> Tile:
-        """The tile that the study's sampler asks for."""
-        kernel = self._kernels[0]
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Every parameter, those of kernels that are not chosen among them."""
+        found: dict[str, BaseDistribution] = {}
         if len(self._kernels) > 1:
-            kernel = trial.suggest_categorical("kernel", self._kernels)
-        wanted = {
-            axis: values[0]
-            if len(values) == 1
-            else trial.suggest_categorical(f"{kernel}.{axis}", values)
-            for axis in AXES
-            for values in [self._values[kernel, axis]]
-        }
-        return min(self._of_kernel[kernel], key=lambda tile: self._steps(kernel, tile, wanted))
+            found["kernel"] = CategoricalDistribution(self._kernels)
+        for name, values in self._values.items():
+            step = math.gcd(*(b - a for a, b in pairwise(values)))
+            found[name] = IntDistribution(values[0], values[-1], step=step)
+        return found
+
+    def grid(self) -> dict[str, Sequence[str | int]]:
+        """The values of every parameter, for a GridSampler."""
+        kernels: dict[str, Sequence[str | int]] = {}
+        if len(self._kernels) > 1:
+            kernels["kernel"] = self._kernels
+        return {**kernels, **self._values}
+
+    def kernels(self) -> list[list[str]]:
+        """The parameters of each kernel that has any."""
+        found = [[n for n in self._values if n.startswith(f"{k}.")] for k in self._kernels]
+        return [names for names in found if names]
+
+    def names(self, chosen: Mapping[str, Any]) -> Iterator[str]:
+        """The parameters of a tile in order. `chosen` may grow: once it holds the kernel, only
+        that kernel's follow."""
+        if len(self._kernels) > 1:
+            yield "kernel"
+        kernel = chosen.get("kernel", self._kernels[0])
+        yield from (name for name in self._values if name.startswith(f"{kernel}."))
+
+    def suggest(self, trial: optuna.Trial) -> Tile:
+        """The tile that a study asks for, whose sampler is a TileSampler of this space."""
+        params: dict[str, str | int] = {}
+        for name in self.names(params):
+            distribution = self.distributions()[name]
+            if isinstance(distribution, IntDistribution):
+                params[name] = trial.suggest_int(
+                    name, distribution.low, distribution.high, step=distribution.step
+                )
+            else:
+                params[name] = trial.suggest_categorical(name, self._kernels)
+        return self._of_params[_key(params)]
+
+    def tile_of(self, params: Mapping[str, Any]) -> Tile | None:
+        """The tile with these parameters; None without one in this space."""
+        return self._of_params.get(_key(params))
 
     def params(self, tile: Tile) -> dict[str, str | int]:
-        """The parameters that suggest() turns into `tile`, for study.enqueue_trial."""
+        """The parameters that stand for `tile`."""
         params: dict[str, str | int] = {} if len(self._kernels) == 1 else {"kernel": tile.kernel}
         for axis in AXES:
-            if len(self._values[tile.kernel, axis]) > 1:
-                params[f"{tile.kernel}.{axis}"] = getattr(tile, axis)
+            if f"{tile.kernel}.{axis}" in self._values:
+                params[f"{tile.kernel}.{axis}"] = int(getattr(tile, axis))
         return params
 
-    def _steps(self, kernel: str, tile: Tile, wanted: dict[str, int]) -> int:
-        """How many steps along the axes lie between `tile` and `wanted`."""
+    def nearest(
+        self, proposal: Mapping[str, Any], taken: Collection[Tile], rng: random.Random
+    ) -> Tile:
+        """The tile that is the fewest steps along the axes from `proposal`, by chance among equals;
+        none of `taken` unless there is no other."""
+        free = [tile for tile in self.tiles if tile not in taken] or self.tiles
+        kernel = proposal.get("kernel", self._kernels[0])
+        free = [tile for tile in free if tile.kernel == kernel] or free
+        return min(free, key=lambda tile: (self._steps(tile, proposal), rng.random()))
+
+    def position(self, tile: Tile) -> list[int]:
+        """Which kernel, and where on each axis, in steps; values that this space lacks count as the
+        next smaller one. Axes without a choice are left out."""
+        if tile in self._positions:
+            return self._positions[tile]
+        found = [self._kernels.index(tile.kernel) if tile.kernel in self._kernels else -1]
+        for axis in self._axes:
+            values = self._values.get(f"{tile.kernel}.{axis}", [])
+            found.append(max(bisect_right(values, int(getattr(tile, axis))) - 1, 0))
+        self._positions[tile] = found
+        return found
+
+    def _steps(self, tile: Tile, proposal: Mapping[str, Any]) -> float:
         return sum(
-            abs(values.index(getattr(tile, axis)) - values.index(wanted[axis]))
-            for axis in AXES
-            for values in [self._values[kernel, axis]]
+            abs(values.index(int(value)) - _position(values, proposal[name]))
+            for name, value in self.params(tile).items()
+            if name in proposal and (values := self._values.get(name))
         )
+
+    def neighbours(self, tile: Tile) -> Iterator[tuple[str, Tile]]:
+        """(axis, tile) for every tile that differs from `tile` by one step along one axis."""
+        params = self.params(tile)
+        for axis in AXES:
+            name = f"{tile.kernel}.{axis}"
+            values = self._values.get(name, [])
+            for step in (-1, 1):
+                index = values.index(int(params[name])) + step if values else -1
+                if 0 <= index < len(values):
+                    other = self.tile_of({**params, name: values[index]})
+                    if other is not None:
+                        yield axis, other
+
+
+def _position(values: Sequence[int], wanted: float) -> float:
+    """Where `wanted` lies among the sorted `values`, in steps."""
+    for index, (low, high) in enumerate(pairwise(values)):
+        if wanted <= high:
+            return index + (wanted - low) / (high - low)
+    return len(values) - 1.0
+
+
+def _key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(params.items()))

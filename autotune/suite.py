@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from flashmoe.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Problems of one bucket, which share a tile, with what each counts (as often as it runs)."""
+
+    problems: tuple[Problem, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def main(self) -> Problem:
+        """The problem that takes the most time of them all: it stands for the group."""
+        costs = [w * p.flops for p, w in zip(self.problems, self.weights, strict=True)]
+        return self.problems[costs.index(max(costs))]
+
+    @property
+    def cost(self) -> float:
+        """What tuning costs, in no unit: timing costs in proportion to its flops, checks and
+        compilation the same for all; the fourth root lies between, and a weight counts as flops."""
+        return float(
+            sum(w * max(p.flops, 1.0) for p, w in zip(self.problems, self.weights, strict=True))
+            ** 0.25
+        )
+
+
+def grouped(problems: Iterable[tuple[Problem, float]]) -> list[Group]:
+    """Problems with their weights, by bucket; the same problem twice counts with both weights."""
+    buckets: dict[str, dict[Problem, float]] = {}
+    for problem, weight in problems:
+        bucket = buckets.setdefault(problem.bucket, {})
+        bucket[problem] = bucket.get(problem, 0.0) + weight
+    return [Group(tuple(bucket), tuple(bucket.values())) for bucket in buckets.values()]
 
 
 def _problem(

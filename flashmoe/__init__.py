@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashmoe.api import flash_attn_func, scaled_dot_product_attention
 from flashmoe.plan import Plan, make_plan
 from flashmoe.problem import Problem
+from flashmoe.shapes import record_problems
 from flashmoe.tiles import Arch, Tile
 
 __version__ = "0.1.0"
@@ -16,5 +17,6 @@ __all__ = [
     "Tile",
     "flash_attn_func",
     "make_plan",
+    "record_problems",
     "scaled_dot_product_attention",
 ]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe import ops
+from flashmoe import ops, shapes
 from flashmoe.backends import BACKENDS
 from flashmoe.plan import make_plan
 from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
@@ -193,6 +193,9 @@ def _attend(
         tile,
     )
     call = _calls.get(key)
+    if shapes.recorder is not None:
+        _validate(q, k, v, softmax_scale)
+        shapes.recorder[ops.problem_of(q, k, bool(causal) and q.shape[1] > 1)] += 1
     if call is None:
         call = _prepare(q, k, v, softmax_scale, causal, return_lse, backend, tile)
         if len(_calls) >= _MAX_CALLS:

@@ -1,21 +1,31 @@
-"""The tuned database: which plan won for each problem bucket, in one JSON file per device model."""
+"""The tuned database: which plan won for each problem bucket, in one JSON file per device model.
+
+A bucket (Problem.bucket) is exact in direction, dtype, mask, head_dim and group size; batch *
+heads_q, seqlen_q and seqlen_kv are rounded up to powers of two.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from flashmoe.cache import cache_dir, set_aside
 from flashmoe.device import slug
 from flashmoe.problem import Problem
 
-SCHEMA = 1
+SCHEMA = 2
+# Schema 1 lacked fields that have defaults.
+_READABLE = (1, SCHEMA)
+SDPA = "sdpa"
 
 
 class DamagedDatabase(UserWarning):
@@ -24,10 +34,15 @@ class DamagedDatabase(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tuned result. `backend` and `tile` (text form, empty for a backend without tiles) won
-    `problem`; samples are raw seconds by candidate name, paired by round; intervals are
-    [ratio, low, high] of the winner's speed over the default's and over SDPA's. `tile_with_lse` is
-    the best tile where the winner has none: for calls that need softmax_lse, training's among them.
+    """A tuned result: `backend` and `tile` (text form, empty for a backend without tiles) won
+    `problem`.
+
+    `samples` are the final's raw seconds by candidate name, paired by round; `seconds` and the
+    speed-ups over the default and over SDPA are [value, low, high]. `runner_up` names the second of
+    the final, `default` what runs untuned. `tile_with_lse` is the best tile where the winner has
+    none: for calls that need softmax_lse, training's among them. `over_default` is the time over
+    the default's of everything that was measured, for lookups between buckets and for searches of
+    related problems. `study` and `storage` tell where the trials are.
     """
 
     problem: Problem
@@ -40,6 +55,11 @@ class Entry:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     tile_with_lse: str = ""
+    runner_up: str = ""
+    seconds: tuple[float, float, float] | None = None
+    over_default: Mapping[str, float] = field(default_factory=dict)
+    study: str = ""
+    storage: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,11 +69,78 @@ class Entry:
         data = dict(data)
         data["problem"] = Problem.from_json(data["problem"])
         data["samples"] = {k: tuple(map(float, v)) for k, v in data.get("samples", {}).items()}
-        for name in ("speedup_default", "speedup_sdpa"):
+        for name in ("speedup_default", "speedup_sdpa", "seconds"):
             if data.get(name) is not None:
                 value, low, high = data[name]
                 data[name] = (float(value), float(low), float(high))
+        over_default = data.get("over_default", {})
+        data["over_default"] = {str(k): float(v) for k, v in over_default.items()}
         return cls(**data)
+
+
+def between(entries: Mapping[str, Entry], problem: Problem) -> tuple[list[str], str]:
+    """What is known for a problem whose bucket has no entry: candidates (tiles, or sdpa) that were
+    measured in both neighbouring buckets and are faster than the default in both, the best first
+    (least worst share of the default's time); and which buckets these are.
+
+    Neighbours are the nearest buckets with an entry below and above along one axis, all else
+    equal: both sequence lengths together, seqlen_kv, seqlen_q, or batch * heads_q; the first axis
+    that has both decides. A problem beyond all entries has no neighbours: nothing is extrapolated.
+    """
+    for axes in (("q", "k"), ("k",), ("q",), ("bh",)):
+        below, above = _neighbours(entries, problem, axes)
+        if below is None or above is None:
+            continue
+        a, b = entries[below].over_default, entries[above].over_default
+        worst = {name: max(a[name], b[name]) for name in a if name in b}
+        faster = sorted((x for x in worst.items() if x[1] < 1.0), key=lambda x: x[1])
+        return [name for name, _ in faster], f"between {below} and {above}"
+    return [], ""
+
+
+def _neighbours(
+    entries: Mapping[str, Entry], problem: Problem, axes: tuple[str, ...]
+) -> tuple[str | None, str | None]:
+    here = problem.bucket_sizes
+    kind = problem.bucket_kind
+    below: tuple[float, str] | None = None
+    above: tuple[float, str] | None = None
+    for bucket, entry in entries.items():
+        there = entry.problem.bucket_sizes
+        if entry.problem.bucket_kind != kind:
+            continue
+        if any(there[axis] != here[axis] for axis in here if axis not in axes):
+            continue
+        ratios = {there[axis] / max(here[axis], 1) for axis in axes}
+        if len(ratios) != 1:
+            continue
+        (ratio,) = ratios
+        if ratio < 1 and (below is None or ratio > below[0]):
+            below = ratio, bucket
+        if ratio > 1 and (above is None or ratio < above[0]):
+            above = ratio, bucket
+    return below and below[1], above and above[1]
+
+
+def nearest(entries: Mapping[str, Entry], problem: Problem) -> list[Entry]:
+    """Entries of the same direction, dtype and head_dim, the nearest bucket first: what a search
+    may try first."""
+
+    def steps(entry: Entry) -> float:
+        here, there = problem.bucket_sizes, entry.problem.bucket_sizes
+        sizes = sum(abs(math.log2(max(here[a], 1) / max(there[a], 1))) for a in here)
+        other = entry.problem
+        group = problem.heads_q * other.heads_kv != other.heads_q * problem.heads_kv
+        return sizes + (problem.causal != other.causal) + group
+
+    related = [
+        entry
+        for entry in entries.values()
+        if entry.problem.direction == problem.direction
+        and entry.problem.dtype == problem.dtype
+        and entry.problem.head_dim == problem.head_dim
+    ]
+    return sorted(related, key=steps)
 
 
 def user_path(device_name: str) -> Path:
@@ -74,7 +161,7 @@ def load(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         return {}
     try:
-        return _parse(text)
+        return parse(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         aside = set_aside(path)
         warnings.warn(
@@ -85,31 +172,34 @@ def load(path: Path) -> dict[str, Entry]:
         return {}
 
 
-def update(path: Path, entries: Mapping[str, Entry]) -> None:
+def update(path: Path, entries: Mapping[str, Entry], *, replace: bool = True) -> int:
     """Merge `entries` into the file: under a lock and atomically, so that concurrent tuners lose
-    nothing and a reader never sees half a file."""
+    nothing and a reader never sees half a file. Without `replace`, what is there stays. Returns how
+    many entries were taken over."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        merged = {**load(path), **entries}
-        data = {"schema": SCHEMA, "entries": {k: e.to_json() for k, e in sorted(merged.items())}}
+    with filelock.FileLock(path.with_suffix(".lock")):
+        there = load(path)
+        taken = {k: e for k, e in entries.items() if replace or k not in there}
         temporary = path.with_suffix(f".tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
+        with temporary.open("w") as file:
+            file.write(text_of({**there, **taken}))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+    return len(taken)
 
 
-def _parse(text: str) -> dict[str, Entry]:
+def text_of(entries: Mapping[str, Entry]) -> str:
+    """A database's text: JSON for people and diffs, a line a field, but lists of numbers on one."""
+    data = {"schema": SCHEMA, "entries": {k: e.to_json() for k, e in sorted(entries.items())}}
+    text = json.dumps(data, indent=1)
+    return re.sub(r"\[[\d\s.,e+-]*\]", lambda m: " ".join(m[0].split()), text) + "\n"
+
+
+def parse(text: str) -> dict[str, Entry]:
+    """The entries of a database's text. Raises ValueError, KeyError, TypeError or AttributeError
+    for any other text."""
     data = json.loads(text)
-    if data["schema"] != SCHEMA:
-        raise ValueError(f"schema must be {SCHEMA}, got {data['schema']!r}")
+    if data["schema"] not in _READABLE:
+        raise ValueError(f"schema must be one of {_READABLE}, got {data['schema']!r}")
     return {bucket: Entry.from_json(entry) for bucket, entry in data["entries"].items()}
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = path.with_suffix(".lock")
-    with lock.open("w") as handle:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

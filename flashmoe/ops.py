@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe import _extension
+from flashmoe import _extension, shapes
 from flashmoe.backends import BACKENDS
 from flashmoe.plan import make_plan
 from flashmoe.problem import Problem
@@ -68,7 +68,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse, differentiable in q, k and v through out. The plan is made at run time,
     so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override."""
-    plan = make_plan(problem_of(q, k, causal), q.device, backend, tile, need_lse=True)
+    problem = problem_of(q, k, causal)
+    if shapes.recorder is not None:
+        shapes.recorder[problem] += 1
+    plan = make_plan(problem, q.device, backend, tile, need_lse=True)
     out, lse = BACKENDS[plan.backend].forward(q, k, v, softmax_scale, causal, plan.tile)
     assert lse is not None, "make_plan(need_lse=True) chose a backend that does not tell lse"
     return out, lse

@@ -84,18 +84,24 @@ class Problem:
         Exact in direction, dtype, causal, head_dim and group size; batch * heads_q, seqlen_q and
         seqlen_kv rounded up to a power of two.
         """
-        return "-".join(
-            (
-                self.direction,
-                self.dtype,
-                "causal" if self.causal else "full",
-                f"d{self.head_dim}",
-                f"g{self.heads_q // self.heads_kv}",
-                f"bh{_ceil_pow2(self.batch * self.heads_q)}",
-                f"q{_ceil_pow2(self.seqlen_q)}",
-                f"k{_ceil_pow2(self.seqlen_kv)}",
-            )
-        )
+        return "-".join([self.bucket_kind, *(f"{a}{n}" for a, n in self.bucket_sizes.items())])
+
+    @property
+    def bucket_kind(self) -> str:
+        """The part of the bucket that is exact."""
+        mask = "causal" if self.causal else "full"
+        group = self.heads_q // self.heads_kv
+        return f"{self.direction}-{self.dtype}-{mask}-d{self.head_dim}-g{group}"
+
+    @property
+    def bucket_sizes(self) -> dict[str, int]:
+        """The part of the bucket that is rounded up to powers of two: batch * heads_q (bh),
+        seqlen_q (q) and seqlen_kv (k)."""
+        return {
+            "bh": _ceil_pow2(self.batch * self.heads_q),
+            "q": _ceil_pow2(self.seqlen_q),
+            "k": _ceil_pow2(self.seqlen_kv),
+        }
 
     @property
     def label(self) -> str:

@@ -33,6 +33,25 @@ class Measurement:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
 
 
+class DeviceLost(RuntimeError):
+    """What ran left the device unusable for this process, as an illegal memory access does. `name`
+    is the candidate's; the message is its error."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+def usable(device: torch.device) -> bool:
+    """Whether this process can still use `device`: an illegal access ends a CUDA context."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+    return True
+
+
 @dataclass(slots=True)
 class _Candidate:
     call: Callable[[], object]
@@ -49,13 +68,16 @@ def measure(
     seed: int = 0,
     max_seconds: float | None = None,
     after_round: Callable[[], None] | None = None,
+    before_sample: Callable[[str], None] | None = None,
 ) -> dict[str, Measurement]:
     """Time every candidate once a round, in an order shuffled each round.
 
     On CUDA a sample is device time between events around one call, with L2 flushed and the host
     running ahead; on a CPU it is wall time. A candidate that raises is `failed` from then on and
     the others go on. `max_seconds` ends the rounds early (after at least one), for all candidates
-    alike, so samples stay paired by round. `after_round` is called after each timed round.
+    alike, so samples stay paired by round. `before_sample` is told whose turn it is, and
+    `after_round` is called after each timed round. Raises DeviceLost when a failure left the device
+    unusable.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -70,10 +92,14 @@ def measure(
         rng.shuffle(order)
         for name in order:
             candidate = running[name]
+            if before_sample is not None:
+                before_sample(name)
             try:
                 seconds = sample(candidate.call)
-            except Exception as error:  # noqa: BLE001 - a failing candidate is a result, not a crash
+            except Exception as error:
                 candidate.reason = f"{type(error).__name__}: {error}"
+                if not usable(device):
+                    raise DeviceLost(name, candidate.reason) from error
                 continue
             if number >= 0:
                 candidate.samples.append(seconds)

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"tiles"},
             {"_extension"},
             {"device"},
-            {"backends", "database"},
+            {"backends", "database", "shapes"},
             {"plan"},
             {"ops"},
             {"api"},

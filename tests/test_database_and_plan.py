@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe import database
+from flashmoe import database, shapes
 from flashmoe.device import arch, fingerprint, slug
 from flashmoe.plan import make_plan, reload_databases
 from flashmoe.problem import Problem
@@ -141,3 +142,95 @@ def test_fingerprint_says_what_differs():
     (difference,) = mine.differences(other, ("device", "torch"))
     assert difference.startswith("torch: ")
     assert "'1.0' there" in difference
+
+
+def tuned(seqlen, ratios, **changes):
+    problem = dataclasses.replace(PROBLEM, seqlen_q=seqlen, seqlen_kv=seqlen, **changes)
+    return {problem.bucket: dataclasses.replace(entry(problem=problem), over_default=ratios)}
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "expected"),
+    [
+        # The tile that is best on its worse side, among those measured on both.
+        ({"cpu:48x160": 0.5, "cpu:64x64": 0.8}, {"cpu:64x64": 0.9, "cpu:96x96": 0.4}, "cpu:64x64"),
+        ({"cpu:48x160": 0.9, "cpu:64x64": 0.8}, {"cpu:64x64": 0.95, "cpu:48x160": 0.7}, "48x160"),
+        # Never one that was measured on one side only, nor one that lost on a side.
+        ({"cpu:48x160": 0.5}, {"cpu:64x64": 0.5}, None),
+        ({"cpu:48x160": 0.5}, {"cpu:48x160": 1.01}, None),
+        ({"sdpa": 0.5}, {"sdpa": 0.5}, "sdpa"),
+    ],
+)
+def test_between_buckets_a_tile_measured_on_both_sides_or_the_default(
+    user_database, below, above, expected
+):
+    database.update(user_database, {**tuned(512, below), **tuned(2048, above)})
+    plan = make_plan(PROBLEM, CPU)
+    if expected is None:
+        assert plan.source == "heuristic"
+    else:
+        assert expected in str(plan.tile or plan.backend)
+        assert plan.source.startswith("user database, between ")
+        assert "q512" in plan.source
+        assert "q2048" in plan.source
+    if expected == "sdpa":
+        assert make_plan(PROBLEM, CPU, need_lse=True).backend == "cpu"
+
+
+def test_nothing_is_extrapolated_and_other_kinds_are_no_neighbours(user_database):
+    ratios = {"cpu:64x64": 0.5}
+    database.update(user_database, {**tuned(256, ratios), **tuned(512, ratios)})
+    assert make_plan(PROBLEM, CPU).source == "heuristic"
+    database.update(user_database, tuned(4096, ratios, causal=True))
+    database.update(user_database, tuned(4096, ratios, head_dim=128))
+    reload_databases()
+    assert make_plan(PROBLEM, CPU).source == "heuristic"
+    database.update(user_database, tuned(4096, ratios))
+    reload_databases()
+    # The nearest on either side.
+    assert "q512" in make_plan(PROBLEM, CPU).source
+
+
+def test_a_database_of_the_first_schema_is_read(user_database):
+    old = entry().to_json()
+    for name in ("runner_up", "seconds", "over_default", "study", "storage"):
+        del old[name]
+    user_database.parent.mkdir(parents=True)
+    user_database.write_text(json.dumps({"schema": 1, "entries": {PROBLEM.bucket: old}}))
+    assert database.load(user_database) == {PROBLEM.bucket: entry()}
+
+
+def test_record_problems_counts_what_a_model_runs(tmp_path):
+    path = tmp_path / "shapes.json"
+    short, long = torch.randn(1, 8, 2, 16), torch.randn(1, 24, 2, 16)
+    flashmoe.flash_attn_func(short, short, short)
+    with flashmoe.record_problems(path):
+        for _ in range(3):
+            flashmoe.flash_attn_func(long, long, long, causal=True)
+        flashmoe.flash_attn_func(short, long, long)
+        graded = short.clone().requires_grad_()
+        flashmoe.flash_attn_func(graded, short, short).sum().backward()
+    flashmoe.flash_attn_func(long, long, long)
+    found = {problem.label: weight for problem, weight in shapes.read(path)}
+    assert found == {
+        "fwd b1 h2 s24 d16 float32 causal": 3.0,
+        "fwd b1 h2 s8x24 d16 float32": 1.0,
+        "fwd b1 h2 s8 d16 float32": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "Expecting"),
+        ('{"schema": 9}', "schema must be 1, got 9"),
+        ('{"schema": 1, "problems": []}', "holds no problems"),
+        ('{"schema": 1, "problems": [{"problem": {"batch": 1}}]}', "incomplete"),
+    ],
+)
+def test_a_bad_file_of_problems_is_named(tmp_path, text, part):
+    path = tmp_path / "shapes.json"
+    path.write_text(text)
+    with pytest.raises(shapes.ShapesError, match=part) as caught:
+        shapes.read(path)
+    assert str(path) in str(caught.value)

@@ -96,6 +96,15 @@ class Precompiles(Protocol):
         ...
 
 
+@runtime_checkable
+class Enumerates(Protocol):
+    """A backend whose tiles are the legal ones of a larger set has this, too."""
+
+    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
+        """Every tile that `tiles` chose from, legal for `problem` or not."""
+        ...
+
+
 class Default(NamedTuple):
     """The default tile for head dimensions up to head_dim, if causal is what it says (None: either)
     and there are min_seqlen_q queries."""

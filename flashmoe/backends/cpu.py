@@ -46,14 +46,16 @@ class CpuBackend(Backend):
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         """Blocks past the end of the problem are clamped, so only the first such one is listed."""
         rows = problem.seqlen_q * (problem.heads_q // problem.heads_kv)
-        space = tiles.grid("cpu", block_m=_BLOCK_M, block_n=_BLOCK_N)
         return [
             tile
-            for tile in space
+            for tile in self.considered(problem, arch)
             if (tile.block_m < 2 * rows or tile.block_m == _BLOCK_M[0])
             and (tile.block_n < 2 * problem.seqlen_kv or tile.block_n == _BLOCK_N[0])
             and not tile.violations(arch, problem)
         ]
+
+    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
+        return tiles.grid("cpu", block_m=_BLOCK_M, block_n=_BLOCK_N)
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)

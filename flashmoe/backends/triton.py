@@ -111,14 +111,41 @@ class TritonBackend(Backend):
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         if arch.kind == "cpu":
             return [_INTERPRETED]
-        axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
-        space = tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
-        legal = [tile for tile in space if not tile.violations(arch, problem)]
+        legal = [t for t in self.considered(problem, arch) if not t.violations(arch, problem)]
         default = self.default_tile(problem, arch)
         return legal if default in legal else [default, *legal]
 
+    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
+        axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
+        return tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
+
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
+
+    def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
+        """Into Triton's own cache on disk. Tensors of the problem's shape are allocated, for their
+        strides and alignment are compiled in."""
+        from flashmoe.backends.triton_fwd import attention_forward
+
+        def empty(seqlen: int, heads: int) -> Tensor:
+            shape = (problem.batch, seqlen, heads, problem.head_dim)
+            return torch.empty(shape, dtype=getattr(torch, problem.dtype), device=device)
+
+        q = empty(problem.seqlen_q, problem.heads_q)
+        k, v = (empty(problem.seqlen_kv, problem.heads_kv) for _ in range(2))
+        attention_forward(
+            q,
+            k,
+            v,
+            float(problem.head_dim**-0.5),
+            problem.causal,
+            block_m=tile.block_m,
+            block_n=tile.block_n,
+            num_stages=tile.num_stages,
+            num_warps=tile.num_warps,
+            use_tma=tile.tma,
+            launch=False,
+        )
 
     def forward(
         self,

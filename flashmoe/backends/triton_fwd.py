@@ -304,6 +304,7 @@ def attention_forward(
     num_stages: int,
     num_warps: int,
     use_tma: bool = False,
+    launch: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale * Q K^T) V and the natural log-sum-exp of every row of scores.
 
@@ -312,7 +313,8 @@ def attention_forward(
     (batch, heads_q, seqlen_q) in float32; a row that sees no key has out 0 and lse -inf. `causal`
     lets query i see keys up to i + seqlen_kv - seqlen_q. A key that no query sees is not read past
     its block_m x block_n tile; inside such a tile it is read, and NaN or inf in V there spreads.
-    use_tma reads K and V through the tensor memory accelerator, where that can.
+    use_tma reads K and V through the tensor memory accelerator, where that can. Without `launch`
+    the kernel is only compiled, and the results are not computed.
     """
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
@@ -329,9 +331,11 @@ def attention_forward(
     if causal:
         section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, q.element_size())
     grid = (triton.cdiv(seqlen_q, block_m) * batch * heads_q,)
+    kernel = _attention_forward_kernel
+    run = kernel[grid] if launch else functools.partial(kernel.warmup, grid=grid)
     # enable_fp_fusion: Triton 3.10 no longer fuses multiply and add unasked.
     with device_guard(q):
-        _attention_forward_kernel[grid](
+        run(
             q, tma_descriptor(k, block_n, block_d) if use_tma else k, tma_descriptor(v, block_n,
             block_d) if use_tma else v, out, lse, softmax_scale * LOG2_E.value, *q.stride()[:3],
             *k.stride()[:3], *v.stride()[:3], batch * heads_q, heads_q, group, seqlen_q, seqlen_kv,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from flashmoe.autotune.space import Candidate
+from flashmoe.autotune.candidate import Candidate
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile, grid
 from flashmoe.timing import Measurement
@@ -48,6 +48,7 @@ class SimulatedBench:
         failing: Mapping[str, str] | None = None,
         ragged: Mapping[str, str] | None = None,
         broken_at: Mapping[str, str] | None = None,
+        compiles_ahead: bool = False,
     ) -> None:
         self.seconds = seconds
         self.noise = noise
@@ -61,6 +62,22 @@ class SimulatedBench:
         self.prepared: list[str] = []
         self.timed: dict[str, int] = {}
         self.drift = 1.0
+        self.fresh_processes = 0
+        self.compiled: list[str] = []
+        self.compiles_ahead = compiles_ahead
+        self.fresh_seconds = 0.0
+
+    def precompile(self, candidates: Sequence[Candidate]) -> None:
+        self.compiled += map(str, candidates)
+
+    def refresh(self) -> None:
+        self.fresh_processes += 1
+
+    def wait(self, seconds: float) -> None:
+        self.clock += seconds
+
+    def close(self) -> None:
+        pass
 
     def prepare(self, candidate: Candidate) -> Measurement:
         name = str(candidate)

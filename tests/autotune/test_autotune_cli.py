@@ -83,7 +83,10 @@ def test_json_is_the_only_thing_on_stdout_and_a_second_run_confirms(home: Path) 
         assert again["status"] in ("kept", "tuned")
 
 
-def test_a_corrupt_database_is_set_aside_and_named(home: Path) -> None:
+def test_a_corrupt_database_and_an_override_are_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHMOE_BACKEND", "sdpa")
     path = database.user_path(cpu_name())
     path.parent.mkdir(parents=True)
     path.write_text('{"schema": 1, "entries"')
@@ -95,6 +98,7 @@ def test_a_corrupt_database_is_set_aside_and_named(home: Path) -> None:
     assert aside.name in warning
     assert aside.read_text() == '{"schema": 1, "entries"'
     assert len(database.load(path)) == 1
+    assert "FLASHMOE_BACKEND is set and overrides" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,14 @@ def test_a_corrupt_database_is_set_aside_and_named(home: Path) -> None:
         (["--budget", "nan"], ["--budget", "positive", "'nan'"]),
         (["--seed", "-1"], ["--seed", "2**32", "'-1'"]),
         (["--frobnicate"], ["--frobnicate"]),
+        (["--sampler", "magic"], ["--sampler", "model", "magic"]),
+        (["--study", "a/b"], ["--study", "'a/b'"]),
+        (["--workers", "none"], ["--workers", "'none'"]),
+        (["--device", "cpu", "--workers", "2"], ["--workers", "1 on a CPU", "2"]),
+        (["--shapes", "absent.json"], ["--shapes", "absent.json"]),
+        (["--shapes", "file"], ["--shapes", "file", "no file of problems"]),
+        (["--shapes", "x", "--batch", "2"], ["--shapes", "--batch"]),
+        (["--device", "cpu", "--storage", "grpc://x"], ["--storage", "grpc://HOST:PORT"]),
         (["--output", "file/below"], ["--output", "folder", "file/below"]),
     ],
 )
@@ -172,13 +184,6 @@ def test_a_database_that_cannot_be_read_is_code_1_at_once(home: Path) -> None:
     assert "could not be read" in line
 
 
-def test_an_override_in_the_environment_is_pointed_out(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLASHMOE_BACKEND", "sdpa")
-    assert "FLASHMOE_BACKEND is set and overrides" in autotune(*TINY).stderr
-
-
 def test_help_documents_defaults_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["--help"])
@@ -186,6 +191,28 @@ def test_help_documents_defaults_and_exit_codes(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     for line in ("exit codes:", "130  interrupted", "on cpu: --batch 1 --heads 8", "--kv-heads"):
         assert line in text
+
+
+def test_a_dry_run_tells_the_space_and_stores_nothing(home: Path) -> None:
+    done = autotune(*TINY, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"{PROBLEM.label}: " in done.stdout
+    assert " tiles are legal" in done.stdout
+    assert "s for everything" in done.stdout
+    assert not (home / "cache").exists()
+    assert not (home / "tuning").exists()
+
+
+def test_the_problems_of_a_model_are_tuned(home: Path) -> None:
+    q = torch.randn(1, 256, 2, 16)
+    with flashmoe.record_problems("shapes.json"):
+        flashmoe.flash_attn_func(q, q, q)
+        flashmoe.flash_attn_func(q[:, :200], q[:, :200], q[:, :200])
+    done = autotune("--shapes", "shapes.json", "--device", "cpu", "--trials", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    # Both are of one bucket, and the larger one stands for it.
+    (result,) = json.loads(done.stdout)["results"]
+    assert result["problem"] == PROBLEM.to_json()
 
 
 @pytest.fixture
@@ -200,7 +227,13 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "flashmoe.autotune", "--device", "cpu", "--trials", "2"],
+        # The budget is enough for the first problem on a busy machine.
+        [
+            sys.executable,
+            "-m",
+            "flashmoe.autotune",
+            *["--device", "cpu", "--trials", "2", "--budget", "999"],
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

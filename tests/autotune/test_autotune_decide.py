@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from flashmoe.autotune.candidate import SDPA, Candidate
 from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, decide, noise_floor
-from flashmoe.autotune.space import SDPA, Candidate
 from flashmoe.tiles import Tile
 
 DEFAULT, A, B, C = (

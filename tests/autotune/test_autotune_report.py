@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 
 from flashmoe.autotune import report
+from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.progress import best_so_far, shown
 from flashmoe.autotune.result import Result
-from flashmoe.autotune.search import Search, Trial
-from flashmoe.autotune.space import Candidate
+from flashmoe.autotune.trials import Search, Trial
 from flashmoe.device import fingerprint
 from flashmoe.problem import Problem
 from flashmoe.stats import Interval
@@ -127,7 +127,25 @@ def test_progress_shows_problem_best_and_outcome(terminal: bool) -> None:
     assert f"[1/3] {PROBLEM.label}" in text
     assert "tuned sm80:128x64-stages2-warps4: it is faster" in text
     if not terminal:
-        assert "2/9 tiles, best sm80:128x64-stages2-warps4 0.800 [0.770, 0.830]" in text
+        assert "2/9 tiles, 1 failed, best sm80:128x64-stages2-warps4 0.800 [0.770, 0.830]" in text
+
+
+def test_suggestions_tell_what_one_step_costs() -> None:
+    trials = [
+        Trial(SM80, "ok", Interval(0.8, 0.77, 0.83)),
+        Trial(Tile("sm80", 64, 64, 2, 4), "ok", Interval(0.84, 0.8, 0.9)),
+        Trial(Tile("sm80", 128, 32, 2, 4), "failed", None, "no"),
+        Trial(Tile("sm80", 128, 64, 3, 4), "ok", Interval(0.9, 0.8, 1.0)),
+        Trial(Tile("sm80", 128, 64, 1, 8), "ok", Interval(0.9, 0.8, 1.0)),
+    ]
+    importances = {"sm80.block_m": 0.75, "sm80.block_n": 0.25}
+    found = dataclasses.replace(RESULT.search, trials=tuple(trials), importances=importances)
+    lines = suggestions(dataclasses.replace(RESULT, search=found)).splitlines()
+    assert "| BLOCK_M | sm80:64x64-stages2-warps4 | +5.0% |" in lines
+    assert "| BLOCK_N | sm80:128x32-stages2-warps4 | not measured |" in lines
+    assert "| NUM_STAGES | sm80:128x64-stages3-warps4 | +12.5% |" in lines
+    assert not any("warps8" in line for line in lines)
+    assert "Importance (PED-ANOVA): sm80.block_m 75%, sm80.block_n 25%." in lines
 
 
 def test_best_so_far_needs_a_timed_trial() -> None:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import random
+
 import optuna
 import pytest
 from autotune_simulated import GRID, PROBLEM
 
-from flashmoe.autotune.space import Candidate, Space, searched_backends
+from flashmoe.autotune.candidate import Candidate, searched_backends
+from flashmoe.autotune.sampler import SAMPLERS, TileSampler
+from flashmoe.autotune.space import Space
 from flashmoe.tiles import Tile, grid
 
 RAGGED = [
@@ -16,26 +20,50 @@ RAGGED = [
 ]
 
 
-@pytest.mark.parametrize("tiles", [GRID, RAGGED], ids=["product", "ragged"])
-def test_params_name_the_tile_that_suggest_returns(tiles: list[Tile]) -> None:
+def asked(name: str, tiles: list[Tile], first: list[Tile], count: int) -> list[Tile]:
+    """What a study asks for, one tile after the other, told values that grow."""
     space = Space(tiles)
-    study = optuna.create_study()
-    for tile in tiles:
-        study.enqueue_trial(space.params(tile))
+    taken: list[Tile] = []
+    study = optuna.create_study(sampler=TileSampler(name, space, first, lambda: taken, seed=3))
+    for number in range(count):
         trial = study.ask()
-        assert space.suggest(trial) == tile
-        study.tell(trial, 1.0)
+        taken.append(space.suggest(trial))
+        assert space.tile_of(trial.params) == taken[-1]
+        study.tell(trial, number + 1.0)
+    return taken
 
 
-def test_whatever_is_suggested_is_in_the_space() -> None:
-    space = Space(RAGGED)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
-    seen = set()
-    for _ in range(300):
-        trial = study.ask()
-        seen.add(space.suggest(trial))
-        study.tell(trial, 1.0)
-    assert seen == set(RAGGED)
+@pytest.mark.parametrize("tiles", [GRID, RAGGED], ids=["product", "ragged"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_asks_for_every_legal_tile_once(name: str, tiles: list[Tile]) -> None:
+    count = min(len(tiles), 10) if name == "gp" else len(tiles)  # it takes 0.3 s a tile
+    found = asked(name, tiles, [], count)
+    assert len(found) == len(set(found)) == count
+    assert set(found) <= set(tiles)
+
+
+def test_known_good_tiles_come_first() -> None:
+    first = [RAGGED[5], RAGGED[-1], RAGGED[0]]
+    assert asked("tpe", RAGGED, first, 4)[:3] == first
+
+
+def test_a_proposal_stands_for_the_nearest_free_tile_of_its_kernel() -> None:
+    space = Space(GRID)
+    rng = random.Random(0)
+    proposal = {"cpu.block_m": 100, "cpu.block_n": 512}
+    assert space.nearest(proposal, [], rng) == Tile("cpu", 96, 512)
+    assert space.nearest(proposal, [Tile("cpu", 96, 512)], rng) == Tile("cpu", 128, 512)
+    ragged = Space(RAGGED)
+    assert ragged.nearest({"kernel": "triton"}, RAGGED[-3:], rng).kernel == "sm80"
+
+
+def test_neighbours_are_one_step_along_one_axis() -> None:
+    steps = set(Space(GRID).neighbours(Tile("cpu", 32, 128)))
+    assert steps == {
+        ("block_m", Tile("cpu", 64, 128)),
+        ("block_n", Tile("cpu", 32, 64)),
+        ("block_n", Tile("cpu", 32, 256)),
+    }
 
 
 def test_parameters_carry_the_names_and_values_of_the_field() -> None:

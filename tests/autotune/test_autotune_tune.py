@@ -8,10 +8,11 @@ import pytest
 import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
 
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.result import Result, Watch
-from flashmoe.autotune.space import Candidate
-from flashmoe.autotune.suite import CPU_SUITE
-from flashmoe.autotune.tune import Options, tune
+from flashmoe.autotune.suite import CPU_SUITE, Group, grouped
+from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
 from flashmoe.database import Entry
 from flashmoe.device import fingerprint
@@ -20,6 +21,7 @@ from flashmoe.tiles import Tile
 CPU = torch.device("cpu")
 BEST = Tile("cpu", 192, 256)
 HERE = fingerprint(CPU)
+GROUP = Group((PROBLEM,), (1.0,))
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def _simulated_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "tiles", lambda *_: GRID)
     monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
     monkeypatch.setattr(
-        "flashmoe.autotune.tune.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
+        "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
     )
 
 
@@ -39,14 +41,12 @@ def run(
     **options: Any,
 ) -> Result:
     (result,) = tune(
-        [PROBLEM],
-        CPU,
+        [GROUP],
+        Place(CPU, HERE, stored or {}),
         Options(**options),
-        stored or {},
-        HERE,
         Watch(),
         bench.now,
-        lambda problem, device, seed: bench,
+        lambda group: bench,
     )
     return result
 
@@ -201,7 +201,7 @@ def test_inputs_that_do_not_fit_are_told() -> None:
     def make_bench(*_: Any) -> SimulatedBench:
         raise RuntimeError("not enough memory")
 
-    (result,) = tune([PROBLEM], CPU, Options(), {}, HERE, Watch(), lambda: 0.0, make_bench)
+    (result,) = tune([GROUP], Place(CPU, HERE), Options(), Watch(), lambda: 0.0, make_bench)
     assert result.status == "unmeasured"
     assert "not enough memory" in result.reason
 
@@ -214,7 +214,8 @@ def test_the_suite_keeps_its_budget(budget: float) -> None:
         return clock
 
     options = Options(budget=budget)
-    results = list(tune(CPU_SUITE, CPU, options, {}, HERE, Watch(), clock.now, make_bench))
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    results = list(tune(groups, Place(CPU, HERE), options, Watch(), clock.now, make_bench))
     assert len(results) == len(CPU_SUITE)
     assert all(result.best for result in results)
     assert clock.clock <= budget * 1.1

@@ -1,0 +1,100 @@
+"""What may run a problem: a backend with a tile, and which of them can."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flashmoe.backends import BACKENDS
+from flashmoe.backends.base import Enumerates
+from flashmoe.device import arch
+from flashmoe.plan import Plan, heuristic, why_not
+from flashmoe.problem import Problem
+from flashmoe.tiles import Tile
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a problem: a backend, with a tile unless it has none."""
+
+    backend: str
+    tile: Tile | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.tile is None else str(self.tile)
+
+    @classmethod
+    def of_tile(cls, tile: Tile) -> Candidate:
+        return cls(tile.backend, tile)
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Candidate:
+        return cls(plan.backend, plan.tile)
+
+
+SDPA = Candidate("sdpa")
+
+
+def default_candidate(problem: Problem, device: torch.device) -> Candidate:
+    """What runs `problem` untuned. Raises NotImplementedError when nothing does."""
+    return Candidate.of_plan(heuristic(problem, device))
+
+
+def searched_backends(problem: Problem, device: torch.device, backend: str | None) -> list[str]:
+    """The backends whose tiles are searched: `backend`, or every one that runs `problem` here,
+    except Triton's interpreter, which is never fast."""
+    names = [backend] if backend else list(BACKENDS)
+    return [
+        name
+        for name in names
+        if not why_not(name, problem, device)
+        and (backend or not (name == "triton" and device.type == "cpu"))
+        and BACKENDS[name].tiles(problem, arch(device))
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Legality:
+    """How many tiles of how many may be tried, and how often each reason kept one out."""
+
+    legal: int
+    considered: int
+    reasons: Mapping[str, int]
+
+    def __str__(self) -> str:
+        text = f"{self.legal} of {self.considered} tiles are legal"
+        if not self.reasons:
+            return text
+        most = sorted(self.reasons.items(), key=lambda pair: -pair[1])
+        return f"{text} ({'; '.join(f'{count} out: {reason}' for reason, count in most)})"
+
+
+def legality(problem: Problem, device: torch.device, backends: Sequence[str]) -> Legality:
+    """What Tile.violations leaves of the tiles that these backends consider."""
+    here = arch(device)
+    legal: set[Tile] = set()
+    considered: set[Tile] = set()
+    reasons: Counter[str] = Counter()
+    for name in backends:
+        backend = BACKENDS[name]
+        legal |= set(backend.tiles(problem, here))
+        considered |= legal
+        if isinstance(backend, Enumerates):
+            considered |= set(backend.considered(problem, here))
+    for tile in considered - legal:
+        # The first reason, without the numbers that differ from tile to tile.
+        broken = tile.violations(here, problem) or ["it does the same as another tile"]
+        reasons[re.sub(r",? got .*|\d+ a thread, | of \d+ bytes", "", broken[0])] += 1
+    return Legality(len(legal), len(considered), reasons)
+
+
+def runs(candidate: Candidate, problem: Problem, device: torch.device) -> bool:
+    """Whether a candidate that was stored elsewhere or earlier is legal here."""
+    name = candidate.backend
+    if name not in BACKENDS or why_not(name, problem, device):
+        return False
+    return not BACKENDS[name].rejects(candidate.tile, problem, arch(device))

@@ -1,0 +1,108 @@
+"""`apply`: winners into the list of tiles that are compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flashmoe import database, device
+from flashmoe.autotune import instances
+from flashmoe.autotune.arguments import PROG, Parser, UsageError
+from flashmoe.autotune.arguments import device as parse_device
+from flashmoe.autotune.exits import DONE
+from flashmoe.tiles import Tile
+
+
+def run(words: Sequence[str]) -> int:
+    """Put each head dimension's winner first in csrc/instances; the first is its default."""
+    parser = Parser(
+        prog=f"python -m {PROG} apply",
+        description="Write the winning CUDA tiles of a device into the list of tiles that are "
+        "compiled in: first of their head dimension, which makes them its default. Build again "
+        "afterwards. Where winners of one head dimension differ, the one that won the most "
+        "problems comes first.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU)")
+    parser.add_argument("--model", metavar="NAME", help="a device model that is not here, by name")
+    parser.add_argument(
+        "--instances",
+        type=Path,
+        default=Path("csrc/instances"),
+        metavar="DIR",
+        help="folder of KERNEL.txt (default: %(default)s, from the repository's root)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only tell what would change")
+    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    args = parser.parse_args(words)
+    name = args.model or device.arch(parse_device(args.device, None)).name
+    entries = {
+        **database.load(database.shipped_path(name)),
+        **database.load(database.user_path(name)),
+    }
+    winners = winning_tiles(entries)
+    if not winners:
+        raise UsageError(f"no CUDA tile has won on {name}: there is nothing to compile in")
+    for kernel, tiles in winners.items():
+        path = args.instances / f"{kernel}.txt"
+        try:
+            before = path.read_text()
+        except OSError as error:
+            raise UsageError(
+                f"--instances must be the folder of {path.name}, got {str(args.instances)!r}: "
+                f"{error.strerror}"
+            ) from None
+        after = with_first(before, tiles)
+        if after == before:
+            print(f"{path}: as it should be")
+            continue
+        if not args.dry_run:
+            path.write_text(after)
+        old = set(before.splitlines())
+        changed = [line for line in after.splitlines() if line not in old]
+        print(f"{path}: {'would move or add' if args.dry_run else 'moved or added'} winners")
+        for line in changed:
+            print(f"  new: {line}")
+    return DONE
+
+
+def winning_tiles(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, list[Tile]]]:
+    """By kernel and head dimension of its instances, the tiles that won, most frequent first."""
+    counts: dict[str, dict[int, dict[Tile, int]]] = {}
+    for entry in entries.values():
+        text = entry.tile or entry.tile_with_lse
+        try:
+            tile = Tile.parse(text)
+        except ValueError:
+            continue  # sdpa without a tile, or of another version
+        if tile.kernel not in instances.COLUMNS:
+            continue
+        of_kernel = counts.setdefault(tile.kernel, {})
+        of_head_dim = of_kernel.setdefault(
+            instances.head_dim_of(tile.kernel, entry.problem.head_dim), {}
+        )
+        of_head_dim[tile] = of_head_dim.get(tile, 0) + 1
+    return {
+        kernel: {
+            head_dim: sorted(tiles, key=lambda tile: -tiles[tile])
+            for head_dim, tiles in sorted(of_head_dim.items())
+        }
+        for kernel, of_head_dim in counts.items()
+    }
+
+
+def with_first(text: str, winners: Mapping[int, Sequence[Tile]]) -> str:
+    """A list of instances (autotune/instances.py says what a line is) with the winners first of
+    their head dimension; other lines, comments among them, stay where they are."""
+    lines = text.splitlines()
+    for head_dim, tiles in winners.items():
+        wanted = [instances.line(head_dim, tile) for tile in tiles]
+        first = next((i for i, line in enumerate(lines) if _head_dim(line) == head_dim), len(lines))
+        rest = [line for line in lines[first:] if " ".join(line.split()) not in wanted]
+        lines = lines[:first] + wanted + rest
+    return "\n".join(lines) + "\n"
+
+
+def _head_dim(line: str) -> int | None:
+    word = line.split()[:1]
+    return int(word[0]) if word and word[0].isdigit() else None

@@ -1,0 +1,250 @@
+"""Tuning itself, as a command: arguments in, database, report and exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from optuna.storages import InMemoryStorage
+from rich.console import Console
+
+from flashmoe import api, database, device, plan, shapes
+from flashmoe.autotune import arguments, dry_run, helper, report, report_html, storage
+from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
+from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
+from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.place import Options, Place
+from flashmoe.autotune.process import Child
+from flashmoe.autotune.progress import shown
+from flashmoe.autotune.result import Result
+from flashmoe.autotune.suite import Group, default_suite, grouped, named_problem
+from flashmoe.autotune.tune import tune
+from flashmoe.backends import BACKENDS
+from flashmoe.timing import Limits, measure_limits
+
+# Wide enough that no row of the table folds; used where nobody's terminal decides.
+_REPORT_WIDTH = 160
+# A candidate that shows no progress for this share of the budget, within limits in seconds, hangs.
+_PATIENCE_SHARE, _PATIENCE = 0.1, (10.0, 60.0)
+
+
+def run(words: Sequence[str]) -> int:
+    """`python -m flashmoe.autotune [options]`; returns the exit code."""
+    start = time.perf_counter()
+    args = arguments.parser().parse_args(words)
+    target = arguments.device(args.device, args.backend)
+    groups = _groups(args, target)
+    _require_backend(args.backend, target)
+    low, high = _PATIENCE
+    patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
+    processes = Processes(target)
+    if args.dry_run:
+        try:
+            for line in dry_run.lines(
+                groups,
+                target,
+                args.backend,
+                lambda group: IsolatedBench(group, processes, args.seed, patience),
+            ):
+                print(line, flush=True)
+        finally:
+            processes.close()
+        return DONE
+    folder = _output_folder(args.output)
+    for name in ("FLASHMOE_BACKEND", "FLASHMOE_TILE"):
+        if os.environ.get(name):
+            warn(f"{name} is set and overrides what is tuned here")
+
+    here = device.fingerprint(target)
+    path = database.user_path(here.device)
+    where = args.storage or str(storage.journal_path(here.device))
+    workers = arguments.worker_devices(args.workers, target)
+    place = _place(target, here, path, where)
+    command = shlex.join(["python", "-m", PROG, *words])
+    options = Options(
+        args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
+    )
+    results: list[Result] = []
+    interrupted = unwritten = False
+    limits: dict[str, Limits] = {}
+    helpers = _helpers(groups, place, workers, where, options, patience)
+    with shown(Console(stderr=True)) as watch:
+        try:
+            for result in tune(
+                groups,
+                place,
+                options,
+                watch,
+                time.perf_counter,
+                lambda group: IsolatedBench(group, processes, args.seed, patience),
+            ):
+                results.append(result)
+                # At once, so that an interruption loses only the problem at hand.
+                if result.store and not _store(path, result, here, command):
+                    unwritten = True
+            watch.stage("measuring the device's limits")
+            limits = _limits(target, {group.main.dtype for group in groups})
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            processes.close()
+            for child in helpers:
+                child.close()
+    order = [group.main for group in groups]
+    results.sort(key=lambda result: order.index(result.problem))
+    plan.reload_databases()
+    api.forget_plans()
+
+    suggestions = None
+    if any(result.best for result in results):
+        suggestions = folder / "suggestions.md"
+        suggestions.write_text(report.suggestions_text(results, here, path, command))
+        page = report_html.html(results, here, limits, command=command, database=str(path))
+        (folder / "report.html").write_text(page)
+    for line in report.rejections(results):
+        warn(line)
+    seconds = time.perf_counter() - start
+    if args.json:
+        document = report.document(
+            results,
+            here,
+            command=command,
+            seed=args.seed,
+            budget=args.budget,
+            seconds=seconds,
+            interrupted=interrupted,
+            database=path,
+            suggestions=suggestions,
+        )
+        print(json.dumps(document, indent=1))
+    else:
+        _print_report(results, path, suggestions, seconds, sys.stdout)
+    if interrupted:
+        print(f"{PROG}: interrupted; what was measured is kept", file=sys.stderr)
+        return INTERRUPTED
+    if suggestions is None:
+        reason = "; ".join(f"{r.problem.label}: {r.reason}" for r in results)
+        print(f"{PROG}: error: nothing could be measured: {reason}", file=sys.stderr)
+    return DONE if suggestions is not None and not unwritten else NOTHING_MEASURED
+
+
+def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
+    given = {name: getattr(args, name) for name in PROBLEM_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.shapes is not None:
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"--shapes names the problems already, got {names} too")
+        try:
+            return grouped(shapes.read(args.shapes))
+        except OSError as error:
+            raise UsageError(
+                f"--shapes must be a file that can be read, got {str(args.shapes)!r}: "
+                f"{error.strerror}"
+            ) from None
+        except shapes.ShapesError as error:
+            raise UsageError(f"--shapes: {error}") from None
+    try:
+        problem = named_problem(target.type, given)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    problems = default_suite(target.type) if problem is None else (problem,)
+    return grouped((problem, 1.0) for problem in problems)
+
+
+def _place(target: torch.device, here: device.Fingerprint, path: Path, where: str) -> Place:
+    stored = {**_load(database.shipped_path(here.device)), **_load(path)}
+    elsewhere = [
+        entry
+        for folder in (path.parent, database.shipped_path(here.device).parent)
+        for other in sorted(folder.glob("*.json"))
+        if other.stem != path.stem
+        for entry in _load(other).values()
+    ]
+    try:
+        opened = storage.open_storage(where)
+    except storage.StorageError as error:
+        raise UsageError(str(error)) from None
+    return Place(target, here, stored, elsewhere, opened, storage.shown(where))
+
+
+def _helpers(
+    groups: Sequence[Group],
+    place: Place,
+    workers: Sequence[torch.device],
+    where: str,
+    options: Options,
+    patience: float,
+) -> list[Child]:
+    """Workers for the other devices, unless everything is stored and will only be confirmed."""
+    searched = [g for g in groups if options.force or g.main.bucket not in place.stored]
+    if len(workers) == 1 or not searched:
+        return []
+    places = [
+        dataclasses.replace(place, device=other, storage=InMemoryStorage())
+        for other in workers
+        if other != place.device
+    ]
+    return helper.start(searched, places, where, options, patience)
+
+
+def _limits(target: torch.device, dtypes: set[str]) -> dict[str, Limits]:
+    """What the device sustains, by dtype. A CPU's are always float32's: most have no 16-bit matrix
+    units, and torch's own 16-bit matmul is no limit of any kind."""
+    if target.type == "cpu":
+        return dict.fromkeys(dtypes, measure_limits(target, torch.float32))
+    return {name: measure_limits(target, getattr(torch, name)) for name in sorted(dtypes)}
+
+
+def _require_backend(name: str | None, target: torch.device) -> None:
+    if name is not None and (reason := BACKENDS[name].unavailable(target)):
+        raise UsageError(f"--backend must be one that runs on {target}, got {name!r}: {reason}")
+
+
+def _output_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output must be a folder that can be written, got {str(folder)!r}: {error.strerror}"
+        ) from None
+    return folder
+
+
+def _load(path: Path) -> dict[str, database.Entry]:
+    try:
+        return database.load(path)
+    except OSError as error:
+        raise RuntimeError(f"{path} could not be read: {error.strerror}") from error
+
+
+def _store(path: Path, result: Result, here: device.Fingerprint, command: str) -> bool:
+    try:
+        database.update(path, {result.problem.bucket: result.entry(here, command)})
+    except OSError as error:
+        warn(f"{path} could not be written: {error.strerror}")
+        return False
+    return True
+
+
+def _print_report(
+    results: Sequence[Result], path: Path, suggestions: Path | None, seconds: float, out: TextIO
+) -> None:
+    console = Console(file=out)
+    if not console.is_terminal:
+        console = Console(file=out, width=_REPORT_WIDTH)
+    console.print(report.table(results))
+    lines = [f"{seconds:.1f} s", f"database: {path}", f"suggestions: {suggestions or '-'}"]
+    if suggestions is not None:
+        lines.append(f"report: {suggestions.with_name('report.html')}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

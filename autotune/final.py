@@ -1,0 +1,81 @@
+"""The final: the finalists once more, on fresh samples from fresh processes, and who won."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flashmoe.autotune.bench import Bench
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, Decision, decide
+from flashmoe.autotune.race import AnchorFailed
+
+ROUNDS = 300
+WARMUP = 2
+# The process is what varies most: a winner must win in each of so many.
+PROCESSES = 2
+
+Samples = Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The decision, with the samples it rests on: seconds by candidate name, paired by round, those
+    of all processes one after the other."""
+
+    decision: Decision
+    samples: Samples
+
+
+def hold(
+    bench: Bench,
+    anchor: Candidate,
+    in_place: Candidate | None,
+    rivals: Sequence[Candidate],
+    deadline: float,
+    *,
+    rounds: int = ROUNDS,
+    processes: int = PROCESSES,
+) -> Final:
+    """Time the anchor (twice), what is in place and the rivals, interleaved, in fresh `processes`
+    (0: in the one that runs). AnchorFailed when the anchor cannot be timed."""
+    field = {AGAIN: anchor, str(anchor): anchor}
+    field |= {str(candidate): candidate for candidate in (*filter(None, [in_place]), *rivals)}
+    parts: list[Samples] = []
+    for part in range(max(processes, 1)):
+        if processes:
+            bench.refresh()
+        rest = max(processes, 1) - part
+        measured = bench.measure(
+            field,
+            rounds=-(-rounds // max(processes, 1)),
+            warmup=WARMUP,
+            max_seconds=_share(bench, deadline, rest, part < processes - 1),
+        )
+        for name in (str(anchor), AGAIN):
+            if measured[name].status != "ok":
+                raise AnchorFailed(f"{anchor} failed: {measured[name].reason}")
+        field = {name: c for name, c in field.items() if measured[name].status == "ok"}
+        # To the nanosecond: the database need not carry more.
+        parts.append({name: tuple(round(x, 9) for x in measured[name].samples) for name in field})
+    samples = {name: tuple(x for part in parts for x in part[name]) for name in field}
+    parts = [{name: part[name] for name in field} for part in parts]
+    base = in_place if in_place is not None and str(in_place) in samples else anchor
+    alive = [c for c in (anchor, *rivals) if str(c) in samples]
+    return Final(decide(samples, base, anchor, alive, parts if processes > 1 else ()), samples)
+
+
+def _share(bench: Bench, deadline: float, parts: int, more: bool) -> float:
+    """Seconds for one of the `parts` that are left, with what starting the later ones takes."""
+    left = deadline - bench.now() - (bench.fresh_seconds * (parts - 1) if more else 0.0)
+    return max(left / parts, 0.0)
+
+
+def seconds_wanted(sample_seconds: float, candidates: int, fresh_seconds: float) -> float:
+    """What a final with all its rounds takes."""
+    return sample_seconds * (ROUNDS + PROCESSES * WARMUP) * candidates + PROCESSES * fresh_seconds
+
+
+def seconds_needed(sample_seconds: float) -> float:
+    """What one candidate costs in the shortest final that may change anything."""
+    return sample_seconds * (MIN_ROUNDS + WARMUP)

@@ -1,0 +1,63 @@
+"""A worker that searches beside another one, on a GPU of its own, and leaves decisions to that."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.place import Options, Place
+from flashmoe.autotune.process import Child, Steps
+from flashmoe.autotune.result import Watch
+from flashmoe.autotune.storage import open_storage
+from flashmoe.autotune.suite import Group
+from flashmoe.autotune.tune import tune
+
+
+class Helper:
+    """In a process of its own: searches what it is told to."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def help(
+        self,
+        groups: Sequence[Group],
+        place: Place,
+        storage: str,
+        options: Options,
+        patience: float,
+    ) -> None:
+        """`place` comes without its storage, which cannot be sent."""
+        place = dataclasses.replace(place, storage=open_storage(storage))
+        processes = Processes(place.device)
+        try:
+            for _ in tune(
+                groups,
+                place,
+                options,
+                Watch(),
+                time.perf_counter,
+                lambda group: IsolatedBench(group, processes, options.seed, patience),
+            ):
+                pass
+        finally:
+            processes.close()
+
+
+def start(
+    groups: Sequence[Group],
+    places: Sequence[Place],
+    storage: str,
+    options: Options,
+    patience: float,
+) -> list[Child]:
+    """A helper at each of `places`; who started them ends them with close()."""
+    helping = dataclasses.replace(options, helping=time.time())
+    children = []
+    for place in places:
+        child = Child("flashmoe.autotune.helper:Helper")
+        child.send("help", tuple(groups), place, storage, helping, patience)
+        children.append(child)
+    return children

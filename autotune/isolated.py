@@ -1,0 +1,264 @@
+"""The Bench whose candidates run in another process: what they break there, they break alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flashmoe.autotune.bench import DeviceRunner, GroupRunner, Runner
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.process import Child, ChildFailed, Steps
+from flashmoe.autotune.suite import Group
+from flashmoe.backends import BACKENDS
+from flashmoe.backends.base import Precompiles
+from flashmoe.problem import Problem
+from flashmoe.timing import Measurement
+
+# Starting a process with torch, and computing a reference, may take so long on a slow machine.
+_START_PATIENCE = 300.0
+_COMPILERS = 8
+
+
+class Session:
+    """In the child: a Runner of the problem that was opened last, telling each step."""
+
+    def __init__(self, steps: Steps, device: torch.device) -> None:
+        self._steps = steps
+        self._device = device
+        if device.type == "cuda":
+            torch.zeros(1, device=device)  # makes the context, which takes a second
+        self._runner: Runner | None = None
+
+    def open(self, group: Group, seed: int, order: int, *, reference: bool) -> None:
+        runners = [self._make(problem, seed, order) for problem in group.problems]
+        self._runner = runners[0] if len(runners) == 1 else GroupRunner(runners, group.weights)
+        if reference:
+            self._runner.reference()
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        return self._opened().prepare(candidate)
+
+    def verify(self, candidate: Candidate) -> Measurement:
+        return self._opened().verify(candidate)
+
+    def measure(
+        self, candidates: Mapping[str, Candidate], **options: Any
+    ) -> dict[str, Measurement]:
+        numbers = {name: number for number, name in enumerate(candidates)}
+        self._steps(0)
+        return self._opened().measure(
+            candidates, before_sample=lambda name: self._steps(numbers[name]), **options
+        )
+
+    def precompile(self, problem: Problem, candidate: Candidate) -> None:
+        backend = BACKENDS[candidate.backend]
+        if isinstance(backend, Precompiles) and candidate.tile is not None:
+            backend.precompile(candidate.tile, problem, self._device)
+
+    def _make(self, problem: Problem, seed: int, order: int) -> Runner:
+        return DeviceRunner(problem, self._device, seed, order)
+
+    def _opened(self) -> Runner:
+        assert self._runner is not None, "open() comes first"
+        return self._runner
+
+
+class Processes:
+    """The children of one tuning run on one device. On a GPU the next one is started ahead, for
+    device time does not notice."""
+
+    def __init__(
+        self, device: torch.device, session: str = "flashmoe.autotune.isolated:Session"
+    ) -> None:
+        self.device = device
+        self._session = session
+        self._spare: Child | None = None
+        self._used: Child | None = None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # One core belongs to the process that times.
+        self.compilers = Compilers(self._start, min(max((cores or 1) - 1, 1), _COMPILERS))
+
+    def take(self, *, fresh: bool) -> Child:
+        """A process that is up and belongs to the caller: one that was given back, or a `fresh`
+        one, which has run nothing yet."""
+        if self._used is not None and not fresh:
+            used, self._used = self._used, None
+            return used
+        child = self._spare or self._start()
+        self._spare = None
+        child.wait_until_up(_START_PATIENCE)
+        if self.device.type == "cuda":
+            self._spare = self._start()
+        return child
+
+    def give_back(self, child: Child) -> None:
+        """A process that its holder is done with: starting another takes seconds."""
+        if self._used is not None:
+            self._used.close()
+        self._used = child
+
+    def close(self) -> None:
+        self.compilers.close()
+        for child in filter(None, (self._spare, self._used)):
+            child.close()
+        self._spare = self._used = None
+
+    def _start(self) -> Child:
+        return Child(self._session, (self.device,))
+
+
+class Compilers:
+    """Children that compile ahead, beside the one that times. What fails here is nobody's fault
+    yet: the candidate is compiled again where it is checked, and blamed there."""
+
+    def __init__(self, start: Callable[[], Child], count: int) -> None:
+        self._start = start
+        self._count = count
+        self._queues: dict[Child, list[tuple[Problem, Candidate]]] = {}
+
+    def submit(self, problem: Problem, candidate: Candidate) -> None:
+        if len(self._queues) < self._count:
+            self._queues[self._start()] = []
+        child = min(self._queues, key=lambda c: len(self._queues[c]))
+        child.send("precompile", problem, candidate)
+        self._queues[child].append((problem, candidate))
+
+    def wait_for(self, problem: Problem, candidate: Candidate, patience: float) -> None:
+        """Until it is compiled, if it was submitted."""
+        for child, queue in list(self._queues.items()):
+            while (problem, candidate) in queue:
+                try:
+                    child.wait_until_up(_START_PATIENCE)
+                    child.receive(patience)
+                except ChildFailed:
+                    del self._queues[child]
+                    break
+                except Exception:  # noqa: BLE001 - told where the candidate is checked
+                    pass
+                queue.pop(0)
+
+    def close(self) -> None:
+        for child in self._queues:
+            child.close()
+        self._queues.clear()
+
+
+class IsolatedBench:
+    """A Bench on a device. A step that takes longer than `patience` seconds is a hang."""
+
+    def __init__(self, group: Group, processes: Processes, seed: int, patience: float) -> None:
+        self._group = group
+        self._processes = processes
+        self._seed = seed
+        self._patience = patience
+        self._started = 0
+        self._child: Child | None = None
+        self._prepared: dict[Candidate, Measurement] = {}
+        # A CPU that compiles is no CPU to time on.
+        self.compiles_ahead = processes.device.type == "cuda"
+        self.fresh_seconds = 0.0
+        self._open(reference=True, fresh=False)
+
+    def precompile(self, candidates: Sequence[Candidate]) -> None:
+        if not self.compiles_ahead:
+            return
+        for candidate in candidates:
+            if isinstance(BACKENDS[candidate.backend], Precompiles):
+                self._processes.compilers.submit(self._group.main, candidate)
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        if candidate not in self._prepared:
+            self._processes.compilers.wait_for(self._group.main, candidate, self._patience)
+            self._prepared[candidate] = self._checked("prepare", candidate)
+        return self._prepared[candidate]
+
+    def verify(self, candidate: Candidate) -> Measurement:
+        return self._checked("verify", candidate)
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+    ) -> dict[str, Measurement]:
+        """Whoever ends the process is out, and the others are measured anew."""
+        alive = dict(candidates)
+        broken: dict[str, Measurement] = {}
+        end = None if max_seconds is None else self.now() + max_seconds
+        while alive:
+            left = None if end is None else max(end - self.now(), 0.0)
+            try:
+                measured: dict[str, Measurement] = self._ask(
+                    "measure", alive, rounds=rounds, warmup=warmup, max_seconds=left
+                )
+            except ChildFailed as failure:
+                name = list(alive)[failure.step]
+                broken[name] = Measurement(failure.status, (), str(failure))
+                self._prepared[alive.pop(name)] = Measurement(failure.status, (0.0,), str(failure))
+            else:
+                return {name: {**measured, **broken}[name] for name in candidates}
+        return broken
+
+    def refresh(self) -> None:
+        self._end()
+        self._open(reference=False, fresh=True)
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._processes.give_back(self._child)
+            self._child = None
+
+    def _end(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def _checked(self, method: str, candidate: Candidate) -> Measurement:
+        start = self.now()
+        try:
+            result: Measurement = self._ask(method, candidate)
+        except ChildFailed as failure:
+            return Measurement(failure.status, (self.now() - start,), str(failure))
+        return result
+
+    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        child = self._child or self._open(reference=False, fresh=True)
+        try:
+            return child.request(method, *arguments, patience=self._patience, **options)
+        except ChildFailed:
+            self._child = None
+            raise
+
+    def _open(self, *, reference: bool, fresh: bool) -> Child:
+        start = self.now()
+        self._child = self._processes.take(fresh=fresh)
+        self._started += 1
+        try:
+            self._child.request(
+                "open",
+                self._group,
+                self._seed,
+                # Far enough apart that no two processes repeat an order of timing.
+                self._started * 1_000_003,
+                reference=reference,
+                patience=_START_PATIENCE,
+            )
+        except BaseException:
+            self._end()
+            raise
+        # Before there has been a fresh one, the first tells, though it computes the reference, too.
+        if fresh or not self.fresh_seconds:
+            self.fresh_seconds = self.now() - start
+        return self._child

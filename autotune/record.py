@@ -1,0 +1,295 @@
+"""One problem's Optuna study: asked, told, and found again after whatever happened.
+
+A trial is a tile. Its value is its time over the anchor's, the default's, from the same rounds, so
+that values of several processes, GPUs of one model, and days compare. The study is the only state:
+what is told is there for the same command later and for every worker that shares the storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.samplers import RandomSampler
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from flashmoe.autotune.identity import is_dead, worker_name
+from flashmoe.autotune.sampler import TileSampler
+from flashmoe.autotune.space import Space
+from flashmoe.tiles import Tile
+
+# A study's attribute: set once its winner was decided and stored.
+_FINISHED = "finished"
+# A trial's status beside those of flashmoe.timing: it was given up without a result.
+LOST, DUPLICATE, UNTRIED = "lost", "duplicate", "not tried"
+# A process that is alive names itself as the owner of its trial within this time.
+_NAMELESS_SECONDS = 30.0
+_NO_RESULT = (LOST, DUPLICATE, UNTRIED)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a trial found: `status` and `reason` as in flashmoe.timing, seconds of the tile and of
+    the anchor, paired by round; `pruned` when it was clearly behind. `value` is the ratio of their
+    medians (None without samples), `prepare_seconds` what compiling and checking took."""
+
+    tile: Tile
+    status: str
+    reason: str = ""
+    samples: tuple[float, ...] = ()
+    anchor: tuple[float, ...] = ()
+    value: float | None = None
+    pruned: bool = False
+    prepare_seconds: float = 0.0
+
+
+def open_study(
+    storage: BaseStorage, name: str, facts: Mapping[str, Any], *, fresh: float | None = None
+) -> optuna.Study:
+    """The study `name`, made if need be with `facts` as its attributes.
+
+    `fresh` wants none that was finished before that time, in seconds since the epoch: then the next
+    generation `name#2`, `name#3`... is used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    generation = 1
+    while True:
+        full = name if generation == 1 else f"{name}#{generation}"
+        study = optuna.create_study(
+            storage=storage,
+            study_name=full,
+            sampler=RandomSampler(),
+            direction="minimize",
+            load_if_exists=True,
+        )
+        finished = float(study.user_attrs.get(_FINISHED, {}).get("at", math.inf))
+        stale = fresh is not None and finished < fresh
+        if not stale and not (finished < math.inf and _exists(storage, name, generation)):
+            break
+        generation += 1
+    known = study.user_attrs
+    for key, value in facts.items():
+        if key not in known:
+            study.set_user_attr(key, value)
+    return study
+
+
+def _exists(storage: BaseStorage, name: str, generation: int) -> bool:
+    """Whether there is a generation after this one."""
+    try:
+        storage.get_study_id_from_name(f"{name}#{generation + 1}")
+    except KeyError:
+        return False
+    return True
+
+
+class Record:
+    """The study of one space of tiles, as one worker sees it."""
+
+    def __init__(self, study: optuna.Study, space: Space) -> None:
+        self._study = study
+        self._space = space
+        self._worker = worker_name()
+        self.name = study.study_name
+        self._taken: set[Tile] = set()
+        # As of the last look at the storage, which is slow where that is a database far away.
+        self._seen: list[FrozenTrial] = []
+
+    def fail_dead(self) -> int:
+        """Fail the trials that dead processes left running; how many there were."""
+        trials = self._study.get_trials(deepcopy=False)
+        heard: dict[str, float] = {}
+        for trial in trials:
+            owner = trial.user_attrs.get("worker", {})
+            name = owner.get("name", "")
+            heard[name] = max(heard.get(name, 0.0), float(owner.get("asked", 0.0)))
+        dead = 0
+        for trial in trials:
+            if trial.state != TrialState.RUNNING:
+                continue
+            name = trial.user_attrs.get("worker", {}).get("name", "")
+            started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+            if name:
+                gone = name != self._worker and is_dead(name, max(heard[name], started))
+            else:
+                gone = time.time() - started > _NAMELESS_SECONDS
+            if gone:
+                dead += self._give_up(trial.number, LOST, "its process died")
+        return dead
+
+    def outcomes(self) -> list[Outcome]:
+        """What all workers have found so far, in the order of the trials; looks at the storage, and
+        running() and others() tell what that look saw."""
+        return [found for trial in self._trials() if (found := self._outcome(trial)) is not None]
+
+    def running(self) -> int:
+        """Trials in flight, all workers' together."""
+        return sum(
+            trial.state == TrialState.RUNNING and self._asked(trial) is not None
+            for trial in self._seen
+        )
+
+    def others(self) -> int:
+        """How many other workers have trials in flight."""
+        owners = {
+            trial.user_attrs.get("worker", {}).get("name")
+            for trial in self._seen
+            if trial.state == TrialState.RUNNING
+        }
+        return len(owners - {self._worker, None})
+
+    def times(self) -> list[tuple[float, Outcome]]:
+        """Every outcome with the seconds since the study's first trial when it was told."""
+        trials = self._trials()
+        told = [
+            (trial.datetime_complete.timestamp(), outcome)
+            for trial in trials
+            if trial.datetime_complete and (outcome := self._outcome(trial)) is not None
+        ]
+        starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
+        return [(when - min(starts), outcome) for when, outcome in sorted(told, key=lambda x: x[0])]
+
+    def use(
+        self,
+        sampler: str,
+        first: Sequence[Tile],
+        seed: int,
+        related: Sequence[Mapping[Tile, float]] = (),
+    ) -> str:
+        """Ask the sampler of that name (one of SAMPLERS) from now on, the tiles `first` before it;
+        returns the name of its class. `related`: times over the default's in other problems."""
+        chosen = TileSampler(sampler, self._space, first, lambda: self._taken, seed, related)
+        self._study.sampler = chosen
+        return chosen.name
+
+    def ask(self) -> tuple[Tile, optuna.Trial] | None:
+        """A tile that no worker has tried or is trying, and its trial; None when there is none."""
+        self._taken |= set(self._owners(self._seen))
+        while True:
+            if self._taken >= set(self._space.tiles):
+                return None
+            trial = self._study.ask()
+            # At once: should this process die, the next one knows whose trial it was.
+            trial.set_user_attr("worker", {"name": self._worker, "asked": time.time()})
+            tile = self._space.suggest(trial)
+            # Workers that asked at the same moment see each other now; the first has the tile.
+            owners = self._owners(self._trials())
+            self._taken = set(owners)
+            if owners.get(tile, trial.number) >= trial.number:
+                return tile, trial
+            self._give_up(trial.number, DUPLICATE, "another worker tries it")
+
+    def tell(self, trial: optuna.Trial, outcome: Outcome | None) -> None:
+        """What came of an asked trial; None: it was not tried after all."""
+        if outcome is None:
+            self._give_up(trial.number, UNTRIED, "")
+            return
+        found: dict[str, Any] = {
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "prepare_seconds": round(outcome.prepare_seconds, 4),
+        }
+        if outcome.samples:
+            found["samples"] = _rounded(outcome.samples)
+            found["anchor"] = _rounded(outcome.anchor)
+        trial.set_user_attr("outcome", found)
+        if outcome.value is None:
+            self._study.tell(trial, state=TrialState.FAIL)
+        elif outcome.pruned:
+            trial.report(outcome.value, len(outcome.samples))
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, outcome.value)
+
+    def importances(self) -> dict[str, float]:
+        """How much each parameter matters among the tiles of its kernel, by PED-ANOVA: shares that
+        sum to 1 for a kernel; empty for one with too few trials."""
+        found: dict[str, float] = {}
+        for names in self._space.kernels():
+            with contextlib.suppress(ValueError, RuntimeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found |= optuna.importance.get_param_importances(
+                    self._study, evaluator=PedAnovaImportanceEvaluator(), params=names
+                )
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def finish(self, decision: Mapping[str, Any]) -> None:
+        """Note the winner: a search that wants a fresh study then begins another."""
+        self._study.set_user_attr(_FINISHED, {**decision, "at": time.time()})
+
+    @property
+    def study(self) -> optuna.Study:
+        return self._study
+
+    def _trials(self) -> list[FrozenTrial]:
+        self._seen = self._study.get_trials(deepcopy=False)
+        return self._seen
+
+    def _owners(self, trials: Sequence[FrozenTrial]) -> dict[Tile, int]:
+        """The first trial of every tile that was tried or is being tried."""
+        owners: dict[Tile, int] = {}
+        for trial in trials:
+            tile = self._asked(trial)
+            if tile is not None and _status(trial) not in _NO_RESULT:
+                owners.setdefault(tile, trial.number)
+        return owners
+
+    def _asked(self, trial: FrozenTrial) -> Tile | None:
+        """The tile that a trial has asked for, once it has got that far."""
+        return self._space.tile_of(trial.params) if "worker" in trial.user_attrs else None
+
+    def _outcome(self, trial: FrozenTrial) -> Outcome | None:
+        status = _status(trial)
+        if not trial.state.is_finished() or not status or status in _NO_RESULT:
+            return None
+        tile = self._space.tile_of(trial.params)
+        if tile is None:
+            return None  # a tile that is no longer in the space
+        found = trial.user_attrs["outcome"]
+        return Outcome(
+            tile,
+            status,
+            found["reason"],
+            tuple(found.get("samples", ())),
+            tuple(found.get("anchor", ())),
+            trial.value,
+            trial.state == TrialState.PRUNED,
+            float(found["prepare_seconds"]),
+        )
+
+    def _give_up(self, number: int, status: str, reason: str) -> bool:
+        """Fail a trial without a result; whether it was still unfinished."""
+        storage = self._study._storage
+        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        found = {"status": status, "reason": reason, "prepare_seconds": 0.0}
+        try:
+            storage.set_trial_user_attr(trial_id, "outcome", found)
+            self._study.tell(number, state=TrialState.FAIL)
+        except (RuntimeError, ValueError):
+            return False  # another worker was faster
+        return True
+
+
+def study_name(prefix: str, problem: str, facts: Mapping[str, Any]) -> str:
+    """A study's name: prefix, problem, and a digest of what its times depend on."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{prefix}/{problem}/{digest}"
+
+
+def _status(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs.get("outcome", {}).get("status", ""))
+
+
+def _rounded(seconds: Sequence[float]) -> list[float]:
+    """To the nanosecond: no clock tells more, and storages stay small."""
+    return [round(x, 9) for x in seconds]

@@ -1,0 +1,38 @@
+"""What a search found, trial by trial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.stats import Interval
+from flashmoe.tiles import Tile
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of one tile: status as in flashmoe.timing, its time over the anchor's when
+    ok, the reason when not; `pruned` when a first look showed it clearly behind."""
+
+    tile: Tile
+    status: str
+    ratio: Interval | None = None
+    reason: str = ""
+    pruned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The trials in the order of their first look, the contenders fastest first, which sampler
+    walked a space of how many tiles, what a sample costs on the clock, why the search ended, the
+    study's name, and (seconds, value) of every trial as it was told."""
+
+    trials: tuple[Trial, ...]
+    contenders: tuple[Candidate, ...]
+    sampler: str
+    space: int
+    sample_seconds: float = 0.0
+    ended: str = ""
+    study: str = ""
+    told: tuple[tuple[float, float], ...] = ()
+    importances: dict[str, float] = field(default_factory=dict)

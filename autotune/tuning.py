@@ -1,0 +1,304 @@
+"""Tunes one problem: what is stored is confirmed, what is not is searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from flashmoe.autotune import final
+from flashmoe.autotune.bench import Bench
+from flashmoe.autotune.candidate import (
+    SDPA,
+    Candidate,
+    default_candidate,
+    legality,
+    runs,
+    searched_backends,
+)
+from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, speedup
+from flashmoe.autotune.final import Final
+from flashmoe.autotune.place import FINGERPRINT_FIELDS, Options, Place
+from flashmoe.autotune.race import AnchorFailed
+from flashmoe.autotune.record import Record, open_study, study_name
+from flashmoe.autotune.result import Result, Watch
+from flashmoe.autotune.search import FINALISTS, search
+from flashmoe.autotune.space import Space
+from flashmoe.autotune.suite import Group
+from flashmoe.autotune.trials import Search, Trial
+from flashmoe.backends import BACKENDS
+from flashmoe.database import Entry, nearest
+from flashmoe.device import arch
+from flashmoe.stats import median_interval
+from flashmoe.tiles import Tile
+from flashmoe.timing import Measurement
+
+# Of a problem's time, the largest share that is left to the final.
+_FINAL_SHARE = 0.35
+_CONFIRM_ROUNDS = 100
+_CONFIRM_SECONDS = 6.0
+# How many winners of other buckets and devices are tried first.
+_TRANSFERRED = 4
+# How many related problems the search's model learns from.
+_RELATED = 4
+
+
+class Unmeasurable(RuntimeError):
+    """A problem whose tuning cannot begin or cannot end; the message says why."""
+
+
+class Tuning:
+    """One group on one device. `default` runs it untuned; the `anchor` is what all candidates are
+    compared with, the default unless that does not work; `stored` is in place if not None."""
+
+    def __init__(
+        self,
+        group: Group,
+        place: Place,
+        options: Options,
+        watch: Watch,
+        found: Mapping[str, Entry],
+        bench: Bench,
+        deadline: float,
+    ) -> None:
+        self._group = group
+        self._problem = group.main
+        self._place = place
+        self._device = place.device
+        self._options = options
+        self._watch = watch
+        self._found = found
+        self._bench = bench
+        self._deadline = deadline
+        self._sample_seconds = 0.0
+        self._late: dict[Tile, Measurement] = {}
+        self._began = time.time() if options.helping is None else options.helping
+        self._record: Record | None = None
+        self._has_sdpa = self._everywhere(SDPA)
+        self._backends = searched_backends(self._problem, self._device, options.backend)
+        self._default = default_candidate(self._problem, self._device)
+        self._anchor = self._working_anchor()
+        entry = place.stored.get(self._problem.bucket)
+        self._stored = self._working_stored(entry)
+        # Whether the entry was measured with this very software on this very device.
+        self._current = (
+            entry is not None
+            and self._stored is not None
+            and not place.fingerprint.differences(dict(entry.fingerprint), FINGERPRINT_FIELDS)
+        )
+        self._same_problem = entry is not None and entry.problem == self._problem
+
+    def run(self) -> Result:
+        self._require_time()
+        fresh = self._began if self._options.force else None
+        if self._options.helping is not None:
+            self._search(self._left(), fresh)
+            return Result(self._problem, "unmeasured", "another process decides")
+        if self._current and self._same_problem and fresh is None:
+            self._watch.stage("confirming what is stored")
+            held = self._confirm()
+            if not held.decision.changed:
+                return self._result("confirmed", held, None)
+            fresh = self._began  # what the study says no longer holds
+        wanted = final.seconds_wanted(
+            self._sample_seconds, FINALISTS + 4, self._bench.fresh_seconds
+        )
+        left = self._left()
+        found = self._search(left - min(wanted, left * _FINAL_SHARE), fresh)
+        self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
+        self._watch.stage("measuring the finalists again")
+        held = self._final(found.contenders)
+        result = self._result("tuned" if held.decision.changed else "kept", held, found)
+        if self._record is not None:
+            self._record.finish({"winner": str(result.best), "reason": result.reason})
+        return result
+
+    def _everywhere(self, candidate: Candidate) -> bool:
+        """Whether every problem of the group can run it here."""
+        return all(runs(candidate, problem, self._device) for problem in self._group.problems)
+
+    def _working_anchor(self) -> Candidate:
+        checked = self._checked(self._default)
+        if checked.status == "ok":
+            return self._default
+        if self._has_sdpa:
+            return SDPA
+        raise AnchorFailed(f"{self._default} is {checked.status}: {checked.reason}")
+
+    def _working_stored(self, entry: Entry | None) -> Candidate | None:
+        """What the database has for this bucket, if it can run and is right."""
+        if entry is None:
+            return None
+        try:
+            tile = Tile.parse(entry.tile) if entry.tile else None
+        except ValueError:
+            return None
+        stored = Candidate(entry.backend, tile)
+        if not self._everywhere(stored):
+            return None
+        return stored if self._checked(stored).status == "ok" else None
+
+    def _checked(self, candidate: Candidate) -> Measurement:
+        """Both checks; SDPA needs none, it is what callers would run without this library."""
+        if candidate == SDPA:
+            return Measurement("ok")
+        prepared = self._bench.prepare(candidate)
+        return self._bench.verify(candidate) if prepared.status == "ok" else prepared
+
+    def _left(self) -> float:
+        return max(self._deadline - self._bench.now(), 0.0)
+
+    def _require_time(self) -> None:
+        """Raise Unmeasurable unless a final of the anchor, twice, with two others fits."""
+        start = self._bench.now()
+        self._bench.measure({"once": self._anchor}, rounds=1, warmup=0)
+        self._sample_seconds = self._bench.now() - start
+        needed = 4 * final.seconds_needed(self._sample_seconds)
+        if needed > self._left():
+            raise Unmeasurable(
+                f"a comparison takes about {needed:.1f} s, and the budget leaves "
+                f"{self._left():.1f} s for this problem; raise --budget"
+            )
+
+    def _search(self, seconds: float, fresh: float | None) -> Search:
+        here = arch(self._device)
+        backends = [BACKENDS[name] for name in self._backends]
+        tiles = [tile for backend in backends for tile in backend.tiles(self._problem, here)]
+        defaults = [backend.default_tile(self._problem, here) for backend in backends]
+        # A backend's tiles are legal for the main problem; there may be thousands.
+        legal = dict.fromkeys(
+            tile
+            for tile in [*tiles, *filter(None, defaults)]
+            if len(self._group.problems) == 1 or self._everywhere(Candidate.of_tile(tile))
+        )
+        first = [tile for tile in [*defaults, *self._known_good()] if tile in legal]
+        if not legal:
+            return Search((), (), "", 0)
+        self._watch.stage(f"searching: {legality(self._problem, self._device, self._backends)}")
+        facts = {name: getattr(self._place.fingerprint, name) for name in FINGERPRINT_FIELDS}
+        label = " + ".join(problem.label for problem in self._group.problems)
+        study = open_study(
+            self._place.storage,
+            study_name(self._options.study, label, {**facts, "anchor": str(self._anchor)}),
+            {**facts, "problem": self._problem.to_json(), "anchor": str(self._anchor)},
+            fresh=fresh,
+        )
+        space = Space(legal)
+        self._record = Record(study, space)
+        return search(
+            space,
+            self._bench,
+            self._anchor,
+            first,
+            self._record,
+            seconds=seconds,
+            trials=self._options.trials,
+            sampler=self._options.sampler,
+            seed=self._options.seed,
+            related=[_ratios(entry) for entry in self._related()[:_RELATED]],
+            watch=self._watch.trials,
+            contend=self._options.helping is None,
+        )
+
+    def _known_good(self) -> Iterator[Tile]:
+        """What is stored, and the winners of neighbouring buckets and of other devices."""
+        if self._stored is not None and self._stored.tile is not None:
+            yield self._stored.tile
+        names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in self._related())
+        for name in list(filter(None, names))[:_TRANSFERRED]:
+            try:
+                yield Tile.parse(name)
+            except ValueError:
+                continue  # of another version
+
+    def _related(self) -> list[Entry]:
+        """Entries of this device, then of others, each the nearest buckets first."""
+        here = {**self._place.stored, **self._found}
+        elsewhere = {str(number): entry for number, entry in enumerate(self._place.elsewhere)}
+        return nearest(here, self._problem) + nearest(elsewhere, self._problem)
+
+    def _confirm(self) -> Final:
+        rivals = [SDPA] if self._has_sdpa else []
+        deadline = self._bench.now() + min(self._left(), _CONFIRM_SECONDS)
+        return final.hold(
+            self._bench,
+            self._anchor,
+            self._stored,
+            rivals,
+            deadline,
+            rounds=_CONFIRM_ROUNDS,
+            processes=0,
+        )
+
+    def _final(self, contenders: Sequence[Candidate]) -> Final:
+        """The anchor (twice), what is stored, SDPA, and the best contenders."""
+        rivals = [SDPA] if self._has_sdpa else []
+        # Two of the field are the anchor; fewer finalists if they would leave too few rounds.
+        others = 2 + len(rivals) + (self._stored is not None)
+        room = int(self._left() / final.seconds_needed(self._sample_seconds)) - others
+        rivals += self._finalists(contenders, min(max(room, 1), FINALISTS))
+        least = final.seconds_needed(self._sample_seconds) * (others + len(rivals))
+        processes = final.PROCESSES
+        while processes and processes * (self._bench.fresh_seconds + least / 2) > self._left():
+            processes -= 1
+        return final.hold(
+            self._bench, self._anchor, self._stored, rivals, self._deadline, processes=processes
+        )
+
+    def _finalists(self, contenders: Sequence[Candidate], count: int) -> list[Candidate]:
+        """The fastest contenders that also pass the check with odd sizes and guarded memory."""
+        finalists: list[Candidate] = []
+        for candidate in contenders:
+            if len(finalists) == count:
+                break
+            verified = self._bench.verify(candidate)
+            if verified.status == "ok":
+                finalists.append(candidate)
+            elif candidate.tile is not None:
+                self._late[candidate.tile] = verified
+        return finalists
+
+    def _result(self, status: str, held: Final, found: Search | None) -> Result:
+        decision, samples = held.decision, held.samples
+        best = decision.winner
+        if found is not None:
+            trials = [
+                Trial(t.tile, late.status, None, late.reason) if late else t
+                for t in found.trials
+                for late in [self._late.get(t.tile)]
+            ]
+            found = dataclasses.replace(found, trials=tuple(trials))
+        return Result(
+            problem=self._problem,
+            status=status,
+            reason=decision.reason,
+            default=self._default,
+            best=best,
+            seconds=median_interval(samples[str(best)]),
+            speedup_default=(
+                speedup(samples, best, self._default) if str(self._default) in samples else None
+            ),
+            speedup_sdpa=speedup(samples, best, SDPA) if str(SDPA) in samples else None,
+            noise=decision.noise,
+            tile_with_lse=str(decision.tile) if best == SDPA and decision.tile else "",
+            runner_up=str(decision.runner_up or ""),
+            samples=samples,
+            search=found,
+            # Too few rounds decide nothing that is worth keeping.
+            # What holds with this software stays as it is; what was found with another is renewed.
+            store=status == "tuned"
+            or (status == "kept" and not self._current and len(samples[AGAIN]) >= MIN_ROUNDS),
+            storage=self._place.storage_name,
+            weight=sum(self._group.weights),
+        )
+
+
+def _ratios(entry: Entry) -> dict[Tile, float]:
+    """What an entry knows about tiles: their times over the default's."""
+    found: dict[Tile, float] = {}
+    for name, ratio in entry.over_default.items():
+        try:
+            found[Tile.parse(name)] = ratio
+        except ValueError:
+            continue  # sdpa, or of another version
+    return found

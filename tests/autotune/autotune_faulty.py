@@ -1,0 +1,54 @@
+"""A kernel that misbehaves for some tiles, in the process where candidates run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import torch
+from torch import Tensor
+
+from flashmoe.autotune.bench import DeviceRunner, Runner
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.isolated import Session
+from flashmoe.problem import Problem
+from flashmoe.tiles import Tile
+from flashmoe.timing import DeviceLost
+
+WRONG = Tile("cpu", 64, 64)
+CRASHES = Tile("cpu", 64, 128)
+HANGS = Tile("cpu", 128, 64)
+LOSES = Tile("cpu", 128, 256)
+# Behaves when it is checked, and crashes when it is timed.
+CRASHES_LATER = Tile("cpu", 256, 64)
+
+
+class FaultyRunner(DeviceRunner):
+    def _forward(
+        self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse = super()._forward(candidate, q, k, v)
+        tile = candidate.tile
+        if tile == WRONG:
+            return out + 1e-2, lse
+        if tile == CRASHES or (tile == CRASHES_LATER and self._looks > self._order):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if tile == HANGS:
+            threading.Event().wait()
+        if tile == LOSES:
+            raise DeviceLost(str(candidate), "RuntimeError: an illegal memory access")
+        return out, lse
+
+
+class FaultySession(Session):
+    def _make(self, problem: Problem, seed: int, order: int) -> Runner:
+        torch.set_num_threads(1)
+        return FaultyRunner(problem, self._device, seed, order)
+
+
+class Refusing:
+    """A target that cannot be made."""
+
+    def __init__(self, *_: object) -> None:
+        raise ValueError("not here")

@@ -1,0 +1,292 @@
+"""A recorded grid of tiles (benchmarks/record_grid.py), replayed as a simulated device.
+
+A sample of a tile is the median of the tile's recorded ratio to the default times a recorded sample
+of the default, times a residual that was drawn from what the tile itself showed: time and noise are
+the recorded ones, and samples of one round share the drift of the recorded round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import optuna
+from optuna.storages import InMemoryStorage
+
+from flashmoe.autotune import final
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.record import Record, open_study
+from flashmoe.autotune.search import FINALISTS, search
+from flashmoe.autotune.space import AXES, Space
+from flashmoe.problem import Problem
+from flashmoe.tiles import Arch, Tile
+from flashmoe.tiles import grid as tile_grid
+from flashmoe.timing import Measurement
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One problem's recorded grid."""
+
+    problem: Problem
+    default: Tile
+    # Seconds by candidate name; and of the default, in the same rounds.
+    samples: Mapping[str, tuple[float, ...]]
+    anchors: Mapping[str, tuple[float, ...]]
+
+    @cached_property
+    def ratio(self) -> dict[str, float]:
+        """The truth: every candidate's time over the default's, by medians over all its rounds."""
+        return {n: median(self.samples[n]) / median(self.anchors[n]) for n in self.samples}
+
+    @cached_property
+    def residuals(self) -> dict[str, list[float]]:
+        """What a round's ratio deviates from the truth by."""
+        return {
+            name: [x / a / self.ratio[name] for x, a in zip(xs, self.anchors[name], strict=True)]
+            for name, xs in self.samples.items()
+        }
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        return [Tile.parse(name) for name in self.samples if ":" in name]
+
+    @property
+    def best(self) -> float:
+        """The ratio of the best tile."""
+        return min(self.ratio[str(tile)] for tile in self.tiles)
+
+
+def load(path: Path) -> list[Grid]:
+    data = json.loads(path.read_text())
+    assert data["schema"] == SCHEMA
+    return [_grid(row) for row in data["problems"]]
+
+
+def _grid(row: Mapping[str, Any]) -> Grid:
+    samples: dict[str, tuple[float, ...]] = {}
+    anchors: dict[str, tuple[float, ...]] = {}
+    for batch in row["batches"]:
+        for name, microseconds in batch["tiles_us"].items():
+            samples[name] = tuple(x * 1e-6 for x in microseconds)
+            anchors[name] = tuple(x * 1e-6 for x in batch["anchor_us"])
+    return Grid(Problem.from_json(row["problem"]), Tile.parse(row["default"]), samples, anchors)
+
+
+class ReplayBench:
+    """A Bench over a Grid, with a clock of its own: `overhead` seconds are added to every sample,
+    `compile_seconds` to every first check."""
+
+    compiles_ahead = False
+    fresh_seconds = 0.0
+
+    def __init__(
+        self, grid: Grid, seed: int, overhead: float = 5e-4, compile_seconds: float = 0.3
+    ) -> None:
+        self.grid = grid
+        self._rng = random.Random(seed)
+        self._overhead = overhead
+        self._compile_seconds = compile_seconds
+        self._clock = 0.0
+        self.evaluated: list[str] = []
+        self.samples_taken = 0
+
+    def precompile(self, candidates: Sequence[Candidate]) -> None:
+        pass
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        name = str(candidate)
+        if name not in self.evaluated:
+            self.evaluated.append(name)
+            self._clock += self._compile_seconds
+        return Measurement("ok", (self._compile_seconds,))
+
+    def verify(self, candidate: Candidate) -> Measurement:
+        return Measurement("ok", (0.0,))
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+    ) -> dict[str, Measurement]:
+        end = None if max_seconds is None else self._clock + max_seconds
+        taken: dict[str, list[float]] = {name: [] for name in candidates}
+        default = str(self.grid.default)
+        for _ in range(rounds + warmup):
+            # One recorded sample of the default sets the pace of the round.
+            pace = self._rng.choice(self.grid.samples[default])
+            for name, candidate in candidates.items():
+                residual = self._rng.choice(self.grid.residuals[str(candidate)])
+                seconds = pace * self.grid.ratio[str(candidate)] * residual
+                self._clock += seconds + self._overhead
+                self.samples_taken += 1
+                taken[name].append(seconds)
+            if end is not None and self._clock >= end and len(taken[name]) > warmup:
+                break
+        return {name: Measurement("ok", tuple(x[warmup:])) for name, x in taken.items()}
+
+    def refresh(self) -> None:
+        pass
+
+    def now(self) -> float:
+        return self._clock
+
+    def wait(self, seconds: float) -> None:
+        self._clock += seconds
+
+    def close(self) -> None:
+        pass
+
+
+# An H200, as far as legality goes.
+HOPPER = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
+
+
+def synthetic(seed: int = 0) -> list[Grid]:
+    """SYNTHETIC grids: the legal Triton tiles of six problems, with made-up times. Effects of every
+    axis and of pairs of axes, most of them shared by all problems, and a little of each tile's own;
+    noise of 1 % with a tail. They say nothing about a GPU."""
+    rng = random.Random(seed)
+    axes = {
+        "block_m": (64, 128),
+        "block_n": (32, 64, 128),
+        "num_stages": (2, 3, 4),
+        "num_warps": (4, 8),
+        "tma": (False, True),
+    }
+    everything = tile_grid("triton", **axes)
+    pairs = [(a, b) for a in axes for b in axes if a < b]
+
+    def effects(scale: float) -> dict[Any, float]:
+        found: dict[Any, float] = {
+            (axis, value): rng.gauss(0, scale) for axis, values in axes.items() for value in values
+        }
+        for a, b in pairs:
+            for x in axes[a]:
+                for y in axes[b]:
+                    found[a, x, b, y] = rng.gauss(0, scale / 2)
+        return found
+
+    def total(found: Mapping[Any, float], tile: Tile) -> float:
+        single = sum(found[axis, getattr(tile, axis)] for axis in axes)
+        return single + sum(found[a, getattr(tile, a), b, getattr(tile, b)] for a, b in pairs)
+
+    shared = effects(0.08)
+    grids = []
+    for head_dim, seqlen, causal in (
+        (64, 512, False), (64, 4096, True), (128, 1024, False), (128, 4096, False),
+        (128, 4096, True), (64, 8192, False),
+    ):  # fmt: skip
+        problem = Problem(2, 16, 16, seqlen, seqlen, head_dim, "bfloat16", causal)
+        own = effects(0.02)
+        legal = [tile for tile in everything if not tile.violations(HOPPER, problem)]
+        times = {
+            tile: 1e-3 * math.exp(total(shared, tile) + total(own, tile) + rng.gauss(0, 0.01))
+            for tile in legal
+        }
+        # The default is decent: at the upper third.
+        default = sorted(legal, key=lambda tile: times[tile])[len(legal) // 3]
+        samples = {}
+        anchors = {}
+        for tile in legal:
+            drift = [1 + rng.gauss(0, 0.01) for _ in range(32)]
+            samples[str(tile)] = tuple(times[tile] * d * _noise(rng) for d in drift)
+            anchors[str(tile)] = tuple(times[default] * d * _noise(rng) for d in drift)
+        grids.append(Grid(problem, default, samples, anchors))
+    return grids
+
+
+def _noise(rng: random.Random) -> float:
+    return 1 + abs(rng.gauss(0, 0.01)) + (0.1 if rng.random() < 0.02 else 0.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search chose, as a ratio to the default's true time and to the best tile's, and what
+    it evaluated: tiles, and samples of all kinds."""
+
+    chosen: Tile
+    over_default: float
+    over_best: float
+    tiles: int
+    samples: int
+    # Time over the default's of every tile that was tried.
+    values: Mapping[Tile, float]
+
+
+def ours(
+    grid: Grid,
+    seed: int,
+    trials: int,
+    first: Sequence[Tile] = (),
+    sampler: str | None = None,
+    related: Sequence[Mapping[Tile, float]] = (),
+) -> Outcome:
+    """The tuner: search and final, as tune() runs them."""
+    bench = ReplayBench(grid, seed)
+    space = Space(grid.tiles)
+    anchor = Candidate.of_tile(grid.default)
+    record = Record(open_study(InMemoryStorage(), "replay", {}), space)
+    known = [grid.default, *(tile for tile in first if tile in grid.tiles)]
+    found = search(
+        space,
+        bench,
+        anchor,
+        known,
+        record,
+        seconds=1e6,
+        trials=trials,
+        seed=seed,
+        sampler=sampler,
+        related=related,
+    )
+    held = final.hold(bench, anchor, None, found.contenders[:FINALISTS], 2e6)
+    tile = held.decision.winner.tile
+    assert tile is not None
+    values = {t.tile: t.ratio.value for t in found.trials if t.ratio}
+    return _outcome(grid, tile, bench, values)
+
+
+def plain(grid: Grid, seed: int, trials: int, sampler: optuna.samplers.BaseSampler) -> Outcome:
+    """study.optimize as one would write it: a categorical an axis, illegal combinations pruned (and
+    not counted), the median of 15 samples, the best trial taken at its word."""
+    bench = ReplayBench(grid, seed)
+    legal = set(grid.tiles)
+    values = {axis: sorted({getattr(t, axis) for t in legal}) for axis in AXES}
+
+    def objective(trial: optuna.Trial) -> float:
+        shape = {axis: trial.suggest_categorical(axis, values[axis]) for axis in AXES}
+        tile = Tile(grid.tiles[0].kernel, **shape)
+        if tile not in legal:
+            raise optuna.TrialPruned
+        candidate = Candidate.of_tile(tile)
+        bench.prepare(candidate)
+        if len(bench.evaluated) >= trials:
+            trial.study.stop()
+        return median(bench.measure({"one": candidate}, rounds=15, warmup=1)["one"].samples)
+
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=10 * trials)
+    params = study.best_trial.params
+    return _outcome(grid, Tile(grid.tiles[0].kernel, **params), bench)
+
+
+def _outcome(
+    grid: Grid, tile: Tile, bench: ReplayBench, values: Mapping[Tile, float] | None = None
+) -> Outcome:
+    ratio = grid.ratio[str(tile)]
+    return Outcome(
+        tile, ratio, ratio / grid.best, len(bench.evaluated), bench.samples_taken, values or {}
+    )

@@ -1,0 +1,127 @@
+"""What candidates break in their process, they break alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from autotune_faulty import CRASHES, CRASHES_LATER, HANGS, LOSES, WRONG
+
+from flashmoe.autotune import helper
+from flashmoe.autotune.bench import GroupRunner
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.isolated import IsolatedBench, Processes
+from flashmoe.autotune.place import Options, Place
+from flashmoe.autotune.process import Child, ChildFailed
+from flashmoe.autotune.result import Watch
+from flashmoe.autotune.storage import open_storage
+from flashmoe.autotune.suite import Group, grouped
+from flashmoe.autotune.tune import tune
+from flashmoe.device import fingerprint
+from flashmoe.problem import Problem
+from flashmoe.tiles import Tile
+from flashmoe.timing import Measurement
+
+CPU = torch.device("cpu")
+PROBLEM = Problem(1, 2, 2, 256, 256, 16, "float32")
+GOOD = Candidate.of_tile(Tile("cpu", 128, 128))
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    made = Processes(CPU, "autotune_faulty:FaultySession")
+    yield made
+    made.close()
+
+
+def test_a_run_survives_every_misbehaving_tile_and_names_it(processes: Processes) -> None:
+    (result,) = tune(
+        [Group((PROBLEM,), (1.0,))],
+        Place(CPU, fingerprint(CPU)),
+        Options(budget=60.0),
+        Watch(),
+        time.perf_counter,
+        lambda group: IsolatedBench(group, processes, seed=0, patience=2.0),
+    )
+    told = {trial.tile: (trial.status, trial.reason) for trial in result.rejected()}
+    assert set(told) == {WRONG, CRASHES, HANGS, LOSES, CRASHES_LATER}
+    assert told[WRONG][0] == "wrong"
+    assert "out is off by" in told[WRONG][1]
+    assert told[CRASHES] == ("failed", "the process died of SIGSEGV")
+    assert told[CRASHES_LATER] == ("failed", "the process died of SIGSEGV")
+    assert told[HANGS] == ("timeout", "no answer for 2 s")
+    assert told[LOSES] == ("failed", "RuntimeError: an illegal memory access")
+    assert result.best is not None
+    assert result.best.tile not in told
+    assert result.search is not None
+    assert {t.tile for t in result.search.trials if t.status == "ok"} >= {GOOD.tile}
+    assert result.seconds is not None
+
+
+def test_a_target_that_cannot_be_made_says_why() -> None:
+    child = Child("autotune_faulty:Refusing", ("x",))
+    try:
+        with pytest.raises(ValueError, match="not here"):
+            child.wait_until_up(60.0)
+        with pytest.raises(ChildFailed, match="the process exited"):
+            child.request("anything", patience=10.0)
+    finally:
+        child.close()
+
+
+class FixedRunner:
+    """Every sample of a problem takes its batch in seconds."""
+
+    def __init__(self, problem: Problem, status: str = "ok") -> None:
+        self.seconds = float(problem.batch)
+        self.status = status
+
+    def reference(self) -> None:
+        pass
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        return Measurement(self.status, (self.seconds,), "" if self.status == "ok" else "reason")
+
+    verify = prepare
+
+    def measure(self, candidates, *, rounds, warmup, max_seconds=None, before_sample=None):  # type: ignore[no-untyped-def]
+        return {name: Measurement("ok", (self.seconds,) * rounds) for name in candidates}
+
+
+def test_a_group_is_measured_as_the_weighted_sum_of_its_problems() -> None:
+    small, large = PROBLEM, dataclasses.replace(PROBLEM, batch=4)
+    group = GroupRunner([FixedRunner(small), FixedRunner(large)], [3.0, 2.0])
+    measured = group.measure({"a": GOOD, "b": GOOD}, rounds=4, warmup=1)
+    assert measured["a"].samples == (3 * 1 + 2 * 4,) * 4
+    assert group.prepare(GOOD) == Measurement("ok", (5.0,))
+    half = GroupRunner([FixedRunner(small), FixedRunner(large, "wrong")], [1.0, 1.0])
+    assert half.prepare(GOOD).status == "wrong"
+
+
+def test_problems_are_grouped_by_bucket_with_the_heaviest_in_front() -> None:
+    near = dataclasses.replace(PROBLEM, seqlen_q=200, seqlen_kv=200)
+    far = dataclasses.replace(PROBLEM, head_dim=32)
+    groups = grouped([(near, 9.0), (far, 1.0), (PROBLEM, 1.0), (near, 1.0)])
+    assert [group.problems for group in groups] == [(near, PROBLEM), (far,)]
+    assert groups[0].weights == (10.0, 1.0)
+    assert groups[0].main == near
+
+
+def test_a_helper_searches_and_decides_nothing(tmp_path: Path) -> None:
+    where = str(tmp_path / "x.journal")
+    place = Place(CPU, fingerprint(CPU))
+    groups = [Group((PROBLEM,), (1.0,))]
+    (child,) = helper.start(groups, [place], where, Options(trials=2), patience=60.0)
+    try:
+        child.receive(120.0)
+    finally:
+        child.close()
+    (study,) = optuna.get_all_study_summaries(open_storage(where))
+    assert study.study_name.startswith(f"flashmoe/{PROBLEM.label}/")
+    assert study.n_trials == 2
+    assert "finished" not in study.user_attrs

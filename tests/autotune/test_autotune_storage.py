@@ -1,0 +1,362 @@
+"""Nothing is ever lost: studies that outlive their process, and many processes in one study."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+from support import missing
+
+from flashmoe import database
+from flashmoe.autotune import identity
+from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.record import LOST, Outcome, Record, open_study, study_name
+from flashmoe.autotune.search import search
+from flashmoe.autotune.space import Space
+from flashmoe.autotune.storage import StorageError, open_storage, shown
+from flashmoe.autotune.trials import Search
+from flashmoe.tiles import Tile
+
+BEST = Tile("cpu", 192, 256)
+SPACE = Space(GRID)
+# Enough for three workers to share.
+WIDE = Space([*GRID, *(Tile("cpu", 1024 + t.block_m, t.block_n) for t in GRID)])
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed")
+
+
+class SlowBench(SimulatedBench):
+    """Takes real time: `cost` seconds for every candidate in a look."""
+
+    def __init__(self, cost: float, seed: int = 0) -> None:
+        super().__init__(bowl(BEST, step=0.05), seed=seed)
+        self.cost = cost
+
+    def measure(self, candidates, **options):  # type: ignore[no-untyped-def]
+        time.sleep(self.cost * len(candidates))
+        return super().measure(candidates, **options)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def run(
+    where: str,
+    bench: SimulatedBench,
+    seed: int = 0,
+    trials: int | None = None,
+    contend: bool = True,
+    space: Space = SPACE,
+) -> Search:
+    study = open_study(open_storage(where), "study", {})
+    return search(
+        space,
+        bench,
+        Candidate.of_tile(DEFAULT),
+        [DEFAULT],
+        Record(study, space),
+        seconds=60,
+        trials=trials,
+        sampler="brute",
+        seed=seed,
+        contend=contend,
+    )
+
+
+def in_process(where: str, cost: float, seed: int, space: Space = SPACE) -> int:
+    """Search in a forked process, which has all modules already; returns its PID."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            run(where, SlowBench(cost, seed), seed, contend=False, space=space)
+            code = 0
+        except Exception:  # noqa: BLE001 - told by the exit code
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def finished(where: str, space: Space = SPACE) -> list[Tile]:
+    study = open_study(open_storage(where), "study", {})
+    return [outcome.tile for outcome in Record(study, space).outcomes()]
+
+
+def test_the_same_command_again_measures_nothing_again(tmp_path: Path) -> None:
+    where = str(tmp_path / "x.journal")
+    first = run(where, SimulatedBench(bowl(BEST)), trials=12)
+    bench = SimulatedBench(bowl(BEST))
+    again = run(where, bench)
+    assert [trial.tile for trial in again.trials[:12]] == [trial.tile for trial in first.trials]
+    assert {trial.tile for trial in again.trials} == set(GRID)
+    # What was known is timed again only as one of the contenders.
+    known = {str(trial.tile) for trial in first.trials} - {str(c) for c in again.contenders}
+    assert not known & set(bench.timed) - {str(DEFAULT)}
+    assert again.contenders[0].tile == BEST
+
+
+def test_kill_9_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    where, rng = str(tmp_path / "x.journal"), random.Random(1)
+    known: list[Tile] = []
+    for kill in range(20):
+        pid = in_process(where, 0.002, seed=kill)
+        time.sleep(rng.uniform(0.0, 0.2))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        now = finished(where)
+        assert now[: len(known)] == known
+        known = now
+    assert len(known) == len(set(known))
+    pid = in_process(where, 0.0, seed=99)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert sorted(map(str, finished(where))) == sorted(map(str, GRID))
+    study = open_study(open_storage(where), "study", {})
+    # One that died before it had named itself is failed later.
+    assert not [t for t in study.trials if t.state == TrialState.RUNNING and t.user_attrs]
+
+
+def _write_forever(path: Path) -> None:
+    number = 0
+    while True:
+        entry = database.Entry(_problem(), "cpu", "", "", samples={"x": (1e-3,) * 2000})
+        database.update(path, {f"bucket-{number % 50}": entry})
+        number += 1
+
+
+def _problem():  # type: ignore[no-untyped-def]
+    from autotune_simulated import PROBLEM
+
+    return PROBLEM
+
+
+def test_kill_9_leaves_a_valid_database(tmp_path: Path) -> None:
+    path, rng = tmp_path / "x.json", random.Random(2)
+    context = multiprocessing.get_context("fork")
+    sizes = []
+    for _ in range(20):
+        writer = context.Process(target=_write_forever, args=(path,))
+        writer.start()
+        time.sleep(rng.uniform(0.02, 0.08))
+        writer.kill()
+        writer.join()
+        if path.exists():
+            json.loads(path.read_text())
+            sizes.append(len(database.load(path)))
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 0
+
+
+def test_a_record_that_was_half_written_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    run(str(path), SimulatedBench(bowl(BEST)), trials=3)
+    before = path.read_text()
+    path.write_text(before + '{"op_code":5,"trial_id"')
+    run(str(path), SimulatedBench(bowl(BEST)), trials=4)
+    assert path.read_text().startswith(before)
+    assert len(finished(str(path))) == 4
+
+
+def test_a_damaged_journal_is_set_aside_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    path.write_text("no journal\nat all\n")
+    with pytest.warns(database.DamagedDatabase, match=str(path)):
+        open_storage(str(path))
+    (aside,) = tmp_path.glob("x.journal.damaged-*")
+    assert aside.read_text() == "no journal\nat all\n"
+
+
+def test_trials_of_a_dead_process_are_failed_and_its_tiles_tried(tmp_path: Path) -> None:
+    where = str(tmp_path / "x.journal")
+    record = Record(open_study(open_storage(where), "study", {}), SPACE)
+    pid = os.fork()
+    if pid == 0:
+        mine = Record(open_study(open_storage(where), "study", {}), SPACE)
+        mine.use("brute", [], 0)
+        mine.ask()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert not record.outcomes()
+    assert record.running() == 1
+    assert record.fail_dead() == 1
+    assert not record.outcomes()
+    assert record.running() == 0
+    (trial,) = record.study.trials
+    assert (trial.state, trial.user_attrs["outcome"]["status"]) == (TrialState.FAIL, LOST)
+    assert {t.tile for t in run(where, SimulatedBench(bowl(BEST))).trials} == set(GRID)
+
+
+def test_live_processes_are_not_taken_for_dead() -> None:
+    mine = identity.worker_name()
+    assert not identity.is_dead(mine, 0.0)
+    host, pid, start = mine.split("/")
+    assert identity.is_dead(f"{host}/{pid}/{int(start) + 1}", time.time())
+    assert not identity.is_dead(f"elsewhere/{pid}/{start}", time.time())
+    assert identity.is_dead(f"elsewhere/{pid}/{start}", time.time() - 2 * identity.REMOTE_SILENCE)
+
+
+def test_failures_keep_their_reason() -> None:
+    record = Record(open_study(InMemoryStorage(), "study", {}), SPACE)
+    record.use("brute", [BEST], 0)
+    asked = record.ask()
+    assert asked is not None
+    record.tell(asked[1], Outcome(BEST, "timeout", "no answer for 10 s"))
+    (trial,) = record.study.trials
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["outcome"]["status"] == "timeout"
+    assert trial.user_attrs["outcome"]["reason"] == "no answer for 10 s"
+
+
+def test_a_finished_study_is_used_until_a_fresh_one_is_wanted() -> None:
+    storage = InMemoryStorage()
+
+    def name(fresh: bool) -> str:
+        return open_study(storage, "study", {}, fresh=time.time() if fresh else None).study_name
+
+    assert name(True) == "study"
+    Record(open_study(storage, "study", {}), SPACE).finish({})
+    assert name(False) == "study"
+    assert name(True) == "study#2"
+    # An unfinished fresh study is gone on with, by whoever comes next.
+    assert name(True) == name(False) == "study#2"
+    # One that was finished since is fresh enough: a helper may come late.
+    began = time.time()
+    Record(open_study(storage, "study", {}), SPACE).finish({})
+    assert open_study(storage, "study", {}, fresh=began).study_name == "study#2"
+
+
+def test_names_depend_on_what_times_depend_on() -> None:
+    one = study_name("flashmoe", "fwd b1", {"kernels": "1"})
+    assert one == study_name("flashmoe", "fwd b1", {"kernels": "1"})
+    assert one != study_name("flashmoe", "fwd b1", {"kernels": "2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("nonsense://x", ["--storage", "nonsense"]),
+        ("grpc://x", ["--storage", "grpc://HOST:PORT", "grpc://x"]),
+        ("postgresql+psycopg://u:secret@127.0.0.1:1/x", ["--storage", "u:***@127.0.0.1"]),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named(text: str, parts: list[str]) -> None:
+    with pytest.raises(StorageError) as caught:
+        open_storage(text)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert "secret" not in str(caught.value)
+
+
+def test_passwords_are_not_shown() -> None:
+    assert shown("postgresql://me:pw@host/db") == "postgresql://me:***@host/db"
+    assert shown("/a/b.journal") == "/a/b.journal"
+
+
+def _postgres_bin() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return found[-1].parent if found else None
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """The URL of a server of our own, from the distribution's package."""
+    if importlib.util.find_spec("psycopg") is None:
+        missing("psycopg is not installed")
+    programs = _postgres_bin()
+    if programs is None:
+        missing("no PostgreSQL server (apt-get install postgresql)")
+    become = []
+    if os.getuid() == 0:
+        if shutil.which("runuser") is None:
+            missing("PostgreSQL does not run as root, and there is no runuser")
+        become = ["runuser", "-u", "postgres", "--"]
+    # Not below pytest's own folder, which only its user may enter.
+    with tempfile.TemporaryDirectory(prefix="flashmoe-") as folder:
+        if become:
+            shutil.chown(folder, "postgres")
+        yield from _server(programs, Path(folder), become)
+
+
+def _server(programs: Path, folder: Path, become: list[str]) -> Iterator[str]:
+    data, log = folder / "data", folder / "log"
+
+    def do(*words: str) -> None:
+        done = subprocess.run([*become, *words], capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    do(str(programs / "initdb"), "-D", str(data), "-U", "tuner", "--auth=trust", "-E", "UTF8")
+    listen = f"-k {folder} -c listen_addresses= -c fsync=off"
+    do(str(programs / "pg_ctl"), "-D", str(data), "-l", str(log), "-o", listen, "-w", "start")
+    yield f"postgresql+psycopg://tuner@/postgres?host={folder}"
+    do(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+
+
+def _clean(url: str) -> None:
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("drop schema public cascade"))
+        connection.execute(sqlalchemy.text("create schema public"))
+    engine.dispose()
+
+
+def _workers(url: str, count: int, cost: float) -> tuple[Counter[str], list[int]]:
+    """How many samples each of `count` workers took for one study, all of which cost the same, and
+    the workers' exit codes."""
+    _clean(url)
+    study = open_study(open_storage(url), "study", {})
+    pids = [in_process(url, cost, number, WIDE) for number in range(count)]
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
+    samples: Counter[str] = Counter()
+    for trial in study.trials:
+        taken = trial.user_attrs["outcome"].get("samples", ())
+        samples[trial.user_attrs["worker"]["name"]] += len(taken)
+    return samples, codes
+
+
+def test_three_workers_share_a_study_in_postgresql(postgres: str) -> None:
+    cost = 0.1
+    alone, codes = _workers(postgres, 1, cost)
+    assert codes == [0]
+    together, codes = _workers(postgres, 3, cost)
+    assert codes == [0, 0, 0]
+    # The slowest worker decides when all are done.
+    assert alone.total() / max(together.values()) >= 2.5
+    found = Counter(finished(postgres, WIDE))
+    assert set(found) == set(WIDE.tiles)
+    assert max(found.values()) == 1
+
+
+def test_a_worker_that_is_killed_costs_only_its_trials(postgres: str) -> None:
+    _clean(postgres)
+    open_study(open_storage(postgres), "study", {})
+    pids = [in_process(postgres, 0.03, seed=number) for number in range(3)]
+    record = Record(open_study(open_storage(postgres), "study", {}), SPACE)
+    while len(record.outcomes()) < 6:
+        time.sleep(0.02)
+    os.kill(pids[0], signal.SIGKILL)
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert codes[1:] == [0, 0]
+    again = run(postgres, SimulatedBench(bowl(BEST)))
+    assert {trial.tile for trial in again.trials} == set(GRID)
+    assert max(Counter(finished(postgres)).values()) == 1
+    assert again.contenders[0].tile == BEST
