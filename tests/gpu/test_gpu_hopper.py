@@ -194,7 +194,7 @@ def test_tiles_compiled_here(dtype, tmp_path, monkeypatch):
     texts = {
         64: ("64x112-stages2", "128x96-stages3-q2-fma4", "64x64-stages2-qreg-ctas2"),
         80: ("128x144-stages2-pingpong", "192x96-stages1-q2"),
-        128: ("64x160-stages2-qreg", "128x160-stages2-fma2", "192x64-stages3-pingpong"),
+        128: ("64x144-stages2-qreg", "128x160-stages2-fma2", "192x64-stages3-pingpong"),
         256: ("64x80-stages2", "128x48-stages3-pingpong"),
     }
     for head_dim, names in texts.items():
