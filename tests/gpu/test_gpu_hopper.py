@@ -181,7 +181,8 @@ def test_offsets_past_two_to_the_31_elements():
     out, lse = run(k, q, q, False, COMPILED[128][0])
     part_out, part_lse = run(k, q[:, : seqlen // 2], q[:, : seqlen // 2], False, COMPILED[128][0])
     rest_out, rest_lse = run(k, q[:, seqlen // 2 :], q[:, seqlen // 2 :], False, COMPILED[128][0])
-    torch.testing.assert_close(lse, torch.logaddexp(part_lse, rest_lse))
+    combined_lse = torch.logaddexp(part_lse, rest_lse)
+    torch.testing.assert_close(lse, combined_lse, rtol=2e-6, atol=2e-5)
     weights = [(x - lse).exp().transpose(1, 2).unsqueeze(3) for x in (part_lse, rest_lse)]
     combined = part_out.float() * weights[0] + rest_out.float() * weights[1]
     torch.testing.assert_close(out.float(), combined, rtol=2e-2, atol=2e-4)
