@@ -25,7 +25,7 @@ _SM90_DEFAULTS = tuple(
         (64, "192x128-stages2-q1-pingpong", True, 1025),
         (64, "192x128-stages2-q1-pingpong", False, 3073),
         (64, "256x64-stages4-q2-pingpong", None, 0),
-        (96, "192x112-stages2-q1-pingpong", None, 1025),
+        (96, "192x96-stages2-q1-pingpong", None, 1025),
         (96, "128x128-stages2-q2-pingpong", None, 0),
         (128, "192x80-stages3-q1-pingpong", True, 3073),
         (128, "192x80-stages3-q1-pingpong", False, 1025),
