@@ -1,7 +1,7 @@
 """Every compiled-in tile once on small problems, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize_gpu.py
-    compute-sanitizer --tool racecheck python benchmarks/sanitize_gpu.py --kernel sm90
+compute-sanitizer --tool memcheck python benchmarks/sanitize_gpu.py
+compute-sanitizer --tool racecheck python benchmarks/sanitize_gpu.py --kernel sm90
 """
 
 from __future__ import annotations

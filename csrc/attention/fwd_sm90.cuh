@@ -11,6 +11,8 @@
 
 namespace flashmoe::sm90 {
 
+// The kernel's whole body. Instances are __global__ functions around it, launched with the tile's
+// num_threads() and smem_bytes(), and bounded by its num_threads() and ctas_per_sm.
 template <typename T, Sm90Tile TILE>
 __device__ __forceinline__ void attention_forward(const Sm90Params& params) {
   // What the 128-byte swizzle and its descriptors need.
@@ -47,12 +49,6 @@ __device__ __forceinline__ void attention_forward(const Sm90Params& params) {
     ptx::setmaxnreg_inc<TILE.consumer_registers()>();
     consume<T, TILE>(params, smem, warpgroup - 1);
   }
-}
-
-template <typename T, Sm90Tile TILE>
-__global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_sm)
-    attention_forward_kernel(const __grid_constant__ Sm90Params params) {
-  attention_forward<T, TILE>(params);
 }
 
 }  // namespace flashmoe::sm90
