@@ -34,6 +34,8 @@ _FINISHED = "finished"
 LOST, DUPLICATE, UNTRIED = "lost", "duplicate", "not tried"
 # A process that is alive names itself as the owner of its trial within this time.
 _NAMELESS_SECONDS = 30.0
+# How often a worker looks whether another has decided: about what a look takes.
+_DECISION_SECONDS = 0.02
 _NO_RESULT = (LOST, DUPLICATE, UNTRIED)
 
 
@@ -182,12 +184,33 @@ class Record:
             # At once: should this process die, the next one knows whose trial it was.
             trial.set_user_attr("worker", {"name": self._worker, "asked": time.time()})
             tile = self._space.suggest(trial)
-            # Workers that asked at the same moment see each other now; the first has the tile.
-            owners = self._owners(self._trials())
-            self._taken = set(owners)
-            if owners.get(tile, trial.number) >= trial.number:
+            if self._has(trial, tile):
                 return tile, trial
             self._give_up(trial.number, DUPLICATE, "another worker tries it")
+
+    def _has(self, trial: optuna.Trial, tile: Tile) -> bool:
+        """Whether the tile that `trial` asked for is this worker's.
+
+        Everyone asks first and looks then, so of two that ask at the same moment at least the later
+        one sees the other. The higher number always yields. The lower one waits until the other has
+        either yielded too or, having looked before, has taken the tile.
+        """
+        deadline = time.monotonic() + _NAMELESS_SECONDS
+        while True:
+            rivals = [
+                other
+                for other in self._trials()
+                if other.number != trial.number
+                and _status(other) not in _NO_RESULT
+                and self._asked(other) == tile
+            ]
+            self._taken = set(self._owners(self._seen))
+            if any(x.number < trial.number or _is_taken(x) for x in rivals):
+                return False
+            if not rivals or time.monotonic() > deadline:
+                trial.set_user_attr("worker", {**trial.user_attrs["worker"], "has": True})
+                return True
+            time.sleep(_DECISION_SECONDS)
 
     def tell(self, trial: optuna.Trial, outcome: Outcome | None) -> None:
         """What came of an asked trial; None: it was not tried after all."""
@@ -288,6 +311,10 @@ def study_name(prefix: str, problem: str, facts: Mapping[str, Any]) -> str:
 
 def _status(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("outcome", {}).get("status", ""))
+
+
+def _is_taken(trial: FrozenTrial) -> bool:
+    return trial.state.is_finished() or trial.user_attrs["worker"].get("has", False)
 
 
 def _rounded(seconds: Sequence[float]) -> list[float]:

@@ -270,6 +270,19 @@ def test_passwords_are_not_shown() -> None:
     assert shown("/a/b.journal") == "/a/b.journal"
 
 
+def test_who_asks_first_but_looks_late_yields(tmp_path: Path) -> None:
+    where = str(tmp_path / "x.journal")
+    early, late = (Record(open_study(open_storage(where), "study", {}), SPACE) for _ in range(2))
+    for record in (early, late):
+        record.use("brute", [BEST], 0)
+    trial = early.study.ask()  # the lower number, and nothing else yet
+    trial.set_user_attr("worker", {"name": "early", "asked": time.time()})
+    asked = late.ask()
+    assert asked is not None
+    assert asked[0] == SPACE.suggest(trial) == BEST
+    assert not early._has(trial, BEST)
+
+
 def _postgres_bin() -> Path | None:
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     return found[-1].parent if found else None
