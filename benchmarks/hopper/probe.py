@@ -4,8 +4,9 @@
     python benchmarks/hopper/probe.py run FOLDER [--output FILE]      # on a Hopper GPU
 
 A TILE is HEAD_DIM:BLOCK_MxBLOCK_N-key=value..., as 128:128x176-stages=2-q=1-pingpong=1-qreg=0-fma=0
--ctas=1. `run` prints one line a problem: median and efficiency (floor over time, both limits
-measured in the same run) of every tile, best first.
+-ctas=1; variant=N defines FLASHMOE_VARIANT, to time two ways of writing it in one run. `run` prints
+one line a problem: median and efficiency (floor over time, both limits measured in the same run) of
+every tile, best first.
 """
 
 from __future__ import annotations
@@ -23,25 +24,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = {"stages": 2, "q": 1, "pingpong": 1, "qreg": 0, "fma": 0, "ctas": 1, "trace": 0}
-# batch, heads_q, heads_kv, seqlen, head_dim, causal: the forward rows that the kernel is judged by.
-PROBLEMS = (
-    *(
-        (batch, 2048 // d, 2048 // d, seqlen, d, causal)
-        for d in (64, 128, 256)
-        for batch, seqlen in ((32, 512), (8, 2048), (2, 8192), (1, 16384))
-        for causal in (False, True)
-    ),
-    (32, 8, 8, 512, 64, False),
-    (4, 32, 8, 4096, 128, True),
-    (1, 64, 8, 8192, 128, True),
-    *(
-        (batch, 16, 16, seqlen, d, causal)
-        for d in (80, 96, 112, 192)
-        for batch, seqlen in ((32, 512), (8, 2048), (2, 8192))
-        for causal in (False, True)
-    ),
-)
+NVCC = ("nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr")
+OPTIONS = {
+    "stages": 2,
+    "q": 1,
+    "pingpong": 1,
+    "qreg": 0,
+    "fma": 0,
+    "ctas": 1,
+    "trace": 0,
+    "variant": 0,
+}
 # batch, heads_q, heads_kv, seqlen_q, seqlen_kv, causal
 CHECKS = (
     (1, 2, 2, 128, 128, False),
@@ -112,40 +105,44 @@ def tile_smem(tile: Sm90Tile) -> int:
     return 512 + row * (tile.block_m * tile.q_stages + 2 * tile.block_n * tile.num_stages)
 
 
-def build(folder: Path, names: list[str]) -> None:
+def prepare_folder(folder: Path) -> None:
+    """Empties `folder` of kernels and builds the launcher in it."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.cubin"):
         old.unlink()
     subprocess.run([sys.executable, ROOT / "csrc/ptx/generate_wgmma.py", folder], check=True)
-    nvcc = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
-    nvcc.append(f"-I{folder}")
     launcher = [Path(__file__).with_name("launcher.cpp"), ROOT / "csrc/attention/fwd_sm90_host.cpp"]
     shared = ["-shared", "-Xcompiler=-fPIC", "-cudart=static", "-o", folder / "launcher.so"]
-    subprocess.run([*nvcc, *shared, *launcher], check=True)
+    subprocess.run([*NVCC, f"-I{ROOT / 'csrc'}", f"-I{folder}", *shared, *launcher], check=True)
 
-    def compile_tile(item: tuple[int, str]) -> str:
-        number, name = item
-        tile = parse(name)
-        fields = ", ".join(str(getattr(tile, field)).lower() for field, _ in Sm90Tile._fields_)
-        source = folder / f"{number}.cu"
-        threads = 128 * (tile.block_m // 64 + 1)
-        define = "#define FLASHMOE_TRACE\n" if "-trace=1" in name else ""
-        source.write_text(
-            define + SOURCE.format(threads=threads, ctas=tile.ctas_per_sm, fields=fields)
-        )
-        if tile_smem(tile) > 232448:
-            return f"{name}: needs {tile_smem(tile)} bytes of shared memory"
-        command = [*nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
-        command += ["-o", folder / f"{number}.cubin", source]
-        done = subprocess.run(command, capture_output=True, text=True)
-        spills = re.search(r"(\d+) bytes spill stores", done.stderr)
-        serial = "SERIALIZED " if "serialized" in done.stderr else ""
-        if done.returncode:
-            return f"{name}: FAILED {done.stderr[-600:]}"
-        return f"{name}: {serial}spills {spills[1] if spills else '?'}"
 
+def compile_tile(folder: Path, number: int, name: str, sources: Path) -> str:
+    """Compiles a tile of the kernel in `sources` to NUMBER.cubin; what became of it."""
+    tile = parse(name)
+    fields = ", ".join(str(getattr(tile, field)).lower() for field, _ in Sm90Tile._fields_)
+    threads = 128 * (tile.block_m // 64 + 1)
+    define = "#define FLASHMOE_TRACE\n" if "-trace=1" in name else ""
+    if variant := re.search(r"-variant=(\d+)", name):
+        define += f"#define FLASHMOE_VARIANT {variant[1]}\n"
+    source = folder / f"{number}.cu"
+    source.write_text(define + SOURCE.format(threads=threads, ctas=tile.ctas_per_sm, fields=fields))
+    if tile_smem(tile) > 232448:
+        return f"{name}: needs {tile_smem(tile)} bytes of shared memory"
+    command = [*NVCC, f"-I{sources}", f"-I{folder}", "-gencode=arch=compute_90a,code=sm_90a"]
+    command += ["-Xptxas=-v", "-cubin", "-o", folder / f"{number}.cubin", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return f"{name}: FAILED {done.stderr[-600:]}"
+    spills = re.search(r"(\d+) bytes spill stores", done.stderr)
+    serial = "SERIALIZED " if "serialized" in done.stderr else ""
+    return f"{name}: {serial}spills {spills[1] if spills else '?'}"
+
+
+def build(folder: Path, names: list[str]) -> None:
+    prepare_folder(folder)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for line in pool.map(compile_tile, enumerate(names)):
+        numbered = enumerate(names)
+        for line in pool.map(lambda x: compile_tile(folder, *x, ROOT / "csrc"), numbered):
             print(line, flush=True)
     (folder / "tiles.json").write_text(json.dumps(names))
 
@@ -155,10 +152,10 @@ def run(
 ) -> None:
     import torch
     import torch.nn.functional as F
+    from rows import ROWS, UNEVEN
     from torch import Tensor
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from flashmoe.problem import Problem
     from flashmoe.reference import attention_reference, error_bound
     from flashmoe.stats import median_interval
     from flashmoe.timing import measure, measure_limits
@@ -272,11 +269,18 @@ def run(
         f"copy {limits.copy_bytes / 1e12:.2f} TB/s"
     )
     results: dict[str, Any] = {}
-    for batch, heads_q, heads_kv, seqlen, d, causal in PROBLEMS:
-        problem = Problem(batch, heads_q, heads_kv, seqlen, seqlen, d, "bfloat16", causal)
+    for problem in dict.fromkeys([row.problem for row in ROWS] + [odd for odd, _ in UNEVEN]):
         if only and not re.search(only, problem.label):
             continue
-        q, k, v = qkv(batch, heads_q, heads_kv, seqlen, seqlen, d)
+        d, causal = problem.head_dim, problem.causal
+        q, k, v = qkv(
+            problem.batch,
+            problem.heads_q,
+            problem.heads_kv,
+            problem.seqlen_q,
+            problem.seqlen_kv,
+            d,
+        )
         heads_first = [x.transpose(1, 2) for x in (q, k, v)]
 
         def cudnn(tensors: list[Tensor] = heads_first, causal: bool = causal) -> Tensor:

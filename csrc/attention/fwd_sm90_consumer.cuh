@@ -72,9 +72,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr int HEAD_DIM = TILE.head_dim, BLOCK_M = TILE.block_m, BLOCK_N = TILE.block_n;
   constexpr int CONSUMERS = TILE.consumers();
   constexpr int Q_FRAGMENTS = TILE.q_in_registers ? HEAD_DIM / 16 : 1;
-  // Under a causal mask, the first warpgroup may see nothing of the tile that the last one begins
-  // with.
-  constexpr bool CAN_SKIP = CONSUMERS > 1 && BLOCK_N <= BLOCK_M - 64;
+  // A warpgroup may see nothing of the tiles that another begins with, or have no rows at all.
+  constexpr bool CAN_SKIP = CONSUMERS > 1;
   // How the arithmetic is spread over chains of dependent instructions, where ptxas makes more of
   // one way than of the other: 1 to 3 % (H100, docs/hopper-forward.md).
   constexpr bool ROWS_APART = HEAD_DIM <= 64 && BLOCK_N >= 128;
@@ -191,12 +190,19 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     }
     return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
   };
+  // Whether a row's limit is negative, where the integer maximum does not order: told when the
+  // maximum changes, off the path from S to its exponentials (docs/hopper-forward.md).
+  bool negative_limit = false;
+  auto check_limit = [&] {
+    const float least = fminf(row_max[0], row_max[1]) + params.slack;
+    negative_limit = __any_sync(0xffffffff, !(least >= 0.f));
+  };
   // Whether an element of S in this thread exceeds its row's limit, for rows FIRST to LAST of its
   // two. Floats order as integers once one side is positive, and the integer maximum takes three
   // operands.
   auto exceeds = [&](auto first, auto last, const float (&limit)[2]) {
     constexpr int FIRST = decltype(first)::value, LAST = decltype(last)::value;
-    if (__any_sync(0xffffffff, !(fminf(limit[FIRST], limit[LAST]) >= 0.f))) {
+    if (negative_limit) {
       return bool((local_max(FIRST) > limit[FIRST]) | (local_max(LAST) > limit[LAST]));
     }
     int x[2][2];  // two chains a row: one would wait for itself
@@ -251,6 +257,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       row_sum[0] = row_sum[1] = 0.f;
       update_max(0);
       update_max(1);
+      check_limit();
       return false;
     } else {
       const float limit[2] = {row_max[0] + params.slack, row_max[1] + params.slack};
@@ -273,6 +280,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
                               : ptx::ex2_approx_ftz((before - row_max[half]) * scale_log2);
           row_sum[half] *= rescale[half];
         }
+        check_limit();
       }
       return grew;
     }
@@ -444,7 +452,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
 
   // Moves to the next block of rows with keys to see; those without are written on the way. The
   // slot of the one that is left stays taken until it is written.
-  bool skip = false;               // the tile before those
+  int skip = 0;                    // tiles before those, which this warpgroup does not see
   int n_tile = 0, n_unmasked = 0;  // tiles from n_tile down to 0, those from n_unmasked on masked
   auto release_work = [&](int slot) { release(smem.empty_work + 8 * slot); };
   auto next_work = [&] {
@@ -455,15 +463,16 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const int n_tiles = __shfl_sync(0xffffffff, work.n_tiles, 0);
       if (n_tiles == NO_WORK) return false;
       if (n_tiles > 0) {
+        const int first = __shfl_sync(0xffffffff, work.m_start, 0) + w * 64;
         n_tile = n_tiles - 1;
         n_unmasked = p.seqlen_kv / BLOCK_N;
-        if (p.causal) {
-          const int first = __shfl_sync(0xffffffff, work.m_start, 0) + w * 64;
-          n_unmasked = min(n_unmasked, max(first + diagonal + 1, 0) / BLOCK_N);
-          if constexpr (CAN_SKIP) {
-            skip = n_tiles > 1 && first + 64 + diagonal <= (n_tiles - 1) * BLOCK_N;
-            n_tile -= skip;
-          }
+        if (p.causal) n_unmasked = min(n_unmasked, max(first + diagonal + 1, 0) / BLOCK_N);
+        if constexpr (CAN_SKIP) {
+          skip = 0;
+          // One is kept for rows that see nothing.
+          if (p.causal) skip = n_tile - min(max(first + 63 + diagonal, 0) / BLOCK_N, n_tile);
+          if (first >= p.seqlen_q) skip = n_tiles;
+          n_tile -= skip;
         }
         return true;
       }
@@ -488,14 +497,40 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     wait_V();
     release_V();
   };
-  if (CAN_SKIP && skip) skip_K();
+  // Keeps step with the other warpgroups through tiles that this one does not see, and blocks of
+  // rows of which it has none. The V of the last such tile is left; false when nothing follows.
+  auto pass_unseen = [&] {
+    while (true) {
+      skip_K();
+      for (int i = 1; i < skip; ++i) {
+        wait_K();
+        turn_begins();
+        turn_ends();
+        release_K();
+        skip_V();
+      }
+      if (n_tile >= 0) return true;
+      ptx::mbarrier_wait_parity(smem.full_Q + 8 * q_buffer(), q_ring.parity());
+      if (!TILE.stages_output() || warp == 0) release(smem.empty_Q + 8 * q_buffer());
+      release_work(work_ring.stage());
+      work_ring.next();
+      if (!next_work()) {
+        skip_V();
+        return false;
+      }
+      q_ring.next();
+      if (skip == 0) return true;
+      turn_begins();
+      turn_ends();
+      skip_V();
+    }
+  };
+  // The first block of rows is computed as a whole: to pass here, too, takes much code again.
+  n_tile += skip;
   wait_Q();
   wait_K();
-  if (CAN_SKIP && skip) turn_begins();
   start_S();
-  if (CAN_SKIP && skip) turn_ends();
   finish_S(IntConstant<0>{}, n_tile == 0);
-  if (CAN_SKIP && skip) skip_V();
   if (n_tile >= n_unmasked) mask_S(n_tile);
   update_row_max(IntConstant<true>{}, rescale);
   exponentiate();
@@ -545,15 +580,16 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     }
     q_ring.next();
     if (TILE.stages_output() && staged >= 0) release_staged(staged);
-    if (CAN_SKIP && skip) {
+    if (CAN_SKIP && skip > 0) {
       turn_begins();
       start_O();
       turn_ends();
       finish_O();
       store_O(read_work(smem, done), done_buffer, done_max, done_sum);
       release_work(done);
-      staged = done_buffer;
-      skip_K();
+      if (TILE.stages_output()) release_staged(done_buffer);
+      staged = -1;
+      if (!pass_unseen()) return;
       wait_Q();
       wait_K();
       turn_begins();

@@ -48,7 +48,7 @@ struct Sm90Tile {
   }
   // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest.
   constexpr int needed_registers() const {
-    return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 : 0) + 32;
+    return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 + 4 : 0) + 28;
   }
 };
 

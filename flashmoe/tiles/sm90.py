@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer.
 # benchmarks/hopper/check_tiles.py compares this and the next with the compiler.
-_OTHER_REGISTERS = 32
+_OTHER_REGISTERS = 28
 # What ptxas asks for besides the accumulators to compile one wgmma at all.
 _WGMMA_REGISTERS = 30
 
@@ -40,7 +40,7 @@ def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
     there, and the rest; and those that setmaxnreg gives it."""
     needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4 + _OTHER_REGISTERS
     if tile.q_in_registers:
-        needed += head_dim // 4
+        needed += head_dim // 4 + 4
     consumers, entry = tile.block_m // 64, sm90_entry_registers(tile)
     producer = 24 if consumers == 2 and tile.q_stages == 1 else 32
     return needed, min(((entry - producer) // consumers + entry) // 8 * 8, 240)

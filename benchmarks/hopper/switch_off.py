@@ -1,0 +1,150 @@
+"""What each technique of the Hopper kernel buys: builds it without one at a time, for probe.py run.
+
+    python benchmarks/hopper/switch_off.py build/off       # nvcc; no GPU needed
+    python benchmarks/hopper/probe.py run build/off --output FILE --only 'd128 bfloat16|d64'
+
+A technique is switched off by replacing text of the sources, or by another tile. Tiles in the
+results are named by the technique's number (-variant=N, printed here); 0 is the kernel as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import probe
+
+CONSUMER, WORK = "fwd_sm90_consumer.cuh", "fwd_sm90_work.cuh"
+TILES = ("128:192x80-stages=3", "64:256x64-q=2-stages=4")
+
+
+class Off(NamedTuple):
+    """`edits`: (file of csrc/attention, what it says, what it says without the technique).
+    `option`: what is appended to the tile's name instead."""
+
+    technique: str
+    edits: tuple[tuple[str, str, str], ...] = ()
+    option: str = ""
+
+
+OFF = (
+    Off("(the kernel as it is)"),
+    Off(
+        "softmax under the matmul of the tile before",
+        ((CONSUMER, "finish_S(IntConstant<1>{}", "finish_S(IntConstant<0>{}"),),
+    ),
+    Off("turns (pingpong)", option="-pingpong=0"),
+    Off("more than one stage of K and V", option="-stages=1"),
+    Off("Q a block of rows ahead, O through its buffer", option="-q=1"),
+    Off(
+        "lazy rescaling",
+        (
+            (
+                CONSUMER,
+                "{row_max[0] + params.slack, row_max[1] + params.slack}",
+                "{row_max[0], row_max[1]}",
+            ),
+        ),
+    ),
+    Off(
+        "exponentials kept before the wait for O",
+        (
+            (CONSUMER, "      if (n_tile > 0) wait_K();\n      trace(6);", "      trace(6);"),
+            (
+                CONSUMER,
+                "    auto step = [&](auto masked) {\n",
+                "    auto step = [&](auto masked) {\n      if (!first) wait_K();\n"
+                "      first = false;\n",
+            ),
+            (
+                CONSUMER,
+                "    if (n_tile > 0) wait_K();\n    auto step",
+                "    if (n_tile > 0) wait_K();\n    bool first = true;\n    auto step",
+            ),
+        ),
+    ),
+    Off(
+        "passing what a warpgroup does not see",
+        (
+            (
+                CONSUMER,
+                "constexpr bool CAN_SKIP = CONSUMERS > 1;",
+                "constexpr bool CAN_SKIP = false;",
+            ),
+        ),
+    ),
+    Off(
+        "longest blocks first",
+        ((WORK, "m_block = params.m_blocks.divisor - 1 - rank;", "m_block = rank;"),),
+    ),
+    Off(
+        "sections of heads whose K and V fit L2",
+        (
+            (WORK, "params.per_section.divide(index)", "0"),
+            (
+                WORK,
+                "params.section_heads.divide(in_section)",
+                "index / (p.batch * p.heads_q)",
+            ),
+            (WORK, "rank * params.section_heads.divisor", "rank * (p.batch * p.heads_q)"),
+        ),
+    ),
+    Off(
+        "masked tiles in a loop of their own",
+        (
+            (
+                CONSUMER,
+                "if constexpr (decltype(masked)::value) mask_S(n_tile);",
+                "if (n_tile >= n_unmasked) mask_S(n_tile);",
+            ),
+            (
+                CONSUMER,
+                "for (--n_tile; n_tile >= n_unmasked; --n_tile) step(IntConstant<true>{});\n"
+                "    for (; n_tile >= 0;",
+                "for (--n_tile; n_tile >= 0;",
+            ),
+        ),
+    ),
+)
+
+
+def build(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.prepare_folder(folder)
+    work = []
+    for number, off in enumerate(OFF):
+        for tile in TILES:
+            name = f"{tile}{off.option}-variant={number}"
+            if off.option and off.option.partition("=")[0] == "-q" and "-q=2" not in tile:
+                continue
+            work.append((name, off))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
+        sources = {}
+        for number, off in enumerate(OFF):
+            sources[off.technique] = Path(temporary, str(number))
+            shutil.copytree(probe.ROOT / "csrc", sources[off.technique])
+            for file, old, new in off.edits:
+                path = sources[off.technique] / "attention" / file
+                text = path.read_text()
+                if old not in text:
+                    raise SystemExit(f"{off.technique}: {file} does not say {old!r}")
+                path.write_text(text.replace(old, new))
+            print(number, off.technique)
+        lines = pool.map(
+            lambda item: probe.compile_tile(
+                folder, item[0], item[1][0], sources[item[1][1].technique]
+            ),
+            enumerate(work),
+        )
+        for line in lines:
+            print(line, flush=True)
+    (folder / "tiles.json").write_text(json.dumps([name for name, _ in work]))
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
