@@ -169,8 +169,9 @@ class _Walk:
         ahead = _AHEAD if self._bench.compiles_ahead else 1
         left = self._limit - len(self._known) - self._record.running()
         if others := self._record.others():
-            # Leave them their share, and keep the last ones small: all shall end together.
-            left = -(-left // (2 * (others + 1)))
+            # Leave them their share, and keep the last ones small: all shall end together. Not
+            # smaller than that takes, for the anchor is timed along with every batch.
+            left = -(-2 * left // (3 * (others + 1)))
         for _ in range(min(ahead * BATCH - len(self._pending), left)):
             asked = self._record.ask()
             if asked is None:
