@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -127,10 +128,15 @@ class Compilers:
         child.send("precompile", problem, candidate)
         self._queues[child].append((problem, candidate))
 
-    def wait_for(self, problem: Problem, candidate: Candidate, patience: float) -> None:
-        """Until it is compiled, if it was submitted."""
+    def wait_for(
+        self, problem: Problem, candidate: Candidate, patience: float, until: float
+    ) -> bool:
+        """Until it is compiled, if it was submitted, but not past `until` (time.perf_counter).
+        Whether that was enough."""
         for child, queue in list(self._queues.items()):
             while (problem, candidate) in queue:
+                if until < math.inf and not child.answers_within(until - time.perf_counter()):
+                    return False
                 try:
                     child.wait_until_up(_START_PATIENCE)
                     child.receive(patience)
@@ -140,6 +146,7 @@ class Compilers:
                 except Exception:  # noqa: BLE001 - told where the candidate is checked
                     pass
                 queue.pop(0)
+        return True
 
     def close(self) -> None:
         for child in self._queues:
@@ -170,9 +177,14 @@ class IsolatedBench:
             if isinstance(BACKENDS[candidate.backend], Precompiles):
                 self._processes.compilers.submit(self._group.main, candidate)
 
+    def compiled(self, candidate: Candidate, until: float) -> bool:
+        return candidate in self._prepared or self._processes.compilers.wait_for(
+            self._group.main, candidate, self._patience, until
+        )
+
     def prepare(self, candidate: Candidate) -> Measurement:
         if candidate not in self._prepared:
-            self._processes.compilers.wait_for(self._group.main, candidate, self._patience)
+            self.compiled(candidate, math.inf)
             self._prepared[candidate] = self._checked("prepare", candidate)
         return self._prepared[candidate]
 

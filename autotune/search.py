@@ -113,8 +113,12 @@ class _Walk:
         self._race = Race(bench, anchor)
         self._known: dict[Tile, Trial] = {}
         self._prepare_seconds: dict[str, float] = {}
+        # What this process has prepared: asked again, that costs nothing.
+        self._checked = {anchor}
         self._pending: list[tuple[Tile, optuna.Trial]] = []
         self._sampler = ""
+        # Whether the next tile takes longer than there is time.
+        self._spent = False
         self._race.look([anchor], rounds=3, max_seconds=self._left())
         self._rounds = _first_rounds(self._race.sample_seconds)
 
@@ -150,7 +154,7 @@ class _Walk:
             self._watch(list(self._known.values()), self._limit)
             if len(self._known) >= self._limit:
                 return "all tiles tried" if self._limit == len(self._space) else "--trials reached"
-            if self._late():
+            if self._late() or self._spent:
                 return "--budget reached"
             wanted = self._wanted or ("brute" if self._all_fit() else "model")
             if wanted != name:
@@ -190,7 +194,16 @@ class _Walk:
                 if self._late() or self._left() < self._race.cost(len(ready) + 1, 2):
                     break
                 candidate = Candidate.of_tile(tile)
+                # Neither a slow compiler nor a slow check goes on at the second look's expense.
+                until = self._bench.now() + self._left() - _SECOND_SHARE * self._seconds
+                expected = self._prepare_seconds.get(tile.kernel, 0.0)
+                if self._bench.now() + expected > until or not self._bench.compiled(
+                    candidate, until
+                ):
+                    self._spent = True
+                    break
                 prepared = self._bench.prepare(candidate)
+                self._checked.add(candidate)
                 took = self._prepare_seconds[tile.kernel] = prepared.samples[0]
                 if prepared.status == "ok":
                     ready[candidate] = took
@@ -269,8 +282,23 @@ class _Walk:
         return self._prepared(self._race.contenders(CONTENDERS))
 
     def _prepared(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that this process has checked or, if another did, finds right as well."""
-        return [c for c in candidates if self._bench.prepare(c).status == "ok"]
+        """Those that this process has checked or, if another did, finds right as well while there
+        is time."""
+        unknown = [c for c in candidates if c not in self._checked]
+        self._bench.precompile(unknown)
+        found = []
+        for candidate in candidates:
+            tile = candidate.tile
+            expected = self._prepare_seconds.get(tile.kernel, 0.0) if tile else 0.0
+            until = self._bench.now() + self._left()
+            if candidate in unknown and (
+                expected > self._left() or not self._bench.compiled(candidate, until)
+            ):
+                continue
+            self._checked.add(candidate)
+            if self._bench.prepare(candidate).status == "ok":
+                found.append(candidate)
+        return found
 
     def _left(self) -> float:
         return self._deadline - self._bench.now()

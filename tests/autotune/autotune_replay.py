@@ -104,6 +104,9 @@ class ReplayBench:
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         pass
 
+    def compiled(self, candidate: Candidate, until: float) -> bool:
+        return True
+
     def prepare(self, candidate: Candidate) -> Measurement:
         name = str(candidate)
         if name not in self.evaluated:
