@@ -15,6 +15,7 @@ from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.check import Inputs, ragged_inputs, timed_inputs
 from flashmoe.backends import BACKENDS
 from flashmoe.problem import Problem
+from flashmoe.quiet import measure_quietly
 from flashmoe.timing import Measurement
 
 
@@ -44,7 +45,7 @@ class Runner(Protocol):
         max_seconds: float | None = None,
         before_sample: Callable[[str], None] | None = None,
     ) -> dict[str, Measurement]:
-        """Interleaved samples by name, as flashmoe.timing.measure takes them."""
+        """Interleaved samples by name, as flashmoe.quiet.measure_quietly takes them."""
         ...
 
 
@@ -137,7 +138,7 @@ class DeviceRunner:
             name: functools.partial(self._forward, candidate, x.q, x.k, x.v)
             for name, candidate in candidates.items()
         }
-        return timing.measure(
+        measured, _ = measure_quietly(
             calls,
             self._device,
             rounds=rounds,
@@ -146,6 +147,7 @@ class DeviceRunner:
             max_seconds=max_seconds,
             before_sample=before_sample,
         )
+        return measured
 
     def _forward(
         self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor
