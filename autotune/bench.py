@@ -55,6 +55,8 @@ class Bench(Protocol):
 
     # Whether precompile is worth calling ahead of time.
     compiles_ahead: bool
+    # How many candidates are compiled at the same time.
+    compilers: int
     # What going on in a fresh process costs.
     fresh_seconds: float
 

@@ -21,7 +21,8 @@ from flashmoe.timing import Measurement
 
 # Candidates timed together; between batches the sampler learns.
 BATCH = 6
-# Batches that are asked for, to be compiled, by the time one is timed.
+# Batches that are asked for, to be compiled, by the time one is timed; more where that would leave
+# compilers idle.
 _AHEAD = 3
 # The first look at a candidate lasts about this long, within these limits in rounds.
 _FIRST_SECONDS = 0.15
@@ -164,19 +165,24 @@ class _Walk:
                 return "no better tile for long"
             if not self._ask():
                 return "all tiles tried or in flight"
+            # Those that are compiled first: the others go on compiling meanwhile.
+            now = self._bench.now()
+            self._pending.sort(key=lambda x: not self._bench.compiled(Candidate.of_tile(x[0]), now))
             batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
             self._try(batch)
 
     def _ask(self) -> bool:
         """Fill the pending trials: a batch, and the next ones where they can be compiled meanwhile.
         Whether there are any."""
-        ahead = _AHEAD if self._bench.compiles_ahead else 1
+        depth = BATCH
+        if self._bench.compiles_ahead:
+            depth = max(_AHEAD * BATCH, self._bench.compilers + 2 * BATCH)
         left = self._limit - len(self._known) - self._record.running()
         if others := self._record.others():
             # Leave them their share, and keep the last ones small: all shall end together. Not
             # smaller than that takes, for the anchor is timed along with every batch.
             left = -(-2 * left // (3 * (others + 1)))
-        for _ in range(min(ahead * BATCH - len(self._pending), left)):
+        for _ in range(min(depth - len(self._pending), left)):
             asked = self._record.ask()
             if asked is None:
                 break

@@ -88,6 +88,7 @@ class ReplayBench:
     `compile_seconds` to every first check."""
 
     compiles_ahead = False
+    compilers = 1
     fresh_seconds = 0.0
 
     def __init__(

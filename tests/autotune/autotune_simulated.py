@@ -69,6 +69,7 @@ class SimulatedBench:
         self.fresh_processes = 0
         self.submitted: list[str] = []
         self.compiles_ahead = compiles_ahead
+        self.compilers = 1
         # When each tile is compiled; one compiler works through them.
         self.compile_seconds = compile_seconds
         self.compiled_at: dict[str, float] = {}
