@@ -15,6 +15,7 @@ from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.check import Inputs, ragged_inputs, timed_inputs
 from flashmoe.backends import BACKENDS
 from flashmoe.problem import Problem
+from flashmoe.quiet import measure_quietly
 from flashmoe.timing import Measurement
 
 
@@ -44,7 +45,7 @@ class Runner(Protocol):
         max_seconds: float | None = None,
         before_sample: Callable[[str], None] | None = None,
     ) -> dict[str, Measurement]:
-        """Interleaved samples by name, as flashmoe.timing.measure takes them."""
+        """Interleaved samples by name, as flashmoe.quiet.measure_quietly takes them."""
         ...
 
 
@@ -54,11 +55,18 @@ class Bench(Protocol):
 
     # Whether precompile is worth calling ahead of time.
     compiles_ahead: bool
+    # How many candidates are compiled at the same time.
+    compilers: int
     # What going on in a fresh process costs.
     fresh_seconds: float
 
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         """Begin to compile, beside whatever is timed."""
+        ...
+
+    def compiled(self, candidate: Candidate, until: float) -> bool:
+        """Wait until what precompile began is there, but not past `until` on the clock; whether it
+        is. What was never begun need not be waited for."""
         ...
 
     def prepare(self, candidate: Candidate) -> Measurement: ...
@@ -132,7 +140,7 @@ class DeviceRunner:
             name: functools.partial(self._forward, candidate, x.q, x.k, x.v)
             for name, candidate in candidates.items()
         }
-        return timing.measure(
+        measured, _ = measure_quietly(
             calls,
             self._device,
             rounds=rounds,
@@ -141,6 +149,7 @@ class DeviceRunner:
             max_seconds=max_seconds,
             before_sample=before_sample,
         )
+        return measured
 
     def _forward(
         self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor

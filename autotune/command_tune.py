@@ -79,6 +79,9 @@ def run(words: Sequence[str]) -> int:
     helpers = _helpers(groups, place, workers, where, options, patience)
     with shown(Console(stderr=True)) as watch:
         try:
+            # First, so that the budget knows what it took.
+            watch.stage("measuring the device's limits")
+            limits = _limits(target, {group.main.dtype for group in groups})
             for result in tune(
                 groups,
                 place,
@@ -86,13 +89,12 @@ def run(words: Sequence[str]) -> int:
                 watch,
                 time.perf_counter,
                 lambda group: IsolatedBench(group, processes, args.seed, patience),
+                spent=time.perf_counter() - start,
             ):
                 results.append(result)
                 # At once, so that an interruption loses only the problem at hand.
                 if result.store and not _store(path, result, here, command):
                     unwritten = True
-            watch.stage("measuring the device's limits")
-            limits = _limits(target, {group.main.dtype for group in groups})
         except KeyboardInterrupt:
             interrupted = True
         finally:

@@ -44,6 +44,9 @@ def hold(
     parts: list[Samples] = []
     for part in range(max(processes, 1)):
         if processes:
+            # The first one told what another one takes.
+            if parts and bench.fresh_seconds > deadline - bench.now():
+                break
             bench.refresh()
         rest = max(processes, 1) - part
         measured = bench.measure(
@@ -62,7 +65,7 @@ def hold(
     parts = [{name: part[name] for name in field} for part in parts]
     base = in_place if in_place is not None and str(in_place) in samples else anchor
     alive = [c for c in (anchor, *rivals) if str(c) in samples]
-    return Final(decide(samples, base, anchor, alive, parts if processes > 1 else ()), samples)
+    return Final(decide(samples, base, anchor, alive, parts if len(parts) > 1 else ()), samples)
 
 
 def _share(bench: Bench, deadline: float, parts: int, more: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +21,16 @@ from flashmoe.timing import Measurement
 
 # Starting a process with torch, and computing a reference, may take so long on a slow machine.
 _START_PATIENCE = 300.0
-_COMPILERS = 8
 
 
 class Session:
     """In the child: a Runner of the problem that was opened last, telling each step."""
 
-    def __init__(self, steps: Steps, device: torch.device) -> None:
+    def __init__(self, steps: Steps, device: torch.device, runs: bool = True) -> None:
         self._steps = steps
         self._device = device
-        if device.type == "cuda":
+        # Who only compiles may do without: NVRTC needs no GPU, and a context takes memory, too.
+        if device.type == "cuda" and runs:
             torch.zeros(1, device=device)  # makes the context, which takes a second
         self._runner: Runner | None = None
 
@@ -80,7 +81,7 @@ class Processes:
         self._used: Child | None = None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # One core belongs to the process that times.
-        self.compilers = Compilers(self._start, min(max((cores or 1) - 1, 1), _COMPILERS))
+        self.compilers = Compilers(self._start_compiler, max((cores or 1) - 1, 1))
 
     def take(self, *, fresh: bool) -> Child:
         """A process that is up and belongs to the caller: one that was given back, or a `fresh`
@@ -110,6 +111,9 @@ class Processes:
     def _start(self) -> Child:
         return Child(self._session, (self.device,))
 
+    def _start_compiler(self) -> Child:
+        return Child(self._session, (self.device, False))
+
 
 class Compilers:
     """Children that compile ahead, beside the one that times. What fails here is nobody's fault
@@ -117,20 +121,25 @@ class Compilers:
 
     def __init__(self, start: Callable[[], Child], count: int) -> None:
         self._start = start
-        self._count = count
+        self.count = count
         self._queues: dict[Child, list[tuple[Problem, Candidate]]] = {}
 
     def submit(self, problem: Problem, candidate: Candidate) -> None:
-        if len(self._queues) < self._count:
+        if len(self._queues) < self.count:
             self._queues[self._start()] = []
         child = min(self._queues, key=lambda c: len(self._queues[c]))
         child.send("precompile", problem, candidate)
         self._queues[child].append((problem, candidate))
 
-    def wait_for(self, problem: Problem, candidate: Candidate, patience: float) -> None:
-        """Until it is compiled, if it was submitted."""
+    def wait_for(
+        self, problem: Problem, candidate: Candidate, patience: float, until: float
+    ) -> bool:
+        """Until it is compiled, if it was submitted, but not past `until` (time.perf_counter).
+        Whether that was enough."""
         for child, queue in list(self._queues.items()):
             while (problem, candidate) in queue:
+                if until < math.inf and not child.answers_within(until - time.perf_counter()):
+                    return False
                 try:
                     child.wait_until_up(_START_PATIENCE)
                     child.receive(patience)
@@ -140,6 +149,7 @@ class Compilers:
                 except Exception:  # noqa: BLE001 - told where the candidate is checked
                     pass
                 queue.pop(0)
+        return True
 
     def close(self) -> None:
         for child in self._queues:
@@ -160,6 +170,7 @@ class IsolatedBench:
         self._prepared: dict[Candidate, Measurement] = {}
         # A CPU that compiles is no CPU to time on.
         self.compiles_ahead = processes.device.type == "cuda"
+        self.compilers = processes.compilers.count
         self.fresh_seconds = 0.0
         self._open(reference=True, fresh=False)
 
@@ -170,9 +181,14 @@ class IsolatedBench:
             if isinstance(BACKENDS[candidate.backend], Precompiles):
                 self._processes.compilers.submit(self._group.main, candidate)
 
+    def compiled(self, candidate: Candidate, until: float) -> bool:
+        return candidate in self._prepared or self._processes.compilers.wait_for(
+            self._group.main, candidate, self._patience, until
+        )
+
     def prepare(self, candidate: Candidate) -> Measurement:
         if candidate not in self._prepared:
-            self._processes.compilers.wait_for(self._group.main, candidate, self._patience)
+            self.compiled(candidate, math.inf)
             self._prepared[candidate] = self._checked("prepare", candidate)
         return self._prepared[candidate]
 

@@ -115,6 +115,10 @@ class Child:
             raise answer
         raise ChildFailed("failed", answer, self._end())
 
+    def answers_within(self, seconds: float) -> bool:
+        """Whether there is something to receive by then, if only that the child is gone."""
+        return not self._open or self._connection.poll(max(seconds, 0.0))
+
     def wait_until_up(self, patience: float) -> None:
         """Until the target exists. Raises what its making raised, and ChildFailed."""
         if not self._up:

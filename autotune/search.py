@@ -21,7 +21,8 @@ from flashmoe.timing import Measurement
 
 # Candidates timed together; between batches the sampler learns.
 BATCH = 6
-# Batches that are asked for, to be compiled, by the time one is timed.
+# Batches that are asked for, to be compiled, by the time one is timed; more where that would leave
+# compilers idle.
 _AHEAD = 3
 # The first look at a candidate lasts about this long, within these limits in rounds.
 _FIRST_SECONDS = 0.15
@@ -113,8 +114,12 @@ class _Walk:
         self._race = Race(bench, anchor)
         self._known: dict[Tile, Trial] = {}
         self._prepare_seconds: dict[str, float] = {}
+        # What this process has prepared: asked again, that costs nothing.
+        self._checked = {anchor}
         self._pending: list[tuple[Tile, optuna.Trial]] = []
         self._sampler = ""
+        # Whether the next tile takes longer than there is time.
+        self._spent = False
         self._race.look([anchor], rounds=3, max_seconds=self._left())
         self._rounds = _first_rounds(self._race.sample_seconds)
 
@@ -150,7 +155,7 @@ class _Walk:
             self._watch(list(self._known.values()), self._limit)
             if len(self._known) >= self._limit:
                 return "all tiles tried" if self._limit == len(self._space) else "--trials reached"
-            if self._late():
+            if self._late() or self._spent:
                 return "--budget reached"
             wanted = self._wanted or ("brute" if self._all_fit() else "model")
             if wanted != name:
@@ -160,18 +165,24 @@ class _Walk:
                 return "no better tile for long"
             if not self._ask():
                 return "all tiles tried or in flight"
+            # Those that are compiled first: the others go on compiling meanwhile.
+            now = self._bench.now()
+            self._pending.sort(key=lambda x: not self._bench.compiled(Candidate.of_tile(x[0]), now))
             batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
             self._try(batch)
 
     def _ask(self) -> bool:
         """Fill the pending trials: a batch, and the next ones where they can be compiled meanwhile.
         Whether there are any."""
-        ahead = _AHEAD if self._bench.compiles_ahead else 1
+        depth = BATCH
+        if self._bench.compiles_ahead:
+            depth = max(_AHEAD * BATCH, self._bench.compilers + 2 * BATCH)
         left = self._limit - len(self._known) - self._record.running()
         if others := self._record.others():
-            # Leave them their share, and keep the last ones small: all shall end together.
-            left = -(-left // (2 * (others + 1)))
-        for _ in range(min(ahead * BATCH - len(self._pending), left)):
+            # Leave them their share, and keep the last ones small: all shall end together. Not
+            # smaller than that takes, for the anchor is timed along with every batch.
+            left = -(-2 * left // (3 * (others + 1)))
+        for _ in range(min(depth - len(self._pending), left)):
             asked = self._record.ask()
             if asked is None:
                 break
@@ -189,7 +200,16 @@ class _Walk:
                 if self._late() or self._left() < self._race.cost(len(ready) + 1, 2):
                     break
                 candidate = Candidate.of_tile(tile)
+                # Neither a slow compiler nor a slow check goes on at the second look's expense.
+                until = self._bench.now() + self._left() - _SECOND_SHARE * self._seconds
+                expected = self._prepare_seconds.get(tile.kernel, 0.0)
+                if self._bench.now() + expected > until or not self._bench.compiled(
+                    candidate, until
+                ):
+                    self._spent = True
+                    break
                 prepared = self._bench.prepare(candidate)
+                self._checked.add(candidate)
                 took = self._prepare_seconds[tile.kernel] = prepared.samples[0]
                 if prepared.status == "ok":
                     ready[candidate] = took
@@ -268,8 +288,23 @@ class _Walk:
         return self._prepared(self._race.contenders(CONTENDERS))
 
     def _prepared(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that this process has checked or, if another did, finds right as well."""
-        return [c for c in candidates if self._bench.prepare(c).status == "ok"]
+        """Those that this process has checked or, if another did, finds right as well while there
+        is time."""
+        unknown = [c for c in candidates if c not in self._checked]
+        self._bench.precompile(unknown)
+        found = []
+        for candidate in candidates:
+            tile = candidate.tile
+            expected = self._prepare_seconds.get(tile.kernel, 0.0) if tile else 0.0
+            until = self._bench.now() + self._left()
+            if candidate in unknown and (
+                expected > self._left() or not self._bench.compiled(candidate, until)
+            ):
+                continue
+            self._checked.add(candidate)
+            if self._bench.prepare(candidate).status == "ok":
+                found.append(candidate)
+        return found
 
     def _left(self) -> float:
         return self._deadline - self._bench.now()

@@ -23,10 +23,12 @@ def tune(
     watch: Watch,
     now: Callable[[], float],
     make_bench: MakeBench,
+    spent: float = 0.0,
 ) -> Iterator[Result]:
     """Results as they come, the cheapest group first: the time it leaves goes to the others, and
-    its winner is tried early by them. `now` is the clock of the budget."""
-    deadline = now() + options.budget
+    its winner is tried early by them. `now` is the clock of the budget, of which `spent` seconds
+    are gone already."""
+    deadline = now() + options.budget - spent
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
     found: dict[str, Entry] = {}
@@ -37,9 +39,8 @@ def tune(
         rest = order[number:]
         total = sum(other.cost for other in rest)
         share = (group.cost / total + 1 / len(rest)) / 2
-        result = _tune_one(
-            group, place, options, watch, found, start + (deadline - start) * share, make_bench
-        )
+        mine = start + (deadline - start) * share
+        result = _tune_one(group, place, options, watch, found, mine, now, make_bench)
         result = dataclasses.replace(result, elapsed=now() - start)
         if result.best is not None:
             found[group.main.bucket] = result.entry(place.fingerprint, "")
@@ -54,10 +55,13 @@ def _tune_one(
     watch: Watch,
     found: Mapping[str, Entry],
     deadline: float,
+    now: Callable[[], float],
     make_bench: MakeBench,
 ) -> Result:
     bench: Bench | None = None
     try:
+        if now() >= deadline:
+            raise Unmeasurable("the budget was spent before its turn; raise --budget")
         watch.stage("computing the reference")
         try:
             bench = make_bench(group)

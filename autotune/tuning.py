@@ -71,6 +71,8 @@ class Tuning:
         self._bench = bench
         self._deadline = deadline
         self._sample_seconds = 0.0
+        # What the last check of odd sizes took.
+        self._verify_seconds = 0.0
         self._late: dict[Tile, Measurement] = {}
         self._began = time.time() if options.helping is None else options.helping
         self._record: Record | None = None
@@ -103,6 +105,7 @@ class Tuning:
         wanted = final.seconds_wanted(
             self._sample_seconds, FINALISTS + 4, self._bench.fresh_seconds
         )
+        wanted += FINALISTS * self._verify_seconds
         left = self._left()
         found = self._search(left - min(wanted, left * _FINAL_SHARE), fresh)
         self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
@@ -143,7 +146,13 @@ class Tuning:
         if candidate == SDPA:
             return Measurement("ok")
         prepared = self._bench.prepare(candidate)
-        return self._bench.verify(candidate) if prepared.status == "ok" else prepared
+        return self._verified(candidate) if prepared.status == "ok" else prepared
+
+    def _verified(self, candidate: Candidate) -> Measurement:
+        start = self._bench.now()
+        verified = self._bench.verify(candidate)
+        self._verify_seconds = self._bench.now() - start
+        return verified
 
     def _left(self) -> float:
         return max(self._deadline - self._bench.now(), 0.0)
@@ -248,10 +257,14 @@ class Tuning:
     def _finalists(self, contenders: Sequence[Candidate], count: int) -> list[Candidate]:
         """The fastest contenders that also pass the check with odd sizes and guarded memory."""
         finalists: list[Candidate] = []
+        # What the shortest final of them all takes, which has no use without it.
+        least = final.seconds_needed(self._sample_seconds) * (count + 4)
         for candidate in contenders:
             if len(finalists) == count:
                 break
-            verified = self._bench.verify(candidate)
+            if self._verify_seconds + least > self._left():
+                break
+            verified = self._verified(candidate)
             if verified.status == "ok":
                 finalists.append(candidate)
             elif candidate.tile is not None:

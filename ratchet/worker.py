@@ -21,7 +21,7 @@ import torch
 import flashmoe
 from flashmoe import device as devices
 from flashmoe.plan import make_plan
-from flashmoe.ratchet.quiet import measure_quietly
+from flashmoe.quiet import measure_quietly
 from flashmoe.ratchet.slow import delayed
 from flashmoe.ratchet.suite import Case, parse
 from flashmoe.ratchet.telemetry import Watch

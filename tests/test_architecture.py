@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"cache", "nvml", "problem", "reference", "stats", "timing", "tuned"},
-            {"tiles"},
+            {"quiet", "tiles"},
             {"_extension"},
             {"device"},
             {"backends", "database", "shapes"},

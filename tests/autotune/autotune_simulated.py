@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -49,6 +50,9 @@ class SimulatedBench:
         ragged: Mapping[str, str] | None = None,
         broken_at: Mapping[str, str] | None = None,
         compiles_ahead: bool = False,
+        compile_seconds: float = 0.0,
+        verify_seconds: float = 0.0,
+        fresh: float = 0.0,
     ) -> None:
         self.seconds = seconds
         self.noise = noise
@@ -63,15 +67,32 @@ class SimulatedBench:
         self.timed: dict[str, int] = {}
         self.drift = 1.0
         self.fresh_processes = 0
-        self.compiled: list[str] = []
+        self.submitted: list[str] = []
         self.compiles_ahead = compiles_ahead
+        self.compilers = 1
+        # When each tile is compiled; one compiler works through them.
+        self.compile_seconds = compile_seconds
+        self.compiled_at: dict[str, float] = {}
+        self.verify_seconds = verify_seconds
+        self._fresh = fresh
+        # As IsolatedBench, which learns from the first process it starts.
         self.fresh_seconds = 0.0
 
     def precompile(self, candidates: Sequence[Candidate]) -> None:
-        self.compiled += map(str, candidates)
+        for name in map(str, candidates):
+            self.submitted.append(name)
+            begin = max([self.clock, *self.compiled_at.values()])
+            self.compiled_at.setdefault(name, begin + self.compile_seconds)
+
+    def compiled(self, candidate: Candidate, until: float) -> bool:
+        there = self.compiled_at.get(str(candidate), self.clock)
+        self.clock = max(self.clock, min(there, until))
+        return there <= until
 
     def refresh(self) -> None:
         self.fresh_processes += 1
+        self.clock += self._fresh
+        self.fresh_seconds = self._fresh
 
     def wait(self, seconds: float) -> None:
         self.clock += seconds
@@ -82,6 +103,7 @@ class SimulatedBench:
     def prepare(self, candidate: Candidate) -> Measurement:
         name = str(candidate)
         if name not in self.prepared:
+            self.compiled(candidate, math.inf)
             self.prepared.append(name)
             self.clock += self.prepare_seconds
         cost = (self.prepare_seconds,)
@@ -92,6 +114,7 @@ class SimulatedBench:
         return Measurement("ok", cost)
 
     def verify(self, candidate: Candidate) -> Measurement:
+        self.clock += self.verify_seconds
         name = str(candidate)
         if name in self.ragged:
             return Measurement("wrong", (0.0,), self.ragged[name])

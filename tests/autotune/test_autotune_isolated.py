@@ -125,3 +125,13 @@ def test_a_helper_searches_and_decides_nothing(tmp_path: Path) -> None:
     assert study.study_name.startswith(f"flashmoe/{PROBLEM.label}/")
     assert study.n_trials == 2
     assert "finished" not in study.user_attrs
+
+
+def test_a_compiler_is_waited_for_no_longer_than_there_is_time(processes: Processes) -> None:
+    compilers = processes.compilers
+    assert compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter())  # never asked for
+    compilers.submit(PROBLEM, GOOD)
+    # A process takes longer than this to start.
+    assert not compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter())
+    assert compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter() + 60.0)
+    assert compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter())

@@ -135,3 +135,32 @@ def test_progress_is_told() -> None:
     assert seen[0] == (0, len(GRID))
     assert seen[-1] == (len(GRID), len(GRID))
     assert [count for count, _ in seen] == sorted(count for count, _ in seen)
+
+
+def test_what_is_compiled_is_timed_before_what_is_not() -> None:
+    class Stuck(SimulatedBench):
+        """The tile that is asked for second compiles until 5 s."""
+
+        def precompile(self, candidates):  # type: ignore[no-untyped-def]
+            for candidate in candidates:
+                self.submitted.append(str(candidate))
+                self.compiled_at[str(candidate)] = 5.0 if len(self.submitted) == 2 else self.clock
+
+    bench = Stuck(bowl(BEST), compiles_ahead=True)
+    run(bench)
+    assert bench.prepared.index(bench.submitted[1]) >= 17
+
+
+def test_every_compiler_has_work() -> None:
+    bench = SimulatedBench(bowl(BEST), compiles_ahead=True)
+    bench.compilers = 15
+    most = 0
+
+    def waiting(candidate: Candidate) -> float:
+        nonlocal most
+        most = max(most, len(bench.submitted) - len(bench.prepared))
+        return bowl(BEST)(candidate)
+
+    bench.seconds = waiting
+    run(bench)
+    assert most >= 15

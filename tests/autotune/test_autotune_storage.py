@@ -59,6 +59,59 @@ class SlowBench(SimulatedBench):
         time.sleep(seconds)
 
 
+class Turns:
+    """One simulated clock a worker. A worker goes on when no other is behind it, so that what each
+    finds in the study, and when all are done, depends on simulated time alone."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self._changed = context.Condition()
+        self.clocks = context.Array("d", count, lock=False)
+        self._done = context.Array("b", count, lock=False)
+
+    def advance(self, worker: int, clock: float) -> None:
+        with self._changed:
+            self.clocks[worker] = clock
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._next() == worker, timeout=120)
+
+    def finish(self, worker: int) -> None:
+        with self._changed:
+            self._done[worker] = True
+            self._changed.notify_all()
+
+    def _next(self) -> int:
+        """The worker that is furthest behind, of equals the first."""
+        return min(
+            (number for number, done in enumerate(self._done) if not done),
+            key=lambda number: self.clocks[number],
+        )
+
+
+class TurnBench(SimulatedBench):
+    """Takes simulated time only, turn by turn with the other workers."""
+
+    def __init__(self, turns: Turns, worker: int) -> None:
+        super().__init__(bowl(BEST, step=0.05), seed=worker, prepare_seconds=0.01)
+        self._turns = turns
+        self._worker = worker
+        turns.advance(worker, 0.0)
+
+    def prepare(self, candidate):  # type: ignore[no-untyped-def]
+        measured = super().prepare(candidate)
+        self._turns.advance(self._worker, self.clock)
+        return measured
+
+    def measure(self, candidates, **options):  # type: ignore[no-untyped-def]
+        measured = super().measure(candidates, **options)
+        self._turns.advance(self._worker, self.clock)
+        return measured
+
+    def wait(self, seconds: float) -> None:
+        super().wait(seconds)
+        self._turns.advance(self._worker, self.clock)
+
+
 def run(
     where: str,
     bench: SimulatedBench,
@@ -82,17 +135,26 @@ def run(
     )
 
 
-def in_process(where: str, cost: float, seed: int, space: Space = SPACE) -> int:
+def in_process(
+    where: str,
+    cost: float,
+    seed: int,
+    space: Space = SPACE,
+    turns: Turns | None = None,
+) -> int:
     """Search in a forked process, which has all modules already; returns its PID."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            run(where, SlowBench(cost, seed), seed, contend=False, space=space)
+            bench = TurnBench(turns, seed) if turns else SlowBench(cost, seed)
+            run(where, bench, seed, contend=False, space=space)
             code = 0
         except Exception:  # noqa: BLE001 - told by the exit code
             traceback.print_exc()
         finally:
+            if turns:
+                turns.finish(seed)
             os._exit(code)
     return pid
 
@@ -332,31 +394,33 @@ def _clean(url: str) -> None:
     engine.dispose()
 
 
-def _workers(url: str, count: int, cost: float) -> tuple[Counter[str], list[int]]:
-    """How many samples each of `count` workers took for one study, all of which cost the same, and
-    the workers' exit codes."""
+def _workers(url: str, count: int) -> list[float]:
+    """When each of `count` workers was done with one study, in simulated seconds."""
     _clean(url)
-    study = open_study(open_storage(url), "study", {})
-    pids = [in_process(url, cost, number, WIDE) for number in range(count)]
+    open_study(open_storage(url), "study", {})
+    turns = Turns(count)
+    pids = [in_process(url, 0.0, number, WIDE, turns) for number in range(count)]
     codes = [os.waitpid(pid, 0)[1] for pid in pids]
-    samples: Counter[str] = Counter()
-    for trial in study.trials:
-        taken = trial.user_attrs["outcome"].get("samples", ())
-        samples[trial.user_attrs["worker"]["name"]] += len(taken)
-    return samples, codes
+    assert codes == [0] * count
+    return list(turns.clocks)
 
 
 def test_three_workers_share_a_study_in_postgresql(postgres: str) -> None:
-    cost = 0.1
-    alone, codes = _workers(postgres, 1, cost)
-    assert codes == [0]
-    together, codes = _workers(postgres, 3, cost)
+    (alone,) = _workers(postgres, 1)
+    together = _workers(postgres, 3)
+    # The slowest worker decides when all are done.
+    assert alone / max(together) >= 2.5
+    found = Counter(finished(postgres, WIDE))
+    assert set(found) == set(WIDE.tiles)
+    assert max(found.values()) == 1
+
+
+def test_workers_that_run_at_the_same_moment_try_no_tile_twice(postgres: str) -> None:
+    _clean(postgres)
+    open_study(open_storage(postgres), "study", {})
+    pids = [in_process(postgres, 0.01, number, WIDE) for number in range(3)]
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
     assert codes == [0, 0, 0]
-    # What three take together is little more than one takes alone, whatever the machine does.
-    assert 3 * alone.total() / together.total() >= 2.5
-    # The slowest worker decides when all are done. Three share by who is free, which on two busy
-    # cores is not even: 2.45 was seen.
-    assert alone.total() / max(together.values()) >= 2.0
     found = Counter(finished(postgres, WIDE))
     assert set(found) == set(WIDE.tiles)
     assert max(found.values()) == 1
@@ -372,7 +436,8 @@ def test_a_worker_that_is_killed_costs_only_its_trials(postgres: str) -> None:
     os.kill(pids[0], signal.SIGKILL)
     codes = [os.waitpid(pid, 0)[1] for pid in pids]
     assert codes[1:] == [0, 0]
-    again = run(postgres, SimulatedBench(bowl(BEST)))
+    # The same true times as the workers': samples of both are joined.
+    again = run(postgres, SimulatedBench(bowl(BEST, step=0.05)))
     assert {trial.tile for trial in again.trials} == set(GRID)
     assert max(Counter(finished(postgres)).values()) == 1
     assert again.contenders[0].tile == BEST

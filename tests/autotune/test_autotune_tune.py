@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
+from optuna.storages import InMemoryStorage
 
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.place import Options, Place
@@ -220,3 +221,58 @@ def test_the_suite_keeps_its_budget(budget: float) -> None:
     assert all(result.best for result in results)
     assert clock.clock <= budget * 1.1
     assert [r.problem.flops for r in results] == sorted(p.flops for p in CPU_SUITE)
+
+
+# Seconds that one step takes, in a budget of 20.
+SLOW = {
+    "a slow check": {"prepare_seconds": 1.5},
+    "a slow compiler": {"compiles_ahead": True, "compile_seconds": 3.0},
+    "a hopeless compiler": {"compiles_ahead": True, "compile_seconds": 100.0},
+    "slow finalists": {"verify_seconds": 5.0},
+    "slow processes": {"fresh": 9.0},
+    "all of it": {
+        "prepare_seconds": 0.5,
+        "compiles_ahead": True,
+        "compile_seconds": 2.0,
+        "verify_seconds": 1.0,
+        "fresh": 3.0,
+    },
+}
+
+
+@pytest.mark.parametrize("slow", SLOW)
+@pytest.mark.parametrize("problems", [1, 4])
+def test_no_stage_ignores_the_budget(slow: str, problems: int) -> None:
+    clock = SimulatedBench(bowl(BEST, floor=0.03), **SLOW[slow])  # type: ignore[arg-type]
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE[:problems])
+    budget = 20.0 * problems
+    results = list(
+        tune(groups, Place(CPU, HERE), Options(budget=budget), Watch(), clock.now, lambda _: clock)
+    )
+    assert len(results) == problems
+    assert clock.clock <= budget * 1.1
+    assert all(result.best for result in results)
+
+
+def test_what_other_workers_found_is_compiled_within_the_budget() -> None:
+    storage = InMemoryStorage()
+    first = SimulatedBench(bowl(BEST))
+    place = Place(CPU, HERE, storage=storage)
+    list(tune([GROUP], place, Options(helping=0.0), Watch(), first.now, lambda _: first))
+    bench = SimulatedBench(bowl(BEST), compiles_ahead=True, compile_seconds=6.0)
+    (result,) = tune([GROUP], place, Options(budget=20.0), Watch(), bench.now, lambda _: bench)
+    assert bench.submitted
+    assert bench.clock <= 22.0
+    assert result.best is not None
+
+
+def test_what_was_spent_before_counts() -> None:
+    bench = SimulatedBench(bowl(BEST, floor=0.05))
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    place, options = Place(CPU, HERE), Options(budget=20.0)
+    list(tune(groups, place, options, Watch(), bench.now, lambda _: bench, spent=10.0))
+    assert bench.clock <= 11.0
+    late = list(tune(groups, place, options, Watch(), bench.now, lambda _: bench, spent=20.0))
+    assert {result.reason for result in late} == {
+        "the budget was spent before its turn; raise --budget"
+    }

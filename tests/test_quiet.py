@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 
-from flashmoe.ratchet import quiet
+from flashmoe import quiet
 from flashmoe.timing import Measurement
 
 CPU = torch.device("cpu")
@@ -81,6 +81,22 @@ def test_a_failure_is_passed_on() -> None:
     )
     assert measured["ours"].status == "failed"
     assert "boom" in measured["ours"].reason
+    # The others go on.
+    assert (measured["sdpa"].status, len(measured["sdpa"].samples)) == ("ok", 2)
+
+
+def test_time_that_is_up_ends_the_attempts(rounds: list[int]) -> None:
+    measured, disturbed = quiet.measure_quietly(
+        {"ours": lambda: None},
+        CPU,
+        rounds=9,
+        warmup=0,
+        seed=0,
+        delay=clock(900),
+        max_seconds=0.0,
+    )
+    assert measured["ours"].samples == (1.0,)
+    assert disturbed == 1.0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the scheduler tells its delays on Linux")

@@ -43,33 +43,64 @@ def measure_quietly(
     warmup: int,
     seed: int,
     delay: Callable[[], float | None] = run_delay,
+    max_seconds: float | None = None,
     after_round: Callable[[], None] | None = None,
+    before_sample: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Measurement], float]:
     """`timing.measure`, and the share of its rounds that were disturbed: 0 unless fewer than
-    `rounds` of twice as many attempts were quiet, in which case the least disturbed make up for
-    the rest. Rounds are kept or replaced whole, so samples stay paired. `after_round` is called on
-    CUDA only, where the rounds that are taken are those that are kept."""
+    `rounds` of twice as many attempts (or of those that `max_seconds` allow) were quiet, in which
+    case the least disturbed make up for the rest. Rounds are kept or replaced whole, so samples
+    stay paired. A candidate that fails keeps no samples. `after_round` is called on CUDA only,
+    where the rounds that are taken are those that are kept."""
     if device.type != "cpu" or delay() is None:
         measured = measure(
-            candidates, device, rounds=rounds, warmup=warmup, seed=seed, after_round=after_round
+            candidates,
+            device,
+            rounds=rounds,
+            warmup=warmup,
+            seed=seed,
+            max_seconds=max_seconds,
+            after_round=after_round,
+            before_sample=before_sample,
         )
         return measured, 0.0
+    end = None if max_seconds is None else time.perf_counter() + max_seconds
     if warmup:
-        measure(candidates, device, rounds=1, warmup=warmup - 1, seed=seed)
+        measure(
+            candidates,
+            device,
+            rounds=1,
+            warmup=warmup - 1,
+            seed=seed,
+            before_sample=before_sample,
+        )
+    failed: dict[str, Measurement] = {}
     taken: list[tuple[float, dict[str, Measurement]]] = []
     for number in range(_ATTEMPTS * rounds):
+        alive = {name: call for name, call in candidates.items() if name not in failed}
         before, start = delay() or 0.0, time.perf_counter()
-        measured = measure(candidates, device, rounds=1, warmup=0, seed=seed + number)
-        if any(m.status != "ok" for m in measured.values()):
-            return measured, 0.0
+        measured = measure(
+            alive,
+            device,
+            rounds=1,
+            warmup=0,
+            seed=seed + number,
+            before_sample=before_sample,
+        )
         waited = max((delay() or 0.0) - before - _WAKING, 0.0)
+        failed |= {name: m for name, m in measured.items() if m.status != "ok"}
+        if len(failed) == len(candidates):
+            return failed, 0.0
         taken.append((waited / (time.perf_counter() - start), measured))
         if sum(share <= _DISTURBED for share, _ in taken) == rounds:
+            break
+        if end is not None and time.perf_counter() >= end:
             break
     quietest = sorted(range(len(taken)), key=lambda i: taken[i][0])[:rounds]
     kept = [taken[i] for i in sorted(quietest)]
     joined = {
         name: Measurement("ok", tuple(x for _, m in kept for x in m[name].samples))
         for name in candidates
+        if name not in failed
     }
-    return joined, sum(share > _DISTURBED for share, _ in kept) / rounds
+    return joined | failed, sum(share > _DISTURBED for share, _ in kept) / len(kept)

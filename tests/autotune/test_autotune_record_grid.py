@@ -1,0 +1,114 @@
+"""The recording of a grid: what it compiles, what it writes, and that time running out spoils
+nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from autotune_replay import load
+
+from flashmoe.backends import jit
+from flashmoe.problem import Problem
+from flashmoe.tiles import Tile
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "record_grid.py"
+SMALL = (Problem(1, 2, 2, 64, 64, 16, "float32"), Problem(1, 2, 2, 96, 96, 16, "float32"))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("record_grid", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Where the compiling processes find what they are sent.
+    monkeypatch.setitem(sys.modules, "record_grid", module)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "CPU_PROBLEMS", SMALL)
+    monkeypatch.setattr(module, "CPU_AXES", {"block_m": (32, 48), "block_n": (32,)})
+    monkeypatch.setattr("flashmoe.backends.cpu.CpuBackend.tiles", lambda *_: [Tile("cpu", 64, 64)])
+    return module
+
+
+def test_what_is_compiled_is_legal_shared_and_fits_the_time(script: ModuleType) -> None:
+    wanted = script.kernels(script.GPU_PROBLEMS, script.HOPPER)
+    for problem, targets in wanted.items():
+        assert len(set(targets)) == len(targets) >= 20
+        for target in targets:
+            assert not target.tile.violations(script.HOPPER, problem)
+            for axis, values in script.SM90_AXES.items():
+                assert getattr(target.tile, axis) in values
+    everything = {target for targets in wanted.values() for target in targets}
+    assert len(everything) < sum(map(len, wanted.values())) / 2
+    # 8 s of a core each, on 16 cores.
+    assert len(everything) * 8 / 16 <= 180
+
+
+def test_a_whole_run_is_what_the_replay_reads(script: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "grid.json"
+    assert script.main(["--output", str(output), "--device", "cpu", "--seconds", "1000"]) == 0
+    found = load(output)
+    assert [grid.problem for grid in found] == list(SMALL)
+    for grid in found:
+        tiles = {str(Tile("cpu", m, n)) for m, n in ((64, 64), (32, 32), (48, 32))}
+        assert set(grid.samples) == tiles | {"sdpa", str(grid.default)}
+        assert all(len(samples) == script.ROUNDS >= 30 for samples in grid.samples.values())
+
+
+def test_when_time_runs_out_whole_problems_come_first(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = script.record
+    monkeypatch.setattr(script, "BATCH", 1)
+
+    def record(problem: Problem, processes: object, deadline: float) -> dict[str, object]:
+        # The first problem meets the deadline before its first tile.
+        row: dict[str, object] = real(problem, processes, 0.0 if problem == SMALL[0] else deadline)
+        return row
+
+    monkeypatch.setattr(script, "record", record)
+    output = tmp_path / "grid.json"
+    assert script.main(["--output", str(output), "--device", "cpu", "--seconds", "1000"]) == 0
+    rows = json.loads(output.read_text())["problems"]
+    assert [row["complete"] for row in rows] == [True, False]
+    assert [grid.problem for grid in load(output)] == [SMALL[1]]
+    assert script.main(["--output", str(output), "--device", "cpu", "--seconds", "0"]) == 0
+    assert load(output) == []
+
+
+def test_kernels_are_compiled_without_a_gpu(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        """#!/bin/sh
+[ "$1" = --version ] && echo V13.0.88 && exit
+while [ "$1" != -o ]; do shift; done
+echo code > "$2"
+echo x >> "$LOG"
+"""
+    )
+    nvcc.chmod(0o755)
+    log = tmp_path / "log"
+    for name, value in {
+        "CUDA_HOME": nvcc.parents[1],
+        "FLASHMOE_COMPILER": "nvcc",
+        "FLASHMOE_CACHE_DIR": tmp_path / "cache",
+        "LOG": log,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    jit._compiler.cache_clear()
+    few = script.GPU_PROBLEMS[:1]
+    monkeypatch.setattr(script, "GPU_PROBLEMS", few)
+    targets = script.kernels(few, script.HOPPER)[few[0]]
+    for _ in range(2):  # the second time all are there
+        assert script.main(["--compile-only"]) == 0
+        assert all(jit.is_cached(target) for target in targets)
+        assert log.read_text().count("x") == len(targets)
