@@ -245,8 +245,10 @@ def test_the_accelerator_is_used_only_where_it_can_read() -> None:
     assert not can_use_tma(x.float())
 
 
+# In parts that run beside each other: on a GPU most of the time is Triton's compiler's.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @settings(
-    max_examples=10 if not ON_GPU else 100,
+    max_examples=4 if not ON_GPU else 12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -258,7 +260,6 @@ def test_the_accelerator_is_used_only_where_it_can_read() -> None:
     seqlen_q=st.integers(1, 50),
     seqlen_kv=st.integers(1, 50),
     head_dim=st.integers(1, 8).map(lambda n: 8 * n),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     causal=st.booleans(),
     tile=st.sampled_from([(16, 16), (32, 16), (32, 32), (64, 32)]),
     use_tma=st.booleans(),

@@ -35,7 +35,13 @@ DEVICE = torch.device("cuda", 0)
 SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
 # By the head dimension from which on they are tried.
 TILES = {
-    16: ("256x64-stages4-q2", "192x128-stages2-q1", "192x112-stages3-q1", "128x128-stages2-q2"),
+    16: (
+        "256x64-stages4-q2",
+        "256x64-stages4-q1",
+        "192x128-stages2-q1",
+        "192x112-stages3-q1",
+        "128x128-stages2-q2",
+    ),
     65: ("192x112-stages2-q1", "192x112-stages3-q1", "192x96-stages2-q2", "128x128-stages2-q2"),
     97: ("192x96-stages2-q1", "192x80-stages3-q1", "192x64-stages3-q2", "128x128-stages2-q2"),
     129: ("128x112-stages2-q1", "128x96-stages2-q1", "128x80-stages2-q1"),

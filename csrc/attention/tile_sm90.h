@@ -46,9 +46,11 @@ struct Sm90Tile {
   constexpr int wgmma_registers() const {
     return (head_dim > block_n ? head_dim : block_n) / 2 + 30;
   }
-  // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest.
+  // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest, which is more
+  // with the exponential's polynomial and with long rows of O.
   constexpr int needed_registers() const {
-    return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 + 4 : 0) + 28;
+    return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 + 4 : 0) +
+           (exp2_fma > 0 || head_dim > 128 ? 32 : 28);
   }
 };
 

@@ -24,7 +24,8 @@ _SM90_DEFAULTS = tuple(
     for head_dim, tile, causal, min_seqlen_q in (
         (64, "192x128-stages2-q1-pingpong", True, 1025),
         (64, "192x128-stages2-q1-pingpong", False, 3073),
-        (64, "256x64-stages4-q2-pingpong", None, 0),
+        (64, "256x64-stages4-q1-pingpong", True, 0),
+        (64, "256x64-stages4-q2-pingpong", False, 0),
         (96, "192x112-stages2-q1-pingpong", None, 1025),
         (96, "128x128-stages2-q2-pingpong", None, 0),
         (128, "192x80-stages3-q1-pingpong", None, 1025),

@@ -10,9 +10,10 @@ from flashmoe.problem import Problem
 if TYPE_CHECKING:
     from flashmoe.tiles.tile import Arch, Tile
 
-# Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer.
-# benchmarks/hopper/check_tiles.py compares this and the next with the compiler.
-_OTHER_REGISTERS = 28
+# Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer; and as
+# many with the exponential's polynomial or long rows of O. benchmarks/hopper/check_tiles.py compares
+# these and the next with the compiler.
+_OTHER_REGISTERS, _MORE_REGISTERS = 28, 32
 # What ptxas asks for besides the accumulators to compile one wgmma at all.
 _WGMMA_REGISTERS = 30
 
@@ -38,7 +39,8 @@ def sm90_entry_registers(tile: Tile) -> int:
 def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
     """Registers that a consumer thread of the sm90 kernel needs for O, S, P, Q where it is kept
     there, and the rest; and those that setmaxnreg gives it."""
-    needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4 + _OTHER_REGISTERS
+    needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4
+    needed += _MORE_REGISTERS if tile.exp2_fma or head_dim > 128 else _OTHER_REGISTERS
     if tile.q_in_registers:
         needed += head_dim // 4 + 4
     consumers, entry = tile.block_m // 64, sm90_entry_registers(tile)
