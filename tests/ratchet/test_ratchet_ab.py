@@ -19,7 +19,8 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate import decide
 from flashmoe.ratchet.results import Results, slowed
 from flashmoe.ratchet.suite import parse
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.timing import Measurement
 
 NAME, OTHER, THIRD = synthetic.NAMES
 CPU = torch.device("cpu")
@@ -103,13 +104,17 @@ def no_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(builds, "build", lambda commit, folder: tmp_path / commit / "site")
 
 
-@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.05, 1)])
+@pytest.mark.parametrize(
+    ("factor", "options", "code"),
+    [(1.0, "", 0), (1.05, "", 0), (1.10, "", 1), (1.05, "--threshold-fail -3", 1)],
+)
 def test_ab_decides_as_the_gate_does(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     no_builds: None,
     capsys: pytest.CaptureFixture[str],
     factor: float,
+    options: str,
     code: int,
 ) -> None:
     base = synthetic.results(noise=0.002, processes=8)
@@ -117,7 +122,7 @@ def test_ab_decides_as_the_gate_does(
     fake = Fake(monkeypatch, ab, base, head)
     command = ["ab", "--base", "main", "--device", "cpu", "--output", str(tmp_path / "out")]
     targets = ["--profile-targets", str(tmp_path / "targets.txt")]
-    assert cli.main([*command, *targets, "--price-per-hour", "3.6"]) == code
+    assert cli.main([*command, *targets, "--price-per-hour", "3.6", *options.split()]) == code
     assert [source.folder for source in fake.sources] == [
         str(tmp_path / name / "site") for name in ("main", "tree")
     ]
@@ -168,7 +173,7 @@ def test_a_head_that_does_not_build_fails_and_a_base_is_bad_input(
 
 def outcome(same: Results, slow_run: Results, *expected: str) -> Outcome:
     base = synthetic.results(noise=0.002, processes=8)
-    first, second = (decide(run, base, Thresholds()) for run in (same, slow_run))
+    first, second = (decide(run, base, DEFAULTS["cuda"]) for run in (same, slow_run))
     return Outcome(first, second, frozenset(expected))
 
 
@@ -228,3 +233,25 @@ def test_a_worse_tile_is_a_real_one_and_slower() -> None:
         pytest.skip("no tile is slower here")
     assert found.factor > 1
     assert found.tile.startswith("cpu:")
+
+
+def test_a_tile_that_only_seems_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest factor is the unsteady tile's, whose interval reaches below what is asked."""
+
+    def measure(calls: Any, device: torch.device, *, rounds: int, **_: Any) -> Any:
+        planned, unsteady, steady, *others = calls
+        times = {
+            planned: [1.0],
+            unsteady: [0.9, 1.25, 1.3],
+            steady: [1.4],
+            **dict.fromkeys(others, [9.0]),
+        }
+        return {
+            name: Measurement("ok", tuple(x[i % len(x)] for i in range(rounds)))
+            for name, x in times.items()
+        }
+
+    monkeypatch.setattr(worse, "measure", measure)
+    found = worse.worse_tile(parse("fwd-b1-h2-s256-d64-float32"), CPU, 1.2)
+    assert found is not None
+    assert found.factor == pytest.approx(1.4)
