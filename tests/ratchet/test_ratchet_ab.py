@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +199,18 @@ def test_the_selftest_slows_one_case_and_says_what_it_sees(
 ) -> None:
     monkeypatch.setattr(selftest, "worse_tile", lambda *_: None)
     runs = [synthetic.results(noise=0.002, processes=8, seed=s) for s in (0, 30, 60)]
-    fake = Fake(monkeypatch, selftest, runs[0], runs[1], slowed(runs[2], NAME, 1.06))
-    command = ["selftest", "--device", "cpu", "--case", NAME, THIRD, "--slowdown", "6"]
+    fake = Fake(monkeypatch, selftest, runs[0], runs[1], slowed(runs[2], NAME, 1.12))
+    command = ["selftest", "--device", "cpu", "--case", NAME, THIRD]
     assert cli.main(command) == 0
     assert [source.job for source in fake.sources] == [
         {},
         {},
-        {"slow": {NAME: 6.0}, "options": {}},
+        {"slow": {NAME: 12.0}, "options": {}},
     ]
     out = capsys.readouterr().out
     assert f"selftest: the gate fails on {NAME}, and only there" in out
     assert "with 8 processes, a slowdown is seen 19 times of 20 from" in out
-    assert cli.main([*command[:-1], "0"]) == 2
+    assert cli.main([*command, "--slowdown", "0"]) == 2
 
 
 def test_a_delay_takes_the_share_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +240,8 @@ def test_a_tile_that_only_seems_slower_is_not_taken(monkeypatch: pytest.MonkeyPa
     """The smallest factor is the unsteady tile's, whose interval reaches below what is asked."""
 
     def measure(calls: Any, device: torch.device, *, rounds: int, **_: Any) -> Any:
-        planned, unsteady, steady, *others = calls
-        times = {
-            planned: [1.0],
-            unsteady: [0.9, 1.25, 1.3],
-            steady: [1.4],
-            **dict.fromkeys(others, [9.0]),
-        }
+        seconds = ([1.0], [0.9, 1.25, 1.3], [1.4])
+        times = dict(zip_longest(calls, seconds, fillvalue=[9.0]))
         return {
             name: Measurement("ok", tuple(x[i % len(x)] for i in range(rounds)))
             for name, x in times.items()

@@ -231,7 +231,7 @@ def test_a_folder_of_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["bench", "--device", "cuda:99"], "--device cuda:99 does not exist"),
         (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json"),
         (["selftest", "--device", "cpu", "--threshold-fail", "3"], "threshold-fail"),
-        (["gate", "absent.json", "--baseline", "x", "--threshold", "a"], "threshold must look"),
+        (["selftest", "--device", "cpu", "--threshold", "a"], "threshold must look"),
         (["gate", "absent.json", "--baseline", "x", "--confirm", "y"], "--confirm goes with --up"),
     ],
 )
