@@ -33,7 +33,8 @@ says why); 2 bad usage."""
 ROUNDS = {"cpu": 20, "cuda": 20}
 VISITS = {"cpu": 10, "cuda": 1}
 _WARMUP = {"cpu": 1, "cuda": 4}
-LEAST = {"cpu": 10, "cuda": 10}
+# With 16 processes that differ by 3 %, 8 % more time is proven in 19 of 20 gates over 13 cases.
+LEAST = {"cpu": 16, "cuda": 10}
 _MOST = {"cpu": 40, "cuda": 30}
 _PRECISION = {"cpu": 1.5, "cuda": 0.7}
 _BUDGET = {"cpu": 150.0, "cuda": 55.0}

@@ -1,6 +1,6 @@
 """False alarms and missed slowdowns of whole gates, from processes made up and recorded.
 
-Recorded processes are the files in data/: `python -m flashmoe.ratchet bench --processes 24 --output
+Recorded processes are the files in data/: `python -m flashmoe.ratchet bench --processes 36 --output
 tests/ratchet/data/DEVICE.json`. Two sides are drawn from them without a process in common.
 """
 
@@ -62,7 +62,6 @@ def test_synthetic_noise(spread: str) -> None:
 def test_recorded_processes(path: Path) -> None:
     recorded = load(path)
     assert len(recorded.cases) >= 12
-    assert min(len(case.ours.samples) for case in recorded.cases) >= 20
     thresholds, processes = DEFAULTS[recorded.kind], LEAST[recorded.kind]
     assert rates(recorded, thresholds, processes, GATES).alarmed <= 0.01
     slower = 1 - thresholds.fail / 100

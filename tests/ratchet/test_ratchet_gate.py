@@ -342,6 +342,13 @@ def test_a_fall_within_the_drift_of_all_yardsticks_is_a_busy_cpus_doing() -> Non
     assert verdicts(gate(on_cpu(slowed(run, NAME, 1.25)), base))[NAME] == FAIL
 
 
+def test_a_fall_clearly_beyond_the_yardsticks_movement_is_the_kernels_on_a_cpu_too() -> None:
+    run = slowed(sdpa_scaled(synthetic.results(), NAME, 0.95), NAME, 1.1 * 0.95)
+    assert verdicts(gate(on_cpu(run), on_cpu(synthetic.results())))[NAME] == FAIL
+    within = slowed(sdpa_scaled(synthetic.results(), NAME, 0.92), NAME, 1.1 * 0.92)
+    assert verdicts(gate(on_cpu(within), on_cpu(synthetic.results())))[NAME] == INCONCLUSIVE
+
+
 def test_when_every_yardstick_moved_nothing_was_judged() -> None:
     run = on_cpu(synthetic.results())
     for name in synthetic.NAMES:
