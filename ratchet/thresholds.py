@@ -45,7 +45,7 @@ class Thresholds:
         return f"{self.fail:+g} % / {self.improve:+g} %"
 
 
-# By the kind of device: what its noise supports, by the error rates of docs/ratchet.md.
+# By the kind of device. A CPU's processes differ more; what that means is in docs/ratchet.md.
 DEFAULTS = {"cuda": Thresholds(-3.0, 5.0), "cpu": Thresholds(-8.0, 8.0)}
 
 
