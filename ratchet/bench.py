@@ -29,13 +29,15 @@ THIS = Source("this")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`rounds` and `warmup` are of each process. A case is done when `least` processes have
-    measured it and the 95 % interval of its speedup reaches at most `precision` percent to either
-    side, or when `most` processes have. After `budget` seconds no process is started beyond
-    `least`."""
+    """`rounds` are of each process, which takes them in `visits` to the case with all other cases
+    in between, and runs `warmup` more before those of each visit. A case is done when `least`
+    processes have measured it and the 95 % interval of its speedup reaches at most `precision`
+    percent to either side, or when `most` processes have. After `budget` seconds no process is
+    started beyond `least`."""
 
     device: str
     rounds: int
+    visits: int
     warmup: int
     least: int
     most: int
@@ -45,7 +47,13 @@ class Settings:
     suite: str
 
     def __post_init__(self) -> None:
-        for name, lowest in (("rounds", 1), ("warmup", 0), ("least", 1), ("most", self.least)):
+        for name, lowest in (
+            ("rounds", 1),
+            ("visits", 1),
+            ("warmup", 0),
+            ("least", 1),
+            ("most", self.least),
+        ):
             if getattr(self, name) < lowest:
                 told = {"least": "processes", "most": "most processes"}.get(name, name)
                 raise UserError(f"{told} must be at least {lowest}, got {getattr(self, name)}")
@@ -61,6 +69,7 @@ class Settings:
             "device": self.device,
             "cases": names,
             "rounds": self.rounds,
+            "visits": self.visits,
             "warmup": self.warmup,
             "seed": self.seed + process,
             "first": process == 0,

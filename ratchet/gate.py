@@ -13,15 +13,15 @@ The rule, for each case:
   Yuen's t-test: a 95 % interval and one-sided p-values. Both files need MIN_PROCESSES processes.
 * The p-values of all cases are adjusted by Holm's method, so the chance of any false FAIL in a
   whole gate, whatever the number of cases, is below ALPHA.
-* PASS: the interval excludes a slowdown of the fail threshold (default 3 %).
+* PASS: the interval excludes a slowdown of the fail threshold (`thresholds.DEFAULTS`).
 * FAIL: it does not, and a slowdown is proven: the adjusted p-value of "did not get slower" is below
   ALPHA, and the change is larger than what same against same shows (`stats.effect_floor` of the
   baseline's processes). A kernel slower by exactly the threshold so fails in 39 of 40 gates, where
   asking for an estimate beyond the threshold would let every other one pass. A case that gave wrong
   results or did not run fails, too.
 * INCONCLUSIVE: it does not, and none is proven; says how many processes would do.
-* IMPROVED: the estimate is faster by more than the improve threshold (default 5 %), and proven so
-  in the same way.
+* IMPROVED: the estimate is faster by more than the improve threshold, and proven so in the same
+  way.
 * INTEGRITY: there is nothing to compare. The case is missing or extra, SDPA ran by another of its
   backends or not at all, or the GPU was throttled for more than MOST_THROTTLED of the rounds.
 
@@ -130,9 +130,7 @@ def decide(current: Results, baseline: Results, thresholds: Thresholds) -> Decis
     wrong = integrity.of_runs(current, baseline)
     reasons = integrity.of_cases(current, baseline)
     comparable = [(new[n], old[n]) for n in new if n in old and n not in reasons]
-    decided = {
-        v.name: v for v in _verdicts(comparable, thresholds, current.fingerprint.threads > 0)
-    }
+    decided = {v.name: v for v in _verdicts(comparable, thresholds, current.kind == "cpu")}
     verdicts = [
         decided.get(name) or Verdict(name, INTEGRITY, reasons[name], new.get(name), old.get(name))
         for name in [*new, *(name for name in old if name not in new)]

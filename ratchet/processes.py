@@ -113,7 +113,8 @@ def answers(
             for answer in process.answers({**job, "cases": left}):
                 if answer["event"] == "error":
                     raise UserError(f"a worker could not measure: {answer['reason']}")
-                current = answer["case"] if answer["event"] == "begin" else None
+                begun = answer["event"] in ("begin", "again")
+                current = answer["case"] if begun else None
                 if answer["event"] == "case":
                     left.remove(answer["case"])
                 yield answer

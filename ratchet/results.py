@@ -124,6 +124,11 @@ class Results:
     limits: Mapping[str, Limits]
     cases: tuple[CaseResult, ...] = field(default_factory=tuple)
 
+    @property
+    def kind(self) -> str:
+        """The kind of device: cpu or cuda."""
+        return "cpu" if self.fingerprint.threads else "cuda"
+
     def by_name(self) -> dict[str, CaseResult]:
         return {case.name: case for case in self.cases}
 

@@ -16,8 +16,8 @@ class Thresholds:
     `improve` 5 is its shrinking by a factor of 1.05. `cases` has (pattern, Thresholds) pairs, of
     which the last that matches a case's name replaces these."""
 
-    fail: float = -3.0
-    improve: float = 5.0
+    fail: float
+    improve: float
     cases: tuple[tuple[str, Thresholds], ...] = ()
 
     def __post_init__(self) -> None:
@@ -43,6 +43,10 @@ class Thresholds:
 
     def __str__(self) -> str:
         return f"{self.fail:+g} % / {self.improve:+g} %"
+
+
+# By the kind of device. A CPU's processes differ more; what that means is in docs/ratchet.md.
+DEFAULTS = {"cuda": Thresholds(-3.0, 5.0), "cpu": Thresholds(-8.0, 8.0)}
 
 
 def with_cases(fail: float, improve: float, texts: Sequence[str]) -> Thresholds:

@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ def main() -> int:
 
 
 def run(job: dict[str, Any], emit: Emit) -> None:
-    """`job`: device, cases (names), rounds, warmup, seed. `first` also checks correctness and
-    measures the device's limits. Optional, by case: `slow`, percent by which our calls are delayed,
-    and `options` of flash_attn_func. `yardstick`: why ours cannot run, and SDPA alone is timed."""
+    """`job`: device, cases (names), rounds, visits, warmup, seed. `first` also checks correctness
+    and measures the device's limits. Optional, by case: `slow`, percent by which our calls are
+    delayed, and `options` of flash_attn_func. `yardstick`: why ours cannot run, and SDPA alone is
+    timed."""
     device = torch.device(job["device"])
     cases = [parse(name) for name in job["cases"]]
     emit(
@@ -64,9 +66,16 @@ def run(job: dict[str, Any], emit: Emit) -> None:
             "limits": _limits(cases, device) if job["first"] else {},
         }
     )
-    for case in cases:
-        emit({"event": "begin", "case": case.name})
-        emit({"event": "case", "case": case.name, **_measure(case, device, job)})
+    # Between two visits to a case come all the others: what disturbs a machine for a moment then
+    # hits a few rounds of each case instead of all rounds of one.
+    waiting = deque((case, "begin", _measure(case, device, job)) for case in cases)
+    while waiting:
+        case, event, steps = waiting.popleft()
+        emit({"event": event, "case": case.name})
+        if (answer := next(steps)) is None:
+            waiting.append((case, "again", steps))
+        else:
+            emit({"event": "case", "case": case.name, **answer})
 
 
 def _limits(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, float]]:
@@ -78,16 +87,21 @@ def _limits(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, 
     return {dtype: asdict(measure_limits(device, getattr(torch, dtype))) for dtype in dtypes}
 
 
-def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str, Any]:
+def _measure(
+    case: Case, device: torch.device, job: dict[str, Any]
+) -> Iterator[dict[str, Any] | None]:
+    """One visit to the case at each step: None while others are left, at last the answer."""
     try:
         options = job.get("options", {}).get(case.name)
         workload = Workload(case, device, job["seed"], options)
         workload.sdpa()
         sdpa_backend = workload.sdpa_backend()
     except Exception as error:  # noqa: BLE001 - a failure is a result
-        return _answer(sdpa_status="failed", reason=f"{type(error).__name__}: {error}")
+        yield _answer(sdpa_status="failed", reason=f"{type(error).__name__}: {error}")
+        return
     if reason := job.get("yardstick"):
-        return _yardstick(workload, device, job, reason)
+        yield _yardstick(workload, device, job, reason)
+        return
     error_share: float | None = None
     plans: list[dict[str, str]] = []
     try:
@@ -96,33 +110,44 @@ def _measure(case: Case, device: torch.device, job: dict[str, Any]) -> dict[str,
             correctness = workload.check()
             error_share = correctness.error if math.isfinite(correctness.error) else None
             if correctness.reason:
-                return _answer(ours_status="wrong", reason=correctness.reason, plans=plans)
+                yield _answer(ours_status="wrong", reason=correctness.reason, plans=plans)
+                return
         ours = delayed(workload.ours, device, job.get("slow", {}).get(case.name, 0.0))
     except Exception as error:  # noqa: BLE001 - a failure is a result
         reason = f"{type(error).__name__}: {error}"
-        return _answer(ours_status="failed", reason=reason, plans=plans)
+        yield _answer(ours_status="failed", reason=reason, plans=plans)
+        return
     watch = Watch(device)
-    measured, disturbed = measure_quietly(
-        {"ours": ours, "sdpa": workload.sdpa},
-        device,
-        rounds=job["rounds"],
-        warmup=job["warmup"],
-        seed=job["seed"],
-        after_round=watch.look,
-    )
     answer = _answer(plans=plans, error=error_share)
     answer["sdpa_backend"] = sdpa_backend
+    taken, disturbed = 0, 0.0
+    for rounds in _visits(job["rounds"], job["visits"]):
+        measured, share = measure_quietly(
+            {"ours": ours, "sdpa": workload.sdpa},
+            device,
+            rounds=rounds,
+            warmup=job["warmup"],
+            seed=job["seed"] + taken,
+            after_round=watch.look,
+        )
+        taken += rounds
+        disturbed += share * rounds / job["rounds"]
+        for side, measurement in measured.items():
+            # Six digits: a clock tells less, and files stay small.
+            answer[side]["samples"] += [float(f"{x:.6g}") for x in measurement.samples]
+            answer[side] |= {"status": measurement.status, "reason": measurement.reason}
+        if taken == job["rounds"] or any(m.status != "ok" for m in measured.values()):
+            break
+        yield None
     answer["telemetry"] = watch.seen()
     answer["disturbed"] = disturbed or watch.throttled_share()
-    for side, measurement in measured.items():
-        # Six digits: a clock tells less, and files stay small.
-        samples = [float(f"{x:.6g}") for x in measurement.samples]
-        answer[side] = {
-            "status": measurement.status,
-            "reason": measurement.reason,
-            "samples": samples,
-        }
-    return answer
+    yield answer
+
+
+def _visits(rounds: int, visits: int) -> list[int]:
+    """How many of the rounds each visit takes, as evenly as can be; none takes no round."""
+    visits = min(visits, rounds)
+    return [rounds * (i + 1) // visits - rounds * i // visits for i in range(visits)]
 
 
 def _yardstick(

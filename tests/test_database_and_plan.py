@@ -130,6 +130,29 @@ def test_sdpa_plan_is_used_and_never_asked_for_lse(user_database):
     torch.testing.assert_close(flashmoe.flash_attn_func(q.detach(), k.detach(), v.detach()), out)
 
 
+@pytest.mark.parametrize(
+    ("changes", "backend"),
+    [
+        ({"seqlen_q": 1}, "sdpa"),
+        ({"seqlen_q": 2}, "sdpa"),
+        ({"seqlen_q": 3}, "cpu"),
+        ({"seqlen_q": 2, "head_dim": 128}, "cpu"),
+        ({"seqlen_q": 1, "head_dim": 72, "seqlen_kv": 1024}, "sdpa"),
+        ({"seqlen_q": 1, "head_dim": 72, "seqlen_kv": 1025}, "cpu"),
+        ({"seqlen_q": 1, "seqlen_kv": 16}, "cpu"),
+        ({"seqlen_q": 1, "heads_kv": 4}, "cpu"),
+        ({"seqlen_q": 1, "dtype": "bfloat16"}, "cpu"),
+        # Whose mask SDPA aligns otherwise.
+        ({"seqlen_q": 1, "causal": True}, "cpu"),
+    ],
+)
+def test_a_query_or_two_on_a_cpu_go_to_sdpa(user_database, changes, backend):
+    problem = dataclasses.replace(PROBLEM, **changes)
+    assert make_plan(problem, CPU).backend == backend
+    assert make_plan(problem, CPU, need_lse=True).backend == "cpu"
+    assert make_plan(problem, CPU).source == "heuristic"
+
+
 def test_slug():
     assert slug("NVIDIA H200") == "nvidia-h200"
     assert slug("AMD EPYC 7R13 (rev. 1)") == "amd-epyc-7r13-rev-1"

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from flashmoe.tiles.tile import Arch, Tile
 
 # Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer; and as
-# many with the exponential's polynomial or long rows of O. benchmarks/hopper/check_tiles.py compares
-# these and the next with the compiler.
+# many with the exponential's polynomial or long rows of O. benchmarks/hopper/check_tiles.py holds
+# these and the next against the compiler.
 _OTHER_REGISTERS, _MORE_REGISTERS = 28, 32
 # What ptxas asks for besides the accumulators to compile one wgmma at all.
 _WGMMA_REGISTERS = 30

@@ -68,8 +68,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = common.device(arguments.device)
-    cases = select(arguments.suite, torch.device(device).type, arguments.case)
-    chosen, thresholds = settings(arguments, device), common.thresholds(arguments)
+    kind = torch.device(device).type
+    cases = select(arguments.suite, kind, arguments.case)
+    chosen, thresholds = settings(arguments, device), common.thresholds(arguments, kind)
     base = builds.resolve(arguments.base)
     head = builds.resolve(arguments.head) if arguments.head else builds.working_tree()
     base_site = builds.build(base, arguments.build_folder)

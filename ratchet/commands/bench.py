@@ -27,10 +27,15 @@ EPILOG = """Exit codes: 0 every case measured; 1 a case gave wrong results or di
 says why); 2 bad usage."""
 
 
-# On a CPU, processes differ more from each other, and rounds are slower.
-ROUNDS = {"cpu": 5, "cuda": 20}
+# What disturbs a CPU lasts for tenths of a second: on a virtual machine with 2 cores the speedup of
+# fwd-b2-h8-s512-d64-float32 varied by 3.0 % from round to round, 4.0 % from visit to visit and
+# 1.3 % from process to process. Nine visits instead of one halved the spread of a process's figure.
+ROUNDS = {"cpu": 20, "cuda": 20}
+VISITS = {"cpu": 10, "cuda": 1}
 _WARMUP = {"cpu": 1, "cuda": 4}
-LEAST = {"cpu": 10, "cuda": 10}
+# Resampled from 36 processes of a virtual machine with 2 cores whose speedups differed by 2.6 to
+# 5.3 %: with 16 a side, a case slower by 8 % is FAIL in 77 % of gates, one by 13.3 % in 98.8 %.
+LEAST = {"cpu": 16, "cuda": 10}
 _MOST = {"cpu": 40, "cuda": 30}
 _PRECISION = {"cpu": 1.5, "cuda": 0.7}
 _BUDGET = {"cpu": 150.0, "cuda": 55.0}
@@ -55,13 +60,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add_debug(parser)
 
 
-def add_budget(parser: argparse.ArgumentParser) -> None:
+def add_budget(parser: argparse.ArgumentParser, budget: Mapping[str, float] = _BUDGET) -> None:
     def by_kind(values: Mapping[str, float]) -> str:
         return "default: " + ", ".join(f"{value:g} on {kind}" for kind, value in values.items())
 
     add = parser.add_argument
     add("--rounds", type=int, help=f"timed rounds of a case in a process ({by_kind(ROUNDS)})")
-    add("--warmup", type=int, help=f"rounds before those ({by_kind(_WARMUP)})")
+    add(
+        "--visits",
+        type=int,
+        help="a process takes a case's rounds in so many visits to it, with all other cases in "
+        f"between ({by_kind(VISITS)})",
+    )
+    add("--warmup", type=int, help=f"rounds before those of each visit ({by_kind(_WARMUP)})")
     add(
         "--processes",
         type=int,
@@ -80,11 +91,13 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"no further processes after it ({by_kind(_BUDGET)})",
+        help=f"no further processes after it ({by_kind(budget)})",
     )
 
 
-def settings(arguments: argparse.Namespace, device: str) -> Settings:
+def settings(
+    arguments: argparse.Namespace, device: str, budget: Mapping[str, float] = _BUDGET
+) -> Settings:
     kind = torch.device(device).type
 
     def chosen(name: str, defaults: Mapping[str, float]) -> float:
@@ -95,11 +108,12 @@ def settings(arguments: argparse.Namespace, device: str) -> Settings:
     return Settings(
         device,
         int(chosen("rounds", ROUNDS)),
+        int(chosen("visits", VISITS)),
         int(chosen("warmup", _WARMUP)),
         LEAST[kind] if fixed is None else fixed,
         _MOST[kind] if fixed is None else fixed,
         chosen("precision", _PRECISION),
-        chosen("budget", _BUDGET) if fixed is None else math.inf,
+        chosen("budget", budget) if fixed is None else math.inf,
         arguments.seed,
         "" if arguments.case else arguments.suite,
     )

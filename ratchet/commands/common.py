@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.suite import NAME_FORM, SUITES
-from flashmoe.ratchet.thresholds import Thresholds, with_cases
+from flashmoe.ratchet.thresholds import DEFAULTS, Thresholds, with_cases
 
 PROGRAM = "flashmoe.ratchet"
 # Wide enough for every column, where the output is a file that does not wrap.
@@ -55,13 +55,13 @@ def add_price(parser: argparse.ArgumentParser) -> None:
 
 def add_thresholds(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    for name, value in (("fail", Thresholds().fail), ("improve", Thresholds().improve)):
+    for name in ("fail", "improve"):
+        defaults = (f"{getattr(x, name):+g} on {kind}" for kind, x in DEFAULTS.items())
         add(
             f"--threshold-{name}",
             type=float,
-            default=value,
             metavar="PERCENT",
-            help="default: %(default)s",
+            help=f"default: {', '.join(defaults)}",
         )
     add(
         "--threshold",
@@ -72,8 +72,14 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def thresholds(arguments: argparse.Namespace) -> Thresholds:
-    return with_cases(arguments.threshold_fail, arguments.threshold_improve, arguments.threshold)
+def thresholds(arguments: argparse.Namespace, kind: str) -> Thresholds:
+    """As told, and otherwise the defaults of a `kind` of device."""
+    default, fail, improve = DEFAULTS[kind], arguments.threshold_fail, arguments.threshold_improve
+    return with_cases(
+        default.fail if fail is None else fail,
+        default.improve if improve is None else improve,
+        arguments.threshold,
+    )
 
 
 def device(name: str | None) -> str:

@@ -56,10 +56,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    thresholds = common.thresholds(arguments)
     if arguments.confirm and not arguments.update:
         raise UserError("--confirm goes with --update")
     current = load(arguments.current)
+    thresholds = common.thresholds(arguments, current.kind)
     path = baseline_path(arguments.baseline, current)
     if not path.exists():
         if not arguments.update:

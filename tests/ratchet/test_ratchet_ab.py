@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate import decide
 from flashmoe.ratchet.results import Results, slowed
 from flashmoe.ratchet.suite import parse
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.timing import Measurement
 
 NAME, OTHER, THIRD = synthetic.NAMES
 CPU = torch.device("cpu")
@@ -103,13 +105,17 @@ def no_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(builds, "build", lambda commit, folder: tmp_path / commit / "site")
 
 
-@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.05, 1)])
+@pytest.mark.parametrize(
+    ("factor", "options", "code"),
+    [(1.0, "", 0), (1.05, "", 0), (1.10, "", 1), (1.05, "--threshold-fail -3", 1)],
+)
 def test_ab_decides_as_the_gate_does(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     no_builds: None,
     capsys: pytest.CaptureFixture[str],
     factor: float,
+    options: str,
     code: int,
 ) -> None:
     base = synthetic.results(noise=0.002, processes=8)
@@ -117,7 +123,7 @@ def test_ab_decides_as_the_gate_does(
     fake = Fake(monkeypatch, ab, base, head)
     command = ["ab", "--base", "main", "--device", "cpu", "--output", str(tmp_path / "out")]
     targets = ["--profile-targets", str(tmp_path / "targets.txt")]
-    assert cli.main([*command, *targets, "--price-per-hour", "3.6"]) == code
+    assert cli.main([*command, *targets, "--price-per-hour", "3.6", *options.split()]) == code
     assert [source.folder for source in fake.sources] == [
         str(tmp_path / name / "site") for name in ("main", "tree")
     ]
@@ -168,7 +174,7 @@ def test_a_head_that_does_not_build_fails_and_a_base_is_bad_input(
 
 def outcome(same: Results, slow_run: Results, *expected: str) -> Outcome:
     base = synthetic.results(noise=0.002, processes=8)
-    first, second = (decide(run, base, Thresholds()) for run in (same, slow_run))
+    first, second = (decide(run, base, DEFAULTS["cuda"]) for run in (same, slow_run))
     return Outcome(first, second, frozenset(expected))
 
 
@@ -193,18 +199,18 @@ def test_the_selftest_slows_one_case_and_says_what_it_sees(
 ) -> None:
     monkeypatch.setattr(selftest, "worse_tile", lambda *_: None)
     runs = [synthetic.results(noise=0.002, processes=8, seed=s) for s in (0, 30, 60)]
-    fake = Fake(monkeypatch, selftest, runs[0], runs[1], slowed(runs[2], NAME, 1.06))
-    command = ["selftest", "--device", "cpu", "--case", NAME, THIRD, "--slowdown", "6"]
+    fake = Fake(monkeypatch, selftest, runs[0], runs[1], slowed(runs[2], NAME, 1.12))
+    command = ["selftest", "--device", "cpu", "--case", NAME, THIRD]
     assert cli.main(command) == 0
     assert [source.job for source in fake.sources] == [
         {},
         {},
-        {"slow": {NAME: 6.0}, "options": {}},
+        {"slow": {NAME: 12.0}, "options": {}},
     ]
     out = capsys.readouterr().out
     assert f"selftest: the gate fails on {NAME}, and only there" in out
     assert "with 8 processes, a slowdown is seen 19 times of 20 from" in out
-    assert cli.main([*command[:-1], "0"]) == 2
+    assert cli.main([*command, "--slowdown", "0"]) == 2
 
 
 def test_a_delay_takes_the_share_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,3 +234,20 @@ def test_a_worse_tile_is_a_real_one_and_slower() -> None:
         pytest.skip("no tile is slower here")
     assert found.factor > 1
     assert found.tile.startswith("cpu:")
+
+
+def test_a_tile_that_only_seems_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest factor is the unsteady tile's, whose interval reaches below what is asked."""
+
+    def measure(calls: Any, device: torch.device, *, rounds: int, **_: Any) -> Any:
+        seconds = ([1.0], [0.9, 1.25, 1.3], [1.4])
+        times = dict(zip_longest(calls, seconds, fillvalue=[9.0]))
+        return {
+            name: Measurement("ok", tuple(x[i % len(x)] for i in range(rounds)))
+            for name, x in times.items()
+        }
+
+    monkeypatch.setattr(worse, "measure", measure)
+    found = worse.worse_tile(parse("fwd-b1-h2-s256-d64-float32"), CPU, 1.2)
+    assert found is not None
+    assert found.factor == pytest.approx(1.4)

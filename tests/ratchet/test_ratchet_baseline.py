@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.baseline import create, forward
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.gate import Thresholds, decide
+from flashmoe.ratchet.gate import decide
 from flashmoe.ratchet.results import CaseResult, Results, Series, slowed
+from flashmoe.ratchet.thresholds import DEFAULTS
 
 FACTORS = st.lists(st.floats(0.8, 1.029), min_size=3, max_size=3)
 
@@ -28,7 +29,7 @@ def moved(
 ) -> tuple[Results, tuple[str, ...]]:
     """`confirming`: by default the same speeds, measured again."""
     confirming = confirming or again(current)
-    first, second = (decide(run, baseline, Thresholds()) for run in (current, confirming))
+    first, second = (decide(run, baseline, DEFAULTS["cuda"]) for run in (current, confirming))
     return forward(baseline, confirming, first, second)
 
 
@@ -52,7 +53,7 @@ def test_no_case_ever_gets_lower(factors: list[float], noise: float, seed: int) 
     current = synthetic.results(noise=noise, seed=seed)
     for name, factor in zip(synthetic.NAMES, factors, strict=True):
         current = slowed(current, name, factor)
-    if decide(current, baseline, Thresholds()).exit_code not in (0, 3):
+    if decide(current, baseline, DEFAULTS["cuda"]).exit_code not in (0, 3):
         return
     after, lines = moved(current, baseline)
     changed = [(b, a) for b, a in zip(baseline.cases, after.cases, strict=True) if a != b]
@@ -121,7 +122,7 @@ def test_losses_below_the_threshold_do_not_creep() -> None:
     once = slowed(baseline, name, 1.02)
     after, lines = moved(once, baseline)
     assert (after, lines) == (baseline, ())
-    assert decide(slowed(once, name, 1.02), after, Thresholds()).exit_code == 1
+    assert decide(slowed(once, name, 1.02), after, DEFAULTS["cuda"]).exit_code == 1
 
 
 def test_a_failed_gate_moves_nothing() -> None:

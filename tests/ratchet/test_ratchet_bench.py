@@ -18,11 +18,21 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Source
 from flashmoe.ratchet.results import CaseResult
 from flashmoe.ratchet.suite import parse
+from flashmoe.timing import Measurement
 
 GOOD, BAD = "fwd-b1-h2-s40-d16-float32", "fwd-b1-h4k2-s33-d24-float32-causal"
 NAMES = ("out", "dq", "dk", "dv")
 SETTINGS = Settings(
-    "cpu", rounds=4, warmup=1, least=3, most=3, precision=1.0, budget=1e9, seed=7, suite=""
+    "cpu",
+    rounds=4,
+    visits=2,
+    warmup=1,
+    least=3,
+    most=3,
+    precision=1.0,
+    budget=1e9,
+    seed=7,
+    suite="",
 )
 FINGERPRINT = json.dumps(dict.fromkeys(Fingerprint.__dataclass_fields__, "x"))
 
@@ -78,6 +88,13 @@ def test_a_killed_process_costs_one_case(tmp_path: Path) -> None:
     )
     assert cases[GOOD].ok
     assert [len(process) for process in cases[GOOD].ours.samples] == [4, 4, 4]
+
+
+def test_a_process_killed_on_a_later_visit_costs_the_case_it_was_at(tmp_path: Path) -> None:
+    die = 'emit(event="begin", case=OTHER); emit(event="again", case=name); os._exit(3)'
+    (cases,) = measured(fake(tmp_path, DIE=die.replace("OTHER", repr(GOOD))), names=(BAD, GOOD))
+    assert "ended with exit code 3" in cases[BAD].reason
+    assert cases[GOOD].ok
 
 
 def test_an_exit_within_a_case_costs_that_case(tmp_path: Path) -> None:
@@ -187,8 +204,8 @@ def test_bad_settings(bad: dict[str, int]) -> None:
 
 def run_worker(*names: str, first: bool = True, **more: Any) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
-    job = {"cases": names, "device": "cpu", "rounds": 2, "warmup": 0, "seed": 0, "first": first}
-    job |= more
+    job = {"cases": names, "device": "cpu", "rounds": 2, "visits": 2, "warmup": 0, "seed": 0}
+    job |= {"first": first, **more}
     worker.run(job, answers.append)
     return [answer for answer in answers if answer["event"] == "case"]
 
@@ -215,6 +232,36 @@ def test_a_case_is_checked_and_timed(name: str) -> None:
     assert all(plan["backend"] for plan in answer["plans"])
     assert answer["sdpa_backend"] in ("flash_attention", "math")
     assert answer["telemetry"] is None
+
+
+@pytest.mark.parametrize(
+    ("rounds", "visits", "each"), [(5, 2, [2, 3]), (2, 9, [1, 1]), (3, 1, [3])]
+)
+def test_a_case_is_visited_again_when_the_others_had_their_turn(
+    monkeypatch: pytest.MonkeyPatch, rounds: int, visits: int, each: list[int]
+) -> None:
+    taken: list[int] = []
+
+    def measure(calls: object, device: object, *, rounds: int, **_: Any) -> Any:
+        taken.append(rounds)
+        times = tuple(float(len(taken)) for _ in range(rounds))
+        return {side: Measurement("ok", times) for side in ("ours", "sdpa")}, 0.25 * len(taken)
+
+    monkeypatch.setattr(worker, "measure_quietly", measure)
+    answers: list[dict[str, Any]] = []
+    job = {"cases": [GOOD, BAD], "device": "cpu", "warmup": 0, "seed": 0, "first": False}
+    worker.run({**job, "rounds": rounds, "visits": visits}, answers.append)
+    assert taken == [x for x in each for _ in range(2)]
+    begun = [(a["event"], a["case"]) for a in answers if a["event"] in ("begin", "again")]
+    events = ["begin", *["again"] * (len(each) - 1)]
+    assert begun == [(event, case) for event in events for case in (GOOD, BAD)]
+    good, bad = (a for a in answers if a["event"] == "case")
+    for answer, first in ((good, 1), (bad, 2)):
+        visit = [first + 2 * i for i in range(len(each))]
+        samples = [float(v) for v, n in zip(visit, each, strict=True) for _ in range(n)]
+        assert answer["ours"]["samples"] == answer["sdpa"]["samples"] == samples
+        share = sum(0.25 * v * n for v, n in zip(visit, each, strict=True)) / rounds
+        assert answer["disturbed"] == pytest.approx(share)
 
 
 def test_options_choose_what_runs() -> None:

@@ -87,6 +87,38 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     return code, captured.out, captured.err
 
 
+@pytest.mark.parametrize(
+    ("threads", "factor", "options", "code"),
+    [
+        (0, 1.05, "", 1),
+        (2, 1.05, "", 0),
+        (2, 1.10, "", 1),
+        (0, 1.05, "--threshold-fail -8", 0),
+        (2, 1.05, "--threshold-fail -3", 1),
+        (2, 1.05, "--threshold fwd-*=-3", 1),
+    ],
+)
+def test_the_thresholds_are_those_of_the_results_device(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    threads: int,
+    factor: float,
+    options: str,
+    code: int,
+) -> None:
+    run = synthetic.results()
+    run = replace(run, fingerprint=replace(run.fingerprint, threads=threads))
+    paths = [tmp_path / "current.json", tmp_path / "baseline.json"]
+    save(slowed(run, synthetic.NAMES[0], factor), paths[0])
+    save(run, paths[1])
+    report = tmp_path / "report.md"
+    gate = ["gate", paths[0], "--baseline", paths[1], "--report", report, *options.split()]
+    assert call(capsys, *gate)[0] == code
+    fail = "3" if threads == 0 else "8"
+    if not options:
+        assert f"one of {fail} % is not excluded" in report.read_text()
+
+
 def test_gate_passes_fails_and_refuses(
     measured: Path,
     tmp_path: Path,
@@ -198,8 +230,8 @@ def test_a_folder_of_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["bench", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["bench", "--device", "cuda:99"], "--device cuda:99 does not exist"),
         (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json"),
-        (["gate", "absent.json", "--baseline", "x", "--threshold-fail", "3"], "threshold-fail"),
-        (["gate", "absent.json", "--baseline", "x", "--threshold", "a"], "threshold must look"),
+        (["selftest", "--device", "cpu", "--threshold-fail", "3"], "threshold-fail"),
+        (["selftest", "--device", "cpu", "--threshold", "a"], "threshold must look"),
         (["gate", "absent.json", "--baseline", "x", "--confirm", "y"], "--confirm goes with --up"),
     ],
 )

@@ -1,6 +1,6 @@
 """False alarms and missed slowdowns of whole gates, from processes made up and recorded.
 
-Recorded processes are the files in data/: `python -m flashmoe.ratchet bench --processes 24 --output
+Recorded processes are the files in data/: `python -m flashmoe.ratchet bench --processes 36 --output
 tests/ratchet/data/DEVICE.json`. Two sides are drawn from them without a process in common.
 """
 
@@ -14,9 +14,10 @@ import pytest
 import ratchet_synthetic as synthetic
 from ratchet_resampling import rates
 
+from flashmoe.ratchet.commands.bench import LEAST
 from flashmoe.ratchet.files import load
 from flashmoe.ratchet.results import Results, Series
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.thresholds import DEFAULTS
 
 NAMES = tuple(f"fwd-b{b}-h8-s512-d64-float32" for b in range(1, 13))
 DATA = sorted((Path(__file__).parent / "data").glob("*.json"))
@@ -49,25 +50,19 @@ def noisy(spread: str, processes: int = 400) -> Results:
 @pytest.mark.parametrize("spread", ["normal", "two kinds", "outliers"])
 def test_synthetic_noise(spread: str) -> None:
     recorded, processes = noisy(spread), 10
-    same = rates(recorded, Thresholds(), processes, GATES // 3)
+    same = rates(recorded, DEFAULTS["cuda"], processes, GATES // 3)
     assert same.alarmed <= 0.01
     assert same.inconclusive <= (0.2 if spread == "outliers" else 0.02)
-    assert rates(recorded, Thresholds(), processes, GATES // 3, 1.03).caught >= 0.95
+    assert rates(recorded, DEFAULTS["cuda"], processes, GATES // 3, 1.03).caught >= 0.95
     certain = 0.98 if spread == "outliers" else 0.998
-    assert rates(recorded, Thresholds(), processes, GATES // 3, 1.05).caught >= certain
-
-
-# What a device's noise supports: (thresholds, processes a side). On cpu of docs/ratchet.md, 2 cores
-# of a virtual machine.
-SUPPORTED = {"cuda": (Thresholds(), 10), "cpu": (Thresholds(-10.0, 10.0), 10)}
+    assert rates(recorded, DEFAULTS["cuda"], processes, GATES // 3, 1.05).caught >= certain
 
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
 def test_recorded_processes(path: Path) -> None:
     recorded = load(path)
     assert len(recorded.cases) >= 12
-    assert min(len(case.ours.samples) for case in recorded.cases) >= 20
-    thresholds, processes = SUPPORTED["cpu" if recorded.fingerprint.threads else "cuda"]
+    thresholds, processes = DEFAULTS[recorded.kind], LEAST[recorded.kind]
     assert rates(recorded, thresholds, processes, GATES).alarmed <= 0.01
     slower = 1 - thresholds.fail / 100
     assert rates(recorded, thresholds, processes, GATES, slower).caught >= 0.95

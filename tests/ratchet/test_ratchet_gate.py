@@ -21,13 +21,13 @@ from flashmoe.ratchet.gate import (
 )
 from flashmoe.ratchet.integrity import COMPARED
 from flashmoe.ratchet.results import Results, Series, Telemetry, slowed
-from flashmoe.ratchet.thresholds import Thresholds, percent, with_cases
+from flashmoe.ratchet.thresholds import DEFAULTS, Thresholds, percent, with_cases
 
 NAME = synthetic.NAMES[0]
 
 
 def gate(current: Results, baseline: Results | None = None) -> Decision:
-    return decide(current, baseline or synthetic.results(), Thresholds())
+    return decide(current, baseline or synthetic.results(), DEFAULTS["cuda"])
 
 
 def verdicts(decision: Decision) -> dict[str, str]:
@@ -109,8 +109,8 @@ def test_percent_is_what_people_say() -> None:
 
 def test_thresholds_are_the_users() -> None:
     run = slowed(synthetic.results(), NAME, 1.1)
-    assert decide(run, synthetic.results(), Thresholds(fail=-20)).exit_code == 0
-    strict = decide(slowed(run, NAME, 0.99 / 1.1), synthetic.results(), Thresholds(improve=0.5))
+    assert decide(run, synthetic.results(), Thresholds(-20, 5)).exit_code == 0
+    strict = decide(slowed(run, NAME, 0.99 / 1.1), synthetic.results(), Thresholds(-3, 0.5))
     assert verdicts(strict)[NAME] == IMPROVED
 
 
@@ -181,7 +181,7 @@ def test_a_slowdown_that_same_against_same_shows_as_well_is_not_proven() -> None
     case = replace(baseline.cases[0], ours=replace(series, samples=mixed))
     baseline = replace(baseline, cases=(case, *baseline.cases[1:]))
     found = {
-        factor: decide(slowed(run, NAME, factor), baseline, Thresholds(-1.0)).verdicts[0]
+        factor: decide(slowed(run, NAME, factor), baseline, Thresholds(-1, 5)).verdicts[0]
         for factor in (1.015, 1.04)
     }
     assert found[1.015].verdict == INCONCLUSIVE
@@ -342,6 +342,13 @@ def test_a_fall_within_the_drift_of_all_yardsticks_is_a_busy_cpus_doing() -> Non
     assert verdicts(gate(on_cpu(slowed(run, NAME, 1.25)), base))[NAME] == FAIL
 
 
+def test_a_fall_clearly_beyond_the_yardsticks_movement_is_the_kernels_on_a_cpu_too() -> None:
+    run = slowed(sdpa_scaled(synthetic.results(), NAME, 0.95), NAME, 1.1 * 0.95)
+    assert verdicts(gate(on_cpu(run), on_cpu(synthetic.results())))[NAME] == FAIL
+    within = slowed(sdpa_scaled(synthetic.results(), NAME, 0.92), NAME, 1.1 * 0.92)
+    assert verdicts(gate(on_cpu(within), on_cpu(synthetic.results())))[NAME] == INCONCLUSIVE
+
+
 def test_when_every_yardstick_moved_nothing_was_judged() -> None:
     run = on_cpu(synthetic.results())
     for name in synthetic.NAMES:
@@ -388,6 +395,6 @@ def test_a_baseline_without_figures_is_bad_input() -> None:
 @pytest.mark.parametrize("bad", [{"fail": 0.0}, {"fail": 3.0}, {"fail": -100.0}, {"improve": 0.0}])
 def test_bad_thresholds(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"threshold-{next(iter(bad))} must be"):
-        Thresholds(**bad)
+        Thresholds(**{"fail": -3.0, "improve": 5.0, **bad})
     with pytest.raises(UserError):
-        Thresholds(fail=float("nan"))
+        Thresholds(float("nan"), 5.0)

@@ -22,7 +22,7 @@ from flashmoe.ratchet import github as comment
 from flashmoe.ratchet import report
 from flashmoe.ratchet.gate import decide
 from flashmoe.ratchet.results import slowed
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.thresholds import DEFAULTS
 
 URL = "https://github.com/someone/flashmoe/actions/runs/1"
 SCRIPT = Path(__file__).resolve().parents[2] / "ratchet" / "github.py"
@@ -39,7 +39,7 @@ def archive(**members: str) -> bytes:
 def test_a_real_report_arrives_whole() -> None:
     baseline = synthetic.results()
     current = slowed(baseline, synthetic.NAMES[0], 1.1)
-    text = report.markdown(decide(current, baseline, Thresholds()), current, baseline, "")
+    text = report.markdown(decide(current, baseline, DEFAULTS["cuda"]), current, baseline, "")
     body = comment.body(text, "failure", URL)
     assert body.startswith(f"{comment.MARKER}\n[The run]({URL}) ended with: failure.\n\n### 🔴")
     assert body.endswith(text)

@@ -17,7 +17,7 @@ from flashmoe.ratchet.gate import decide
 from flashmoe.ratchet.html import html
 from flashmoe.ratchet.junit import junit
 from flashmoe.ratchet.results import Results, Series, Telemetry, slowed
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.thresholds import DEFAULTS
 
 SLOW, FAST, SAME = synthetic.NAMES
 
@@ -31,7 +31,7 @@ def mixed() -> Results:
 
 def page(current: Results) -> str:
     baseline = synthetic.results(noise=0.002, seed=9)
-    decision = decide(current, baseline, Thresholds())
+    decision = decide(current, baseline, DEFAULTS["cuda"])
     return html(decision, current, baseline, "took 40 s of the machine")
 
 
@@ -104,7 +104,7 @@ def test_junit_is_what_ci_systems_read() -> None:
     baseline = synthetic.results()
     current = slowed(synthetic.results(seed=20), SLOW, 1.1)
     other = replace(synthetic.FINGERPRINT, torch="2.14.0")
-    suite = ElementTree.fromstring(junit(decide(current, baseline, Thresholds())))
+    suite = ElementTree.fromstring(junit(decide(current, baseline, DEFAULTS["cuda"])))
     counts = {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")}
     assert counts == {"tests": "3", "failures": "1", "errors": "0", "skipped": "0"}
     failed = suite.find(f"testcase[@name='{SLOW}']/failure")
@@ -112,6 +112,6 @@ def test_junit_is_what_ci_systems_read() -> None:
     assert (failed.get("message") or "").startswith("FAIL: -10.0 %")
 
     foreign = replace(current, cases=current.cases[1:], fingerprint=other)
-    suite = ElementTree.fromstring(junit(decide(foreign, baseline, Thresholds())))
+    suite = ElementTree.fromstring(junit(decide(foreign, baseline, DEFAULTS["cuda"])))
     assert (suite.get("errors"), suite.get("tests")) == ("2", "4")
     assert suite.find("testcase[@name='comparable']/error") is not None

@@ -11,14 +11,14 @@ import ratchet_synthetic as synthetic
 from flashmoe.ratchet import report
 from flashmoe.ratchet.gate import Decision, decide
 from flashmoe.ratchet.results import PlanUsed, Results, Series, slowed
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.thresholds import DEFAULTS
 
 SLOW, FAST, SAME = synthetic.NAMES
 
 
 def decided(current: Results) -> tuple[Decision, str]:
     baseline = synthetic.results()
-    decision = decide(current, baseline, Thresholds())
+    decision = decide(current, baseline, DEFAULTS["cuda"])
     return decision, report.markdown(decision, current, baseline, "took 40 s")
 
 
@@ -84,12 +84,12 @@ def test_it_always_fits_into_a_comment(monkeypatch: pytest.MonkeyPatch) -> None:
         cases=tuple(replace(case, case=synthetic.parse(name)) for name in names),
     )
     slow = slowed(many, names[70], 1.5)
-    text = report.markdown(decide(slow, many, Thresholds()), slow, many, "")
+    text = report.markdown(decide(slow, many, DEFAULTS["cuda"]), slow, many, "")
     assert 3000 < len(text) < 6000
     assert f"`{names[70]}` | 🔴 FAIL" in text
     assert "more cases do not fit here" in text
     one = replace(many, cases=many.cases[:1])
-    text = report.markdown(decide(one, many, Thresholds()), one, many, "")
+    text = report.markdown(decide(one, many, DEFAULTS["cuda"]), one, many, "")
     assert len(text) < 6000
     assert re.search(r"\n- and \d+ more\n", text)
 
