@@ -6,7 +6,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,11 +29,11 @@ THIS = Source("this")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`rounds` are of each process, which takes them in `visits` to the case with all other cases
-    in between, and runs `warmup` more before those of each visit. A case is done when `least`
-    processes have measured it and the 95 % interval of its speedup reaches at most `precision`
-    percent to either side, or when `most` processes have. After `budget` seconds no process is
-    started beyond `least`."""
+    """`rounds` are of each process (on a GPU the first may find that a case needs more), which
+    takes them in `visits` to the case with all other cases in between, and runs `warmup` more
+    before those of each visit. A case is done when `least` processes have measured it and the 95 %
+    interval of its speedup reaches at most `precision` percent to either side, or when `most`
+    processes have. After `budget` seconds no process is started beyond `least`."""
 
     device: str
     rounds: int
@@ -61,18 +61,24 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def job(self, process: int, cases: Sequence[Case]) -> dict[str, Any]:
-        """What process number `process` is told to do, the cases in an order of its own."""
+    def job(
+        self, process: int, cases: Sequence[Case], rounds_of: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """What process number `process` is told to do, the cases in an order of its own.
+        `rounds_of`: how many rounds the first process found that a case needs."""
         names = [case.name for case in cases]
         random.Random(self.seed + process).shuffle(names)
         return {
             "device": self.device,
             "cases": names,
             "rounds": self.rounds,
+            "rounds_of": dict(rounds_of),
             "visits": self.visits,
             "warmup": self.warmup,
             "seed": self.seed + process,
             "first": process == 0,
+            # On a CPU the rounds of one process teach little more than its visits.
+            "adapts": process == 0 and not self.device.startswith("cpu"),
         }
 
 
@@ -189,6 +195,7 @@ def bench(
     begun, started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     runs = [_Run(source, {case.name: _Collected(case) for case in cases}) for source in sources]
     waiting: Process | None = None
+    rounds_of: dict[str, int] = {}
     # Importing takes a core, which on a CPU is one of those that are measured.
     ahead = not settings.device.startswith("cpu")
     try:
@@ -196,9 +203,11 @@ def bench(
             process, waiting = waiting or Process(run.source, debug), None
             if ahead and following is not None:
                 waiting = Process(following.source, debug)
-            job = {**settings.job(number, left), **run.source.job}
+            job = {**settings.job(number, left, rounds_of), **run.source.job}
             for answer in answers(process, run.source, job, debug):
                 run.hear(answer)
+                if answer["event"] == "case" and (taken := len(answer["ours"]["samples"])):
+                    rounds_of.setdefault(answer["case"], taken)
                 if answer["event"] == "begin":
                     progress(_heading(run, number, len(runs), answer["case"]))
     finally:

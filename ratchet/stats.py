@@ -98,6 +98,16 @@ def _kept(x: Array) -> Array:
     return np.asarray(np.sort(x, axis=-1)[..., cut : n - cut])
 
 
+def rounds_wanted(ours: Sequence[float], sdpa: Sequence[float], error: float) -> int:
+    """How many rounds of one process it takes for their median log speedup to have the standard
+    error `error`, judged by the spread of these rounds. The median's standard error is that of a
+    normal distribution, sqrt(pi / 2) times the mean's."""
+    logs = np.log(np.asarray(sdpa) / np.asarray(ours))
+    low, high = np.quantile(logs, (0.25, 0.75))
+    sigma = (high - low) / (2 * special.ndtri(0.75))
+    return math.ceil(math.pi / 2 * (sigma / error) ** 2)
+
+
 def half_width(values: Array) -> float:
     """Of the 95 % interval of the trimmed mean; infinite with fewer than two values."""
     if len(values) < 2:

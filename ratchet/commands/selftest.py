@@ -21,6 +21,8 @@ from flashmoe.ratchet.gate import (
     EXIT_PASS,
     EXIT_REGRESSION,
     FAIL,
+    IMPROVED,
+    PASS,
     Decision,
     decide,
 )
@@ -86,9 +88,11 @@ class Outcome:
             return EXIT_INTEGRITY
         if self.same.exit_code == EXIT_REGRESSION or self.unexpected:
             return EXIT_REGRESSION
-        if self.same.exit_code == EXIT_INCONCLUSIVE:
+        if self.passed_over:
+            return EXIT_REGRESSION
+        if self.same.exit_code == EXIT_INCONCLUSIVE or self.missed:
             return EXIT_INCONCLUSIVE
-        return EXIT_REGRESSION if self.missed else EXIT_PASS
+        return EXIT_PASS
 
     @property
     def failed(self) -> frozenset[str]:
@@ -99,6 +103,11 @@ class Outcome:
         return sorted(self.expected - self.failed)
 
     @property
+    def passed_over(self) -> list[str]:
+        """Slowed, and yet let through. One that is INCONCLUSIVE is not let through."""
+        return sorted(self.expected & {v.name for v in self.slowed.named(PASS, IMPROVED)})
+
+    @property
     def unexpected(self) -> list[str]:
         return sorted(self.failed - self.expected)
 
@@ -106,12 +115,13 @@ class Outcome:
         if self.exit_code == EXIT_PASS:
             return f"the gate fails on {', '.join(sorted(self.failed))}, and only there"
         if self.exit_code == EXIT_REGRESSION:
-            if self.missed:
-                return f"the gate missed a slowdown: {', '.join(self.missed)}"
+            if self.passed_over:
+                return f"the gate missed a slowdown: {', '.join(self.passed_over)}"
             alarms = self.unexpected or [v.name for v in self.same.named(FAIL)]
             return f"the gate raised a false alarm: {', '.join(alarms)}"
         if self.exit_code == EXIT_INCONCLUSIVE:
-            return "too noisy for this threshold and budget: same against same is inconclusive"
+            what = ", ".join(self.missed) or "same against same"
+            return f"too noisy for this threshold and budget: {what} is inconclusive"
         return "the runs are not comparable"
 
 

@@ -190,6 +190,9 @@ def test_outcomes_of_a_selftest() -> None:
     assert (alarm.exit_code, alarm.told()) == (1, f"the gate raised a false alarm: {OTHER}")
     noisy = synthetic.results(noise=0.2, processes=8, seed=30)
     assert outcome(noisy, slower, NAME).exit_code == 3
+    unclear = outcome(same, slowed(noisy, NAME, 1.06), NAME)
+    assert unclear.exit_code == 3
+    assert f"{NAME} is inconclusive" in unclear.told()
     foreign = replace(same, fingerprint=replace(same.fingerprint, torch="2.14"))
     assert outcome(foreign, slower, NAME).exit_code == 4
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,9 +47,10 @@ for name in job["cases"]:
     if name == BAD:
         print("something native went wrong", file=sys.stderr, flush=True)
         DIE
-    times = [1e-3 * (1 + NOISE * (job["seed"] % 5))] * job["rounds"]
+    rounds = job["rounds_of"].get(name, job["rounds"] + MORE * job["first"] * (name == BAD))
+    times = [1e-3 * (1 + NOISE * (job["seed"] % 5))] * rounds
     ours = {"status": "ok", "reason": "", "samples": times}
-    sdpa = {"status": "ok", "reason": "", "samples": [1e-3] * job["rounds"]}
+    sdpa = {"status": "ok", "reason": "", "samples": [1e-3] * rounds}
     emit(event="case", case=name, ours=ours, sdpa=sdpa, plans=[], error=None,
          sdpa_backend="math", disturbed=DISTURBED, telemetry=None)
 """
@@ -57,7 +59,8 @@ for name in job["cases"]:
 def fake(folder: Path, name: str = "this", **changes: str) -> Source:
     """A worker that ends by `DIE` when it comes to case BAD, with times that differ by NOISE from
     one seed to the next."""
-    values = {"FINGERPRINT": FINGERPRINT, "DIE": "pass", "NOISE": "0", "DISTURBED": "0"}
+    values = {"FINGERPRINT": FINGERPRINT, "DIE": "pass", "NOISE": "0"}
+    values |= {"DISTURBED": "0", "MORE": "0"}
     text = FAKE
     for key, value in {**values, **changes, "BAD": repr(BAD)}.items():
         text = text.replace(key, value)
@@ -124,10 +127,21 @@ def test_a_change_of_kernels_meanwhile_is_noticed(tmp_path: Path) -> None:
 
 def test_processes_see_the_cases_in_different_orders() -> None:
     cases = [parse(f"fwd-b{b}-h2-s40-d16-float32") for b in range(1, 9)]
-    orders = [SETTINGS.job(process, cases)["cases"] for process in range(3)]
+    jobs = [SETTINGS.job(process, cases, {}) for process in range(3)]
+    orders = [job["cases"] for job in jobs]
     assert len({tuple(order) for order in orders}) == 3
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
-    assert [SETTINGS.job(process, cases)["first"] for process in range(3)] == [True, False, False]
+    assert [job["first"] for job in jobs] == [True, False, False]
+
+
+def test_every_process_takes_the_rounds_that_the_first_found_needed(tmp_path: Path) -> None:
+    sources = fake(tmp_path, "base", MORE="3"), fake(tmp_path, "head", MORE="5")
+    runs = measured(*sources)
+    for side in ("ours", "sdpa"):
+        rounds = [[len(x) for x in getattr(cases[BAD], side).samples] for cases in runs]
+        # Whichever source came first.
+        assert rounds in ([[7, 7, 7]] * 2, [[9, 9, 9]] * 2)
+    assert [len(x) for x in runs[0][GOOD].ours.samples] == [4, 4, 4]
 
 
 def test_more_processes_are_asked_until_the_interval_is_narrow(tmp_path: Path) -> None:
@@ -205,7 +219,7 @@ def test_bad_settings(bad: dict[str, int]) -> None:
 def run_worker(*names: str, first: bool = True, **more: Any) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     job = {"cases": names, "device": "cpu", "rounds": 2, "visits": 2, "warmup": 0, "seed": 0}
-    job |= {"first": first, **more}
+    job |= {"first": first, "rounds_of": {}, "adapts": False, **more}
     worker.run(job, answers.append)
     return [answer for answer in answers if answer["event"] == "case"]
 
@@ -250,6 +264,7 @@ def test_a_case_is_visited_again_when_the_others_had_their_turn(
     monkeypatch.setattr(worker, "measure_quietly", measure)
     answers: list[dict[str, Any]] = []
     job = {"cases": [GOOD, BAD], "device": "cpu", "warmup": 0, "seed": 0, "first": False}
+    job |= {"rounds_of": {}, "adapts": False}
     worker.run({**job, "rounds": rounds, "visits": visits}, answers.append)
     assert taken == [x for x in each for _ in range(2)]
     begun = [(a["event"], a["case"]) for a in answers if a["event"] in ("begin", "again")]
@@ -262,6 +277,27 @@ def test_a_case_is_visited_again_when_the_others_had_their_turn(
         assert answer["ours"]["samples"] == answer["sdpa"]["samples"] == samples
         share = sum(0.25 * v * n for v, n in zip(visit, each, strict=True)) / rounds
         assert answer["disturbed"] == pytest.approx(share)
+
+
+def test_rounds_that_scatter_are_followed_by_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+
+    def measure(calls: object, device: object, *, rounds: int, **_: Any) -> Any:
+        ours = tuple(np.exp(0.02 * rng.standard_normal(rounds)))
+        return {"ours": Measurement("ok", ours), "sdpa": Measurement("ok", (1.0,) * rounds)}, 0.0
+
+    monkeypatch.setattr(worker, "measure_quietly", measure)
+
+    def taken(**more: Any) -> int:
+        (answer,) = run_worker(GOOD, **{"rounds": 20, "visits": 1, "adapts": True, **more})
+        assert len(answer["ours"]["samples"]) == len(answer["sdpa"]["samples"])
+        return len(answer["ours"]["samples"])
+
+    assert 20 < taken() <= 100  # about 39: twenty rounds tell the spread to a third
+    assert taken(adapts=False) == 20
+    assert taken(rounds_of={GOOD: 31}) == 31
+    assert taken(rounds=2) <= 20
+    assert taken(rounds=200) == 200
 
 
 def test_options_choose_what_runs() -> None:

@@ -137,6 +137,18 @@ def test_the_floor_is_what_same_against_same_exceeds_once_in_a_hundred() -> None
         stats.effect_floor(np.zeros(1), 4)
 
 
+def test_rounds_wanted_leave_the_error_asked_for() -> None:
+    rng = np.random.default_rng(0)
+
+    def speedups(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return np.exp(0.06 * rng.standard_normal(shape)), np.ones(shape)
+
+    wanted = stats.rounds_wanted(*speedups((4000,)), error=0.004)
+    figures = stats.log_speedups(*speedups((2000, wanted)))
+    assert figures.std() == pytest.approx(0.004, rel=0.1)
+    assert stats.rounds_wanted([1.0] * 20, [2.0] * 20, error=0.004) == 0
+
+
 def test_half_width_is_that_of_the_t_interval() -> None:
     x = np.random.default_rng(8).normal(0, 0.01, 4)  # too few to trim any
     low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
