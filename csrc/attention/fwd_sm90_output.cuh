@@ -1,0 +1,151 @@
+// How a consumer warpgroup of the Hopper forward kernel writes its rows of O and softmax_lse.
+#pragma once
+
+#include "../ptx/ld_st.cuh"
+#include "../ptx/ldmatrix.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/mma.cuh"
+#include "fwd_sm90_work.cuh"
+
+namespace flashmoe::sm90 {
+
+// O_rmem holds 64 rows of O as wgmma leaves them (see Softmax).
+template <typename T, Sm90Tile TILE>
+struct Output {
+  using S = Smem<TILE>;
+  static constexpr int HEAD_DIM = TILE.head_dim, CONSUMERS = TILE.consumers();
+  static constexpr float LN_2 = 0.6931471805599453f;
+  using Sums = float[HEAD_DIM / 2];
+
+  const Sm90Params& params;
+  const S& smem;
+  const int w, warp, lane;
+  const AttentionParams& p = params.attention;
+
+  __device__ __forceinline__ int row_of(const Work& work, int half) const {
+    return work.m_start + w * 64 + warp * 16 + lane / 4 + half * 8;
+  }
+  __device__ __forceinline__ T* out_of(const Work& work) const {
+    return static_cast<T*>(p.out) + work.batch * p.o_batch_stride + work.head * p.o_head_stride;
+  }
+  // Sets softmax_lse, and `scale` to what O must be multiplied with.
+  __device__ __forceinline__ void finish_rows(const Work& work, const float (&final_max)[2],
+                                              const float (&final_sum)[2],
+                                              float (&scale)[2]) const {
+    float* lse =
+        p.softmax_lse + (static_cast<long long>(work.batch) * p.heads_q + work.head) * p.seqlen_q;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = final_sum[half];
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      const bool empty = final_max[half] == -INFINITY;
+      scale[half] = empty ? 0.f : __frcp_rn(sum);
+      const int row = row_of(work, half);
+      if ((lane & 3) == 0 && row < p.seqlen_q) {
+        lse[row] = empty ? -INFINITY : final_max[half] * p.softmax_scale + __log2f(sum) * LN_2;
+      }
+    }
+  }
+  __device__ __forceinline__ static unsigned packed(const Sums& O_rmem, int d, int half,
+                                                    const float (&scale)[2]) {
+    return ptx::cvt_rn_x2<T>(O_rmem[4 * d + 2 * half] * scale[half],
+                             O_rmem[4 * d + 2 * half + 1] * scale[half]);
+  }
+  // O to where its Q was, and from there by TMA.
+  __device__ __forceinline__ void store_staged(const Sums& O_rmem, const Work& work, int buffer,
+                                               const float (&scale)[2]) const {
+    const unsigned staged = smem.Q + buffer * S::Q_BYTES;
+    const int row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+      const unsigned x[4] = {packed(O_rmem, d, 0, scale), packed(O_rmem, d, 1, scale),
+                             packed(O_rmem, d + 1, 0, scale), packed(O_rmem, d + 1, 1, scale)};
+      const int chunk = (d % 8 + lane / 16) ^ (row & 7);
+      ptx::stmatrix_x4(staged + d / 8 * 8192 + row * 128 + chunk * 16, x);
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::bar_sync(1 + CONSUMERS + w, 128);
+    if (threadIdx.x % 128 == 0) {
+#pragma unroll
+      for (int panel = 0; panel < S::PANELS; ++panel) {
+        ptx::cp_async_bulk_tensor_4d_store(&params.o, staged + panel * 8192, panel * 64,
+                                           work.m_start + w * 64, work.head, work.batch);
+      }
+      ptx::cp_async_bulk_commit_group();
+    }
+  }
+  // O straight from registers. A lane holds 2 columns of each group of 8; lanes of a row trade, so
+  // that each holds 4 or 8 of one group and a row's 32 or 64 bytes are written at once.
+  __device__ __forceinline__ void store_direct(const Sums& O_rmem, const Work& work,
+                                               const float (&scale)[2]) const {
+    constexpr int GROUPS = HEAD_DIM % 32 == 0 ? 4 : 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(work, half);
+      const int mine = GROUPS == 4 ? lane & 3 : lane & 1;
+      const int column0 = mine * 8 + (GROUPS == 4 ? 0 : (lane & 2) * 2);
+      T* out_row = out_of(work) + row * p.o_row_stride + column0;
+      const int columns = row < p.seqlen_q ? p.head_dim - column0 : 0;
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM / 8; d += GROUPS) {
+        unsigned x[GROUPS];
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) x[i] = packed(O_rmem, d + i, half, scale);
+#pragma unroll
+        for (int bit = 1; bit < GROUPS; bit *= 2) {
+          const bool upper = lane & bit;
+#pragma unroll
+          for (int i = 0; i < GROUPS / 2; ++i) {
+            const int low = bit == 1 ? 2 * i : i, high = low + bit;
+            const unsigned received = __shfl_xor_sync(0xffffffff, upper ? x[low] : x[high], bit);
+            x[low] = upper ? received : x[low];
+            x[high] = upper ? x[high] : received;
+          }
+        }
+        if constexpr (GROUPS == 4) {
+          ptx::st_global_v4_if(d * 8 < columns, out_row + d * 8, x[0], x[1], x[2], x[3]);
+        } else {
+          ptx::st_global_v2_if(d * 8 < columns, out_row + d * 8, x[0], x[1]);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void store(Sums& O_rmem, const Work& work, int buffer,
+                                        const float (&final_max)[2],
+                                        const float (&final_sum)[2]) const {
+    float scale[2];
+    finish_rows(work, final_max, final_sum, scale);
+    if constexpr (TILE.stages_output()) {
+      store_staged(O_rmem, work, buffer, scale);
+    } else {
+      store_direct(O_rmem, work, scale);
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0.f;
+  }
+  // The TMA has read what store staged in `buffer`: room for another Q.
+  __device__ __forceinline__ void release_staged(int buffer) const {
+    if (threadIdx.x % 128 == 0) {
+      ptx::cp_async_bulk_wait_group_read<0>();
+      ptx::mbarrier_arrive(smem.empty_Q + 8 * buffer);
+    }
+  }
+  // Rows that see no key.
+  __device__ __forceinline__ void store_empty(const Work& work) const {
+    const float no_max[2] = {-INFINITY, -INFINITY}, no_sum[2] = {0.f, 0.f};
+    float scale[2];
+    finish_rows(work, no_max, no_sum, scale);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(work, half);
+#pragma unroll 1
+      for (int column = (lane & 3) * 8; column < p.head_dim; column += 32) {
+        ptx::st_global_v4_if(row < p.seqlen_q, out_of(work) + row * p.o_row_stride + column, 0, 0,
+                             0, 0);
+      }
+    }
+  }
+};
+
+}  // namespace flashmoe::sm90

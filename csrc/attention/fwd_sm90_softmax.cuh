@@ -1,0 +1,205 @@
+// Softmax of the rows that a thread of a consumer warpgroup holds, and S, P and O in its registers.
+#pragma once
+
+#include "../ptx/mma.cuh"
+#include "params.h"
+#include "tile_sm90.h"
+
+namespace flashmoe::sm90 {
+
+// 2^x without the MUFU, for x <= 127; below -125 it stays at 2^-125. Cody-Waite split and the
+// minimax polynomial of degree 3 on [-1/2, 1/2], relative error 7.5e-5.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = fmaxf(x, -125.f);
+  const float rounded = x + ROUND;
+  const float f = x - (rounded - ROUND);
+  const float p = fmaf(fmaf(fmaf(0.05517167f, f, 0.24261113f), f, 0.69326099f), f, 0.99992807f);
+  // Adds to the exponent. In PTX: when the compiler sees an integer become an element of S, it
+  // takes S out of the registers that wgmma accumulates in, and serializes (C7511).
+  float y;
+  asm("{\n.reg .b32 i, j;\nmov.b32 i, %1;\nmov.b32 j, %2;\nshl.b32 i, i, 23;\nadd.s32 i, i, j;\n"
+      "mov.b32 %0, i;\n}\n"
+      : "=f"(y)
+      : "f"(rounded), "f"(p));
+  return y;
+}
+
+// The running maximum and sum of a thread's two rows, 8 apart. Thread t of a warpgroup holds of S
+// (64 x BLOCK_N) what wgmma gives it: element 4 * n + 2 * half + i is row t / 32 * 16 + t % 32 / 4
+// + 8 * half, column 8 * n + t % 4 * 2 + i.
+template <Sm90Tile TILE>
+struct Softmax {
+  static constexpr int BLOCK_N = TILE.block_n;
+  // How the arithmetic is spread over chains of dependent instructions, where ptxas makes more of
+  // one way than of the other: 1 to 3 % (H100, docs/hopper-forward.md).
+  static constexpr bool ROWS_APART = TILE.head_dim <= 64 && BLOCK_N >= 128;
+  static constexpr int SUM_CHAINS = TILE.head_dim > 64 && TILE.consumers() == 3 ? 4 : 1;
+  using Scores = float[BLOCK_N / 2];
+
+  const float scale_log2, slack;  // see Sm90Params
+  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
+  // Whether a row's limit is negative, where the integer maximum does not order: told when the
+  // maximum changes, off the path from S to its exponentials (docs/hopper-forward.md).
+  bool negative_limit = false;
+
+  __device__ __forceinline__ void check_limit() {
+    const float least = fminf(row_max[0], row_max[1]) + slack;
+    negative_limit = __any_sync(0xffffffff, !(least >= 0.f));
+  }
+  __device__ __forceinline__ static float local_max(const Scores& S_rmem, int half) {
+    float x[4];  // one chain would wait for itself
+#pragma unroll
+    for (int n = 0; n < BLOCK_N / 8; ++n) {
+      const float y = fmaxf(S_rmem[4 * n + 2 * half], S_rmem[4 * n + 2 * half + 1]);
+      x[n % 4] = n < 4 ? y : fmaxf(x[n % 4], y);
+    }
+    return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+  }
+  // Whether an element of S in this thread exceeds its row's limit, for rows FIRST to LAST of its
+  // two. Floats order as integers once one side is positive, and the integer maximum takes three
+  // operands.
+  template <int FIRST, int LAST>
+  __device__ __forceinline__ bool exceeds(const Scores& S_rmem, const float (&limit)[2]) const {
+    if (negative_limit) {
+      return bool((local_max(S_rmem, FIRST) > limit[FIRST]) |
+                  (local_max(S_rmem, LAST) > limit[LAST]));
+    }
+    int x[2][2];  // two chains a row: one would wait for itself
+#pragma unroll
+    for (int n = 0; n < BLOCK_N / 8; ++n) {
+#pragma unroll
+      for (int half = FIRST; half <= LAST; ++half) {
+        int& chain = x[half][n % 2];
+        const int s0 = __float_as_int(S_rmem[4 * n + 2 * half]);
+        const int s1 = __float_as_int(S_rmem[4 * n + 2 * half + 1]);
+        chain = n < 2 ? max(s0, s1) : __vimax3_s32(chain, s0, s1);
+      }
+    }
+    bool any = false;
+#pragma unroll
+    for (int half = FIRST; half <= LAST; ++half) {
+      any |= max(x[half][0], x[half][1]) > __float_as_int(limit[half]);
+    }
+    return any;
+  }
+  __device__ __forceinline__ void update_max(const Scores& S_rmem, int half) {
+    float x = local_max(S_rmem, half);
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+    row_max[half] = fmaxf(row_max[half], x);
+  }
+  // Brings row_max up to date with S. FIRST tile of a block of rows, or not; then returns whether
+  // the maximum of a row of this warp grew too far, and by what O must be multiplied.
+  template <bool FIRST>
+  __device__ __forceinline__ bool update(const Scores& S_rmem, float (&rescale)[2]) {
+    if constexpr (FIRST) {
+      row_max[0] = row_max[1] = -INFINITY;
+      row_sum[0] = row_sum[1] = 0.f;
+      update_max(S_rmem, 0);
+      update_max(S_rmem, 1);
+      check_limit();
+      return false;
+    } else {
+      const float limit[2] = {row_max[0] + slack, row_max[1] + slack};
+      bool mine;
+      if constexpr (ROWS_APART) {
+        mine = exceeds<0, 0>(S_rmem, limit) | exceeds<1, 1>(S_rmem, limit);
+      } else {
+        mine = exceeds<0, 1>(S_rmem, limit);
+      }
+      const bool grew = __any_sync(0xffffffff, mine);
+      if (grew) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float before = row_max[half];
+          update_max(S_rmem, half);
+          // No key so far: -inf to the same or more, and nothing to rescale.
+          rescale[half] = before == -INFINITY
+                              ? 0.f
+                              : ptx::ex2_approx_ftz((before - row_max[half]) * scale_log2);
+          row_sum[half] *= rescale[half];
+        }
+        check_limit();
+      }
+      return grew;
+    }
+  }
+  // P in place of S, and its sums.
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float max_log2 = row_max[half] == -INFINITY ? 0.f : row_max[half] * scale_log2;
+      float sums[SUM_CHAINS] = {};
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& s = S_rmem[4 * n + 2 * half + i];
+          s = fmaf(s, scale_log2, -max_log2);
+          // A share of exp2_fma in 16, spread evenly.
+          const int e = 2 * n + i;
+          if (e * TILE.exp2_fma / 16 != (e + 1) * TILE.exp2_fma / 16) {
+            s = exp2_polynomial(s);
+          } else {
+            s = ptx::ex2_approx_ftz(s);
+          }
+          sums[e % SUM_CHAINS] += s;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < SUM_CHAINS; ++i) row_sum[half] += sums[i];
+    }
+  }
+};
+
+// -infinity for the keys that a thread's rows do not see: of row `row0` and the one 8 below,
+// columns from `column0` on.
+template <int BLOCK_N>
+__device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2], const AttentionParams& p,
+                                       int row0, int column0) {
+  const int diagonal = p.seqlen_kv - p.seqlen_q;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int limit = p.seqlen_kv;
+    if (p.causal) limit = min(limit, row0 + half * 8 + diagonal + 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // A bit for each element of the row in this thread, 8 columns apart: those to keep.
+      const int keep = (limit - column0 - i + 7) >> 3;
+      const unsigned bits = keep <= 0 ? 0 : keep >= 32 ? 0xffffffff : (1u << keep) - 1;
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 8; ++n) {
+        float& s = S_rmem[4 * n + 2 * half + i];
+        s = bits >> n & 1 ? s : -INFINITY;
+      }
+    }
+  }
+}
+
+template <typename T, int BLOCK_N>
+__device__ __forceinline__ void pack_P(unsigned (&P_rmem)[BLOCK_N / 16][4],
+                                       const float (&S_rmem)[BLOCK_N / 2]) {
+#pragma unroll
+  for (int n = 0; n < BLOCK_N / 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      P_rmem[n / 2][(n & 1) * 2 + half] =
+          ptx::cvt_rn_x2<T>(S_rmem[4 * n + 2 * half], S_rmem[4 * n + 2 * half + 1]);
+    }
+  }
+}
+
+template <int HEAD_DIM>
+__device__ __forceinline__ void rescale_O(float (&O_rmem)[HEAD_DIM / 2],
+                                          const float (&rescale)[2]) {
+#pragma unroll
+  for (int d = 0; d < HEAD_DIM / 8; ++d) {
+    O_rmem[4 * d] *= rescale[0];
+    O_rmem[4 * d + 1] *= rescale[0];
+    O_rmem[4 * d + 2] *= rescale[1];
+    O_rmem[4 * d + 3] *= rescale[1];
+  }
+}
+
+}  // namespace flashmoe::sm90
