@@ -216,6 +216,8 @@ def _microseconds(samples: tuple[float, ...]) -> list[float]:
 
 def compile_only() -> int:
     """Fill the cache for GPU_PROBLEMS; the exit code."""
+    if why := jit.unavailable():
+        raise SystemExit(why)
     start = time.perf_counter()
     wanted = kernels(GPU_PROBLEMS, HOPPER)
     compilation = Compilation(wanted)
