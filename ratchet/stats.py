@@ -104,7 +104,7 @@ def rounds_wanted(ours: Sequence[float], sdpa: Sequence[float], error: float) ->
     normal distribution, sqrt(pi / 2) times the mean's."""
     logs = np.log(np.asarray(sdpa) / np.asarray(ours))
     low, high = np.quantile(logs, (0.25, 0.75))
-    sigma = (high - low) / (2 * special.ndtri(0.75))
+    sigma = float(high - low) / (2 * float(special.ndtri(0.75)))
     return math.ceil(math.pi / 2 * (sigma / error) ** 2)
 
 

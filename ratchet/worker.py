@@ -151,8 +151,8 @@ def _measure(
             break
         if not visits and decides:
             decides = False
-            both = (answer[side]["samples"] for side in ("ours", "sdpa"))
-            more = min(rounds_wanted(*both, _ROUNDS_ERROR), _MOST_ROUNDS * taken) - taken
+            samples = answer["ours"]["samples"], answer["sdpa"]["samples"]
+            more = min(rounds_wanted(*samples, _ROUNDS_ERROR), _MOST_ROUNDS * taken) - taken
             if more > 0:
                 visits.append(more)
         if visits:
