@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import probe
 
-CONSUMER, WORK = "fwd_sm90_consumer.cuh", "fwd_sm90_work.cuh"
+CONSUMER, SOFTMAX = "fwd_sm90_consumer.cuh", "fwd_sm90_softmax.cuh"
+WORK = "fwd_sm90_work.cuh"
 TILES = ("128:192x80-stages=3", "64:256x64-q=2-stages=4")
 
 
@@ -45,8 +46,8 @@ OFF = (
         "lazy rescaling",
         (
             (
-                CONSUMER,
-                "{row_max[0] + params.slack, row_max[1] + params.slack}",
+                SOFTMAX,
+                "{row_max[0] + slack, row_max[1] + slack}",
                 "{row_max[0], row_max[1]}",
             ),
         ),
@@ -99,8 +100,8 @@ OFF = (
         (
             (
                 CONSUMER,
-                "if constexpr (decltype(masked)::value) mask_S(n_tile);",
-                "if (n_tile >= n_unmasked) mask_S(n_tile);",
+                "if constexpr (decltype(masked)::value) mask(n_tile);",
+                "if (n_tile >= n_unmasked) mask(n_tile);",
             ),
             (
                 CONSUMER,
