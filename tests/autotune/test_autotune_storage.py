@@ -405,14 +405,18 @@ def _workers(url: str, count: int) -> list[float]:
     return list(turns.clocks)
 
 
+def assert_every_tile_tried_once(url: str) -> None:
+    found = Counter(finished(url, WIDE))
+    assert set(found) == set(WIDE.tiles)
+    assert max(found.values()) == 1
+
+
 def test_three_workers_share_a_study_in_postgresql(postgres: str) -> None:
     (alone,) = _workers(postgres, 1)
     together = _workers(postgres, 3)
     # The slowest worker decides when all are done.
     assert alone / max(together) >= 2.5
-    found = Counter(finished(postgres, WIDE))
-    assert set(found) == set(WIDE.tiles)
-    assert max(found.values()) == 1
+    assert_every_tile_tried_once(postgres)
 
 
 def test_workers_that_run_at_the_same_moment_try_no_tile_twice(postgres: str) -> None:
@@ -421,9 +425,7 @@ def test_workers_that_run_at_the_same_moment_try_no_tile_twice(postgres: str) ->
     pids = [in_process(postgres, 0.01, number, WIDE) for number in range(3)]
     codes = [os.waitpid(pid, 0)[1] for pid in pids]
     assert codes == [0, 0, 0]
-    found = Counter(finished(postgres, WIDE))
-    assert set(found) == set(WIDE.tiles)
-    assert max(found.values()) == 1
+    assert_every_tile_tried_once(postgres)
 
 
 def test_a_worker_that_is_killed_costs_only_its_trials(postgres: str) -> None:
