@@ -145,7 +145,7 @@ def parser() -> Parser:
     search.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        help="who chooses the tiles (default: brute where all fit the time, else tpe)",
+        help="who chooses the tiles (default: brute where all fit the time, else model)",
     )
     search.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
     search.add_argument(

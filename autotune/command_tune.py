@@ -245,7 +245,12 @@ def _print_report(
     if not console.is_terminal:
         console = Console(file=out, width=_REPORT_WIDTH)
     console.print(report.table(results))
-    lines = [f"{seconds:.1f} s", f"database: {path}", f"suggestions: {suggestions or '-'}"]
+    lines = [
+        *report.costs(results),
+        f"{seconds:.1f} s",
+        f"database: {path}",
+        f"suggestions: {suggestions or '-'}",
+    ]
     if suggestions is not None:
         lines.append(f"report: {suggestions.with_name('report.html')}")
     for line in lines:

@@ -59,6 +59,17 @@ def table(results: Sequence[Result]) -> Table:
     return grid
 
 
+def costs(results: Sequence[Result]) -> list[str]:
+    """A line for every problem that was searched: what a candidate cost, all in all."""
+    return [
+        f"{result.problem.label}: {search.tried} tiles tried of {search.space} legal ones in "
+        f"{result.elapsed:.1f} s, {result.elapsed / search.tried:.2f} s each with compilation, "
+        "checks and the final"
+        for result in results
+        if (search := result.search) is not None and search.tried
+    ]
+
+
 def rejections(results: Sequence[Result]) -> list[str]:
     """A line for every tile that computed wrong numbers or failed."""
     return [
@@ -198,6 +209,10 @@ def _result_json(result: Result) -> dict[str, Any]:
         "samples": {name: list(samples) for name, samples in result.samples.items()},
         "sampler": None if search is None else search.sampler,
         "space": None if search is None else search.space,
+        "tried": 0 if search is None else search.tried,
+        "seconds_per_candidate": (
+            result.elapsed / search.tried if search is not None and search.tried else None
+        ),
         "trials": [] if search is None else [_trial_json(trial) for trial in search.trials],
     }
 

@@ -113,6 +113,7 @@ class _Walk:
         self._limit = len(space) if trials is None else min(trials, len(space))
         self._race = Race(bench, anchor)
         self._known: dict[Tile, Trial] = {}
+        self._tried = 0
         self._prepare_seconds: dict[str, float] = {}
         # What this process has prepared: asked again, that costs nothing.
         self._checked = {anchor}
@@ -145,6 +146,7 @@ class _Walk:
             self._record.name,
             tuple((when, o.value) for when, o in self._record.times() if o.value is not None),
             self._record.importances(),
+            self._tried,
         )
 
     def _try_all(self) -> str:
@@ -224,6 +226,7 @@ class _Walk:
                 self._record.tell(trial, found.get(tile))
                 if tile in found:
                     self._learn(found[tile])
+                    self._tried += 1
 
     def _look(self, ready: dict[Candidate, float]) -> list[Outcome]:
         """Time what is ready: a first look, and a second one unless it is clearly behind."""

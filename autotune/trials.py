@@ -25,7 +25,8 @@ class Trial:
 class Search:
     """The trials in the order of their first look, the contenders fastest first, which sampler
     walked a space of how many tiles, what a sample costs on the clock, why the search ended, the
-    study's name, and (seconds, value) of every trial as it was told."""
+    study's name, (seconds, value) of every trial as it was told, and how many of the trials are
+    this run's own: the others were found before or elsewhere."""
 
     trials: tuple[Trial, ...]
     contenders: tuple[Candidate, ...]
@@ -36,3 +37,4 @@ class Search:
     study: str = ""
     told: tuple[tuple[float, float], ...] = ()
     importances: dict[str, float] = field(default_factory=dict)
+    tried: int = 0

@@ -45,7 +45,14 @@ def test_a_run_ends_with_a_table_a_database_and_suggestions(home: Path) -> None:
     assert plan_source() == "heuristic"
     done = autotune(*TINY)
     assert done.returncode == 0, done.stderr
-    for text in (PROBLEM.label, "over default", "over SDPA", "cpu:", "database: "):
+    for text in (
+        PROBLEM.label,
+        "over default",
+        "over SDPA",
+        "cpu:",
+        ": 3 tiles tried",
+        "database: ",
+    ):
         assert text in done.stdout
     assert "[1/1]" in done.stderr
     assert "export FLASHMOE_BACKEND=" in (home / "tuning" / "suggestions.md").read_text()
@@ -67,7 +74,8 @@ def test_json_is_the_only_thing_on_stdout_and_a_second_run_confirms(home: Path) 
     (result,) = first["results"]
     assert result["status"] in ("tuned", "kept")
     assert result["problem"] == PROBLEM.to_json()
-    assert len(result["trials"]) == 3
+    assert len(result["trials"]) == result["tried"] == 3
+    assert result["seconds_per_candidate"] == pytest.approx(result["elapsed"] / 3)
     assert len(result["speedup_sdpa"]) == 3
     assert set(result["samples"]) >= {result["default"], result["best"], "sdpa"}
     assert Path(first["suggestions"]) == Path("elsewhere/suggestions.md")

@@ -39,8 +39,10 @@ RESULT = Result(
         (Candidate.of_tile(SM80),),
         "TPESampler",
         9,
+        tried=2,
     ),
     store=True,
+    elapsed=3.0,
 )
 UNMEASURED = Result(PROBLEM, "unmeasured", "no time")
 
@@ -99,6 +101,14 @@ def test_the_table_shows_every_problem() -> None:
         "unmeasured",
     ):
         assert cell in text
+
+
+def test_the_cost_of_a_candidate_is_told_where_tiles_were_tried() -> None:
+    (line,) = report.costs([RESULT, UNMEASURED])
+    assert line == (
+        f"{PROBLEM.label}: 2 tiles tried of 9 legal ones in 3.0 s, 1.50 s each with compilation, "
+        "checks and the final"
+    )
 
 
 def test_rejected_tiles_are_named_with_the_reason() -> None:

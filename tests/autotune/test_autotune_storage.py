@@ -171,6 +171,7 @@ def test_the_same_command_again_measures_nothing_again(tmp_path: Path) -> None:
     again = run(where, bench)
     assert [trial.tile for trial in again.trials[:12]] == [trial.tile for trial in first.trials]
     assert {trial.tile for trial in again.trials} == set(GRID)
+    assert (first.tried, again.tried) == (12, len(GRID) - 12)
     # What was known is timed again only as one of the contenders.
     known = {str(trial.tile) for trial in first.trials} - {str(c) for c in again.contenders}
     assert not known & set(bench.timed) - {str(DEFAULT)}
