@@ -32,6 +32,8 @@ class Session:
         # Who only compiles may do without: NVRTC needs no GPU, and a context takes memory, too.
         if device.type == "cuda" and runs:
             torch.zeros(1, device=device)  # makes the context, which takes a second
+        if not runs:
+            os.nice(10)  # the process that times needs its core when it needs it
         self._runner: Runner | None = None
 
     def open(self, group: Group, seed: int, order: int, *, reference: bool) -> None:

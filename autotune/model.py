@@ -8,6 +8,7 @@ neighbouring problems showed is where it starts. The space is finite: every tile
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,9 @@ _DECAY = 0.7
 _RELATED = 0.8
 # Standard deviation of log times where too few are known to tell.
 _SPREAD = 0.15
+
+# Columns that are computed together: more would not stay in a cache.
+_COLUMNS = 8
 
 Vector = NDArray[np.float64]
 
@@ -47,45 +51,57 @@ def promising(
     logs = [np.log(list(found.values())) if found else np.zeros(0) for found in tasks]
     y = np.concatenate([log - log.mean() if len(log) else log for log in logs])
     spread = max(float(y.std()) if len(y) > 3 else _SPREAD, 1e-3)
-    cells = _Cells(space)
-    x = cells.of([tile for tile, _ in points])
-    task = np.array([task for _, task in points], dtype=np.int64)
-    gram = _kernel(x, x) * _between(task, task) + _NOISE * np.eye(len(points))
-    weights = np.linalg.solve(gram, y / spread)
-
-    def expected(tiles: Sequence[Tile]) -> Vector:
-        cross = _kernel(cells.of(tiles), x) * _between(np.zeros(len(tiles), np.int64), task)
-        mean: Vector = cross @ weights * spread
-        return mean
-
-    def gram_and_cross(tiles: Sequence[Tile]) -> tuple[Vector, Vector]:
-        """With the tiles in flight as points, too: the variance does not ask for values."""
-        xs = cells.of([tile for tile, _ in points] + list(in_flight))
-        ts = np.concatenate([task, np.zeros(len(in_flight), np.int64)])
-        full = _kernel(xs, xs) * _between(ts, ts) + _NOISE * np.eye(len(xs))
-        return full, _kernel(cells.of(tiles), xs) * _between(np.zeros(len(tiles), np.int64), ts)
-
-    mean = expected(free)
-    full, cross = gram_and_cross(free)
-    explained = np.einsum("ij,ji->i", cross, np.linalg.solve(full, cross.T))
+    # The tiles in flight are points, too: the variance does not ask for values.
+    tiles = [*(tile for tile, _ in points), *in_flight]
+    task = np.array([task for _, task in points] + [0] * len(in_flight), dtype=np.int64)
+    cells = _cells(space)
+    x = cells.of(tiles)
+    gram = _kernel(x, x) * _between(task, task) + _NOISE * np.eye(len(tiles))
+    cross = cells.covariance(tiles) * _between(np.zeros(1, np.int64), task)
+    told = len(points)
+    mean = cross[:, :told] @ (np.linalg.solve(gram[:told, :told], y / spread) * spread)
+    rows = cells.rows(free)
+    cross = cross[rows]
+    explained = np.einsum("ij,ij->i", cross, cross @ np.linalg.inv(gram))
     deviation = spread * np.sqrt(np.maximum(1.0 - explained, 1e-9))
-    mine = y[task == 0]
-    best = min([*mine, *expected(in_flight)], default=0.0)
-    z = (best - mean) / deviation
+    best = min([*y[task[:told] == 0], *mean[cells.rows(in_flight)]], default=0.0)
+    z = (best - mean[rows]) / deviation
     improvement = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
     return free[int(np.argmax(improvement))]
 
 
 class _Cells:
-    """Tiles as rows of numbers: which kernel, and where on each of its axes, in steps."""
+    """Tiles as rows of numbers: which kernel, and where on each of its axes, in steps. Keeps the
+    covariances with all of the space: thousands of tiles, asked for again at every trial."""
 
     def __init__(self, space: Space) -> None:
         self._space = space
+        self._rows = {tile: row for row, tile in enumerate(space.tiles)}
+        self._all = self.of(space.tiles)
+        self._columns: dict[Tile, Vector] = {}
 
     def of(self, tiles: Sequence[Tile]) -> Vector:
         width = len(self._space.position(self._space.tiles[0]))
         rows = [self._space.position(tile) for tile in tiles]
         return np.array(rows, dtype=np.float64).reshape(len(rows), width)
+
+    def rows(self, tiles: Sequence[Tile]) -> NDArray[np.int64]:
+        """Where these tiles of the space stand in covariance()."""
+        return np.array([self._rows[tile] for tile in tiles], dtype=np.int64)
+
+    def covariance(self, tiles: Sequence[Tile]) -> Vector:
+        """Of every tile of the space, in order, with these, which need not be of it."""
+        new = list(dict.fromkeys(tile for tile in tiles if tile not in self._columns))
+        for first in range(0, len(new), _COLUMNS):
+            some = new[first : first + _COLUMNS]
+            self._columns |= dict(zip(some, _kernel(self.of(some), self._all), strict=True))
+        found = [self._columns[tile] for tile in tiles]
+        return np.stack(found, axis=1) if found else np.zeros((len(self._all), 0))
+
+
+@functools.lru_cache(maxsize=1)
+def _cells(space: Space) -> _Cells:
+    return _Cells(space)
 
 
 def _kernel(a: Vector, b: Vector) -> Vector:
