@@ -1,8 +1,8 @@
 """Times a stated grid of tiles on several forward problems and keeps the raw samples, once.
 
-    python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h200.json
+    python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h100.json
 
-On Hopper the grid is what SM90_AXES spans, on a CPU the tuner's own and what CPU_AXES span,
+On Hopper the grid is what sm90_axes spans, on a CPU the tuner's own and what CPU_AXES span,
 elsewhere all that the tuner would search; the file names the axes. All legal tiles of the grid are
 recorded, and the default. The file is what the tuner's tests replay as a simulated device
 (tests/autotune/autotune_replay.py). Each tile is checked first, then timed interleaved with the
@@ -10,8 +10,8 @@ default tile in batches, so every sample has one of the default from the same ro
 wrong or fails is recorded as such.
 
 NVRTC takes 5 to 10 s of a core for a Hopper tile, so all of them are compiled in parallel from the
-start, those of one head dimension once, while the problems whose tiles are there are timed: 352
-tiles x 8 s / 16 cores = 176 s, and the timing of the last problems. They can also be compiled
+start, those of one head dimension once, while the problems whose tiles are there are timed: 332
+tiles x 8 s / 16 cores = 166 s, and the timing of the last problems. They can also be compiled
 elsewhere, without a GPU, into a cache that is then carried:
 
     FLASHMOE_CACHE_DIR=grid-cache python benchmarks/record_grid.py --compile-only
@@ -64,7 +64,7 @@ CPU_PROBLEMS = (
 )
 SM90_AXES = {
     "block_m": (64, 128, 192, 256),
-    "block_n": (64, 80, 96, 128, 176),
+    "block_n": (64, 80, 128, 176),
     "num_stages": (2, 3),
     "q_stages": (1, 2),
     "pingpong": (False, True),
@@ -72,6 +72,8 @@ SM90_AXES = {
     "exp2_fma": (0, 4),
     "ctas_per_sm": (1,),
 }
+# Wide tiles do not fit where rows are long: of these there are enough that a quarter is a search.
+SM90_LONG_BLOCK_N = (32, 48, 64, 80, 96, 112)
 # An H200 (and an H100), as far as legality goes: to compile where there is none.
 HOPPER = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 # Seconds to wait for a tile once all before it are compiled.
@@ -90,7 +92,7 @@ def grid_of(problem: Problem, here: torch.device) -> tuple[list[Tile], dict[str,
     names = searched_backends(problem, here, None)
     default = BACKENDS[names[0]].default_tile(problem, arch)
     if default is not None and default.kernel == "sm90":
-        return list(dict.fromkeys([default, *sm90_grid(problem, arch)])), SM90_AXES
+        return list(dict.fromkeys([default, *sm90_grid(problem, arch)])), sm90_axes(problem)
     found = [tile for name in names for tile in BACKENDS[name].tiles(problem, arch)]
     axes = CPU_AXES if here.type == "cpu" else {}
     if axes:
@@ -99,8 +101,12 @@ def grid_of(problem: Problem, here: torch.device) -> tuple[list[Tile], dict[str,
     return [tile for tile in dict.fromkeys([default, *found]) if tile is not None], axes
 
 
+def sm90_axes(problem: Problem) -> dict[str, Any]:
+    return {**SM90_AXES, "block_n": SM90_LONG_BLOCK_N} if problem.head_dim > 128 else SM90_AXES
+
+
 def sm90_grid(problem: Problem, arch: Arch) -> list[Tile]:
-    return [t for t in tiles.grid("sm90", **SM90_AXES) if not t.violations(arch, problem)]
+    return [t for t in tiles.grid("sm90", **sm90_axes(problem)) if not t.violations(arch, problem)]
 
 
 def kernels(problems: Sequence[Problem], arch: Arch) -> dict[Problem, list[jit.Target]]:

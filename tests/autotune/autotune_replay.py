@@ -292,6 +292,13 @@ def _outcome(
     grid: Grid, tile: Tile, bench: ReplayBench, values: Mapping[Tile, float] | None = None
 ) -> Outcome:
     ratio = grid.ratio[str(tile)]
+    # The default was recorded as a candidate, too: next to itself it is not quite 1.
+    over_default = ratio / grid.ratio[str(grid.default)]
     return Outcome(
-        tile, ratio, ratio / grid.best, len(bench.evaluated), bench.samples_taken, values or {}
+        tile,
+        over_default,
+        ratio / grid.best,
+        len(bench.evaluated),
+        bench.samples_taken,
+        values or {},
     )

@@ -39,10 +39,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_is_compiled_is_legal_shared_and_fits_the_time(script: ModuleType) -> None:
     wanted = script.kernels(script.GPU_PROBLEMS, script.HOPPER)
     for problem, targets in wanted.items():
-        assert len(set(targets)) == len(targets) >= 20
+        # A quarter of them is what the replayed search may try.
+        assert len(set(targets)) == len(targets) >= 60
         for target in targets:
             assert not target.tile.violations(script.HOPPER, problem)
-            for axis, values in script.SM90_AXES.items():
+            for axis, values in script.sm90_axes(problem).items():
                 assert getattr(target.tile, axis) in values
     everything = {target for targets in wanted.values() for target in targets}
     assert len(everything) < sum(map(len, wanted.values())) / 2

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from autotune_replay import Grid, Outcome, load, ours, plain, synthetic
 
-RECORDED = Path(__file__).parent / "grid-nvidia-h200.json"
+RECORDED = {path.stem: path for path in sorted(Path(__file__).parent.glob("grid-nvidia-*.json"))}
 SEEDS = range(20)
 SHARE = 0.25
 
@@ -17,9 +17,9 @@ SHARE = 0.25
 def grids(which: str) -> list[Grid]:
     if which == "synthetic":
         return synthetic()
-    if not RECORDED.exists():
-        pytest.skip(f"{RECORDED.name} was not recorded yet (benchmarks/record_grid.py)")
-    return load(RECORDED)
+    if which not in RECORDED:
+        pytest.skip("no grid was recorded yet (benchmarks/record_grid.py)")
+    return load(RECORDED[which])
 
 
 def one_run(found: list[Grid], seed: int) -> list[Outcome]:
@@ -38,7 +38,7 @@ def one_run(found: list[Grid], seed: int) -> list[Outcome]:
     return outcomes
 
 
-@pytest.mark.parametrize("which", ["synthetic", "recorded"])
+@pytest.mark.parametrize("which", ["synthetic", *(RECORDED or ["recorded"])])
 def test_a_quarter_of_the_grid_finds_the_best(which: str) -> None:
     found = grids(which)
     runs = [one_run(found, seed) for seed in SEEDS]
