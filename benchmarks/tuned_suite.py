@@ -29,10 +29,10 @@ import torch
 from hopper.rows import ROWS
 
 from flashmoe import Problem, database, device, shapes
-from flashmoe.autotune.candidate import SDPA, Candidate, default_candidate
+from flashmoe.autotune.candidate import SDPA, Candidate, default_candidate, runs
 from flashmoe.autotune.decide import AGAIN
 from flashmoe.autotune.isolated import Processes
-from flashmoe.autotune.suite import CPU_SUITE, Group
+from flashmoe.autotune.suite import Group
 from flashmoe.database import Entry
 from flashmoe.stats import Interval, paired_ratio
 from flashmoe.tiles import Tile
@@ -83,7 +83,7 @@ SUITES: dict[str, tuple[Problem, ...]] = {
         _float32(1, 8, 2048, 256, False),
     ),
     # To try the commands without a GPU.
-    "cpu": CPU_SUITE,
+    "cpu": (_float32(1, 4, 256, 32, False), _float32(1, 4, 256, 32, True)),
 }
 # Eight problems for two runs that shall agree: every head dimension, short and long, GQA.
 SUITES["agree"] = (
@@ -150,8 +150,9 @@ def measure(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
             "default": default,
             AGAIN: default,
             "chosen": candidate_of(entry),
-            "sdpa": SDPA,
         }
+        if runs(SDPA, problem, here):
+            fields[problem]["sdpa"] = SDPA
         if entry.tile_with_lse:
             fields[problem]["tile"] = Candidate.of_tile(Tile.parse(entry.tile_with_lse))
     samples = measured(fields, here, args.rounds)
@@ -162,16 +163,17 @@ def measure(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
         print(f"{name}: {len(problems)} problems" + (f", without {missing}" if missing else ""))
         for problem in problems:
             x = samples[problem]
-            if not {"default", AGAIN, "chosen", "sdpa"} <= set(x):
+            if not set(fields[problem]) <= set(x):
                 slower.append(f"{problem.label} (not measured)")
                 continue
             # What stayed as it was gained nothing, whatever the noise says.
             kept = fields[problem]["chosen"] == fields[problem]["default"]
             gain = Interval(1.0, 1.0, 1.0) if kept else paired_ratio(x["default"], x["chosen"])
-            sdpa = paired_ratio(x["sdpa"], x["chosen"])
-            noise = paired_ratio(x["default"], x[AGAIN])
+            sdpa = paired_ratio(x["sdpa"], x["chosen"]) if "sdpa" in x else None
+            noise = paired_ratio(x["default"], x[AGAIN]).value - 1
+            over_sdpa = f"{_text(sdpa)} over SDPA" if sdpa else "SDPA cannot"
             chosen = fields[problem]["chosen"]
-            if chosen != SDPA and sdpa.high < 1 - CLOSE:
+            if sdpa and chosen != SDPA and sdpa.high < 1 - CLOSE:
                 slower.append(problem.label)
             over.setdefault(name, []).append(gain.value)
             tile = x.get("tile", x["chosen"])
@@ -181,8 +183,8 @@ def measure(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
                 )
             print(
                 f"  {problem.label}: {median(x['default']):.1f} -> {median(x['chosen']):.1f} us, "
-                f"{_text(gain)} over {fields[problem]['default']}, {_text(sdpa)} over SDPA, "
-                f"noise {abs(noise.value - 1):.3f}: {chosen}",
+                f"{_text(gain)} over {fields[problem]['default']}, {over_sdpa}, "
+                f"noise {abs(noise):.3f}: {chosen}",
                 flush=True,
             )
     over["all"] = [gain for name in suite for gain in over.get(name, [])]

@@ -143,3 +143,22 @@ def test_what_ships_is_of_the_suite_and_names_no_storage(
     assert script.main(["ship", "--databases", early, late, "--output", str(output)]) == 0
     (entry,) = database.load(output).values()
     assert (entry.problem, entry.tile, entry.storage) == (mine, str(DEFAULT), "")
+
+
+def test_sdpa_is_no_rival_where_it_computes_something_else(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chunk = Problem(1, 2, 2, 64, 200, 16, "float32", causal=True)
+    monkeypatch.setitem(script.SUITES, "cpu", (chunk,))
+    tile = Candidate.of_tile
+    times(script, monkeypatch, {tile(DEFAULT): 200.0, tile(OTHER): 100.0, SDPA: 1.0})
+    database_path = stored(tmp_path / "db.json", {chunk: OTHER})
+    words = ["measure", "--suite", "cpu", "--device", "cpu", "--database", database_path]
+    assert script.main([*words, "--output", str(tmp_path / "worth.json")]) == 0
+    found = json.loads((tmp_path / "worth.json").read_text())
+    assert found["slower_than_sdpa"] == []
+    assert found["geometric_means"]["cpu"] == pytest.approx(2.0)
+    assert "SDPA cannot" in capsys.readouterr().out
