@@ -133,3 +133,23 @@ def test_the_command(
     for link in text.split("](")[1:]:
         assert (document.parent / link.partition(")")[0]).exists()
     assert cli.main(["sota", "--rounds", "9"]) == 2
+
+
+def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many shapes of one function torch would run it uncompiled, and slower than it is."""
+    import torch._dynamo.config as dynamo
+
+    monkeypatch.setattr(dynamo, "recompile_limit", 1)
+    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
+    (flex,) = (provider for provider in providers.PROVIDERS if provider.name == "flex")
+    for seqlen in (64, 96):
+        case = parse(f"fwd-b1-h1-s{seqlen}-d16-float32")
+        q = torch.randn(1, 1, seqlen, 16)
+        assert flex.make(case)(q, q, q).shape == q.shape
+
+
+def test_sdpa_math_is_left_out_where_scores_fill_the_memory() -> None:
+    (math,) = (provider for provider in providers.PROVIDERS if provider.name == "sdpa-math")
+    with pytest.raises(NotImplementedError, match="16 GiB"):
+        math.make(parse("fwd-b1-h16-s16384-d128-bfloat16"))
+    math.make(parse("fwd-b4-h16-s4096-d128-bfloat16"))
