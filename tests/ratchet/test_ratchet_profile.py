@@ -104,7 +104,9 @@ def test_two_commits_are_compared(
     monkeypatch.setattr(f"{builds}.resolve", lambda ref: f"commit-{ref}")
     monkeypatch.setattr(f"{builds}.build", lambda commit, folder: tmp_path / commit / "site")
     assert cli.main(["profile", "--case", CASE, "--base", "main", "--head", "mine"]) == 0
-    assert "| time (us) | 1000 | 1200 | +20 % |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| time (us) | 1000 | 1200 | +20 % |" in out
+    assert "Kernels: `fwd_kernel<64>`, `add`; in the base `fwd_kernel<64>`\n" in out
 
 
 @pytest.mark.parametrize(
