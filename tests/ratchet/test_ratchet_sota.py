@@ -67,6 +67,12 @@ def test_conclusions_need_significance() -> None:
         assert ratio.value == pytest.approx(1.2, rel=0.01)
 
 
+def test_what_another_process_may_differ_by_is_no_conclusion() -> None:
+    for compared in made_up(flex=1.006, **{"sdpa-flash": 0.994}):
+        assert compared.row("flex").p < 0.05
+        assert {conclusion(compared.row(name)) for name in ("flex", "sdpa-flash")} == {"same"}
+
+
 def test_same_against_same_differs_almost_never() -> None:
     found = [
         conclusion(row)
