@@ -61,7 +61,12 @@ def source(name: str, site: Path) -> Source:
     """Workers of a build, with no tuned plans but those it ships."""
     cache = site.parent / "cache"
     worker = (sys.executable, "-m", "flashmoe.ratchet.worker")
-    environment = {"PYTHONPATH": str(site), "FLASHMOE_CACHE_DIR": str(cache)}
+    # What else the caller has on its path stays, from wherever the worker starts.
+    others = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(site), *others]),
+        "FLASHMOE_CACHE_DIR": str(cache),
+    }
     return Source(name, worker, str(site), environment)
 
 

@@ -64,6 +64,7 @@ NOT_FOUND = (
     "ncu was not found: it comes with the CUDA toolkit (package cuda-nsight-compute) and has to be "
     "on PATH"
 )
+_UNKNOWN = "Failed to find metric"
 
 
 class CannotProfile(Exception):
@@ -83,23 +84,39 @@ def profile(case: str, source: Source, folder: Path | None = None) -> Profile:
     tool = shutil.which("ncu")
     if tool is None:
         raise CannotProfile(NOT_FOUND)
+    metrics = list(METRICS.values())
+    while True:
+        done = _run(tool, metrics, case, source, folder)
+        told = done.stdout + done.stderr
+        # A metric that this GPU or version of ncu does not have ends it; the others are asked for.
+        unknown = [line for line in told.splitlines() if _UNKNOWN in line]
+        known = [m for m in metrics if not any(m in line for line in unknown)]
+        if done.returncode == 0 or known == metrics or not known:
+            break
+        metrics = known
+    if "ERR_NVGPUCTRPERM" in told:
+        raise CannotProfile(NOT_PERMITTED)
+    if done.returncode:
+        lines = told.strip().splitlines() or ["no output"]
+        # What ncu says of it, and not what the program printed last.
+        errors = [line for line in lines if line.startswith("==ERROR==")] or lines[-1:]
+        raise CannotProfile(f"ncu failed with exit code {done.returncode}: {errors[0]}")
+    return parse(done.stdout)
+
+
+def _run(
+    tool: str, metrics: Sequence[str], case: str, source: Source, folder: Path | None
+) -> subprocess.CompletedProcess[str]:
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
-    metrics = ["--metrics", ",".join(METRICS.values())]
     python = [source.command[0], "-m", "flashmoe.ratchet.profiled", case]
-    done = subprocess.run(
-        [tool, *options, *metrics, "--target-processes", "all", *python],
+    return subprocess.run(
+        [tool, *options, "--metrics", ",".join(metrics), "--target-processes", "all", *python],
         capture_output=True,
         text=True,
         check=False,
         cwd=source.folder or folder,
         env={**os.environ, **source.environment},
     )
-    if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
-        raise CannotProfile(NOT_PERMITTED)
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        raise CannotProfile(f"ncu failed with exit code {done.returncode}: {lines[-1]}")
-    return parse(done.stdout)
 
 
 def parse(text: str) -> Profile:

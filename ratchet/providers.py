@@ -41,9 +41,16 @@ class Provider:
             return ""
 
 
+# Of SDPA's math backend, which holds some four copies of the scores in float32.
+_MOST_SCORES = 1 << 31
+
+
 def _sdpa(backend: SDPBackend) -> Callable[[Case], Attend]:
     def make(case: Case) -> Attend:
         p = case.problem
+        scores = p.batch * p.heads_q * p.seqlen_q * p.seqlen_kv
+        if backend == SDPBackend.MATH and scores > _MOST_SCORES:
+            raise NotImplementedError(f"each copy of its scores takes {4 * scores / 2**30:.0f} GiB")
         grouped = p.heads_q != p.heads_kv
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,7 +68,9 @@ def _flex(case: Case) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     p = case.problem
-    # Compiled for each shape: general over shapes it is slower.
+    # Compiled for each shape: general over shapes it is slower. After a few shapes of one function
+    # torch gives up and runs it uncompiled, unless it forgets those before.
+    torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -24,10 +25,11 @@ def git(*arguments: str, folder: Path | None = None) -> str:
 
 def commit(folder: Path | None = None) -> str:
     """The commit checked out in `folder` (default: here), with a + where tracked files differ from
-    it; empty outside a repository."""
+    it. Outside a repository what FLASHMOE_COMMIT says, for a copy of the files on another machine,
+    or else empty."""
     try:
         head = git("rev-parse", "HEAD", folder=folder)
         changed = git("status", "--porcelain", "--untracked-files=no", folder=folder)
     except UserError:
-        return ""
+        return os.environ.get("FLASHMOE_COMMIT", "")
     return head + ("+" if changed else "")

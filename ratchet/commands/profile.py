@@ -74,7 +74,9 @@ def _profiled(names: Sequence[str], arguments: argparse.Namespace) -> tuple[str,
 
 def section(name: str, base: Profile | None, head: Profile) -> list[str]:
     """Markdown: what differs, or all there is of one build."""
-    kernels = ", ".join(f"`{kernel}`" for kernel in head.kernels)
+    kernels = _kernels(head)
+    if base is not None and base.kernels != head.kernels:
+        kernels += f"; in the base {_kernels(base)}"
     lines = ["<details>", f"<summary>{name}</summary>", "", f"Kernels: {kernels}", ""]
     if base is None:
         lines += ["| | |", "|:--|--:|"]
@@ -86,3 +88,7 @@ def section(name: str, base: Profile | None, head: Profile) -> list[str]:
             for label, a, b in differences(base, head)
         ]
     return [*lines, "", "</details>", ""]
+
+
+def _kernels(profile: Profile) -> str:
+    return ", ".join(f"`{kernel}`" for kernel in profile.kernels)

@@ -16,7 +16,15 @@ from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import write_json, write_text
 from flashmoe.ratchet.revision import commit
-from flashmoe.ratchet.sota import OURS, Compared, as_json, compare, conclusion, geometric_mean
+from flashmoe.ratchet.sota import (
+    OURS,
+    SAME,
+    Compared,
+    as_json,
+    compare,
+    conclusion,
+    geometric_mean,
+)
 from flashmoe.ratchet.suite import select
 from flashmoe.timing import Limits, measure_limits
 
@@ -129,9 +137,10 @@ def document(
         "## Cases",
         "",
         "Speedup of flashmoe: the other's time over ours, medians, 95 % intervals by bootstrap "
-        "over rounds; **bold** where it differs from 1 (Wilcoxon's signed-rank test, Holm over all "
-        "comparisons, 5 %). Efficiency: the time that the arithmetic or the traffic takes at the "
-        "rates measured in this run, over ours.",
+        f"over rounds; **bold** where it differs from 1 by more than {SAME:.0%}, which another "
+        "process may (Wilcoxon's signed-rank test, Holm over all comparisons, 5 %). Efficiency: "
+        "the time that the arithmetic or the traffic takes at the rates measured in this run, over "
+        "ours.",
         "",
         f"| case | ms | TFLOP/s | efficiency | W | {' | '.join(names)} |",
         f"|:--|--:|--:|--:|--:|{'--:|' * len(names)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,9 @@ import pytest
 import ratchet_synthetic as synthetic
 import torch
 
+from flashmoe.backends import BACKENDS
+from flashmoe.device import arch
+from flashmoe.plan import Plan
 from flashmoe.ratchet import builds, cli, slow, worse
 from flashmoe.ratchet.commands import ab, selftest
 from flashmoe.ratchet.commands.selftest import Outcome
@@ -68,8 +72,12 @@ def test_the_working_tree_is_built_without_touching_it(
         # The harness is this one, whatever the commit's own was.
         assert (site / "flashmoe" / "ratchet" / "gate.py").exists()
         assert (site / "flashmoe" / "timing.py").exists()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "libraries", str(tmp_path)]))
     source = builds.source("base", sites[0])
-    assert source.folder == source.environment["PYTHONPATH"] == str(sites[0])
+    assert source.folder == str(sites[0])
+    # Workers start in another folder, and need what this process was given.
+    others = [str(repository / "libraries"), str(tmp_path)]
+    assert source.environment["PYTHONPATH"].split(os.pathsep) == [str(sites[0]), *others]
     assert sites[0].parent in Path(source.environment["FLASHMOE_CACHE_DIR"]).parents
 
 
@@ -254,3 +262,26 @@ def test_a_tile_that_only_seems_slower_is_not_taken(monkeypatch: pytest.MonkeyPa
     found = worse.worse_tile(parse("fwd-b1-h2-s256-d64-float32"), CPU, 1.2)
     assert found is not None
     assert found.factor == pytest.approx(1.4)
+
+
+def test_no_tile_is_compiled_for_a_selftest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Hopper kernel's thousands only those that are there, and not all of those."""
+    case = parse("fwd-b1-h2-s256-d64-float32")
+    backend = BACKENDS["cpu"]
+    planned, other, *_ = backend.tiles(case.problem, arch(CPU))
+    timed: list[str] = []
+
+    def measure(calls: Any, device: torch.device, *, rounds: int, **_: Any) -> Any:
+        timed[:] = calls
+        return {name: Measurement("ok", (1.0,) * rounds) for name in calls}
+
+    monkeypatch.setattr(worse, "measure", measure)
+    monkeypatch.setattr(backend, "ready", lambda tile, *_: tile == other)
+    plan = Plan("cpu", planned, "heuristic")
+    monkeypatch.setattr(worse, "make_plan", lambda *_, **__: plan)
+    assert worse.worse_tile(case, CPU, 1.0) is None
+    assert timed == ["", str(other)]
+    monkeypatch.setattr(backend, "ready", lambda *_: True)
+    monkeypatch.setattr(worse, "_MOST_TILES", 1)
+    worse.worse_tile(case, CPU, 1.0)
+    assert len(timed) == 2

@@ -10,6 +10,7 @@ import pytest
 
 from flashmoe.ratchet import cli, ncu
 from flashmoe.ratchet.ncu import CannotProfile, differences, parse
+from flashmoe.ratchet.processes import Source
 
 CASE = "fwd-b1-h2-s64-d64-bfloat16"
 TIME, TENSOR = ncu.METRICS["time (us)"], ncu.METRICS["tensor pipes (%)"]
@@ -103,7 +104,9 @@ def test_two_commits_are_compared(
     monkeypatch.setattr(f"{builds}.resolve", lambda ref: f"commit-{ref}")
     monkeypatch.setattr(f"{builds}.build", lambda commit, folder: tmp_path / commit / "site")
     assert cli.main(["profile", "--case", CASE, "--base", "main", "--head", "mine"]) == 0
-    assert "| time (us) | 1000 | 1200 | +20 % |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| time (us) | 1000 | 1200 | +20 % |" in out
+    assert "Kernels: `fwd_kernel<64>`, `add`; in the base `fwd_kernel<64>`\n" in out
 
 
 @pytest.mark.parametrize(
@@ -125,6 +128,22 @@ def test_without_counters_it_says_what_to_do(
     out = capsys.readouterr().out
     assert "The gate's verdict stands" in out
     assert told in out
+
+
+def test_a_metric_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command[command.index("--metrics") + 1])
+        missing = [m for m in (BYTES, SHARED) if m in asked[-1]]
+        told = "".join(f"==ERROR== Failed to find metric {m}\n" for m in missing[:1])
+        return subprocess.CompletedProcess(command, int(bool(missing)), told or BASE, "")
+
+    monkeypatch.setattr(ncu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(ncu.subprocess, "run", run)
+    assert ncu.profile(CASE, Source("this")).kernels == ("fwd_kernel<64>",)
+    assert len(asked) == 3
+    assert asked[-1].split(",") == [m for m in ncu.METRICS.values() if m not in (BYTES, SHARED)]
 
 
 def test_without_ncu_it_says_where_to_get_it(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet import files, schema
+from flashmoe.ratchet import files, revision, schema
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.results import CaseResult, Origin, Series, Telemetry, slowed
 
@@ -161,3 +161,12 @@ def test_unwritable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         files.save(synthetic.results(), tmp_path / "file" / "x.json")
+
+
+def test_the_commit_is_told_where_there_is_no_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLASHMOE_COMMIT", raising=False)
+    assert revision.commit(tmp_path) == ""
+    monkeypatch.setenv("FLASHMOE_COMMIT", "a" * 40)
+    assert revision.commit(tmp_path) == "a" * 40

@@ -67,6 +67,12 @@ def test_conclusions_need_significance() -> None:
         assert ratio.value == pytest.approx(1.2, rel=0.01)
 
 
+def test_what_another_process_may_differ_by_is_no_conclusion() -> None:
+    for compared in made_up(flex=1.006, **{"sdpa-flash": 0.994}):
+        assert compared.row("flex").p < 0.05
+        assert {conclusion(compared.row(name)) for name in ("flex", "sdpa-flash")} == {"same"}
+
+
 def test_same_against_same_differs_almost_never() -> None:
     found = [
         conclusion(row)
@@ -133,3 +139,23 @@ def test_the_command(
     for link in text.split("](")[1:]:
         assert (document.parent / link.partition(")")[0]).exists()
     assert cli.main(["sota", "--rounds", "9"]) == 2
+
+
+def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many shapes of one function torch would run it uncompiled, and slower than it is."""
+    import torch._dynamo.config as dynamo
+
+    monkeypatch.setattr(dynamo, "recompile_limit", 1)
+    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
+    (flex,) = (provider for provider in providers.PROVIDERS if provider.name == "flex")
+    for seqlen in (64, 96):
+        case = parse(f"fwd-b1-h1-s{seqlen}-d16-float32")
+        q = torch.randn(1, 1, seqlen, 16)
+        assert flex.make(case)(q, q, q).shape == q.shape
+
+
+def test_sdpa_math_is_left_out_where_scores_fill_the_memory() -> None:
+    (math,) = (provider for provider in providers.PROVIDERS if provider.name == "sdpa-math")
+    with pytest.raises(NotImplementedError, match="16 GiB"):
+        math.make(parse("fwd-b1-h16-s16384-d128-bfloat16"))
+    math.make(parse("fwd-b4-h16-s4096-d128-bfloat16"))
