@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import flashmoe
 from flashmoe.ratchet.errors import UserError
@@ -76,7 +77,9 @@ def _export(commit: str, target: Path) -> Path:
         subprocess.run(["git", "archive", commit], cwd=top, stdout=archive, check=True)
         archive.seek(0)
         with tarfile.open(fileobj=archive) as opened:
-            opened.extractall(target, filter="data")
+            # Python before 3.10.12 and 3.11.4 knows no filters.
+            safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            opened.extractall(target, **safe)
     return target
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import flashmoe
-from flashmoe import _extension
 from flashmoe.backends import BACKENDS
 from flashmoe.device import arch
 from flashmoe.plan import make_plan
@@ -43,10 +42,10 @@ def worse_tile(case: Case, device: torch.device, least: float) -> Worse | None:
     smallest factor that is certainly above `least`; None where there is none."""
     plan = make_plan(case.problem, device, need_lse=case.backward)
     backend, here = BACKENDS[plan.backend], arch(device)
-    compiled_in = [tile for tiles in _extension.load().instances.values() for tile in tiles]
+    searched = [*backend.tiles(case.problem, here), *backend.compiled_in(case.problem, here)]
     tiles = [
         tile
-        for tile in dict.fromkeys([*backend.tiles(case.problem, here), *compiled_in])
+        for tile in dict.fromkeys(searched)
         if tile != plan.tile
         and tile.backend == plan.backend
         and not backend.rejects(tile, case.problem, here)

@@ -37,6 +37,10 @@ class Backend(Protocol):
         """Every tile worth trying for `problem`, all legal; empty for a backend without tiles."""
         ...
 
+    def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
+        """The legal tiles that the package brings compiled."""
+        return []
+
     def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
         """Whether `tile`, which is not rejected, runs `problem` without waiting for a compiler that
         can be done without."""

@@ -79,6 +79,9 @@ class CudaBackend(Backend):
             return compiled
         return list(_legal_sm90(sm90_head_dim(problem.head_dim), arch))
 
+    def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
+        return _compiled_in(problem, arch)
+
     def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
         """FLASHMOE_COMPILE=1 asks to wait for the compiler."""
         assert tile is not None, "the cuda backend has no plan without a tile"

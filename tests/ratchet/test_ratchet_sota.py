@@ -141,17 +141,14 @@ def test_the_command(
     assert cli.main(["sota", "--rounds", "9"]) == 2
 
 
-def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_is_compiled_for_every_shape() -> None:
     """After so many shapes of one function torch would run it uncompiled, and slower than it is."""
-    import torch._dynamo.config as dynamo
-
-    monkeypatch.setattr(dynamo, "recompile_limit", 1)
-    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
     (flex,) = (provider for provider in providers.PROVIDERS if provider.name == "flex")
-    for seqlen in (64, 96):
-        case = parse(f"fwd-b1-h1-s{seqlen}-d16-float32")
-        q = torch.randn(1, 1, seqlen, 16)
-        assert flex.make(case)(q, q, q).shape == q.shape
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for seqlen in (64, 96):
+            case = parse(f"fwd-b1-h1-s{seqlen}-d16-float32")
+            q = torch.randn(1, 1, seqlen, 16)
+            assert flex.make(case)(q, q, q).shape == q.shape
 
 
 def test_sdpa_math_is_left_out_where_scores_fill_the_memory() -> None:
