@@ -1,8 +1,12 @@
-"""What the tests of every backend share: hostile tensors and the judgement of results."""
+"""What tests share: hostile tensors, the judgement of results, and scripts as modules."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import pytest
@@ -130,3 +134,16 @@ def missing(what: str) -> NoReturn:
     if os.environ.get("FLASHMOE_REQUIRE_ALL"):
         pytest.fail(what)
     pytest.skip(what)
+
+
+def load_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/NAME.py as a module, found by its neighbours and by processes it starts."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec.loader.exec_module(module)
+    return module

@@ -3,33 +3,24 @@ nothing."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from autotune_replay import load
+from support import load_benchmark
 
 from flashmoe.backends import jit
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "record_grid.py"
 SMALL = (Problem(1, 2, 2, 64, 64, 16, "float32"), Problem(1, 2, 2, 96, 96, 16, "float32"))
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("record_grid", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Where the compiling processes find what they are sent.
-    monkeypatch.setitem(sys.modules, "record_grid", module)
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec.loader.exec_module(module)
+    module = load_benchmark("record_grid", monkeypatch)
     monkeypatch.setattr(module, "CPU_PROBLEMS", SMALL)
     monkeypatch.setattr(module, "CPU_AXES", {"block_m": (32, 48), "block_n": (32,)})
     monkeypatch.setattr("flashmoe.backends.cpu.CpuBackend.tiles", lambda *_: [Tile("cpu", 64, 64)])

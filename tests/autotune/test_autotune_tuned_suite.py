@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support import load_benchmark
 
 from flashmoe import database, shapes
 from flashmoe.autotune.candidate import SDPA, Candidate
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tuned_suite.py"
 ONE, TWO = (Problem(1, 2, 2, n, n, 16, "float32") for n in (64, 200))
 DEFAULT, OTHER = Tile("cpu", 64, 64), Tile("cpu", 32, 32)
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tuned_suite", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "tuned_suite", module)
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec.loader.exec_module(module)
+    module = load_benchmark("tuned_suite", monkeypatch)
     monkeypatch.setitem(module.SUITES, "cpu", (ONE, TWO))
     monkeypatch.setattr(module, "default_candidate", lambda *_: Candidate.of_tile(DEFAULT))
     return module
