@@ -22,7 +22,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -131,10 +131,6 @@ def measured(
     return found
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
-
-
 def _text(ratio: Interval) -> str:
     return f"{ratio.value:.3f}x [{ratio.low:.3f}, {ratio.high:.3f}]"
 
@@ -188,7 +184,7 @@ def measure(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
                 flush=True,
             )
     over["all"] = [gain for name in suite for gain in over.get(name, [])]
-    means = {name: geometric_mean(gains) for name, gains in over.items()}
+    means = {name: geometric_mean(gains) if gains else math.nan for name, gains in over.items()}
     for name, mean in means.items():
         print(f"geometric mean over the default, {name} ({len(over[name])}): {mean:.3f}")
     print(f"slower than SDPA by more than {CLOSE:.0%}: {', '.join(slower) or 'none'}")

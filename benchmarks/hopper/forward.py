@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -112,11 +112,6 @@ def time_problem(problem: Problem, rounds: int) -> tuple[dict[str, float], Tile,
         calls[name] = lambda backend=backend: sdpa(q, k, v, problem.causal, backend)
     times = medians(calls, rounds, second)
     return times, tuned, {"chosen_from": first, "measured": second}
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(x) for x in values]
-    return math.exp(sum(logs) / len(logs))
 
 
 def main() -> None:

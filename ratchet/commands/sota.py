@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
@@ -23,7 +24,6 @@ from flashmoe.ratchet.sota import (
     as_json,
     compare,
     conclusion,
-    geometric_mean,
 )
 from flashmoe.ratchet.suite import select
 from flashmoe.timing import Limits, measure_limits
