@@ -17,6 +17,8 @@ from flashmoe.stats import RESAMPLES, Interval
 
 Samples = Sequence[Sequence[float]]
 Array = npt.NDArray[np.float64]
+# Of the processes of one file: the logarithms of SDPA's times and of ours.
+Times = tuple[Array, Array]
 Indices = npt.NDArray[np.int64]
 
 # Of the processes, at each end.
@@ -32,18 +34,24 @@ _LEAST_ERROR = 1e-5
 class Change:
     """current / baseline with its 95 % interval, and one-sided p-values that it is below and above
     1 by chance alone. `error` is the standard error of its logarithm, `freedom` the degrees of
-    freedom behind that."""
+    freedom behind that; `shared` is the part of the error that more processes do not reduce."""
 
     ratio: Interval
     p_below: float
     p_above: float
     error: float
     freedom: float
+    shared: float = 0.0
 
 
 def medians(samples: Samples) -> Array:
     """Each process's median time."""
     return np.asarray(np.median(np.asarray(samples, dtype=np.float64), axis=1))
+
+
+def log_times(ours: Samples, sdpa: Samples) -> Times:
+    """Each process's logarithms of SDPA's median time and of ours."""
+    return np.log(medians(sdpa)), np.log(medians(ours))
 
 
 def log_speedups(ours: Samples, sdpa: Samples) -> Array:
@@ -52,10 +60,60 @@ def log_speedups(ours: Samples, sdpa: Samples) -> Array:
     return np.asarray(np.median(ratios, axis=1))
 
 
-def change(current: Array, baseline: Array) -> Change:
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """How far ours follows SDPA's time when the environment moves both: `value` times as far, in
+    logarithms, known with the standard error `error` for movements up to `reach`."""
+
+    value: float
+    error: float
+    reach: float = 0.0
+
+
+# Both follow the clock alike; a neighbour on the memory, say, is felt by one of them alone.
+_EXPECTED = Slope(1.0, 0.5)
+
+
+def slope(current: Times, baseline: Times) -> Slope:
+    """From how both times vary from process to process within each file: least squares, with an
+    _EXPECTED slope that counts for little where the processes of these files tell more. Needs two
+    processes on each side."""
+    both = current, baseline
+    x, y = (np.concatenate([t[side] - t[side].mean() for t in both]) for side in (0, 1))
+    across, along = float(x @ x), float(x @ y)
+    freedom = max(len(x) - 3, 1)
+    left = y - along / across * x if across else y
+    noise = max(float(left @ left) / freedom, _LEAST_ERROR**2)
+    prior = noise / _EXPECTED.error**2
+    value = (along + prior * _EXPECTED.value) / (across + prior)
+    error = math.sqrt(noise / (across + prior))
+    return Slope(value, error, reach=2 * math.sqrt(across / max(len(x) - 2, 1)))
+
+
+def at_equal_sdpa(times: Times, by: Slope) -> Array:
+    """Log speedups as `log_speedups`, had ours followed SDPA by `by`: what a kernel does to them
+    stays, and what moved ours and SDPA unlike each other is taken out."""
+    sdpa, ours = times
+    return by.value * sdpa - ours
+
+
+def change_at_equal_sdpa(current: Times, baseline: Times) -> Change:
+    """`change` of the speedup between processes that found SDPA equally fast: an analysis of
+    covariance, SDPA's time being the covariate. How far SDPA's time itself moved adds to the error,
+    as much as the slope is uncertain: a movement beyond what the processes of a file show may have
+    another cause, and another slope."""
+    by = slope(current, baseline)
+    moved = abs(_trimmed(current[0])[0] - _trimmed(baseline[0])[0])
+    beyond = max(moved - by.reach, 0.0)
+    shared = math.hypot(by.error * moved, _EXPECTED.error * beyond)
+    return change(at_equal_sdpa(current, by), at_equal_sdpa(baseline, by), shared=shared)
+
+
+def change(current: Array, baseline: Array, *, shared: float = 0.0) -> Change:
     """The change between two sets of per-process logarithms, by Yuen's test on trimmed means (Yuen
     1974): Welch's t-test for data in which a few processes, up to TRIM on either side, were hit by
-    something else. Needs two processes on each side."""
+    something else. `shared` is a standard error besides that of the processes. Needs two processes
+    on each side."""
     if min(len(current), len(baseline)) < 2:
         raise ValueError(
             f"change needs at least 2 processes on each side, got {len(current)} and "
@@ -68,12 +126,13 @@ def change(current: Array, baseline: Array) -> Change:
         error = _LEAST_ERROR
     else:
         freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
+    error = math.hypot(error, shared)
     half = _quantile(freedom, 0.975) * error
     ratio = Interval(math.exp(difference), math.exp(difference - half), math.exp(difference + half))
     below, above = (
         float(special.stdtr(freedom, x)) for x in (difference / error, -difference / error)
     )
-    return Change(ratio, below, above, error, freedom)
+    return Change(ratio, below, above, error, freedom, shared)
 
 
 def _quantile(freedom: float, probability: float) -> float:
@@ -156,8 +215,9 @@ def processes_needed(processes: int, change: Change, wanted: float, alpha: float
     by a test at level `alpha`, with the noise that `processes` on each side showed. At most
     MOST_PROCESSES, which then means: too noisy for any number one would wait for."""
     freedom = max(change.freedom, 1.0)
+    own = math.sqrt(change.error**2 - change.shared**2)
     for more in range(processes + 1, MOST_PROCESSES):
-        error = change.error * math.sqrt(processes / more)
+        error = math.hypot(own * math.sqrt(processes / more), change.shared)
         if error * _units(freedom * more / processes, alpha, 0.95) <= wanted:
             return more
     return MOST_PROCESSES

@@ -99,8 +99,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       if (!TILE.stages_output()) release(smem.empty_Q + 8 * q_buffer());
     }
   };
-  auto wait_K = [&] {
-    ptx::mbarrier_wait_parity(smem.full_K + 8 * k_ring.stage(), k_ring.parity());
+  auto wait_K = [&](bool known = false) {
+    ptx::mbarrier_wait_parity_unless(known, smem.full_K + 8 * k_ring.stage(), k_ring.parity());
   };
   auto start_S = [&] {
     ptx::wgmma_fence();
@@ -130,8 +130,15 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       release(smem.empty_Q + 8 * q_buffer());
     }
   };
-  auto wait_V = [&] {
-    ptx::mbarrier_wait_parity(smem.full_V + 8 * v_ring.stage(), v_ring.parity());
+  // Asked early, whether a tile is there costs nothing once it is needed.
+  auto test_K = [&] {
+    return ptx::mbarrier_test_parity(smem.full_K + 8 * k_ring.stage(), k_ring.parity());
+  };
+  auto test_V = [&] {
+    return ptx::mbarrier_test_parity(smem.full_V + 8 * v_ring.stage(), v_ring.parity());
+  };
+  auto wait_V = [&](bool known = false) {
+    ptx::mbarrier_wait_parity_unless(known, smem.full_V + 8 * v_ring.stage(), v_ring.parity());
   };
   auto release_V = [&] {
     release(smem.empty_V + 8 * v_ring.stage());
@@ -143,8 +150,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   auto turn_ends = [&] {
     if constexpr (TILE.uses_pingpong()) ptx::bar_arrive(1 + (w + 1) % CONSUMERS, 256);
   };
-  auto start_O = [&] {
-    wait_V();
+  auto start_O = [&](bool known = false) {
+    wait_V(known);
     ptx::wgmma_fence();
     const Descriptor V_desc(smem.V + v_ring.stage() * S::KV_BYTES, BLOCK_N * 128);
 #pragma unroll
@@ -247,17 +254,17 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   finish_S(IntConstant<0>{}, n_tile == 0);
   if (n_tile >= n_unmasked) mask(n_tile);
   softmax.template update<true>(S_rmem, rescale);
-  softmax.exponentiate(S_rmem);
-  pack_P<T, BLOCK_N>(P_rmem, S_rmem);
+  softmax.template exponentiate<T>(S_rmem, P_rmem);
   int staged = -1;  // buffer that the TMA may still read
   while (true) {
     if (n_tile > 0) wait_K();
     auto step = [&](auto masked) {
       trace(1);
+      const bool V_there = test_V();
       turn_begins();
       trace(2);
       start_S();
-      start_O();
+      start_O(V_there);
       turn_ends();
       trace(3);
       if (TILE.stages_output() && staged >= 0) {
@@ -266,19 +273,18 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       }
       finish_S(IntConstant<1>{}, n_tile == 0);
       trace(4);
+      const bool K_there = test_K();
       if constexpr (decltype(masked)::value) mask(n_tile);
       trace(11);
       const bool grew = softmax.template update<false>(S_rmem, rescale);
       trace(12);
-      softmax.exponentiate(S_rmem);
-      trace(5);
-      // Here, because it keeps the compiler from moving the exponentials behind the wait for O.
-      if (n_tile > 0) wait_K();
-      trace(6);
       finish_O();
       trace(7);
       if (grew) rescale_O<HEAD_DIM>(O_rmem, rescale);
-      pack_P<T, BLOCK_N>(P_rmem, S_rmem);
+      softmax.template exponentiate<T>(S_rmem, P_rmem);
+      trace(5);
+      if (n_tile > 0) wait_K(K_there);
+      trace(6);
     };
     for (--n_tile; n_tile >= n_unmasked; --n_tile) step(IntConstant<true>{});
     for (; n_tile >= 0; --n_tile) step(IntConstant<false>{});
@@ -314,8 +320,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       skip_V();
       if (n_tile >= n_unmasked) mask(n_tile);
       softmax.template update<true>(S_rmem, rescale);
-      softmax.exponentiate(S_rmem);
-      pack_P<T, BLOCK_N>(P_rmem, S_rmem);
+      softmax.template exponentiate<T>(S_rmem, P_rmem);
       continue;
     }
     // The last O of this block of rows runs beside the first S of the next.
@@ -334,15 +339,15 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     trace(4);
     if (n_tile >= n_unmasked) mask(n_tile);
     softmax.template update<true>(S_rmem, rescale);
-    softmax.exponentiate(S_rmem);
-    trace(5);
     finish_O();
     trace(7);
+    // Stored before the exponentials: kept through the store, P would not fit the registers.
     output.store(O_rmem, read_work(smem, done), done_buffer, done_max, done_sum);
     release_work(done);
     staged = done_buffer;
     trace(10);
-    pack_P<T, BLOCK_N>(P_rmem, S_rmem);
+    softmax.template exponentiate<T>(S_rmem, P_rmem);
+    trace(5);
   }
 }
 

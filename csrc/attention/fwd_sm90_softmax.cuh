@@ -34,7 +34,6 @@ struct Softmax {
   // How the arithmetic is spread over chains of dependent instructions, where ptxas makes more of
   // one way than of the other: 1 to 3 % (H100, docs/hopper-forward.md).
   static constexpr bool ROWS_APART = TILE.head_dim <= 64 && BLOCK_N >= 128;
-  static constexpr int SUM_CHAINS = TILE.head_dim > 64 && TILE.consumers() == 3 ? 4 : 1;
   using Scores = float[BLOCK_N / 2];
 
   const float scale_log2, slack;  // see Sm90Params
@@ -125,30 +124,51 @@ struct Softmax {
       return grew;
     }
   }
-  // P in place of S, and its sums.
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem) {
+  // P in 16 bits from S, and its sums. In chunks that ptxas keeps in order, since it moves nothing
+  // across a pmevent (a counter of profilers; nothing else happens): between the exponentials of a
+  // chunk stand the FFMAs of the next one, and the sums and conversions of the one LAG before. All
+  // of it fits into the time that the MUFU leaves between two exponentials.
+  template <typename T>
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem, unsigned (&P_rmem)[BLOCK_N / 16][4]) {
+    constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
+    constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
+    float minus_max[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float max_log2 = row_max[half] == -INFINITY ? 0.f : row_max[half] * scale_log2;
-      float sums[SUM_CHAINS] = {};
+      minus_max[half] = row_max[half] == -INFINITY ? 0.f : -row_max[half] * scale_log2;
+    }
+    auto scale = [&](int chunk) {
 #pragma unroll
-      for (int n = 0; n < BLOCK_N / 8; ++n) {
+      for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
+        S_rmem[e] = fmaf(S_rmem[e], scale_log2, minus_max[e / 2 % 2]);
+      }
+    };
+    auto exponentials = [&](int chunk) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& s = S_rmem[4 * n + 2 * half + i];
-          s = fmaf(s, scale_log2, -max_log2);
-          // A share of exp2_fma in 16, spread evenly.
-          const int e = 2 * n + i;
-          if (e * TILE.exp2_fma / 16 != (e + 1) * TILE.exp2_fma / 16) {
-            s = exp2_polynomial(s);
-          } else {
-            s = ptx::ex2_approx_ftz(s);
-          }
-          sums[e % SUM_CHAINS] += s;
+      for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
+        // A share of exp2_fma in 16, spread evenly.
+        if (e * TILE.exp2_fma / 16 != (e + 1) * TILE.exp2_fma / 16) {
+          S_rmem[e] = exp2_polynomial(S_rmem[e]);
+        } else {
+          S_rmem[e] = ptx::ex2_approx_ftz(S_rmem[e]);
         }
       }
+    };
+    auto sum_and_pack = [&](int chunk) {
 #pragma unroll
-      for (int i = 0; i < SUM_CHAINS; ++i) row_sum[half] += sums[i];
+      for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; e += 2) {
+        row_sum[e / 2 % 2] += S_rmem[e];
+        row_sum[e / 2 % 2] += S_rmem[e + 1];
+        P_rmem[e / 8][e / 2 % 4] = ptx::cvt_rn_x2<T>(S_rmem[e], S_rmem[e + 1]);
+      }
+    };
+    scale(0);
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS + LAG; ++chunk) {
+      if (chunk + 1 < CHUNKS) scale(chunk + 1);
+      if (chunk < CHUNKS) exponentials(chunk);
+      if (chunk >= LAG) sum_and_pack(chunk - LAG);
+      if (chunk < CHUNKS) asm volatile("pmevent 0;" ::: "memory");
     }
   }
 };
@@ -173,19 +193,6 @@ __device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2], const Atten
         float& s = S_rmem[4 * n + 2 * half + i];
         s = bits >> n & 1 ? s : -INFINITY;
       }
-    }
-  }
-}
-
-template <typename T, int BLOCK_N>
-__device__ __forceinline__ void pack_P(unsigned (&P_rmem)[BLOCK_N / 16][4],
-                                       const float (&S_rmem)[BLOCK_N / 2]) {
-#pragma unroll
-  for (int n = 0; n < BLOCK_N / 8; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      P_rmem[n / 2][(n & 1) * 2 + half] =
-          ptx::cvt_rn_x2<T>(S_rmem[4 * n + 2 * half], S_rmem[4 * n + 2 * half + 1]);
     }
   }
 }

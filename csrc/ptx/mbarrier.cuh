@@ -38,6 +38,27 @@ __device__ __forceinline__ void mbarrier_wait_parity(unsigned barrier_smem, unsi
       : "memory");
 }
 
+// Whether that phase has completed, without waiting.
+__device__ __forceinline__ bool mbarrier_test_parity(unsigned barrier_smem, unsigned parity) {
+  unsigned completed;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(completed)
+      : "r"(barrier_smem), "r"(parity)
+      : "memory");
+  return completed;
+}
+
+// Waits for that phase, unless a test has told already that it has completed.
+__device__ __forceinline__ void mbarrier_wait_parity_unless(bool completed, unsigned barrier_smem,
+                                                            unsigned parity) {
+  if (!completed) mbarrier_wait_parity(barrier_smem, parity);
+}
+
 // Named barriers of a thread block: `threads` threads meet; arrive does not wait.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");

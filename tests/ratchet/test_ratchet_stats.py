@@ -44,6 +44,61 @@ def test_change_without_spread_is_certain_and_finite() -> None:
     assert change.ratio.low < math.exp(-0.01) < change.ratio.high
 
 
+def two_states(
+    rng: np.random.Generator, slow_share: float, slope: float, processes: int = 16
+) -> stats.Times:
+    """Processes of which some found the machine in a state in which SDPA takes 17 % longer, and
+    ours `slope` times as much of that (as logarithms); both with noise of their own."""
+    slow = 0.16 * (np.arange(processes) < slow_share * processes)
+    return slow + rng.normal(0, 0.005, processes), slope * slow + rng.normal(0, 0.01, processes)
+
+
+@pytest.mark.parametrize("slope", [0.2, 1.0])
+def test_a_state_of_the_machine_that_sdpa_feels_more_is_no_change_of_the_kernel(
+    slope: float,
+) -> None:
+    rng = np.random.default_rng(2)
+    found = [
+        stats.change_at_equal_sdpa(two_states(rng, 0.75, slope), two_states(rng, 0.25, slope))
+        for _ in range(500)
+    ]
+    assert 0.02 <= sum(change.ratio.excludes(1.0) for change in found) / len(found) <= 0.08
+    assert max(change.error for change in found) < 0.01
+
+
+def test_a_slowdown_is_seen_at_equal_sdpa_where_the_speedups_hide_it() -> None:
+    rng = np.random.default_rng(4)
+    (x, y), baseline = two_states(rng, 0.75, 0.2), two_states(rng, 0.25, 0.2)
+    slower = x, y + math.log(1.08)
+    plain = stats.change(slower[0] - slower[1], baseline[0] - baseline[1])
+    assert plain.p_below > 0.1
+    adjusted = stats.change_at_equal_sdpa(slower, baseline)
+    assert adjusted.p_below < 1e-6
+    assert adjusted.ratio.low < 1 / 1.08 < adjusted.ratio.high
+
+
+def test_a_movement_of_sdpa_beyond_what_its_processes_show_adds_its_own_error() -> None:
+    rng = np.random.default_rng(5)
+    current, baseline = (two_states(rng, 0.0, 0.0) for _ in range(2))
+    still = stats.change_at_equal_sdpa(current, baseline)
+    assert still.shared < 0.005
+    moved = stats.change_at_equal_sdpa((current[0] + 0.2, current[1]), baseline)
+    assert moved.shared > 0.05
+    # No number of processes makes up for it.
+    needed = stats.processes_needed(16, moved, math.log(1.08), 0.001)
+    assert needed == stats.MOST_PROCESSES
+
+
+def test_a_yardstick_without_spread_leaves_the_plain_change() -> None:
+    times = np.zeros(4), np.array([0.0, 0.01, 0.02, 0.03])
+    by = stats.slope(times, times)
+    assert (by.value, by.reach) == (1.0, 0.0)
+    slower = times[0], times[1] + 0.1
+    change = stats.change_at_equal_sdpa(slower, times)
+    assert change.ratio.value == pytest.approx(math.exp(-0.1))
+    assert change.shared == 0.0
+
+
 def test_change_needs_two_processes() -> None:
     with pytest.raises(ValueError, match="at least 2 processes on each side, got 1 and 3"):
         stats.change(np.zeros(1), np.zeros(3))
