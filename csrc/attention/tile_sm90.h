@@ -47,10 +47,10 @@ struct Sm90Tile {
     return (head_dim > block_n ? head_dim : block_n) / 2 + 30;
   }
   // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest, which is more
-  // with the exponential's polynomial and with long rows of O.
+  // with the exponential's polynomial, long rows of O, or turns beside two buffers of Q.
   constexpr int needed_registers() const {
     return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 + 4 : 0) +
-           (exp2_fma > 0 || head_dim > 128 ? 32 : 28);
+           (exp2_fma > 0 || head_dim > 128 || (pingpong && q_stages > 1) ? 32 : 28);
   }
 };
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from flashmoe.tiles.tile import Arch, Tile
 
 # Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer; and as
-# many with the exponential's polynomial or long rows of O. benchmarks/hopper/check_tiles.py holds
-# these and the next against the compiler.
+# many with the exponential's polynomial, long rows of O, or turns beside two buffers of Q.
+# benchmarks/hopper/check_tiles.py holds these and the next against the compiler.
 _OTHER_REGISTERS, _MORE_REGISTERS = 28, 32
 # What ptxas asks for besides the accumulators to compile one wgmma at all.
 _WGMMA_REGISTERS = 30
@@ -40,7 +40,8 @@ def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
     """Registers that a consumer thread of the sm90 kernel needs for O, S, P, Q where it is kept
     there, and the rest; and those that setmaxnreg gives it."""
     needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4
-    needed += _MORE_REGISTERS if tile.exp2_fma or head_dim > 128 else _OTHER_REGISTERS
+    more = tile.exp2_fma or head_dim > 128 or (tile.pingpong and tile.q_stages > 1)
+    needed += _MORE_REGISTERS if more else _OTHER_REGISTERS
     if tile.q_in_registers:
         needed += head_dim // 4 + 4
     consumers, entry = tile.block_m // 64, sm90_entry_registers(tile)
