@@ -22,7 +22,8 @@ _fwd = torch.ops.flashmoe.fwd_cuda.default
 _SM90_DEFAULTS = tuple(
     Default(head_dim, Tile.parse(f"sm90:{tile}"), causal, min_seqlen_q)
     for head_dim, tile, causal, min_seqlen_q in (
-        (64, "192x128-stages2-q1-pingpong", None, 3073),
+        (64, "192x128-stages2-q1-pingpong", True, 3073),
+        (64, "192x128-stages2-q1-pingpong", False, 2561),
         (64, "256x64-stages4-q1-pingpong", True, 129),
         (64, "256x64-stages4-q1-pingpong", False, 1025),
         (64, "256x64-stages4-q2-pingpong", False, 129),
@@ -37,6 +38,8 @@ _SM90_DEFAULTS = tuple(
         (112, "128x128-stages2-q2-pingpong", None, 0),
         (128, "192x80-stages3-q1-pingpong", True, 3073),
         (128, "192x80-stages3-q1-pingpong", False, 1025),
+        (128, "192x64-stages3-q1-pingpong", True, 1281),
+        (128, "128x128-stages2-q2-pingpong", True, 769),
         (128, "192x64-stages3-q1-pingpong", True, 129),
         (128, "128x128-stages2-q2-pingpong", None, 0),
         (192, "128x96-stages2-q1-pingpong", None, 0),
