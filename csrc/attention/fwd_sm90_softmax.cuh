@@ -129,7 +129,8 @@ struct Softmax {
   // chunk stand the FFMAs of the next one, and the sums and conversions of the one LAG before. All
   // of it fits into the time that the MUFU leaves between two exponentials.
   template <typename T>
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem, unsigned (&P_rmem)[BLOCK_N / 16][4]) {
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
+                                               unsigned (&P_rmem)[BLOCK_N / 16][4]) {
     constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
     constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
     float minus_max[2];
