@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashmoe import ops, shapes
 from flashmoe.backends import BACKENDS
-from flashmoe.plan import make_plan
+from flashmoe.plan import make_plan, remembered_plan
 from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
 
@@ -258,6 +258,7 @@ def _prepare(
 def forget_plans() -> None:
     """Plan every call anew: after a tuner wrote its database, or the environment changed."""
     _calls.clear()
+    remembered_plan.cache_clear()
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashmoe import _extension, shapes
 from flashmoe.backends import BACKENDS
-from flashmoe.plan import make_plan
+from flashmoe.plan import remembered_plan
 from flashmoe.problem import Problem
 
 _extension.load()
@@ -67,13 +67,13 @@ def attention(
     tile: str,
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse, differentiable in q, k and v through out. The plan is made at run time,
-    so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override."""
+    by the first call for a problem, so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override."""
     problem = problem_of(q, k, causal)
     if shapes.recorder is not None:
         shapes.recorder[problem] += 1
-    plan = make_plan(problem, q.device, backend, tile, need_lse=True)
+    plan = remembered_plan(problem, q.device, backend, tile, need_lse=True)
     out, lse = BACKENDS[plan.backend].forward(q, k, v, softmax_scale, causal, plan.tile)
-    assert lse is not None, "make_plan(need_lse=True) chose a backend that does not tell lse"
+    assert lse is not None, "need_lse chose a backend that does not tell lse"
     return out, lse
 
 
@@ -103,7 +103,7 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, shaped and typed as q, k, v."""
-    plan = make_plan(problem_of(q, k, causal, "bwd"), q.device, backend)
+    plan = remembered_plan(problem_of(q, k, causal, "bwd"), q.device, backend)
     return BACKENDS[plan.backend].backward(
         dout, q, k, v, out, softmax_lse, softmax_scale, causal, plan.tile
     )

@@ -29,7 +29,7 @@ def bars(measured: Sequence[Compared]) -> str:
     shown = [n for n in _NAMES if any(c.row(n).samples for c in measured)]
     bar, gap, left, width = 13, 16, 330, 420
     most = max(_rate(c, n) for c in measured for n in shown if c.row(n).samples)
-    parts, y = [_legend(shown, left)], 40
+    parts, y = [_legend(shown, left), _text(left, 38, "start", "TFLOP/s")], 46
     for compared in measured:
         present = [n for n in shown if compared.row(n).samples]
         middle = y + bar * len(present) / 2 + 4
@@ -82,6 +82,7 @@ def roofline(measured: Sequence[Compared], limits: Limits) -> str:
     for exponent in range(math.ceil(y0), math.floor(y1) + 1):
         parts.append(_text(left - 8, y(10**exponent) + 4, "end", f"{10**exponent:g}"))
     parts.append(_text(width / 2, height - 6, "middle", "FLOPs a byte"))
+    parts.append(_text(12, 36, "start", "TFLOP/s"))
     for compared, intensity in zip(measured, intensities, strict=True):
         for name in reversed(shown):  # ours on top
             if compared.row(name).samples:

@@ -14,6 +14,7 @@ from flashmoe import database, shapes
 from flashmoe.device import arch, fingerprint, slug
 from flashmoe.plan import make_plan, reload_databases
 from flashmoe.problem import Problem
+from flashmoe.tiles import Arch
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(1, 8, 8, 1024, 1024, 64, "float32")
@@ -151,6 +152,22 @@ def test_a_query_or_two_on_a_cpu_go_to_sdpa(user_database, changes, backend):
     assert make_plan(problem, CPU).backend == backend
     assert make_plan(problem, CPU, need_lse=True).backend == "cpu"
     assert make_plan(problem, CPU).source == "heuristic"
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, "sdpa"),
+        ({"dtype": "bfloat16"}, "cuda"),
+        ({"dtype": "bfloat16", "seqlen_q": 15}, "sdpa"),
+        ({"dtype": "bfloat16", "seqlen_q": 16}, "cuda"),
+        ({"direction": "bwd"}, "cuda"),
+    ],
+)
+def test_what_an_untuned_problem_tries_first_on_a_gpu(changes, first):
+    ampere = Arch("cuda", "NVIDIA A100", (8, 0), 108, 166912)
+    problem = dataclasses.replace(PROBLEM, **changes)
+    assert flashmoe.plan._preference(problem, ampere)[0] == first
 
 
 def test_slug():
