@@ -53,20 +53,14 @@ OFF = (
         ),
     ),
     Off(
-        "exponentials kept before the wait for O",
+        "exponentials kept in chunks",
+        ((SOFTMAX, 'asm volatile("pmevent 0;" ::: "memory")', "0"),),
+    ),
+    Off(
+        "K and V asked for before they are needed",
         (
-            (CONSUMER, "      if (n_tile > 0) wait_K();\n      trace(6);", "      trace(6);"),
-            (
-                CONSUMER,
-                "    auto step = [&](auto masked) {\n",
-                "    auto step = [&](auto masked) {\n      if (!first) wait_K();\n"
-                "      first = false;\n",
-            ),
-            (
-                CONSUMER,
-                "    if (n_tile > 0) wait_K();\n    auto step",
-                "    if (n_tile > 0) wait_K();\n    bool first = true;\n    auto step",
-            ),
+            (CONSUMER, "const bool V_there = test_V();", "const bool V_there = false;"),
+            (CONSUMER, "const bool K_there = test_K();", "const bool K_there = false;"),
         ),
     ),
     Off(
