@@ -67,7 +67,8 @@ def attention(
     tile: str,
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse, differentiable in q, k and v through out. The plan is made at run time,
-    by the first call for a problem, so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override."""
+    by the first call for a problem, so a compiled graph follows the tuned database. Empty `backend`
+    and `tile` do not override."""
     problem = problem_of(q, k, causal)
     if shapes.recorder is not None:
         shapes.recorder[problem] += 1

@@ -95,8 +95,8 @@ def remembered_plan(
     tile: Tile | str | None = None,
     need_lse: bool = False,
 ) -> Plan:
-    """`make_plan`, once for the same arguments until `api.forget_plans`: it takes tens of microseconds,
-    and hundreds where it searches a database for neighbours."""
+    """`make_plan`, once for the same arguments until `api.forget_plans`: it takes tens of
+    microseconds, and hundreds where it searches a database for neighbours."""
     return make_plan(problem, device, backend, tile, need_lse)
 
 
