@@ -11,9 +11,10 @@ The rule, for each case:
 * The change is the difference of the means of these figures, current minus baseline, with the 20 %
   smallest and largest trimmed (now and then a process is hit by something else as a whole), and
   Yuen's t-test: a 95 % interval and one-sided p-values. Both files need MIN_PROCESSES processes.
-* On a CPU a neighbour slows SDPA and us unlike each other. There the figure is the speedup at equal
-  time of SDPA (`stats.change_at_equal_sdpa`): what of it follows SDPA's time from one process of a
-  file to another is taken out, and how uncertain that is adds to the error.
+* On a CPU a neighbour slows SDPA and us unlike each other. There the rounds count in which SDPA found
+  the machine undisturbed (`stats.calm_times`), and the figure is the speedup at equal time of SDPA
+  (`stats.change_at_equal_sdpa`): what of it follows SDPA's time from one process of a file to another
+  is taken out, and how uncertain that is adds to the error.
 * The p-values of all cases are adjusted by Holm's method, so the chance of any false FAIL in a
   whole gate, whatever the number of cases, is below ALPHA.
 * PASS: the interval excludes a slowdown of the fail threshold (`thresholds.DEFAULTS`).
@@ -159,14 +160,11 @@ class _Compared:
     ours: stats.Change
     sdpa: stats.Change
     floor: float
+    processes: int  # of the side that has fewer
 
     @property
     def name(self) -> str:
         return self.current.name
-
-    @property
-    def processes(self) -> int:
-        return min(len(self.current.ours.samples), len(self.baseline.ours.samples))
 
 
 def _verdicts(
@@ -202,18 +200,24 @@ def _compare(current: CaseResult, baseline: CaseResult, cpu: bool) -> _Compared:
     sides = [(case.ours.samples, case.sdpa.samples) for case in (current, baseline)]
     new, old = (stats.log_times(*samples) for samples in sides)
     if cpu:
+        calm = stats.calm_times(*sides)
+        # Otherwise no state of the machine is in both files, and the error says so.
+        if all(len(sdpa) >= MIN_PROCESSES for sdpa, _ in calm):
+            new, old = calm
         change = stats.change_at_equal_sdpa(new, old)
         speedups = stats.at_equal_sdpa(old, stats.slope(new, old))
     else:
         _, speedups = both = [stats.log_speedups(*samples) for samples in sides]
         change = stats.change(*both)
+    processes = min(len(new[0]), len(old[0]))
     return _Compared(
         current,
         baseline,
         change,
         ours=stats.change(new[1], old[1]),
         sdpa=stats.change(new[0], old[0]),
-        floor=stats.effect_floor(speedups, min(len(new[0]), len(old[0]))),
+        floor=stats.effect_floor(speedups, processes),
+        processes=processes,
     )
 
 

@@ -17,6 +17,8 @@ from flashmoe.stats import RESAMPLES, Interval
 
 Samples = Sequence[Sequence[float]]
 Array = npt.NDArray[np.float64]
+# Of one file: the samples of ours and of SDPA.
+Sides = tuple[Samples, Samples]
 # Of the processes of one file: the logarithms of SDPA's times and of ours.
 Times = tuple[Array, Array]
 Indices = npt.NDArray[np.int64]
@@ -26,6 +28,8 @@ TRIM = 0.2
 MOST_PROCESSES = 200
 # Of pairs of same-against-same sides.
 _DRAWS = 1000
+# Contention that SDPA felt took 16 % or more (`yardstick`); rounds of one state differ by 3 %.
+_CALM, _CALM_ROUNDS = 1.1, 4
 # Below this a standard error (in log units, so relative) says more about the clock than about us.
 _LEAST_ERROR = 1e-5
 
@@ -52,6 +56,27 @@ def medians(samples: Samples) -> Array:
 def log_times(ours: Samples, sdpa: Samples) -> Times:
     """Each process's logarithms of SDPA's median time and of ours."""
     return np.log(medians(sdpa)), np.log(medians(ours))
+
+
+def calm_times(current: Sides, baseline: Sides) -> tuple[Times, Times]:
+    """`log_times` of both files, from the rounds in which SDPA tells that the machine was as fast as
+    it gets: at most _CALM times as long as the fastest tenth of both files' rounds. Processes with
+    fewer than _CALM_ROUNDS such rounds are left out. Chosen by SDPA's time alone, and by one limit
+    for both, so nothing that a kernel does to its own time decides which rounds count."""
+    every = np.concatenate([np.ravel(sdpa) for _, sdpa in (current, baseline)])
+    limit = _CALM * float(np.quantile(every, 0.1))
+    new, old = (_calm(*side, limit) for side in (current, baseline))
+    return new, old
+
+
+def _calm(ours: Samples, sdpa: Samples, limit: float) -> Times:
+    found = []
+    for mine, theirs in zip(ours, sdpa, strict=True):
+        calm = [i for i, seconds in enumerate(theirs) if seconds <= limit]
+        if len(calm) >= min(_CALM_ROUNDS, len(theirs)):
+            found.append([float(np.median([side[i] for i in calm])) for side in (theirs, mine)])
+    times = np.log(np.asarray(found).reshape(-1, 2))
+    return times[:, 0], times[:, 1]
 
 
 def log_speedups(ours: Samples, sdpa: Samples) -> Array:

@@ -99,6 +99,45 @@ def test_a_yardstick_without_spread_leaves_the_plain_change() -> None:
     assert change.shared == 0.0
 
 
+def rounds(*states: tuple[float, float, int]) -> stats.Sides:
+    """Processes alike: of each (SDPA's time, ours, how many rounds)."""
+    ours = [mine for _, mine, count in states for _ in range(count)]
+    sdpa = [theirs for theirs, _, count in states for _ in range(count)]
+    return [ours] * 3, [sdpa] * 3
+
+
+def test_only_rounds_count_in_which_sdpa_was_undisturbed() -> None:
+    current = rounds((7.3, 6.2, 8), (8.6, 6.4, 12))
+    baseline = rounds((7.3, 6.2, 16), (24.0, 23.0, 4))
+    for times in stats.calm_times(current, baseline):
+        np.testing.assert_allclose(np.exp(times), [[7.3] * 3, [6.2] * 3])
+
+
+def test_what_a_kernel_does_decides_nothing_about_which_rounds_count() -> None:
+    current, baseline = rounds((7.3, 6.2, 8), (8.6, 6.4, 12)), rounds((7.3, 6.2, 20))
+    slower = [[10 * x for x in process] for process in current[0]], current[1]
+    (x, y), _ = stats.calm_times(current, baseline)
+    (x_slower, y_slower), _ = stats.calm_times(slower, baseline)
+    np.testing.assert_array_equal(x, x_slower)
+    np.testing.assert_allclose(y_slower - y, math.log(10))
+
+
+def test_a_process_that_found_no_calm_is_left_out() -> None:
+    current, baseline = rounds((7.3, 6.2, 20)), rounds((7.3, 6.2, 20))
+    ours, sdpa = list(current[0]), list(current[1])
+    sdpa[1] = [7.3] * 3 + [9.0] * 17
+    new, old = stats.calm_times((ours, sdpa), baseline)
+    assert (len(new[0]), len(old[0])) == (2, 3)
+    # Of few rounds all have to be calm, not four.
+    few = rounds((7.3, 6.2, 2))
+    assert len(stats.calm_times(few, few)[0][0]) == 3
+
+
+def test_a_file_without_calm_rounds_has_no_times() -> None:
+    new, old = stats.calm_times(rounds((14.0, 6.2, 20)), rounds((7.3, 6.2, 20)))
+    assert (len(new[0]), len(old[0])) == (0, 3)
+
+
 def test_change_needs_two_processes() -> None:
     with pytest.raises(ValueError, match="at least 2 processes on each side, got 1 and 3"):
         stats.change(np.zeros(1), np.zeros(3))
