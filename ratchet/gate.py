@@ -11,10 +11,10 @@ The rule, for each case:
 * The change is the difference of the means of these figures, current minus baseline, with the 20 %
   smallest and largest trimmed (now and then a process is hit by something else as a whole), and
   Yuen's t-test: a 95 % interval and one-sided p-values. Both files need MIN_PROCESSES processes.
-* On a CPU a neighbour slows SDPA and us unlike each other. There the rounds count in which SDPA found
-  the machine undisturbed (`stats.calm_times`), and the figure is the speedup at equal time of SDPA
-  (`stats.change_at_equal_sdpa`): what of it follows SDPA's time from one process of a file to another
-  is taken out, and how uncertain that is adds to the error.
+* On a CPU a neighbour slows SDPA and us unlike each other. There the rounds count in which SDPA
+  found the machine undisturbed (`stats.calm_times`), and the figure is the speedup at equal time
+  of SDPA (`stats.change_at_equal_sdpa`): what of it follows SDPA's time from one process of a
+  file to another is taken out, and how uncertain that is adds to the error.
 * The p-values of all cases are adjusted by Holm's method, so the chance of any false FAIL in a
   whole gate, whatever the number of cases, is below ALPHA.
 * PASS: the interval excludes a slowdown of the fail threshold (`thresholds.DEFAULTS`).

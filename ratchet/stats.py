@@ -59,10 +59,10 @@ def log_times(ours: Samples, sdpa: Samples) -> Times:
 
 
 def calm_times(current: Sides, baseline: Sides) -> tuple[Times, Times]:
-    """`log_times` of both files, from the rounds in which SDPA tells that the machine was as fast as
-    it gets: at most _CALM times as long as the fastest tenth of both files' rounds. Processes with
-    fewer than _CALM_ROUNDS such rounds are left out. Chosen by SDPA's time alone, and by one limit
-    for both, so nothing that a kernel does to its own time decides which rounds count."""
+    """`log_times` of both files, from the rounds in which SDPA tells that the machine was as fast
+    as it gets: at most _CALM times as long as the fastest tenth of both files' rounds. Processes
+    with fewer than _CALM_ROUNDS such rounds are left out. Chosen by SDPA's time alone, and by one
+    limit for both, so nothing that a kernel does to its own time decides which rounds count."""
     every = np.concatenate([np.ravel(sdpa) for _, sdpa in (current, baseline)])
     limit = _CALM * float(np.quantile(every, 0.1))
     new, old = (_calm(*side, limit) for side in (current, baseline))
