@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -176,6 +177,35 @@ def test_the_same_command_again_measures_nothing_again(tmp_path: Path) -> None:
     known = {str(trial.tile) for trial in first.trials} - {str(c) for c in again.contenders}
     assert not known & set(bench.timed) - {str(DEFAULT)}
     assert again.contenders[0].tile == BEST
+
+
+_GRPC_SERVER = """
+import sys
+from optuna.storages import run_grpc_proxy_server
+from flashmoe.autotune.storage import open_storage
+run_grpc_proxy_server(open_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_grpc_proxy_is_a_storage_like_any_other(tmp_path: Path) -> None:
+    pytest.importorskip("grpc")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    journal = str(tmp_path / "behind.journal")
+    server = subprocess.Popen([sys.executable, "-c", _GRPC_SERVER, journal, str(port)])
+    try:
+        where = f"grpc://127.0.0.1:{port}"
+        first = run(where, SimulatedBench(bowl(BEST)), trials=12)
+        again = run(where, SimulatedBench(bowl(BEST)))
+        assert (first.tried, again.tried) == (12, len(GRID) - 12)
+    finally:
+        server.kill()
+        server.wait()
+    assert set(finished(journal)) == set(GRID)
+    with pytest.raises(StorageError, match=rf"grpc://127.0.0.1:{port} cannot be reached"):
+        open_storage(where)
 
 
 def test_kill_9_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> None:
