@@ -192,8 +192,10 @@ def test_without_a_compiler_only_compiled_tiles_are_tried(hopper, no_compiler):
 
 def test_hopper_prefers_its_own_kernel_to_triton(hopper):
     assert plan.heuristic(PROBLEM, DEVICE).backend == "cuda"
+    newer = replace(H200, capability=(10, 0))
+    assert plan._preference(PROBLEM, newer)[0] == "triton"
     float32 = replace(PROBLEM, dtype="float32")
-    assert plan._preference(float32, H200)[0] == "triton"
+    assert plan._preference(float32, H200)[0] == "sdpa"
 
 
 def test_a_tuned_tile_that_is_not_compiled_never_waits(hopper, compiler, monkeypatch):
