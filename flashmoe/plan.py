@@ -87,17 +87,9 @@ def make_plan(
     return heuristic(problem, device, need_lse)
 
 
-@functools.lru_cache(maxsize=4096)
-def remembered_plan(
-    problem: Problem,
-    device: torch.device,
-    backend: str | None = None,
-    tile: Tile | str | None = None,
-    need_lse: bool = False,
-) -> Plan:
-    """`make_plan`, once for the same arguments until `api.forget_plans`: it takes tens of
-    microseconds, and hundreds where it searches a database for neighbours."""
-    return make_plan(problem, device, backend, tile, need_lse)
+# What `make_plan` said, until `api.forget_plans`: planning takes tens of microseconds, and hundreds
+# where it searches a database for neighbours.
+remembered_plan = functools.lru_cache(maxsize=4096)(make_plan)
 
 
 def heuristic(problem: Problem, device: torch.device, need_lse: bool = False) -> Plan:

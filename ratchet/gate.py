@@ -204,8 +204,9 @@ def _compare(current: CaseResult, baseline: CaseResult, cpu: bool) -> _Compared:
         # Otherwise no state of the machine is in both files, and the error says so.
         if all(len(sdpa) >= MIN_PROCESSES for sdpa, _ in calm):
             new, old = calm
-        change = stats.change_at_equal_sdpa(new, old)
-        speedups = stats.at_equal_sdpa(old, stats.slope(new, old))
+        slope = stats.slope(new, old)
+        change = stats.change_at_equal_sdpa(new, old, slope)
+        speedups = stats.at_equal_sdpa(old, slope)
     else:
         _, speedups = both = [stats.log_speedups(*samples) for samples in sides]
         change = stats.change(*both)

@@ -122,23 +122,23 @@ def at_equal_sdpa(times: Times, by: Slope) -> Array:
     return by.value * sdpa - ours
 
 
-def change_at_equal_sdpa(current: Times, baseline: Times) -> Change:
+def change_at_equal_sdpa(current: Times, baseline: Times, by: Slope) -> Change:
     """`change` of the speedup between processes that found SDPA equally fast: an analysis of
-    covariance, SDPA's time being the covariate. How far SDPA's time itself moved adds to the error,
-    as much as the slope is uncertain: a movement beyond what the processes of a file show may have
-    another cause, and another slope."""
-    by = slope(current, baseline)
-    moved = abs(_trimmed(current[0])[0] - _trimmed(baseline[0])[0])
-    beyond = max(moved - by.reach, 0.0)
-    shared = math.hypot(by.error * moved, _EXPECTED.error * beyond)
-    return change(at_equal_sdpa(current, by), at_equal_sdpa(baseline, by), shared=shared)
+    covariance, SDPA's time being the covariate and `by` their `slope`. How far SDPA's time itself
+    moved adds to the error, as much as the slope is uncertain. What of it exceeds anything that the
+    processes of a file show has a cause of its own: it is taken to have the _EXPECTED slope."""
+    moved = _trimmed(current[0])[0] - _trimmed(baseline[0])[0]
+    beyond = math.copysign(max(abs(moved) - by.reach, 0.0), moved)
+    shared = math.hypot(by.error * (moved - beyond), _EXPECTED.error * beyond)
+    new = at_equal_sdpa(current, by) + (_EXPECTED.value - by.value) * beyond
+    return change(new, at_equal_sdpa(baseline, by), shared=shared)
 
 
 def change(current: Array, baseline: Array, *, shared: float = 0.0) -> Change:
     """The change between two sets of per-process logarithms, by Yuen's test on trimmed means (Yuen
     1974): Welch's t-test for data in which a few processes, up to TRIM on either side, were hit by
-    something else. `shared` is a standard error besides that of the processes. Needs two processes
-    on each side."""
+    something else. `shared` is a known standard error besides that of the processes. Needs two
+    processes on each side."""
     if min(len(current), len(baseline)) < 2:
         raise ValueError(
             f"change needs at least 2 processes on each side, got {len(current)} and "
@@ -146,12 +146,14 @@ def change(current: Array, baseline: Array, *, shared: float = 0.0) -> Change:
         )
     new, a, n = _trimmed(current)
     old, b, m = _trimmed(baseline)
-    difference, error, freedom = new - old, math.sqrt(a + b), float(n + m - 2)
-    if error < _LEAST_ERROR:
-        error = _LEAST_ERROR
+    difference, own, freedom = new - old, math.sqrt(a + b), float(n + m - 2)
+    if own < _LEAST_ERROR:
+        own = _LEAST_ERROR
     else:
         freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
-    error = math.hypot(error, shared)
+    # Of Welch and Satterthwaite's freedom, with that of `shared` infinite.
+    error = math.hypot(own, shared)
+    freedom *= (error / own) ** 4
     half = _quantile(freedom, 0.975) * error
     ratio = Interval(math.exp(difference), math.exp(difference - half), math.exp(difference + half))
     below, above = (

@@ -11,9 +11,10 @@ A change of the speedup may be the yardstick's rather than the kernel's:
   rounds do not count (`stats.calm_times`), and what of it shows from process to process is taken
   out of the change (`stats.change_at_equal_sdpa`). What is left is the kernel's only if it is at
   least _BEYOND times as large as the movement of SDPA's time: that case's, where significant, or
-  the median over all cases, whichever is larger. (Of 10 runs of an unchanged kernel on that
-  machine over 8 hours, 152 comparisons between runs within half an hour showed no FAIL, and 970
-  between runs further apart 9: minutes apart a machine is more like itself.)
+  the median over all cases, whichever is larger. (Of 12 `bench` runs of an unchanged kernel on
+  that machine over 8 hours, 282 comparisons between runs within half an hour showed no FAIL, and
+  1,376 between runs further apart 6, in 4 of 110 gates: minutes apart a machine is more like
+  itself.)
 """
 
 from __future__ import annotations
