@@ -34,7 +34,7 @@ ROUNDS = {"cpu": 20, "cuda": 20}
 VISITS = {"cpu": 10, "cuda": 1}
 _WARMUP = {"cpu": 1, "cuda": 4}
 # Resampled from 36 processes of a virtual machine with 2 cores whose speedups differed by 2.6 to
-# 5.3 %: with 16 a side, a case slower by 8 % is FAIL in 95 % of gates, one by 10 % in 98.8 %.
+# 5.3 %: with 16 a side, a case slower by 8 % is FAIL in 95 % of gates, one by 10 % in 99 %.
 LEAST = {"cpu": 16, "cuda": 10}
 _MOST = {"cpu": 40, "cuda": 30}
 _PRECISION = {"cpu": 1.5, "cuda": 0.7}
