@@ -12,7 +12,7 @@ A change of the speedup may be the yardstick's rather than the kernel's:
   out of the change (`stats.change_at_equal_sdpa`). What is left is the kernel's only if it is at
   least _BEYOND times as large as the movement of SDPA's time: that case's, where significant, or
   the median over all cases, whichever is larger. (Of 12 `bench` runs of an unchanged kernel on
-  that machine over 8 hours, 282 comparisons between runs within half an hour showed no FAIL, and
+  that machine over 9 hours, 282 comparisons between runs within half an hour showed no FAIL, and
   1,376 between runs further apart 6, in 4 of 110 gates: minutes apart a machine is more like
   itself.)
 """
