@@ -20,6 +20,10 @@
 #include <dlfcn.h>
 #endif
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // headers before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace flashmoe {
 namespace {
 
