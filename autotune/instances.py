@@ -9,7 +9,7 @@ COLUMNS = {
     "sm80": ("block_m", "block_n", "num_stages", "num_warps"),
     "sm90": (
         *("block_m", "block_n", "num_stages", "q_stages"),
-        *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm"),
+        *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm", "serial"),
     ),
 }
 

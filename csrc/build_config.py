@@ -35,7 +35,7 @@ INSTANCE_FIELDS = {
     "sm80": ("block_m", "block_n", "num_stages", "num_warps"),
     "sm90": (
         *("block_m", "block_n", "num_stages", "q_stages"),
-        *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm"),
+        *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm", "serial"),
     ),
 }
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
@@ -222,7 +222,7 @@ _INSTANCE_SOURCES = {"sm80": _sm80_source, "sm90": _sm90_source}
 def _sm90_tile(instance: Instance) -> str:
     """The initializer of its Sm90Tile."""
     fields = instance.to_json()
-    for flag in ("pingpong", "q_in_registers"):
+    for flag in ("pingpong", "q_in_registers", "serial"):
         fields[flag] = "true" if fields[flag] else "false"
     return "{" + ", ".join(str(value) for name, value in fields.items() if name != "kernel") + "}"
 

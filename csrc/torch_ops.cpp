@@ -228,9 +228,10 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
                                                size_t error_size) {
 #ifdef FLASHMOE_WITH_CUDA
   try {
-    if (num_fields != 9) throw std::runtime_error("expected 9 fields of a tile");
-    const flashmoe::Sm90Tile tile{fields[0],      fields[1],      fields[2], fields[3], fields[4],
-                                  fields[5] != 0, fields[6] != 0, fields[7], fields[8]};
+    if (num_fields != 10) throw std::runtime_error("expected 10 fields of a tile");
+    const flashmoe::Sm90Tile tile{fields[0], fields[1],      fields[2],      fields[3],
+                                  fields[4], fields[5] != 0, fields[6] != 0, fields[7],
+                                  fields[8], fields[9] != 0};
     return flashmoe::load_kernel(
         cubin, tile, bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16);
   } catch (const std::exception& exception) {

@@ -59,14 +59,19 @@ def same_dtype_error(
     """The largest error of PyTorch's computation in q's dtype over the rows `seen`.
 
     The largest of few elements is a matter of luck, and one computation may be lucky throughout;
-    the same one with head_dim in other orders tells what rounding does to this problem.
+    the same one with head_dim and, where no mask tells them apart, the keys in other orders tells
+    what rounding does to this problem.
     """
     generator = torch.Generator().manual_seed(0)
     errors = []
     for _ in range(8 if expected.numel() < 1 << 20 else 1):
         order = torch.randperm(q.shape[-1], generator=generator).to(q.device)
-        q_in_order, k_in_order = q[..., order], k[..., order]
-        same, _ = attention_reference(q_in_order, k_in_order, v, softmax_scale, causal, q.dtype)
+        keys = torch.arange(k.shape[1], device=q.device)
+        if not causal:
+            keys = torch.randperm(k.shape[1], generator=generator).to(q.device)
+        same, _ = attention_reference(
+            q[..., order], k[:, keys][..., order], v[:, keys], softmax_scale, causal, q.dtype
+        )
         errors.append((same.double() - expected)[seen].abs().max().item())
     return max(errors)
 

@@ -110,6 +110,7 @@ tiles = st.builds(
     q_in_registers=st.booleans(),
     exp2_fma=st.integers(0, 16),
     ctas_per_sm=st.integers(1, 3),
+    serial=st.booleans(),
 )
 
 
@@ -213,6 +214,7 @@ def test_triton_rules(tile, changes, arch, reason):
         ("64x64-fma9", {}, H200, "exp2_fma must be from 0 to 8, got 9"),
         ("64x64-ctas3", {}, H200, "ctas_per_sm must be from 1 to 2, got 3"),
         ("64x64-pingpong", {}, H200, "pingpong needs two groups of 64 rows, got block_m 64"),
+        ("64x64-q2-serial", {}, H200, "serial needs one buffer of Q, got q_stages 2"),
         ("64x64-warps8", {}, H200, "num_warps must be 1 for the sm90 kernel, got 8"),
         ("64x64-tma", {}, H200, "tma must be False for the sm90 kernel, got True"),
         (
@@ -314,10 +316,14 @@ def sm90_initializer(tile: Tile, head_dim: int) -> str:
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
     space = [
-        (head_dim, Tile("sm90", m, n, stages, 1, False, q, False, q_regs, 3, ctas))
+        (head_dim, Tile("sm90", m, n, stages, 1, False, q, False, q_regs, 3, ctas, serial))
         for head_dim in (16, 64, 80, 128, 256)
         for m, n in ((64, 32), (128, 176), (192, 80), (256, 64))
-        for stages, q, q_regs, ctas in ((1, 1, False, 1), (3, 2, True, 1), (2, 1, False, 2))
+        for stages, q, q_regs, ctas, serial in (
+            (1, 1, False, 1, False),
+            (3, 2, True, 1, False),
+            (2, 1, False, 2, True),
+        )
     ]
     array = ", ".join(sm90_initializer(tile, head_dim) for head_dim, tile in space)
     (tmp_path / "numbers.cpp").write_text(
@@ -340,6 +346,8 @@ def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
     [
         (128, "128x128-stages2", ""),
         (256, "128x80-stages2-pingpong", ""),
+        (96, "256x64-stages3-serial", ""),
+        (64, "64x64-q2-serial", "serial: "),
         (128, "96x64", "block_m: "),
         (128, "64x72", "block_n: "),
         (64, "64x64-stages5", "num_stages: "),

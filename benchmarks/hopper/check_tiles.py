@@ -42,6 +42,7 @@ def random_tile(rng: random.Random) -> Tile:
         q_in_registers=rng.random() < 0.2,
         exp2_fma=rng.choice((0, 0, *range(1, 9))),
         ctas_per_sm=rng.choice((1, 1, 1, 2)),
+        serial=rng.random() < 0.25,
     )
 
 

@@ -36,16 +36,31 @@ SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
 # By the head dimension from which on they are tried.
 TILES = {
     16: (
-        "256x64-stages4-q2",
-        "256x64-stages4-q1",
-        "192x128-stages2-q1",
-        "192x112-stages3-q1",
-        "128x128-stages2-q2",
+        "256x64-stages4-q2-pingpong",
+        "256x64-stages4-q1-pingpong",
+        "192x128-stages2-q1-pingpong",
+        "192x112-stages3-q1-pingpong",
+        "128x128-stages2-q2-pingpong",
     ),
-    65: ("192x112-stages2-q1", "192x112-stages3-q1", "192x96-stages2-q2", "128x128-stages2-q2"),
-    97: ("192x96-stages2-q1", "192x80-stages3-q1", "192x64-stages3-q2", "128x128-stages2-q2"),
-    129: ("128x112-stages2-q1", "128x96-stages2-q1", "128x80-stages2-q1"),
-    193: ("128x80-stages2-q1", "128x64-stages2-q1"),
+    65: (
+        "256x64-stages3-q1-serial",
+        "256x64-stages3-q1-pingpong-serial",
+        "192x112-stages2-q1-pingpong",
+        "192x112-stages3-q1-pingpong",
+        "128x128-stages2-q2-pingpong",
+    ),
+    97: (
+        "192x96-stages2-q1-pingpong",
+        "192x80-stages3-q1-pingpong",
+        "192x64-stages3-q2-pingpong",
+        "128x128-stages2-q2-pingpong",
+    ),
+    129: (
+        "128x112-stages2-q1-pingpong",
+        "128x96-stages2-q1-pingpong",
+        "128x80-stages2-q1-pingpong",
+    ),
+    193: ("128x80-stages2-q1-pingpong", "128x64-stages2-q1-pingpong"),
 }
 
 
@@ -55,7 +70,7 @@ def tiles_of(problem: Problem) -> list[Tile]:
     first = max(d for d in TILES if d <= problem.head_dim)
     default = BACKENDS["cuda"].default_tile(problem, here)
     assert default is not None
-    tiles = [default, *(Tile.parse(f"sm90:{text}-pingpong") for text in TILES[first])]
+    tiles = [default, *(Tile.parse(f"sm90:{text}") for text in TILES[first])]
     return [t for t in dict.fromkeys(tiles) if not t.violations(here, problem)]
 
 

@@ -4,9 +4,9 @@
     python benchmarks/hopper/probe.py run FOLDER [--output FILE]      # on a Hopper GPU
 
 A TILE is HEAD_DIM:BLOCK_MxBLOCK_N-key=value..., as 128:128x176-stages=2-q=1-pingpong=1-qreg=0-fma=0
--ctas=1; variant=N defines FLASHMOE_VARIANT, to time two ways of writing it in one run. `run` prints
-one line a problem: median and efficiency (floor over time, both limits measured in the same run) of
-every tile, best first.
+-ctas=1-serial=0; variant=N defines FLASHMOE_VARIANT, to time two ways of writing it in one run.
+`run` prints one line a problem: median and efficiency (floor over time, both limits measured in the
+same run) of every tile, best first.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ OPTIONS = {
     "qreg": 0,
     "fma": 0,
     "ctas": 1,
+    "serial": 0,
     "trace": 0,
     "variant": 0,
 }
@@ -82,6 +83,7 @@ class Sm90Tile(ctypes.Structure):
         ("q_in_registers", ctypes.c_bool),
         ("exp2_fma", ctypes.c_int),
         ("ctas_per_sm", ctypes.c_int),
+        ("serial", ctypes.c_bool),
     )
 
 
@@ -94,8 +96,10 @@ def parse(name: str) -> Sm90Tile:
         raise SystemExit(f"{name}: unknown {unknown}; known are {list(OPTIONS)}")
     d, m, n = map(int, match.groups()[:3])
     o = options
+    flags = {key: bool(o[key]) for key in ("pingpong", "qreg", "serial")}
     return Sm90Tile(
-        d, m, n, o["stages"], o["q"], bool(o["pingpong"]), bool(o["qreg"]), o["fma"], o["ctas"]
+        *(d, m, n, o["stages"], o["q"], flags["pingpong"], flags["qreg"]),
+        *(o["fma"], o["ctas"], flags["serial"]),
     )
 
 
@@ -208,7 +212,7 @@ def run(
                     continue
                 q, k, v = qkv(batch, heads_q, heads_kv, seqlen, seqlen, d)
                 params = prepare(q, k, v, causal)[0]
-                data = (ctypes.c_ulonglong * (4 * 2048))()
+                data = (ctypes.c_uint * (4 * 4096))()
                 cubin = str(folder / f"{number}.cubin").encode()
                 if error := library.read_trace(
                     cubin,
@@ -219,7 +223,7 @@ def run(
                 ):
                     raise SystemExit(f"{name}: {error}")
                 traces[f"{name} {problem}"] = [
-                    [int(x) for x in data[2048 * w : 2048 * (w + 1)] if x] for w in range(4)
+                    [int(x) for x in data[4096 * w : 4096 * (w + 1)] if x] for w in range(4)
                 ]
         output.with_name("trace.json").write_text(json.dumps(traces))
         tiles = {name: tile for name, tile in tiles.items() if "-trace=1" not in name}

@@ -24,12 +24,16 @@ PHASES = {
     (4, 11): "max",
     (11, 12): "max",
     (12, 7): "wait for O",
+    (5, 7): "wait for O",
     (4, 7): "first max, wait for O",
     (7, 5): "exponentials",
     (10, 5): "exponentials",
+    (12, 5): "exponentials",
     (5, 6): "wait for K",
     (5, 1): "wait for K",
     (9, 1): "wait for K",
+    (7, 1): "wait for K",
+    (10, 1): "next block",
     (5, 8): "next block",
     (6, 8): "next block",
     (8, 9): "wait for Q",
@@ -51,9 +55,18 @@ COLOURS = {
 LEFT, WIDTH, ROW, GAP = 110, 1000, 34, 12
 
 
+def events_of(words: list[int]) -> list[tuple[int, int]]:
+    """(clock, event) of each word of a trace, whose clocks start again after 28 bits."""
+    clock, events = words[0] >> 4, []
+    for word in words:
+        clock += ((word >> 4) - clock) % (1 << 28)
+        events.append((clock, word & 15))
+    return events
+
+
 def draw(warpgroups: list[list[int]], title: str, first: int, clocks: int) -> str:
     """An SVG of `clocks` clocks from the first event after index `first` of any warpgroup."""
-    rows = [[(value >> 8, value & 255) for value in events] for events in warpgroups if events]
+    rows = [events_of(words) for words in warpgroups if words]
     start = min(events[first][0] for events in rows)
     used: list[str] = []
     bars = []

@@ -90,8 +90,11 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     if (v_owed()) load_V(0);
     work = read_work(smem, slot);  // rather than spill it
     head_kv = params.group.divide(work.head), batch = work.batch;
-    if (!q_ahead) load_Q(work);
+    // Serial consumers need Q as late as the last of them is done with the block before: its K is
+    // there by then.
+    if (!TILE.serial && !q_ahead) load_Q(work);
     load_K(work.n_tiles - 1);
+    if (TILE.serial) load_Q(work);
     constexpr int LATE = 4;  // tiles before the end: enough to hide how long a draw takes
     if (Q_AHEAD || work.n_tiles <= LATE) draw();
     q_ahead = false;

@@ -18,6 +18,7 @@ struct Sm90Tile {
   bool q_in_registers;  // Q from registers instead of shared memory
   int exp2_fma;         // sixteenths of the exponentials computed on the FMA pipes
   int ctas_per_sm;
+  bool serial;  // a warpgroup's softmax waits for its matmuls: P takes the registers of S
 
   constexpr int consumers() const { return block_m / 64; }
   constexpr int num_threads() const { return 128 * (consumers() + 1); }
@@ -46,10 +47,11 @@ struct Sm90Tile {
   constexpr int wgmma_registers() const {
     return (head_dim > block_n ? head_dim : block_n) / 2 + 30;
   }
-  // What a consumer thread needs: O, S, P, Q where it is kept there, and the rest, which is more
-  // with the exponential's polynomial, long rows of O, or turns beside two buffers of Q.
+  // What a consumer thread needs: O, S, P beside it, Q where it is kept there, and the rest, which
+  // is more with the exponential's polynomial, long rows of O, or turns beside two buffers of Q.
   constexpr int needed_registers() const {
-    return head_dim / 2 + block_n / 2 + block_n / 4 + (q_in_registers ? head_dim / 4 + 4 : 0) +
+    return head_dim / 2 + block_n / 2 + (serial ? 0 : block_n / 4) +
+           (q_in_registers ? head_dim / 4 + 4 : 0) +
            (exp2_fma > 0 || head_dim > 128 || (pingpong && q_stages > 1) ? 32 : 28);
   }
 };
@@ -66,6 +68,7 @@ struct LegalSm90Tile {
   static_assert(TILE.num_stages >= 1 && TILE.num_stages <= 4, "num_stages: 1 to 4");
   static_assert(TILE.q_stages >= 1 && TILE.q_stages <= 2, "q_stages: 1 or 2");
   static_assert(!TILE.pingpong || TILE.block_m > 64, "pingpong: two groups of 64 rows");
+  static_assert(!TILE.serial || TILE.q_stages == 1, "serial: one buffer of Q");
   static_assert(TILE.exp2_fma >= 0 && TILE.exp2_fma <= 8, "exp2_fma: 0 to 8");
   static_assert(TILE.ctas_per_sm >= 1 && TILE.ctas_per_sm <= 2, "ctas_per_sm: 1 or 2");
   static_assert(TILE.smem_bytes() <= 233472 / TILE.ctas_per_sm - 1024, "shared memory");

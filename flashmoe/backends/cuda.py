@@ -28,11 +28,14 @@ _SM90_DEFAULTS = tuple(
         (64, "256x64-stages4-q1-pingpong", False, 1025),
         (64, "256x64-stages4-q2-pingpong", False, 129),
         (64, "128x128-stages2-q2-pingpong", None, 0),
-        (80, "192x112-stages3-q1-pingpong", None, 1025),
-        (80, "256x48-stages4-q2-pingpong", None, 193),
+        (80, "192x112-stages3-q1-pingpong", True, 3073),
+        (80, "192x112-stages3-q1-pingpong", False, 1537),
+        (80, "256x64-stages3-q1-serial", True, 129),
+        (80, "256x64-stages3-q1-pingpong-serial", False, 193),
         (80, "192x112-stages3-q1-pingpong", None, 0),
-        (96, "192x112-stages2-q1-pingpong", None, 1025),
-        (96, "192x80-stages3-q2-pingpong", True, 129),
+        (96, "192x112-stages2-q1-pingpong", None, 3073),
+        (96, "256x64-stages3-q1-serial", True, 129),
+        (96, "256x64-stages3-q1-pingpong-serial", False, 193),
         (96, "128x128-stages2-q2-pingpong", None, 0),
         (112, "192x96-stages2-q1-pingpong", None, 1025),
         (112, "128x128-stages2-q2-pingpong", None, 0),
@@ -55,6 +58,7 @@ _SM90_SPACE = {
     "q_in_registers": (False, True),
     "exp2_fma": tuple(range(9)),
     "ctas_per_sm": (1, 2),
+    "serial": (False, True),
 }
 
 

@@ -37,9 +37,9 @@ def sm90_entry_registers(tile: Tile) -> int:
 
 
 def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
-    """Registers that a consumer thread of the sm90 kernel needs for O, S, P, Q where it is kept
-    there, and the rest; and those that setmaxnreg gives it."""
-    needed = head_dim // 2 + tile.block_n // 2 + tile.block_n // 4
+    """Registers that a consumer thread of the sm90 kernel needs for O, S, P beside it, Q where it
+    is kept there, and the rest; and those that setmaxnreg gives it."""
+    needed = head_dim // 2 + tile.block_n // 2 + (0 if tile.serial else tile.block_n // 4)
     more = tile.exp2_fma or head_dim > 128 or (tile.pingpong and tile.q_stages > 1)
     needed += _MORE_REGISTERS if more else _OTHER_REGISTERS
     if tile.q_in_registers:
@@ -67,6 +67,8 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield f"block_m must be 64, 128, 192 or 256, got {tile.block_m}"
     elif tile.pingpong and tile.block_m == 64:
         yield "pingpong needs two groups of 64 rows, got block_m 64"
+    if tile.serial and tile.q_stages > 1:
+        yield f"serial needs one buffer of Q, got q_stages {tile.q_stages}"
     if tile.block_n % 16 or not 32 <= tile.block_n <= 256:
         bounded = False
         yield f"block_n must be a multiple of 16 from 32 to 256, got {tile.block_n}"

@@ -33,6 +33,7 @@ class Tile:
     where alignment allows it. q_stages: buffers of Q. pingpong: groups of 64 rows take turns at the
     tensor cores. q_in_registers: Q from registers instead of shared memory. exp2_fma: sixteenths of
     the exponentials computed on the FMA pipes. ctas_per_sm: thread blocks on a multiprocessor.
+    serial: the softmax of 64 rows waits for their matmuls, and others fill the gap.
     A field that its kernel does not have must be left at its default.
     """
 
@@ -47,6 +48,7 @@ class Tile:
     q_in_registers: bool = False
     exp2_fma: int = 0
     ctas_per_sm: int = 1
+    serial: bool = False
 
     def __str__(self) -> str:
         text = f"{self.kernel}:{self.block_m}x{self.block_n}"
@@ -121,6 +123,7 @@ _OPTIONS = (
     _Option("q_in_registers", "qreg", ("sm90",)),
     _Option("exp2_fma", "fma", ("sm90",)),
     _Option("ctas_per_sm", "ctas", ("sm90",)),
+    _Option("serial", "serial", ("sm90",)),
 )
 _FORM = r"(?P<kernel>\w+):(?P<m>\d+)x(?P<n>\d+)" + "".join(
     rf"(?P<{o.field}>-{o.text}{{}})?".format("" if o.is_flag else r"\d+") for o in _OPTIONS
