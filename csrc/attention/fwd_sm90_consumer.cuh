@@ -97,7 +97,6 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         const int chunk = (k % 4 * 2 + lane / 16) ^ (row & 7);
         ptx::ldmatrix_x4(Q_rmem[k], Q_mine + k / 4 * 8192 + row * 128 + chunk * 16);
       }
-      if (!TILE.stages_output()) release(smem.empty_Q + 8 * q_buffer());
     }
   };
   auto wait_K = [&](bool known = false) {
@@ -122,12 +121,14 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     release(smem.empty_K + 8 * k_ring.stage());
     k_ring.next();
   };
-  // Waits for S (O may still run), then frees its tile of K, and Q if no tile of its rows is left.
-  auto finish_S = [&](auto pending, bool last) {
+  // Waits for S (O may still run), then frees its tile of K. Of a block of rows' LAST tile it frees
+  // Q, or of its FIRST one where Q is in registers: that S has been computed is what says that they
+  // were loaded, for an arrival does not wait for ldmatrix.
+  auto finish_S = [&](auto pending, bool first, bool last) {
     ptx::wgmma_wait_group<decltype(pending)::value>();
     fence_registers(S_rmem);
     release_K();
-    if (!TILE.q_in_registers && !TILE.stages_output() && last) {
+    if (!TILE.stages_output() && (TILE.q_in_registers ? first : last)) {
       release(smem.empty_Q + 8 * q_buffer());
     }
   };
@@ -238,7 +239,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         start_S();
         turn_ends();
         trace(3);
-        finish_S(IntConstant<0>{}, n_tile == 0);
+        finish_S(IntConstant<0>{}, first, n_tile == 0);
         trace(4);
         const bool V_there = test_V();
         if (n_tile >= n_unmasked) mask(n_tile);
@@ -307,7 +308,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   wait_Q();
   wait_K();
   start_S();
-  finish_S(IntConstant<0>{}, n_tile == 0);
+  finish_S(IntConstant<0>{}, true, n_tile == 0);
   if (n_tile >= n_unmasked) mask(n_tile);
   softmax.template update<true>(S_rmem, rescale);
   softmax.template exponentiate<T>(S_rmem, P_rmem);
@@ -327,7 +328,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         output.release_staged(staged);
         staged = -1;
       }
-      finish_S(IntConstant<1>{}, n_tile == 0);
+      finish_S(IntConstant<1>{}, false, n_tile == 0);
       trace(4);
       const bool K_there = test_K();
       if constexpr (decltype(masked)::value) mask(n_tile);
@@ -372,7 +373,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       turn_begins();
       start_S();
       turn_ends();
-      finish_S(IntConstant<0>{}, n_tile == 0);
+      finish_S(IntConstant<0>{}, true, n_tile == 0);
       skip_V();
       if (n_tile >= n_unmasked) mask(n_tile);
       softmax.template update<true>(S_rmem, rescale);
@@ -391,7 +392,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     start_O();
     turn_ends();
     trace(3);
-    finish_S(IntConstant<1>{}, n_tile == 0);
+    finish_S(IntConstant<1>{}, true, n_tile == 0);
     trace(4);
     if (n_tile >= n_unmasked) mask(n_tile);
     softmax.template update<true>(S_rmem, rescale);
