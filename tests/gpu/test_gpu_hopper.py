@@ -96,6 +96,14 @@ def test_rows_that_see_nothing(seqlens):
         assert_matches_reference(out, lse, q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("seqlens", [(640, 512), (1100, 100)])
+def test_many_blocks_that_see_nothing(seqlens):
+    for head_dim, tile in PAIRS:
+        q, k, v = tensors(8, *seqlens, 16, 4, head_dim, torch.bfloat16, ["contiguous"] * 3)
+        out, lse = run(q, k, v, True, tile)
+        assert_matches_reference(out, lse, q, k, v, causal=True)
+
+
 def test_no_keys_at_all():
     q = torch.randn(2, 300, 4, 128, dtype=torch.bfloat16, device=DEVICE)
     k = torch.empty(2, 0, 4, 128, dtype=torch.bfloat16, device=DEVICE)
