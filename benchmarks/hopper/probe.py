@@ -96,11 +96,9 @@ def parse(name: str) -> Sm90Tile:
         raise SystemExit(f"{name}: unknown {unknown}; known are {list(OPTIONS)}")
     d, m, n = map(int, match.groups()[:3])
     o = options
-    flags = {key: bool(o[key]) for key in ("pingpong", "qreg", "serial")}
-    return Sm90Tile(
-        *(d, m, n, o["stages"], o["q"], flags["pingpong"], flags["qreg"]),
-        *(o["fma"], o["ctas"], flags["serial"]),
-    )
+    pingpong, q_in_registers, serial = (bool(o[key]) for key in ("pingpong", "qreg", "serial"))
+    shape = (d, m, n, o["stages"], o["q"])
+    return Sm90Tile(*shape, pingpong, q_in_registers, o["fma"], o["ctas"], serial)
 
 
 def tile_smem(tile: Sm90Tile) -> int:

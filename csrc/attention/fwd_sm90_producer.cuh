@@ -90,8 +90,8 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     if (v_owed()) load_V(0);
     work = read_work(smem, slot);  // rather than spill it
     head_kv = params.group.divide(work.head), batch = work.batch;
-    // Serial consumers need Q as late as the last of them is done with the block before: its K is
-    // there by then.
+    // One buffer of Q is free only when its consumer is done with the block before. Serial ones
+    // have nothing else to do until then: K is fetched meanwhile.
     if (!TILE.serial && !q_ahead) load_Q(work);
     load_K(work.n_tiles - 1);
     if (TILE.serial) load_Q(work);
