@@ -190,7 +190,8 @@ class _Nvcc:
             command += ["-o", str(output), str(unit)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise CompilationFailed(f"{self.identity}: {done.stderr[-2000:].strip()}")
+                # The first error is the cause; others follow from it, at any length.
+                raise CompilationFailed(f"{self.identity}: {done.stderr[:2000].strip()}")
             return output.read_bytes()
 
 
