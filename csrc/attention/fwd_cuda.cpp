@@ -76,12 +76,8 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
     const auto launch = rows_aligned(params) ? kernel.launch : kernel.launch_unaligned;
     return launch(params, dtype, device, stream);
   }
-  // Keys that do not exist have no address to describe to the TMA. Whole blocks of rows that see no
-  // key would stop the Hopper kernel: its producer waits for room to tell of the second one, which
-  // its consumers make only when they know of one with keys (docs/hopper-forward.md).
-  const bool has_unseen_blocks =
-      params.causal && params.seqlen_q - params.seqlen_kv >= kernel.tile.block_m;
-  if (params.seqlen_kv == 0 || has_unseen_blocks || !sm90::can_run(params)) {
+  // Keys that do not exist have no address to describe to the TMA.
+  if (params.seqlen_kv == 0 || !sm90::can_run(params)) {
     const Kernel* fallback = sm80_default(params.head_dim);
     if (fallback == nullptr) return cudaErrorNotSupported;
     return launch_forward(*fallback, params, dtype, device, stream);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../ptx/cp_async.cuh"
+#include "../ptx/ld_st.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
 #include "params.h"
@@ -52,9 +53,7 @@ __device__ __forceinline__ void load_tile(unsigned dst_smem, const T* src, long 
 #pragma unroll
         for (int i = 0; i < 4; ++i) packed[i] = bits[2 * i] | (unsigned(bits[2 * i + 1]) << 16);
       }
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(dst), "r"(packed[0]),
-                   "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
-                   : "memory");
+      ptx::st_shared_v4(dst, make_int4(packed[0], packed[1], packed[2], packed[3]));
     }
   }
 }
@@ -338,10 +337,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
       for (int d = 0; d < D_TILES; ++d) {
         const unsigned packed = ptx::cvt_rn_x2<T>(O_rmem[m][d][2 * half] * inverse,
                                                   O_rmem[m][d][2 * half + 1] * inverse);
-        asm volatile(
-            "st.shared.b32 [%0], %1;\n" ::"r"(Q_smem + swizzle<HEAD_DIM>(row, d) + (lane & 3) * 4),
-            "r"(packed)
-            : "memory");
+        ptx::st_shared_b32(Q_smem + swizzle<HEAD_DIM>(row, d) + (lane & 3) * 4, packed);
       }
     }
   }
@@ -352,8 +348,8 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     const int row = warp * Tile::WARP_M + i / CHUNKS;
     const int chunk = i % CHUNKS;
     if (m_start + row < params.seqlen_q && chunk * 8 < params.head_dim) {
-      const uint4 value = *reinterpret_cast<const uint4*>(smem + swizzle<HEAD_DIM>(row, chunk));
-      *reinterpret_cast<uint4*>(O + (m_start + row) * params.o_row_stride + chunk * 8) = value;
+      *reinterpret_cast<int4*>(O + (m_start + row) * params.o_row_stride + chunk * 8) =
+          ptx::ld_shared_v4(Q_smem + swizzle<HEAD_DIM>(row, chunk));
     }
   }
 }

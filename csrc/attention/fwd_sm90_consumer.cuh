@@ -3,6 +3,7 @@
 
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mbarrier.cuh"
+#include "../ptx/registers.cuh"
 #include "fwd_sm90_output.cuh"
 #include "fwd_sm90_softmax.cuh"
 #include "fwd_sm90_work.cuh"
@@ -32,20 +33,13 @@ struct Descriptor {
       : low((smem >> 4) | ((leading_bytes >> 4) << 16)) {
     // Hides that it is the same in every iteration: kept, a descriptor for each offset would not
     // fit the uniform registers.
-    asm volatile("" : "+r"(low));
+    ptx::hide(low);
   }
   __device__ __forceinline__ unsigned long long at(unsigned offset_bytes) const {
     constexpr unsigned long long HIGH = (64ull | 1ull << 30) << 32;
     return HIGH | (low + (offset_bytes >> 4));
   }
 };
-
-// Keeps the compiler from moving accesses of registers that a wgmma reads or writes.
-template <int N>
-__device__ __forceinline__ void fence_registers(float (&r)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
-}
 
 template <typename T, Sm90Tile TILE>
 __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TILE>& smem, int w) {
@@ -126,7 +120,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // were loaded, for an arrival does not wait for ldmatrix.
   auto finish_S = [&](auto pending, bool first, bool last) {
     ptx::wgmma_wait_group<decltype(pending)::value>();
-    fence_registers(S_rmem);
+    ptx::fence_registers(S_rmem);
     release_K();
     if (!TILE.stages_output() && (TILE.q_in_registers ? first : last)) {
       release(smem.empty_Q + 8 * q_buffer());
@@ -164,7 +158,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   };
   auto finish_O = [&] {
     ptx::wgmma_wait_group<0>();
-    fence_registers(O_rmem);
+    ptx::fence_registers(O_rmem);
     release_V();
   };
   auto mask = [&](int n_tile) {
@@ -173,11 +167,14 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
                     n_tile * BLOCK_N + (lane & 3) * 2);
   };
 
-  // Moves to the next block of rows with keys to see; those without are written on the way. The
-  // slot of the one that is left stays taken until it is written.
+  // Moves to the next block of rows with keys to see; those without are written on the way. Any
+  // number of them, so no slot may be kept meanwhile: the producer needs one for each.
   int skip = 0;                    // tiles before those, which this warpgroup does not see
   int n_tile = 0, n_unmasked = 0;  // tiles from n_tile down to 0, those from n_unmasked on masked
-  auto release_work = [&](int slot) { release(smem.empty_work + 8 * slot); };
+  auto leave_work = [&] {
+    release(smem.empty_work + 8 * work_ring.stage());
+    work_ring.next();
+  };
   auto next_work = [&] {
     while (true) {
       ptx::mbarrier_wait_parity(smem.full_work + 8 * work_ring.stage(), work_ring.parity());
@@ -200,8 +197,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         return true;
       }
       output.store_empty(work);
-      release_work(work_ring.stage());
-      work_ring.next();
+      leave_work();
     }
   };
 
@@ -260,8 +256,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         output.store(O_rmem, work, q_buffer(), softmax.row_max, softmax.row_sum);
       }
       trace(10);
-      release_work(work_ring.stage());
-      work_ring.next();
+      leave_work();
       q_ring.next();
     }
     return;
@@ -289,9 +284,14 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       }
       if (n_tile >= 0) return true;
       ptx::mbarrier_wait_parity(smem.full_Q + 8 * q_buffer(), q_ring.parity());
-      if (!TILE.stages_output() || warp == 0) release(smem.empty_Q + 8 * q_buffer());
-      release_work(work_ring.stage());
-      work_ring.next();
+      if constexpr (TILE.stages_output()) {
+        // One arrival frees it: not before every warp knows that it was filled.
+        ptx::bar_sync(1 + CONSUMERS + w, 128);
+        if (warp == 0) release(smem.empty_Q + 8 * q_buffer());
+      } else {
+        release(smem.empty_Q + 8 * q_buffer());
+      }
+      leave_work();
       if (!next_work()) {
         skip_V();
         return false;
@@ -345,14 +345,15 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     };
     for (--n_tile; n_tile >= n_unmasked; --n_tile) step(IntConstant<true>{});
     for (; n_tile >= 0; --n_tile) step(IntConstant<false>{});
-    const int done = work_ring.stage(), done_buffer = q_buffer();
+    const Work done = read_work(smem, work_ring.stage());
+    const int done_buffer = q_buffer();
     const float done_max[2] = {softmax.row_max[0], softmax.row_max[1]};
     const float done_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};
-    work_ring.next();
+    leave_work();
     if (!next_work()) {
       start_O();
       finish_O();
-      output.store(O_rmem, read_work(smem, done), done_buffer, done_max, done_sum);
+      output.store(O_rmem, done, done_buffer, done_max, done_sum);
       if (TILE.stages_output() && threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group_read<0>();
       return;
     }
@@ -363,8 +364,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       start_O();
       turn_ends();
       finish_O();
-      output.store(O_rmem, read_work(smem, done), done_buffer, done_max, done_sum);
-      release_work(done);
+      output.store(O_rmem, done, done_buffer, done_max, done_sum);
       if (TILE.stages_output()) output.release_staged(done_buffer);
       staged = -1;
       if (!pass_unseen()) return;
@@ -399,8 +399,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     finish_O();
     trace(7);
     // Stored before the exponentials: kept through the store, P would not fit the registers.
-    output.store(O_rmem, read_work(smem, done), done_buffer, done_max, done_sum);
-    release_work(done);
+    output.store(O_rmem, done, done_buffer, done_max, done_sum);
     staged = done_buffer;
     trace(10);
     softmax.template exponentiate<T>(S_rmem, P_rmem);

@@ -82,12 +82,12 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     const int slot = work_ring.stage();
     publish(work);
     if (work.n_tiles == NO_WORK) break;
+    if (v_owed()) load_V(0);  // before more blocks are told of: serial consumers may wait for it
     if (work.n_tiles == 0) {
       draw();
       work = decode();
       continue;
     }
-    if (v_owed()) load_V(0);
     work = read_work(smem, slot);  // rather than spill it
     head_kv = params.group.divide(work.head), batch = work.batch;
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones

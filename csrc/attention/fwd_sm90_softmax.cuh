@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ptx/mma.cuh"
+#include "../ptx/registers.cuh"
 #include "params.h"
 #include "tile_sm90.h"
 
@@ -17,14 +18,7 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
   const float f = x - (rounded - ROUND);
   float p = fmaf(0.00957010f, f, 0.05591786f);
   p = fmaf(fmaf(fmaf(p, f, 0.24024745f), f, 0.69312181f), f, 0.99999926f);
-  // Adds to the exponent. In PTX: when the compiler sees an integer become an element of S, it
-  // takes S out of the registers that wgmma accumulates in, and serializes (C7511).
-  float y;
-  asm("{\n.reg .b32 i, j;\nmov.b32 i, %1;\nmov.b32 j, %2;\nshl.b32 i, i, 23;\nadd.s32 i, i, j;\n"
-      "mov.b32 %0, i;\n}\n"
-      : "=f"(y)
-      : "f"(rounded), "f"(p));
-  return y;
+  return ptx::add_to_exponent(p, rounded);
 }
 
 // The running maximum and sum of a thread's two rows, 8 apart. Thread t of a warpgroup holds of S
@@ -127,9 +121,9 @@ struct Softmax {
     }
   }
   // P in 16 bits from S, and its sums. In chunks that ptxas keeps in order, since it moves nothing
-  // across a pmevent (a counter of profilers; nothing else happens): between the exponentials of a
-  // chunk stand the FFMAs of the next one, and the sums and conversions of the one LAG before. All
-  // of it fits into the time that the MUFU leaves between two exponentials.
+  // across a pmevent: between the exponentials of a chunk stand the FFMAs of the next one, and the
+  // sums and conversions of the one LAG before. All of it fits into the time that the MUFU leaves
+  // between two exponentials.
   template <typename T>
   __device__ __forceinline__ void exponentiate(Scores& S_rmem,
                                                unsigned (&P_rmem)[BLOCK_N / 16][4]) {
@@ -171,7 +165,7 @@ struct Softmax {
       if (chunk + 1 < CHUNKS) scale(chunk + 1);
       if (chunk < CHUNKS) exponentials(chunk);
       if (chunk >= LAG) sum_and_pack(chunk - LAG);
-      if (chunk < CHUNKS) asm volatile("pmevent 0;" ::: "memory");
+      if (chunk < CHUNKS) ptx::pmevent();
     }
   }
 };

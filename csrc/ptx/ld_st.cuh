@@ -18,6 +18,10 @@ __device__ __forceinline__ void st_shared_v4(unsigned dst_smem, int4 x) {
                : "memory");
 }
 
+__device__ __forceinline__ void st_shared_b32(unsigned dst_smem, unsigned x) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(dst_smem), "r"(x) : "memory");
+}
+
 // Predicated, where the compiler would branch.
 __device__ __forceinline__ void st_global_v2_if(bool condition, void* dst_gmem, unsigned x,
                                                 unsigned y) {

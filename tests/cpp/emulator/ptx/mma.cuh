@@ -1,0 +1,60 @@
+// csrc/ptx/mma.cuh on emulator::run.
+#pragma once
+
+#include <type_traits>
+
+#include "device.h"
+
+namespace flashmoe::ptx {
+
+template <typename T>
+constexpr auto FORMAT =
+    std::is_same_v<T, __half> ? emulator::Format::float16 : emulator::Format::bfloat16;
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  struct Mine {
+    float* d;
+    const unsigned* a;
+    unsigned b[2];
+  } mine{d, a, {b0, b1}};
+  emulator::collective("mma", &mine, [](emulator::Slots slots) {
+    float A[16][16], B[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* from = static_cast<const Mine*>(slots[lane]);
+      const auto number = [](unsigned packed, int i) {
+        return emulator::number(FORMAT<T>, packed >> (i % 2 * 16) & 0xffff);
+      };
+      for (int i = 0; i < 8; ++i) {
+        A[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2] = number(from->a[i / 2], i);
+      }
+      for (int i = 0; i < 4; ++i) {
+        B[lane % 4 * 2 + i / 2 * 8 + i % 2][lane / 4] = number(from->b[i / 2], i);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += A[lane / 4 + i / 2 * 8][k] * B[k][lane % 4 * 2 + i % 2];
+        static_cast<Mine*>(slots[lane])->d[i] += sum;
+      }
+    }
+  });
+}
+
+template <typename T>
+unsigned cvt_rn_x2(float low, float high);
+
+template <>
+inline unsigned cvt_rn_x2<__half>(float low, float high) {
+  return emulator::to_float16(low) | unsigned{emulator::to_float16(high)} << 16;
+}
+
+template <>
+inline unsigned cvt_rn_x2<__nv_bfloat16>(float low, float high) {
+  return emulator::to_bfloat16(low) | unsigned{emulator::to_bfloat16(high)} << 16;
+}
+
+inline float ex2_approx_ftz(float x) { return std::exp2(x); }
+
+}  // namespace flashmoe::ptx

@@ -1,0 +1,51 @@
+// The mma.sync forward kernel and its launch, on emulator::run: tiles, shapes and orders of
+// execution.
+#include "emulator/device.h"
+// The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
+#include "attention/fwd_sm80_launch.cuh"
+#include "attention_problem.h"
+
+using namespace flashmoe;
+
+namespace {
+
+struct Instance {
+  const char* name;
+  int shape[3];
+  bool aligned;
+  cudaError_t (*launch)(const AttentionParams&, DType, int, cudaStream_t);
+
+  int head_dim() const { return shape[0]; }
+  int block_m() const { return shape[1]; }
+  int block_n() const { return shape[2]; }
+
+  bool check(const Problem& x, uint64_t seed) const {
+    return flashmoe::check(name, x, aligned, seed, [&](const auto& params, DType dtype, auto&) {
+      fake_device.call = [](const void* kernel, void** arguments) {
+        const auto entry = reinterpret_cast<void (*)(AttentionParams, int)>(kernel);
+        entry(*static_cast<AttentionParams*>(arguments[0]), *static_cast<int*>(arguments[1]));
+      };
+      return launch_error(launch(params, dtype, 0, nullptr));
+    });
+  }
+};
+
+template <typename Tile, bool ALIGNED>
+Instance instance(const char* name) {
+  return {name,
+          {Tile::HEAD_DIM, Tile::BLOCK_M, Tile::BLOCK_N},
+          ALIGNED,
+          sm80::launch_dtype<Tile, ALIGNED>};
+}
+
+const Instance INSTANCES[] = {
+    instance<Sm80Tile<64, 64, 32, 1, 4>, true>("64:64x32-stages1-warps4"),
+    instance<Sm80Tile<64, 128, 64, 2, 4>, true>("64:128x64-stages2-warps4"),
+    instance<Sm80Tile<96, 64, 16, 3, 4>, true>("96:64x16-stages3-warps4"),
+    instance<Sm80Tile<128, 128, 48, 2, 8>, true>("128:128x48-stages2-warps8"),
+    instance<Sm80Tile<64, 64, 64, 1, 4>, false>("64:64x64-stages1-warps4-unaligned"),
+};
+
+}  // namespace
+
+int main(int argc, char** argv) { return run_all(INSTANCES, argc, argv); }

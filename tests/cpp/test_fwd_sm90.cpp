@@ -1,0 +1,64 @@
+// The Hopper forward kernel and its launch, on emulator::run: tiles, shapes and orders of
+// execution.
+#include "emulator/device.h"
+// The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
+#include "attention/fwd_sm90.cuh"
+#include "attention/fwd_sm90_host.h"
+#include "attention_problem.h"
+
+using namespace flashmoe;
+
+namespace {
+
+template <typename T, Sm90Tile TILE>
+void kernel(const Sm90Params& params) {
+  sm90::attention_forward<T, TILE>(params);
+}
+
+struct Instance {
+  const char* name;
+  Sm90Tile tile;
+  void (*entries[2])(const Sm90Params&);  // float16, bfloat16
+
+  int head_dim() const { return tile.head_dim; }
+  int block_m() const { return tile.block_m; }
+  int block_n() const { return tile.block_n; }
+
+  bool check(const Problem& x, uint64_t seed) const {
+    return flashmoe::check(name, x, true, seed, [&](const auto& params, DType dtype, auto& random) {
+      if (!sm90::can_run(params)) return std::string("can_run refuses");
+      const auto entry = entries[dtype == DType::bfloat16];
+      fake_device.call = [entry](const void*, void** arguments) {
+        entry(*static_cast<const Sm90Params*>(arguments[0]));
+      };
+      int counter = 0;
+      int* const given = random() % 4 == 0 ? nullptr : &counter;
+      const cudaError_t error = sm90::launch(tile, reinterpret_cast<const void*>(entry), params,
+                                             dtype, 0, nullptr, given);
+      if (error == cudaSuccess && counter != 0) return std::string("the counter is not left at 0");
+      return launch_error(error);
+    });
+  }
+};
+
+template <Sm90Tile TILE>
+Instance instance(const char* name) {
+  (void)LegalSm90Tile<TILE>{};
+  return {name, TILE, {kernel<__half, TILE>, kernel<__nv_bfloat16, TILE>}};
+}
+
+// head_dim, block_m, block_n, num_stages, q_stages, pingpong, q_in_registers, exp2_fma,
+// ctas_per_sm, serial
+const Instance INSTANCES[] = {
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}>("64:128x64-stages2-pingpong"),
+    instance<{64, 64, 48, 1, 1, false, false, 0, 2, false}>("64:64x48-stages1-ctas2"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}>("64:192x32-stages3-q2-pingpong-fma5"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}>("64:128x64-stages2-qreg"),
+    instance<{80, 256, 64, 3, 1, false, false, 0, 1, true}>("80:256x64-stages3-serial"),
+    instance<{80, 128, 32, 4, 1, true, true, 0, 1, true}>("80:128x32-stages4-pingpong-qreg-serial"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}>("128:64x80-stages2-q2"),
+};
+
+}  // namespace
+
+int main(int argc, char** argv) { return run_all(INSTANCES, argc, argv); }
