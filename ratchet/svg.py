@@ -153,3 +153,14 @@ def picture(width: float, height: float, content: str, title: str = "") -> str:
         f"<svg xmlns='http://www.w3.org/2000/svg' role='img' viewBox='0 0 {width:g} {height:g}' "
         f"width='{width:g}' height='{height:g}'>{told}{content}</svg>"
     )
+
+
+def document(drawn: str) -> str:
+    """A picture as a file of its own: its text takes the colour of the reader's scheme, since there
+    is no page around it that says one."""
+    style = (
+        "<style>:root{color:#1f2328}"
+        "@media (prefers-color-scheme:dark){:root{color:#e6edf3}}</style>"
+    )
+    start = drawn.index(">") + 1
+    return f"{drawn[:start]}{style}{drawn[start:]}\n"

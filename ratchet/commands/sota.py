@@ -12,7 +12,7 @@ from statistics import geometric_mean
 import torch
 
 from flashmoe.device import Fingerprint, fingerprint, slug
-from flashmoe.ratchet import figures, providers
+from flashmoe.ratchet import figures, providers, svg
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import write_json, write_text
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         if some := [c for c in measured if c.case.problem.dtype == dtype]:
             drawn[f"roofline-{dtype}"] = figures.roofline(some, limit)
     for title, text in drawn.items():
-        write_text(folder / f"{name}-{title}.svg", text + "\n")
+        write_text(folder / f"{name}-{title}.svg", svg.document(text))
     links = [f"{folder.name}/{name}-{title}.svg" for title in drawn]
     text = document(measured, prints, versions, started, common.command(argv), links)
     write_text(arguments.output, text)

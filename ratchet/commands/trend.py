@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         for line in changes(series):
             print(f"{series.name}: {line}")
     if arguments.svg:
-        write_text(arguments.svg, svg.grid([_drawn(series) for series in found]) + "\n")
+        write_text(arguments.svg, svg.document(svg.grid([_drawn(s) for s in found])))
     if arguments.html:
         write_text(arguments.html, _page(found, len(entries)))
     return 0
