@@ -60,6 +60,11 @@ class Bench(Protocol):
     # What going on in a fresh process costs.
     fresh_seconds: float
 
+    @property
+    def compile_seconds(self) -> float | None:
+        """What compiling one candidate takes; None: nobody knows yet."""
+        ...
+
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         """Begin to compile, beside whatever is timed."""
         ...

@@ -14,13 +14,14 @@ from flashmoe.tiles import Tile
 
 
 def run(words: Sequence[str]) -> int:
-    """Put each head dimension's winner first in csrc/instances; the first is its default."""
+    """Put each head dimension's winner first in csrc/instances."""
     parser = Parser(
         prog=f"python -m {PROG} apply",
         description="Write the winning CUDA tiles of a device into the list of tiles that are "
-        "compiled in: first of their head dimension, which makes them its default. Build again "
-        "afterwards. Where winners of one head dimension differ, the one that won the most "
-        "problems comes first.",
+        "compiled in, first of their head dimension, and build again afterwards. The first is the "
+        "default of the mma.sync kernel; the Hopper kernel has its defaults by length in "
+        "flashmoe/backends/cuda.py. Where winners of one head dimension differ, the one that won "
+        "the most problems comes first.",
         allow_abbrev=False,
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU)")

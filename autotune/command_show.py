@@ -99,7 +99,7 @@ def import_(words: Sequence[str]) -> int:
         raise UsageError(
             f"file must be one that can be read, got {str(args.file)!r}: {error.strerror}"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, database.NewerDatabase) as error:
         raise UsageError(f"file must be one that export wrote, got {args.file}: {error}") from None
     devices: dict[str, dict[str, database.Entry]] = {}
     for bucket, entry in entries.items():
@@ -111,7 +111,10 @@ def import_(words: Sequence[str]) -> int:
         devices.setdefault(name, {})[bucket] = entry
     for name, found in devices.items():
         path = database.user_path(name)
-        added = database.update(path, found, replace=args.replace)
+        try:
+            added = database.update(path, found, replace=args.replace)
+        except database.NewerDatabase as error:
+            raise RuntimeError(f"{error}: nothing was taken over") from None
         kept = len(found) - added
         print(f"{name}: {added} problems taken over, {kept} kept as they were, in {path}")
     return DONE

@@ -22,13 +22,14 @@ from flashmoe.autotune import arguments, dry_run, helper, report, report_html, s
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.isolated import IsolatedBench, Processes
-from flashmoe.autotune.place import Options, Place
+from flashmoe.autotune.place import FINGERPRINT_FIELDS, Options, Place
 from flashmoe.autotune.process import Child
 from flashmoe.autotune.progress import shown
 from flashmoe.autotune.result import Result
 from flashmoe.autotune.suite import Group, default_suite, grouped, named_problem
 from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
+from flashmoe.problem import Problem
 from flashmoe.timing import Limits, measure_limits
 
 # Wide enough that no row of the table folds; used where nobody's terminal decides.
@@ -46,7 +47,8 @@ def run(words: Sequence[str]) -> int:
     _require_backend(args.backend, target)
     low, high = _PATIENCE
     patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
-    processes = Processes(target)
+    workers = arguments.worker_devices(args.workers, target)
+    processes = Processes(target, workers=len(workers))
     if args.dry_run:
         try:
             for line in dry_run.lines(
@@ -67,16 +69,18 @@ def run(words: Sequence[str]) -> int:
     here = device.fingerprint(target)
     path = database.user_path(here.device)
     where = args.storage or str(storage.journal_path(here.device))
-    workers = arguments.worker_devices(args.workers, target)
     place = _place(target, here, path, where)
     command = shlex.join(["python", "-m", PROG, *words])
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
     )
-    results: list[Result] = []
+    searched = [group for group in groups if args.force or not _is_current(group, place)]
+    if searched:
+        processes.warm_up()
+    found: dict[Problem, Result] = {}
     interrupted = unwritten = False
     limits: dict[str, Limits] = {}
-    helpers = _helpers(groups, place, workers, where, options, patience)
+    helpers = _helpers(searched, place, workers, where, options, patience)
     with shown(Console(stderr=True)) as watch:
         try:
             # First, so that the budget knows what it took.
@@ -91,7 +95,7 @@ def run(words: Sequence[str]) -> int:
                 lambda group: IsolatedBench(group, processes, args.seed, patience),
                 spent=time.perf_counter() - start,
             ):
-                results.append(result)
+                found[result.problem] = result
                 # At once, so that an interruption loses only the problem at hand.
                 if result.store and not _store(path, result, here, command):
                     unwritten = True
@@ -100,9 +104,10 @@ def run(words: Sequence[str]) -> int:
         finally:
             processes.close()
             for child in helpers:
+                if failure := helper.failure(child):
+                    warn(f"a worker failed: {failure}")
                 child.close()
-    order = [group.main for group in groups]
-    results.sort(key=lambda result: order.index(result.problem))
+    results = [found[group.main] for group in groups if group.main in found]
     plan.reload_databases()
     api.forget_plans()
 
@@ -179,6 +184,14 @@ def _place(target: torch.device, here: device.Fingerprint, path: Path, where: st
     return Place(target, here, stored, elsewhere, opened, storage.shown(where))
 
 
+def _is_current(group: Group, place: Place) -> bool:
+    """Whether what is stored was measured with this software, and will only be confirmed."""
+    entry = place.stored.get(group.main.bucket)
+    return entry is not None and not place.fingerprint.differences(
+        dict(entry.fingerprint), FINGERPRINT_FIELDS
+    )
+
+
 def _helpers(
     groups: Sequence[Group],
     place: Place,
@@ -187,16 +200,15 @@ def _helpers(
     options: Options,
     patience: float,
 ) -> list[Child]:
-    """Workers for the other devices, unless everything is stored and will only be confirmed."""
-    searched = [g for g in groups if options.force or g.main.bucket not in place.stored]
-    if len(workers) == 1 or not searched:
+    """Workers for the other devices, unless nothing is searched."""
+    if len(workers) == 1 or not groups:
         return []
     places = [
         dataclasses.replace(place, device=other, storage=InMemoryStorage())
         for other in workers
         if other != place.device
     ]
-    return helper.start(searched, places, where, options, patience)
+    return helper.start(groups, places, where, options, patience)
 
 
 def _limits(target: torch.device, dtypes: set[str]) -> dict[str, Limits]:
@@ -234,6 +246,9 @@ def _store(path: Path, result: Result, here: device.Fingerprint, command: str) -
         database.update(path, {result.problem.bucket: result.entry(here, command)})
     except OSError as error:
         warn(f"{path} could not be written: {error.strerror}")
+        return False
+    except database.NewerDatabase as error:
+        warn(f"{error}: nothing was stored")
         return False
     return True
 

@@ -28,10 +28,11 @@ class Helper:
         storage: str,
         options: Options,
         patience: float,
+        workers: int,
     ) -> None:
         """`place` comes without its storage, which cannot be sent."""
         place = dataclasses.replace(place, storage=open_storage(storage))
-        processes = Processes(place.device)
+        processes = Processes(place.device, workers=workers)
         try:
             for _ in tune(
                 groups,
@@ -58,6 +59,20 @@ def start(
     children = []
     for place in places:
         child = Child("flashmoe.autotune.helper:Helper")
-        child.send("help", tuple(groups), place, storage, helping, patience)
+        workers = len(places) + 1
+        child.send("help", tuple(groups), place, storage, helping, patience, workers)
         children.append(child)
     return children
+
+
+def failure(child: Child) -> str:
+    """Why a helper has ended, if it did so by an error; empty for one that is at it or done."""
+    try:
+        for _ in range(2):  # that it is up, then that it is done
+            if not child.answers_within(0.0):
+                return ""
+            child.wait_until_up(0.0)
+        child.receive(0.0)
+    except Exception as error:  # noqa: BLE001 - told, whatever it is
+        return str(error)
+    return ""

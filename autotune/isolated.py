@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import time
@@ -21,6 +22,11 @@ from flashmoe.timing import Measurement
 
 # Starting a process with torch, and computing a reference, may take so long on a slow machine.
 _START_PATIENCE = 300.0
+# Each imports torch, and takes memory; more than so many are never all at work.
+_MOST_COMPILERS = 32
+# How often to look at them while waiting.
+_TURN_SECONDS = 0.01
+_Job = tuple[Problem, Candidate]
 
 
 class Session:
@@ -36,11 +42,14 @@ class Session:
             os.nice(10)  # the process that times needs its core when it needs it
         self._runner: Runner | None = None
 
-    def open(self, group: Group, seed: int, order: int, *, reference: bool) -> None:
+    def open(self, group: Group, seed: int, order: int, *, reference: bool) -> float:
+        """Seconds that the reference took."""
         runners = [self._make(problem, seed, order) for problem in group.problems]
         self._runner = runners[0] if len(runners) == 1 else GroupRunner(runners, group.weights)
+        start = time.perf_counter()
         if reference:
             self._runner.reference()
+        return time.perf_counter() - start
 
     def prepare(self, candidate: Candidate) -> Measurement:
         return self._opened().prepare(candidate)
@@ -71,11 +80,14 @@ class Session:
 
 
 class Processes:
-    """The children of one tuning run on one device. On a GPU the next one is started ahead, for
-    device time does not notice."""
+    """The children of one tuning run on one device, which shares the cores with other `workers`.
+    On a GPU the next one is started ahead, for device time does not notice."""
 
     def __init__(
-        self, device: torch.device, session: str = "flashmoe.autotune.isolated:Session"
+        self,
+        device: torch.device,
+        session: str = "flashmoe.autotune.isolated:Session",
+        workers: int = 1,
     ) -> None:
         self.device = device
         self._session = session
@@ -83,7 +95,14 @@ class Processes:
         self._used: Child | None = None
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # One core belongs to the process that times.
-        self.compilers = Compilers(self._start_compiler, max((cores or 1) - 1, 1))
+        count = min(max((cores or 1) // workers - 1, 1), _MOST_COMPILERS)
+        self.compilers = Compilers(self._start_compiler, count)
+
+    def warm_up(self) -> None:
+        """Start on a GPU what a search will want at once, while something else is done."""
+        if self.device.type == "cuda":
+            self._spare = self._spare or self._start()
+            self.compilers.warm_up()
 
     def take(self, *, fresh: bool) -> Child:
         """A process that is up and belongs to the caller: one that was given back, or a `fresh`
@@ -119,44 +138,102 @@ class Processes:
 
 class Compilers:
     """Children that compile ahead, beside the one that times. What fails here is nobody's fault
-    yet: the candidate is compiled again where it is checked, and blamed there."""
+    yet: the candidate is compiled again where it is checked, and blamed there. One that takes
+    longer than `patience` seconds is to blame, for it would hang there, too."""
 
-    def __init__(self, start: Callable[[], Child], count: int) -> None:
+    def __init__(self, start: Callable[[], Child], count: int, patience: float = 60.0) -> None:
         self._start = start
+        self._patience = patience
         self.count = count
-        self._queues: dict[Child, list[tuple[Problem, Candidate]]] = {}
+        # What one took on average; None: none is done yet.
+        self.seconds: float | None = None
+        self._done = 0
+        self._waiting: collections.deque[_Job] = collections.deque()
+        # What each child is at, and since when: None for one that has yet to start.
+        self._children: dict[Child, tuple[_Job | None, float | None]] = {}
+        self._late: dict[_Job, str] = {}
+
+    def warm_up(self) -> None:
+        """Start the children: that takes seconds."""
+        while len(self._children) < self.count:
+            self._children[self._start()] = (None, None)
 
     def submit(self, problem: Problem, candidate: Candidate) -> None:
-        if len(self._queues) < self.count:
-            self._queues[self._start()] = []
-        child = min(self._queues, key=lambda c: len(self._queues[c]))
-        child.send("precompile", problem, candidate)
-        self._queues[child].append((problem, candidate))
+        job = (problem, candidate)
+        if not self._is_open(job):
+            self._waiting.append(job)
+        self._turn()
 
-    def wait_for(
-        self, problem: Problem, candidate: Candidate, patience: float, until: float
-    ) -> bool:
-        """Until it is compiled, if it was submitted, but not past `until` (time.perf_counter).
-        Whether that was enough."""
-        for child, queue in list(self._queues.items()):
-            while (problem, candidate) in queue:
-                if until < math.inf and not child.answers_within(until - time.perf_counter()):
-                    return False
-                try:
-                    child.wait_until_up(_START_PATIENCE)
-                    child.receive(patience)
-                except ChildFailed:
-                    del self._queues[child]
-                    break
-                except Exception:  # noqa: BLE001 - told where the candidate is checked
-                    pass
-                queue.pop(0)
-        return True
+    def late(self, problem: Problem, candidate: Candidate) -> str:
+        """Why a candidate's compilation was given up; empty when it was not."""
+        return self._late.get((problem, candidate), "")
+
+    def wait_for(self, problem: Problem, candidate: Candidate, until: float) -> bool:
+        """Until it is compiled or given up, if it was submitted, but not past `until`
+        (time.perf_counter). Whether that was enough."""
+        job = (problem, candidate)
+        while True:
+            self._turn()
+            if not self._is_open(job):
+                return True
+            left = until - time.perf_counter()
+            if left <= 0:
+                return False
+            time.sleep(min(left, _TURN_SECONDS))
+
+    def cancel(self) -> None:
+        """Forget what no child has begun."""
+        self._waiting.clear()
 
     def close(self) -> None:
-        for child in self._queues:
+        self.cancel()
+        for child in self._children:
             child.close()
-        self._queues.clear()
+        self._children.clear()
+
+    def _is_open(self, job: _Job) -> bool:
+        return job in self._waiting or any(job == busy for busy, _ in self._children.values())
+
+    def _turn(self) -> None:
+        """Take what children have answered, and give them what waits."""
+        for child, (job, since) in list(self._children.items()):
+            if job is not None:
+                self._look_after(child, job, since)
+        idle = [child for child, (job, _) in self._children.items() if job is None]
+        while self._waiting and (idle or len(self._children) < self.count):
+            child = idle.pop() if idle else self._start()
+            job = self._waiting.popleft()
+            child.send("precompile", *job)
+            self._children[child] = (job, time.perf_counter() if child.up else None)
+
+    def _look_after(self, child: Child, job: _Job, since: float | None) -> None:
+        now = time.perf_counter()
+        try:
+            if since is None:
+                if not child.answers_within(0.0):
+                    return
+                child.wait_until_up(_START_PATIENCE)
+                self._children[child] = (job, since := now)
+            if child.answers_within(0.0):
+                self._receive(child)
+                self._done += 1
+                before = self.seconds or 0.0
+                self.seconds = before + (now - since - before) / self._done
+                self._children[child] = (None, None)
+            elif now - since > self._patience:
+                self._late[job] = f"compiling took longer than {self._patience:.0f} s"
+                child.close()
+                del self._children[child]
+        except ChildFailed:
+            del self._children[child]
+
+    def _receive(self, child: Child) -> None:
+        try:
+            child.receive(self._patience)
+        except ChildFailed:
+            raise
+        except Exception:  # noqa: BLE001 - told where the candidate is checked
+            pass
 
 
 class IsolatedBench:
@@ -183,15 +260,22 @@ class IsolatedBench:
             if isinstance(BACKENDS[candidate.backend], Precompiles):
                 self._processes.compilers.submit(self._group.main, candidate)
 
+    @property
+    def compile_seconds(self) -> float | None:
+        return self._processes.compilers.seconds
+
     def compiled(self, candidate: Candidate, until: float) -> bool:
         return candidate in self._prepared or self._processes.compilers.wait_for(
-            self._group.main, candidate, self._patience, until
+            self._group.main, candidate, until
         )
 
     def prepare(self, candidate: Candidate) -> Measurement:
         if candidate not in self._prepared:
             self.compiled(candidate, math.inf)
-            self._prepared[candidate] = self._checked("prepare", candidate)
+            if late := self._processes.compilers.late(self._group.main, candidate):
+                self._prepared[candidate] = Measurement("timeout", (0.0,), late)
+            else:
+                self._prepared[candidate] = self._checked("prepare", candidate)
         return self._prepared[candidate]
 
     def verify(self, candidate: Candidate) -> Measurement:
@@ -234,6 +318,7 @@ class IsolatedBench:
         time.sleep(seconds)
 
     def close(self) -> None:
+        self._processes.compilers.cancel()
         if self._child is not None:
             self._processes.give_back(self._child)
             self._child = None
@@ -262,9 +347,11 @@ class IsolatedBench:
     def _open(self, *, reference: bool, fresh: bool) -> Child:
         start = self.now()
         self._child = self._processes.take(fresh=fresh)
+        if self._processes.device.type == "cuda":
+            start = self.now()  # the next one is started ahead
         self._started += 1
         try:
-            self._child.request(
+            once: float = self._child.request(
                 "open",
                 self._group,
                 self._seed,
@@ -276,7 +363,7 @@ class IsolatedBench:
         except BaseException:
             self._end()
             raise
-        # Before there has been a fresh one, the first tells, though it computes the reference, too.
+        # Before there has been a fresh one, the first tells, but for the reference.
         if fresh or not self.fresh_seconds:
-            self.fresh_seconds = self.now() - start
+            self.fresh_seconds = self.now() - start - once
         return self._child

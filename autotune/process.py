@@ -119,6 +119,11 @@ class Child:
         """Whether there is something to receive by then, if only that the child is gone."""
         return not self._open or self._connection.poll(max(seconds, 0.0))
 
+    @property
+    def up(self) -> bool:
+        """Whether it is known that the target exists."""
+        return self._up
+
     def wait_until_up(self, patience: float) -> None:
         """Until the target exists. Raises what its making raised, and ChildFailed."""
         if not self._up:

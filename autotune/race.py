@@ -86,11 +86,15 @@ class Race:
     def contenders(self, limit: int) -> list[Candidate]:
         """At most `limit` candidates, fastest first, without those clearly behind the fastest:
         whose whole interval lies above the fastest's."""
-        ranked = sorted(self._ratios, key=lambda candidate: self._ratios[candidate].value)
+        ranked = self.ranked()
         if not ranked:
             return []
         high = self._ratios[ranked[0]].high
         return [c for c in ranked if self._ratios[c].low <= high][:limit]
+
+    def ranked(self) -> list[Candidate]:
+        """All that were timed, fastest first."""
+        return sorted(self._ratios, key=lambda candidate: self._ratios[candidate].value)
 
     def _add(self, candidate: Candidate, measurement: Measurement, anchor: Measurement) -> None:
         if measurement.status != "ok":

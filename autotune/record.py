@@ -30,6 +30,8 @@ from flashmoe.tiles import Tile
 
 # A study's attribute: set once its winner was decided and stored.
 _FINISHED = "finished"
+# Before the name of a tile, a study's attribute: it was told as right, and is not.
+_REJECTED = "rejected "
 # A trial's status beside those of flashmoe.timing: it was given up without a result.
 LOST, DUPLICATE, UNTRIED = "lost", "duplicate", "not tried"
 # A process that is alive names itself as the owner of its trial within this time.
@@ -106,6 +108,11 @@ class Record:
         self._taken: set[Tile] = set()
         # As of the last look at the storage, which is slow where that is a database far away.
         self._seen: list[FrozenTrial] = []
+        self._rejected: dict[Tile, tuple[str, str]] = {}
+        for key, found in study.user_attrs.items():
+            if key.startswith(_REJECTED):
+                tile = Tile.parse(key.removeprefix(_REJECTED))
+                self._rejected[tile] = (found["status"], found["reason"])
 
     def fail_dead(self) -> int:
         """Fail the trials that dead processes left running; how many there were."""
@@ -176,7 +183,7 @@ class Record:
 
     def ask(self) -> tuple[Tile, optuna.Trial] | None:
         """A tile that no worker has tried or is trying, and its trial; None when there is none."""
-        self._taken |= set(self._owners(self._seen))
+        self._taken = set(self._owners(self._seen))
         while True:
             if self._taken >= set(self._space.tiles):
                 return None
@@ -246,6 +253,11 @@ class Record:
                 )
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
+    def reject(self, tile: Tile, status: str, reason: str) -> None:
+        """Take back what was told of a tile: a later check found it `wrong` or `failed`."""
+        self._rejected[tile] = (status, reason)
+        self._study.set_user_attr(f"{_REJECTED}{tile}", {"status": status, "reason": reason})
+
     def finish(self, decision: Mapping[str, Any]) -> None:
         """Note the winner: a search that wants a fresh study then begins another."""
         self._study.set_user_attr(_FINISHED, {**decision, "at": time.time()})
@@ -278,6 +290,10 @@ class Record:
         tile = self._space.tile_of(trial.params)
         if tile is None:
             return None  # a tile that is no longer in the space
+        if tile in self._rejected:
+            found = trial.user_attrs["outcome"]
+            seconds = float(found["prepare_seconds"])
+            return Outcome(tile, *self._rejected[tile], prepare_seconds=seconds)
         found = trial.user_attrs["outcome"]
         return Outcome(
             tile,

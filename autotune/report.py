@@ -173,13 +173,20 @@ def _build_lines(tile: Tile, head_dim: int) -> list[str]:
     if tile.kernel not in instances.COLUMNS:
         return ["", "This kernel takes its tile at run time: there is nothing to build."]
     instance = instances.head_dim_of(tile.kernel, head_dim)
+    listed = f"`csrc/instances/{tile.kernel}.txt`"
+    if tile.kernel == "sm90":
+        how = f"To have it compiled in, add this line to {listed} and build again:"
+    else:
+        how = (
+            f"To make it the default of head_dim {instance}, move this line of {listed} before the "
+            "others of that head_dim and build again:"
+        )
     return [
         "```sh",
         f"nvcc {instances.macros(instance, tile)}",
         "```",
         "",
-        f"To make it the default of head_dim {instance}, move this line of "
-        f"`csrc/instances/{tile.kernel}.txt` before the others of that head_dim and build again:",
+        how,
         "",
         "```text",
         instances.line(instance, tile),

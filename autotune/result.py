@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.decide import AGAIN
@@ -28,8 +29,9 @@ class Result:
     """One problem's outcome. `samples` are the final's, seconds by candidate name, and `seconds`
     the winner's median. `tile_with_lse` names the best tile where the winner has none; `store`
     says whether the database shall have the result. Speed-ups are None where the other could not
-    run; `weight` says how often the problem runs. An `unmeasured` result has a `reason` and nothing
-    else."""
+    run; `weight` says how often the problem runs. `verified` names what passed the check of odd
+    sizes, `search_seconds` is what the search has taken, earlier runs included, and `group` as in
+    database.Entry. An `unmeasured` result has a `reason` and nothing else."""
 
     problem: Problem
     status: str
@@ -48,6 +50,9 @@ class Result:
     runner_up: str = ""
     storage: str = ""
     weight: float = 1.0
+    verified: Collection[str] = ()
+    search_seconds: float = 0.0
+    group: tuple[tuple[Problem, float], ...] = ()
 
     def rejected(self) -> list[Trial]:
         """The tiles that computed wrong numbers or failed."""
@@ -73,7 +78,20 @@ class Result:
             self.over_default(),
             self.search.study if self.search else "",
             self.storage,
+            tuple(sorted(self.verified)),
+            self._searched(),
+            self.group,
         )
+
+    def _searched(self) -> dict[str, Any]:
+        if self.search is None:
+            return {}
+        return {
+            "tried": len(self.search.trials),
+            "of": self.search.space,
+            "seconds": round(self.search_seconds, 1),
+            "ended": self.search.ended,
+        }
 
     def over_default(self) -> dict[str, float]:
         """The time over the default's of every tile that was timed, and of the final's rivals."""

@@ -15,7 +15,7 @@ from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.race import Race
 from flashmoe.autotune.record import Outcome, Record
 from flashmoe.autotune.space import Space
-from flashmoe.autotune.trials import Search, Trial
+from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.tiles import Tile
 from flashmoe.timing import Measurement
 
@@ -37,6 +37,10 @@ _SECOND_SHARE = 0.3
 _STALE_SHARE, _STALE_TILES, _STALE_GAIN = 0.25, (12, 60), 0.003
 # How often to look whether other workers are done, and for how long at most, in seconds.
 _POLL_SECONDS, _POLL_SHARE = 0.2, 0.25
+# How often to look whether something is compiled, when nothing is.
+_COMPILER_SECONDS = 0.02
+# How often to look for trials whose process has died.
+_DEAD_SECONDS = 2.0
 
 
 Watch = Callable[[Sequence[Trial], int], None]
@@ -109,7 +113,8 @@ class _Walk:
         self._related = related
         self._watch = watch
         self._seconds = seconds
-        self._deadline = bench.now() + seconds
+        self._began = bench.now()
+        self._deadline = self._began + seconds
         self._limit = len(space) if trials is None else min(trials, len(space))
         self._race = Race(bench, anchor)
         self._known: dict[Tile, Trial] = {}
@@ -119,6 +124,7 @@ class _Walk:
         self._checked = {anchor}
         self._pending: list[tuple[Tile, optuna.Trial]] = []
         self._sampler = ""
+        self._looked_for_dead = bench.now()
         # Whether the next tile takes longer than there is time.
         self._spent = False
         self._race.look([anchor], rounds=3, max_seconds=self._left())
@@ -147,6 +153,7 @@ class _Walk:
             tuple((when, o.value) for when, o in self._record.times() if o.value is not None),
             self._record.importances(),
             self._tried,
+            self._bench.now() - self._began,
         )
 
     def _try_all(self) -> str:
@@ -156,9 +163,9 @@ class _Walk:
             self._recall()
             self._watch(list(self._known.values()), self._limit)
             if len(self._known) >= self._limit:
-                return "all tiles tried" if self._limit == len(self._space) else "--trials reached"
+                return "all tiles tried" if self._limit == len(self._space) else TRIALS_REACHED
             if self._late() or self._spent:
-                return "--budget reached"
+                return BUDGET_REACHED
             wanted = self._wanted or ("brute" if self._all_fit() else "model")
             if wanted != name:
                 name = wanted
@@ -167,10 +174,10 @@ class _Walk:
                 return "no better tile for long"
             if not self._ask():
                 return "all tiles tried or in flight"
-            # Those that are compiled first: the others go on compiling meanwhile.
-            now = self._bench.now()
-            self._pending.sort(key=lambda x: not self._bench.compiled(Candidate.of_tile(x[0]), now))
-            batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
+            batch = self._compiled()
+            if not batch:
+                return BUDGET_REACHED
+            self._pending = [asked for asked in self._pending if asked not in batch]
             self._try(batch)
 
     def _ask(self) -> bool:
@@ -179,7 +186,11 @@ class _Walk:
         depth = BATCH
         if self._bench.compiles_ahead:
             depth = max(_AHEAD * BATCH, self._bench.compilers + 2 * BATCH)
+        if self._bench.now() - self._looked_for_dead >= _DEAD_SECONDS:
+            self._fail_dead()
         left = self._limit - len(self._known) - self._record.running()
+        if left <= 0 and not self._pending and self._fail_dead():
+            left = self._limit - len(self._known) - self._record.running()
         if others := self._record.others():
             # Leave them their share, and keep the last ones small: all shall end together. Not
             # smaller than that takes, for the anchor is timed along with every batch.
@@ -192,6 +203,25 @@ class _Walk:
             self._bench.precompile([Candidate.of_tile(asked[0])])
         return bool(self._pending)
 
+    def _fail_dead(self) -> int:
+        """Give up what dead workers were trying, so that others try it; how many trials."""
+        self._looked_for_dead = self._bench.now()
+        dead = self._record.fail_dead()
+        if dead:
+            self._recall()
+        return dead
+
+    def _compiled(self) -> list[tuple[Tile, optuna.Trial]]:
+        """A batch of the pending trials that are compiled, in their order; the others go on
+        compiling meanwhile. Waits for one; empty when there is none in time."""
+        until = self._bench.now() + self._left() - self._reserve()
+        while True:
+            now = self._bench.now()
+            found = [x for x in self._pending if self._bench.compiled(Candidate.of_tile(x[0]), now)]
+            if found or now >= until:
+                return found[:BATCH]
+            self._bench.wait(min(_COMPILER_SECONDS, until - now))
+
     def _try(self, batch: Sequence[tuple[Tile, optuna.Trial]]) -> None:
         """Check, time and tell a batch; what time does not allow is told as not tried."""
         found: dict[Tile, Outcome] = {}
@@ -200,14 +230,12 @@ class _Walk:
             for tile, _ in batch:
                 # What is ready must still be timed: leave the time for two rounds of it.
                 if self._late() or self._left() < self._race.cost(len(ready) + 1, 2):
+                    self._spent = not (ready or found)
                     break
                 candidate = Candidate.of_tile(tile)
-                # Neither a slow compiler nor a slow check goes on at the second look's expense.
-                until = self._bench.now() + self._left() - _SECOND_SHARE * self._seconds
+                # No slow check goes on at the second look's expense.
                 expected = self._prepare_seconds.get(tile.kernel, 0.0)
-                if self._bench.now() + expected > until or not self._bench.compiled(
-                    candidate, until
-                ):
+                if expected > self._left() - self._reserve():
                     self._spent = True
                     break
                 prepared = self._bench.prepare(candidate)
@@ -287,8 +315,19 @@ class _Walk:
             self._race.look(contenders, rounds, self._left())
             best = self._race.contenders(max(FINALISTS, len(contenders) // 2))
             contenders = [candidate for candidate in best if candidate in contenders]
-        # All that survived, so that a finalist that turns out wrong has a successor.
-        return self._prepared(self._race.contenders(CONTENDERS))
+        # More than can win, so that a finalist that turns out wrong has a successor.
+        return self._prepared(self._race.ranked()[:CONTENDERS])
+
+    def _reserve(self) -> float:
+        """Seconds that are left to the second look: what one at the contenders of now takes, and
+        no more than its share."""
+        field = len(self._race.contenders(CONTENDERS))
+        seconds, rounds = 0.0, self._rounds
+        while field > FINALISTS:
+            rounds *= 2
+            seconds += self._race.cost(field, rounds)
+            field = max(FINALISTS, field // 2)
+        return min(seconds, _SECOND_SHARE * self._seconds)
 
     def _prepared(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that this process has checked or, if another did, finds right as well while there
@@ -314,7 +353,7 @@ class _Walk:
 
     def _late(self) -> bool:
         """Whether what is left belongs to the second look."""
-        return self._left() <= _SECOND_SHARE * self._seconds
+        return self._left() <= self._reserve()
 
     def _all_fit(self) -> bool:
         """Whether the time allows a first look at every tile, going by those tried."""
@@ -323,7 +362,13 @@ class _Walk:
         rest = [tile for tile in self._space.tiles if tile not in self._known]
         prepare = sum(self._prepare_seconds.get(tile.kernel, 0.0) for tile in rest)
         look = self._race.cost(BATCH, self._rounds) / BATCH * len(rest)
-        return prepare + look <= self._left() - _SECOND_SHARE * self._seconds
+        left = self._left() - _SECOND_SHARE * self._seconds
+        if not self._bench.compiles_ahead:
+            return prepare + look <= left
+        compiled = self._bench.compile_seconds
+        if compiled is None:
+            return False  # nobody knows yet
+        return max(prepare + look, compiled * len(rest) / self._bench.compilers) <= left
 
     def _stale(self) -> bool:
         """Whether the last many tiles brought no gain."""

@@ -23,6 +23,15 @@ class Group:
         return self.problems[costs.index(max(costs))]
 
     @property
+    def shares(self) -> tuple[tuple[Problem, float], ...]:
+        """The problems with their shares of the weight, sorted; empty for one alone."""
+        if len(self.problems) == 1:
+            return ()
+        total = sum(self.weights)
+        pairs = [(p, round(w / total, 6)) for p, w in zip(self.problems, self.weights, strict=True)]
+        return tuple(sorted(pairs, key=lambda pair: pair[0].label))
+
+    @property
     def cost(self) -> float:
         """What tuning costs, in no unit: timing costs in proportion to its flops, checks and
         compilation the same for all; the fourth root lies between, and a weight counts as flops."""

@@ -8,6 +8,9 @@ from flashmoe.autotune.candidate import Candidate
 from flashmoe.stats import Interval
 from flashmoe.tiles import Tile
 
+# Why a search ended; others are in words only.
+BUDGET_REACHED, TRIALS_REACHED = "--budget reached", "--trials reached"
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -25,8 +28,8 @@ class Trial:
 class Search:
     """The trials in the order of their first look, the contenders fastest first, which sampler
     walked a space of how many tiles, what a sample costs on the clock, why the search ended, the
-    study's name, (seconds, value) of every trial as it was told, and how many of the trials are
-    this run's own: the others were found before or elsewhere."""
+    study's name, (seconds, value) of every trial as it was told, how many of the trials are this
+    run's own (the others were found before or elsewhere), and what it took."""
 
     trials: tuple[Trial, ...]
     contenders: tuple[Candidate, ...]
@@ -38,3 +41,9 @@ class Search:
     told: tuple[tuple[float, float], ...] = ()
     importances: dict[str, float] = field(default_factory=dict)
     tried: int = 0
+    seconds: float = 0.0
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether more time would have tried more tiles."""
+        return self.ended == BUDGET_REACHED

@@ -13,6 +13,9 @@ from flashmoe.autotune.suite import Group
 from flashmoe.autotune.tuning import Tuning, Unmeasurable
 from flashmoe.database import Entry
 
+# A second turn is worth its while with this share of the budget.
+_WORTH_MORE = 0.1
+
 MakeBench = Callable[[Group], Bench]
 
 
@@ -26,12 +29,14 @@ def tune(
     spent: float = 0.0,
 ) -> Iterator[Result]:
     """Results as they come, the cheapest group first: the time it leaves goes to the others, and
-    its winner is tried early by them. `now` is the clock of the budget, of which `spent` seconds
-    are gone already."""
+    its winner is tried early by them. Time that is left in the end goes to those that had too
+    little, whose result then comes a second time. `now` is the clock of the budget, of which
+    `spent` seconds are gone already."""
     deadline = now() + options.budget - spent
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
     found: dict[str, Entry] = {}
+    coverage: dict[int, float] = {}
     for number, group in enumerate(order):
         watch.problem(group.main, number + 1, len(order))
         start = now()
@@ -44,8 +49,26 @@ def tune(
         result = dataclasses.replace(result, elapsed=now() - start)
         if result.best is not None:
             found[group.main.bucket] = result.entry(place.fingerprint, "")
+        if result.store and result.search is not None and result.search.cut_short:
+            coverage[number] = len(result.search.trials) / result.search.space
         watch.result(result)
         yield result
+    # What is left goes to those whose search was cut short, the least covered first.
+    short = sorted(coverage, key=lambda number: coverage[number])
+    for turn, number in enumerate(short):
+        start, group = now(), order[number]
+        if deadline - start < _WORTH_MORE * options.budget:
+            return
+        watch.problem(group.main, number + 1, len(order))
+        mine = start + (deadline - start) / (len(short) - turn)
+        known = dataclasses.replace(place, stored={**place.stored, **found})
+        again = dataclasses.replace(options, force=False)
+        result = _tune_one(group, known, again, watch, found, mine, now, make_bench, more=True)
+        if result.best is not None:
+            result = dataclasses.replace(result, elapsed=now() - start)
+            found[group.main.bucket] = result.entry(place.fingerprint, "")
+            watch.result(result)
+            yield result
 
 
 def _tune_one(
@@ -57,6 +80,7 @@ def _tune_one(
     deadline: float,
     now: Callable[[], float],
     make_bench: MakeBench,
+    more: bool = False,
 ) -> Result:
     bench: Bench | None = None
     try:
@@ -67,9 +91,11 @@ def _tune_one(
             bench = make_bench(group)
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
             raise Unmeasurable(f"the inputs and the reference do not fit: {error}") from error
-        return Tuning(group, place, options, watch, found, bench, deadline).run()
-    except (AnchorFailed, Unmeasurable, NotImplementedError) as error:
+        return Tuning(group, place, options, watch, found, bench, deadline, more).run()
+    except Exception as error:  # noqa: BLE001 - one problem's, and others may do better
         reason = str(error).strip().split("\n")[0]
+        if not isinstance(error, AnchorFailed | Unmeasurable | NotImplementedError):
+            reason = f"{type(error).__name__}: {reason}"
         return Result(group.main, "unmeasured", reason, weight=sum(group.weights))
     finally:
         if bench is not None:

@@ -25,11 +25,11 @@ from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.search import FINALISTS, search
 from flashmoe.autotune.space import Space
 from flashmoe.autotune.suite import Group
-from flashmoe.autotune.trials import Search, Trial
+from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.backends import BACKENDS
 from flashmoe.database import Entry, nearest
 from flashmoe.device import arch
-from flashmoe.stats import median_interval
+from flashmoe.stats import Interval, median_interval
 from flashmoe.tiles import Tile
 from flashmoe.timing import Measurement
 
@@ -37,8 +37,11 @@ from flashmoe.timing import Measurement
 _FINAL_SHARE = 0.35
 _CONFIRM_ROUNDS = 100
 _CONFIRM_SECONDS = 6.0
-# How many winners of other buckets and devices are tried first.
+# How many winners of other buckets, and how many of other devices, are tried first.
 _TRANSFERRED = 4
+# A search that was cut short goes on where it has so many times the time that it had, or had tried
+# fewer than so many tiles.
+_MUCH_MORE, _FEW_TILES = 2.0, 12
 # How many related problems the search's model learns from.
 _RELATED = 4
 
@@ -60,7 +63,9 @@ class Tuning:
         found: Mapping[str, Entry],
         bench: Bench,
         deadline: float,
+        more: bool = False,
     ) -> None:
+        self._more = more
         self._group = group
         self._problem = group.main
         self._place = place
@@ -74,6 +79,7 @@ class Tuning:
         # What the last check of odd sizes took.
         self._verify_seconds = 0.0
         self._late: dict[Tile, Measurement] = {}
+        self._right: set[Candidate] = set()
         self._began = time.time() if options.helping is None else options.helping
         self._record: Record | None = None
         self._has_sdpa = self._everywhere(SDPA)
@@ -88,7 +94,10 @@ class Tuning:
             and self._stored is not None
             and not place.fingerprint.differences(dict(entry.fingerprint), FINGERPRINT_FIELDS)
         )
-        self._same_problem = entry is not None and entry.problem == self._problem
+        self._same_problem = (
+            entry is not None and entry.problem == self._problem and entry.group == group.shares
+        )
+        self._searched = dict(entry.search) if entry is not None and self._current else {}
 
     def run(self) -> Result:
         self._require_time()
@@ -96,12 +105,14 @@ class Tuning:
         if self._options.helping is not None:
             self._search(self._left(), fresh)
             return Result(self._problem, "unmeasured", "another process decides")
-        if self._current and self._same_problem and fresh is None:
+        goes_on = self._current and self._same_problem and fresh is None and self._wants_more()
+        if self._current and self._same_problem and fresh is None and not goes_on:
             self._watch.stage("confirming what is stored")
             held = self._confirm()
             if not held.decision.changed:
                 return self._result("confirmed", held, None)
             fresh = self._began  # what the study says no longer holds
+            self._searched = {}
         wanted = final.seconds_wanted(
             self._sample_seconds, FINALISTS + 4, self._bench.fresh_seconds
         )
@@ -110,11 +121,27 @@ class Tuning:
         found = self._search(left - min(wanted, left * _FINAL_SHARE), fresh)
         self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
         self._watch.stage("measuring the finalists again")
-        held = self._final(found.contenders)
+        held = self._final(found)
+        self._verify_rest(found.contenders)
         result = self._result("tuned" if held.decision.changed else "kept", held, found)
+        if goes_on and len(result.samples[AGAIN]) >= MIN_ROUNDS:
+            result = dataclasses.replace(result, store=True)  # it knows more than before
         if self._record is not None:
             self._record.finish({"winner": str(result.best), "reason": result.reason})
         return result
+
+    def _wants_more(self) -> bool:
+        """Whether the search that the stored result comes from was cut short, and this run can do
+        clearly more: it has much more time, or is to try more tiles, or hardly any were tried."""
+        searched = self._searched
+        tried, ended = int(searched.get("tried", 0)), searched.get("ended")
+        if ended == TRIALS_REACHED:
+            return self._options.trials is None or self._options.trials > tried
+        if ended != BUDGET_REACHED:
+            return False
+        seconds = self._left() * (1 - _FINAL_SHARE)
+        few = tried < min(_FEW_TILES, int(searched["of"]))
+        return self._more or few or seconds > _MUCH_MORE * float(searched["seconds"])
 
     def _everywhere(self, candidate: Candidate) -> bool:
         """Whether every problem of the group can run it here."""
@@ -152,6 +179,8 @@ class Tuning:
         start = self._bench.now()
         verified = self._bench.verify(candidate)
         self._verify_seconds = self._bench.now() - start
+        if verified.status == "ok":
+            self._right.add(candidate)
         return verified
 
     def _left(self) -> float:
@@ -180,12 +209,17 @@ class Tuning:
             for tile in [*tiles, *filter(None, defaults)]
             if len(self._group.problems) == 1 or self._everywhere(Candidate.of_tile(tile))
         )
-        first = [tile for tile in [*defaults, *self._known_good()] if tile in legal]
+        # What is compiled in costs no compiler, and won somewhere.
+        there = [t for b in backends for t in b.compiled_in(self._problem, here)]
+        first = [tile for tile in [*defaults, *self._known_good(), *there] if tile in legal]
         if not legal:
             return Search((), (), "", 0)
         self._watch.stage(f"searching: {legality(self._problem, self._device, self._backends)}")
         facts = {name: getattr(self._place.fingerprint, name) for name in FINGERPRINT_FIELDS}
-        label = " + ".join(problem.label for problem in self._group.problems)
+        label = self._problem.label
+        if shares := self._group.shares:
+            label += f" and {len(shares) - 1} more"
+            facts["group"] = [[problem.to_json(), share] for problem, share in shares]
         study = open_study(
             self._place.storage,
             study_name(self._options.study, label, {**facts, "anchor": str(self._anchor)}),
@@ -213,18 +247,24 @@ class Tuning:
         """What is stored, and the winners of neighbouring buckets and of other devices."""
         if self._stored is not None and self._stored.tile is not None:
             yield self._stored.tile
-        names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in self._related())
-        for name in list(filter(None, names))[:_TRANSFERRED]:
-            try:
-                yield Tile.parse(name)
-            except ValueError:
-                continue  # of another version
+        for entries in (self._related_here(), self._related_elsewhere()):
+            names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in entries)
+            for name in list(filter(None, names))[:_TRANSFERRED]:
+                try:
+                    yield Tile.parse(name)
+                except ValueError:
+                    continue  # of another version
 
     def _related(self) -> list[Entry]:
         """Entries of this device, then of others, each the nearest buckets first."""
-        here = {**self._place.stored, **self._found}
-        elsewhere = {str(number): entry for number, entry in enumerate(self._place.elsewhere)}
-        return nearest(here, self._problem) + nearest(elsewhere, self._problem)
+        return self._related_here() + self._related_elsewhere()
+
+    def _related_here(self) -> list[Entry]:
+        return nearest({**self._place.stored, **self._found}, self._problem)
+
+    def _related_elsewhere(self) -> list[Entry]:
+        entries = {str(number): entry for number, entry in enumerate(self._place.elsewhere)}
+        return nearest(entries, self._problem)
 
     def _confirm(self) -> Final:
         rivals = [SDPA] if self._has_sdpa else []
@@ -239,13 +279,13 @@ class Tuning:
             processes=0,
         )
 
-    def _final(self, contenders: Sequence[Candidate]) -> Final:
+    def _final(self, found: Search) -> Final:
         """The anchor (twice), what is stored, SDPA, and the best contenders."""
         rivals = [SDPA] if self._has_sdpa else []
         # Two of the field are the anchor; fewer finalists if they would leave too few rounds.
         others = 2 + len(rivals) + (self._stored is not None)
         room = int(self._left() / final.seconds_needed(self._sample_seconds)) - others
-        rivals += self._finalists(contenders, min(max(room, 1), FINALISTS))
+        rivals += self._finalists(found, min(max(room, 1), FINALISTS))
         least = final.seconds_needed(self._sample_seconds) * (others + len(rivals))
         processes = final.PROCESSES
         while processes and processes * (self._bench.fresh_seconds + least / 2) > self._left():
@@ -254,22 +294,45 @@ class Tuning:
             self._bench, self._anchor, self._stored, rivals, self._deadline, processes=processes
         )
 
-    def _finalists(self, contenders: Sequence[Candidate], count: int) -> list[Candidate]:
-        """The fastest contenders that also pass the check with odd sizes and guarded memory."""
+    def _finalists(self, found: Search, count: int) -> list[Candidate]:
+        """The fastest contenders that also pass the check with odd sizes and guarded memory, up to
+        those that are clearly behind the first of them."""
         finalists: list[Candidate] = []
+        ratios = {trial.tile: trial.ratio for trial in found.trials}
         # What the shortest final of them all takes, which has no use without it.
         least = final.seconds_needed(self._sample_seconds) * (count + 4)
-        for candidate in contenders:
+        for candidate in found.contenders:
             if len(finalists) == count:
+                break
+            if finalists and _behind(ratios, candidate, finalists[0]):
                 break
             if self._verify_seconds + least > self._left():
                 break
             verified = self._verified(candidate)
             if verified.status == "ok":
                 finalists.append(candidate)
-            elif candidate.tile is not None:
-                self._late[candidate.tile] = verified
+            else:
+                self._reject(candidate, verified)
         return finalists
+
+    def _reject(self, candidate: Candidate, verified: Measurement) -> None:
+        """One that only the last check found wrong: the study shall know."""
+        if candidate.tile is not None:
+            self._late[candidate.tile] = verified
+            if self._record is not None:
+                self._record.reject(candidate.tile, verified.status, verified.reason)
+
+    def _verify_rest(self, contenders: Sequence[Candidate]) -> None:
+        """The last check of the other contenders, while there is time: other buckets' lookups take
+        over what has passed it."""
+        for candidate in contenders:
+            if candidate in self._right or candidate.tile in self._late:
+                continue
+            if self._verify_seconds > self._left():
+                return
+            verified = self._verified(candidate)
+            if verified.status != "ok":
+                self._reject(candidate, verified)
 
     def _result(self, status: str, held: Final, found: Search | None) -> Result:
         decision, samples = held.decision, held.samples
@@ -303,7 +366,17 @@ class Tuning:
             or (status == "kept" and not self._current and len(samples[AGAIN]) >= MIN_ROUNDS),
             storage=self._place.storage_name,
             weight=sum(self._group.weights),
+            verified=frozenset(str(candidate) for candidate in self._right),
+            search_seconds=float(self._searched.get("seconds", 0.0))
+            + (found.seconds if found else 0.0),
+            group=self._group.shares,
         )
+
+
+def _behind(ratios: Mapping[Tile, Interval | None], candidate: Candidate, first: Candidate) -> bool:
+    """Whether the whole interval of a tile's time lies above that of another."""
+    mine, its = (ratios.get(c.tile) if c.tile else None for c in (candidate, first))
+    return mine is not None and its is not None and mine.low > its.high
 
 
 def _ratios(entry: Entry) -> dict[Tile, float]:

@@ -22,14 +22,18 @@ from flashmoe.cache import cache_dir, set_aside
 from flashmoe.device import slug
 from flashmoe.problem import Problem
 
-SCHEMA = 2
-# Schema 1 lacked fields that have defaults.
-_READABLE = (1, SCHEMA)
+SCHEMA = 3
+# Earlier ones lacked fields that have defaults.
+_READABLE = (1, 2, SCHEMA)
 SDPA = "sdpa"
 
 
 class DamagedDatabase(UserWarning):
     """A database file could not be read; the message names it and where it was moved."""
+
+
+class NewerDatabase(UserWarning):
+    """A database file is a newer flashmoe's; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,11 @@ class Entry:
     none: for calls that need softmax_lse, training's among them. `over_default` is the time over
     the default's of everything that was measured, for lookups between buckets and for searches of
     related problems. `study` and `storage` tell where the trials are.
+
+    `verified` names what passed the check of odd sizes and guarded memory, which the search alone
+    does not make. `search` tells how many tiles were tried of how many, in how many seconds over
+    all runs, and why the last one ended. `group` holds the problems that share this bucket with
+    their shares of the weight, empty for `problem` alone.
     """
 
     problem: Problem
@@ -60,6 +69,9 @@ class Entry:
     over_default: Mapping[str, float] = field(default_factory=dict)
     study: str = ""
     storage: str = ""
+    verified: tuple[str, ...] | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)
+    group: tuple[tuple[Problem, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +87,21 @@ class Entry:
                 data[name] = (float(value), float(low), float(high))
         over_default = data.get("over_default", {})
         data["over_default"] = {str(k): float(v) for k, v in over_default.items()}
+        if data.get("verified") is not None:
+            data["verified"] = tuple(map(str, data["verified"]))
+        data["search"] = dict(data.get("search", {}))
+        data["group"] = tuple((Problem.from_json(p), float(w)) for p, w in data.get("group", ()))
         return cls(**data)
+
+    def lookup(self) -> dict[str, float]:
+        """What other buckets may take over: times over the default's of what is known to be right
+        at odd sizes, too."""
+        return {
+            name: ratio
+            for name, ratio in self.over_default.items()
+            # Entries before schema 3 do not say.
+            if self.verified is None or name in self.verified or name == SDPA
+        }
 
 
 def between(entries: Mapping[str, Entry], problem: Problem) -> tuple[list[str], str]:
@@ -91,7 +117,7 @@ def between(entries: Mapping[str, Entry], problem: Problem) -> tuple[list[str], 
         below, above = _neighbours(entries, problem, axes)
         if below is None or above is None:
             continue
-        a, b = entries[below].over_default, entries[above].over_default
+        a, b = entries[below].lookup(), entries[above].lookup()
         worst = {name: max(a[name], b[name]) for name in a if name in b}
         faster = sorted((x for x in worst.items() if x[1] < 1.0), key=lambda x: x[1])
         return [name for name, _ in faster], f"between {below} and {above}"
@@ -155,30 +181,64 @@ def shipped_path(device_name: str) -> Path:
 
 def load(path: Path) -> dict[str, Entry]:
     """Entries by bucket; empty when the file does not exist. A file that cannot be understood is
-    set aside under another name, and a DamagedDatabase warning says so."""
+    set aside under another name, and a DamagedDatabase warning says so; one of a newer flashmoe is
+    left alone, with a NewerDatabase warning."""
     try:
-        text = path.read_text()
+        return _parsed(path)
+    except NewerDatabase as newer:
+        warnings.warn(newer, stacklevel=2)
+        return {}
+    except _Damaged:
+        pass
+    try:
+        with _lock(path):
+            return _parsed_or_set_aside(path)
+    except OSError as error:  # no place of ours: nobody may write there
+        warnings.warn(f"{path} is damaged and stays where it is ({error})", DamagedDatabase, 2)
+        return {}
+
+
+class _Damaged(Exception):
+    """A file that is no database; says why."""
+
+
+def _lock(path: Path) -> filelock.BaseFileLock:
+    return filelock.FileLock(path.with_suffix(".lock"))
+
+
+def _parsed(path: Path) -> dict[str, Entry]:
+    """Raises _Damaged and NewerDatabase."""
+    try:
+        content = path.read_bytes()
     except FileNotFoundError:
         return {}
     try:
-        return parse(text)
+        return parse(content.decode())
+    except NewerDatabase:
+        raise NewerDatabase(f"{path} was written by a newer flashmoe and is not used") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(str(error)) from error
+
+
+def _parsed_or_set_aside(path: Path) -> dict[str, Entry]:
+    """Under the lock: by now another process may have set it aside, or written a good one."""
+    try:
+        return _parsed(path)
+    except _Damaged as error:
         aside = set_aside(path)
-        warnings.warn(
-            f"{path} is damaged ({error}); it was set aside as {aside.name}",
-            DamagedDatabase,
-            stacklevel=2,
-        )
+        text = f"{path} is damaged ({error}); it was set aside as {aside.name}"
+        warnings.warn(text, DamagedDatabase, stacklevel=3)
         return {}
 
 
 def update(path: Path, entries: Mapping[str, Entry], *, replace: bool = True) -> int:
     """Merge `entries` into the file: under a lock and atomically, so that concurrent tuners lose
     nothing and a reader never sees half a file. Without `replace`, what is there stays. Returns how
-    many entries were taken over."""
+    many entries were taken over. Raises OSError, and NewerDatabase for a file of a newer flashmoe.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_suffix(".lock")):
-        there = load(path)
+    with _lock(path):
+        there = _parsed_or_set_aside(path)
         taken = {k: e for k, e in entries.items() if replace or k not in there}
         temporary = path.with_suffix(f".tmp-{os.getpid()}")
         with temporary.open("w") as file:
@@ -198,8 +258,10 @@ def text_of(entries: Mapping[str, Entry]) -> str:
 
 def parse(text: str) -> dict[str, Entry]:
     """The entries of a database's text. Raises ValueError, KeyError, TypeError or AttributeError
-    for any other text."""
+    for any other text, NewerDatabase for that of a newer flashmoe."""
     data = json.loads(text)
+    if isinstance(data["schema"], int) and data["schema"] > SCHEMA:
+        raise NewerDatabase(f"schema {data['schema']} is newer than {SCHEMA}, this flashmoe's")
     if data["schema"] not in _READABLE:
         raise ValueError(f"schema must be one of {_READABLE}, got {data['schema']!r}")
     return {bucket: Entry.from_json(entry) for bucket, entry in data["entries"].items()}

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -154,9 +155,18 @@ def _has_sm90(problem: Problem, here: Arch) -> bool:
 @functools.cache
 def _databases(device_name: str) -> tuple[tuple[str, dict[str, database.Entry]], ...]:
     return (
-        ("user database", database.load(database.user_path(device_name))),
-        ("shipped database", database.load(database.shipped_path(device_name))),
+        ("user database", _loaded(database.user_path(device_name))),
+        ("shipped database", _loaded(database.shipped_path(device_name))),
     )
+
+
+def _loaded(path: Path) -> dict[str, database.Entry]:
+    """A call does not fail for a file that only makes it faster."""
+    try:
+        return database.load(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be read ({error}); it is not used", stacklevel=2)
+        return {}
 
 
 def _stored(entry: database.Entry | None, need_lse: bool, source: str) -> Plan | None:

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flashmoe.problem import Problem
 
@@ -47,6 +48,7 @@ def write(path: Path, counts: Mapping[Problem, int]) -> None:
     rows = [
         {"weight": count, "problem": problem.to_json()}
         for problem, count in Counter(counts).most_common()
+        if problem.flops  # what is empty runs no kernel
     ]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +61,21 @@ def read(path: Path) -> list[tuple[Problem, float]]:
         data = json.loads(path.read_text())
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema must be {SCHEMA}, got {data['schema']!r}")
-        found = [(Problem.from_json(row["problem"]), _weight(row)) for row in data["problems"]]
+        found = [(_problem(row), _weight(row)) for row in data["problems"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ShapesError(f"{path} is no file of problems: {text}") from None
     if not found:
         raise ShapesError(f"{path} holds no problems")
     return found
+
+
+def _problem(row: Mapping[str, Any]) -> Problem:
+    problem = Problem.from_json(row["problem"])
+    for name in ("batch", "seqlen_q", "seqlen_kv"):
+        if not getattr(problem, name):
+            raise ValueError(f"{name} must be at least 1 in a problem to tune, got 0")
+    return problem
 
 
 def _weight(row: Mapping[str, object]) -> float:

@@ -53,16 +53,65 @@ def test_missing_file_is_empty(user_database):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 99, "entries": {}}', '{"schema": 1, "entries": {"x": {}}}']
+    "text",
+    [b"", b"{", b"[]", b'{"schema": 0}', b'{"schema": 1, "entries": {"x": {}}}', b'{"\xff": 1}'],
 )
 def test_damaged_file_is_set_aside_and_named(user_database, text):
     user_database.parent.mkdir(parents=True)
-    user_database.write_text(text)
+    user_database.write_bytes(text)
     with pytest.warns(database.DamagedDatabase, match=str(user_database)):
         assert database.load(user_database) == {}
     (aside,) = user_database.parent.glob("*.damaged-*")
-    assert aside.read_text() == text
+    assert aside.read_bytes() == text
     assert not user_database.exists()
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_what_another_process_mended_or_moved_meanwhile_stays(user_database, monkeypatch, mended):
+    """Two meet a damaged file: by the time the second has the lock, the first has been there."""
+    user_database.parent.mkdir(parents=True)
+    user_database.write_text("{")
+    good = {PROBLEM.bucket: entry()}
+    lock = database._lock
+
+    def locked(path):
+        path.write_text(database.text_of(good)) if mended else path.unlink()
+        return lock(path)
+
+    monkeypatch.setattr(database, "_lock", locked)
+    assert database.load(user_database) == (good if mended else {})
+    assert not list(user_database.parent.glob("*.damaged-*"))
+
+
+def test_a_newer_flashmoes_file_is_left_alone(user_database):
+    user_database.parent.mkdir(parents=True)
+    text = '{"schema": 99, "entries": {}}'
+    user_database.write_text(text)
+    with pytest.warns(database.NewerDatabase, match=str(user_database)):
+        assert database.load(user_database) == {}
+    with pytest.raises(database.NewerDatabase, match=str(user_database)):
+        database.update(user_database, {PROBLEM.bucket: entry()})
+    assert user_database.read_text() == text
+
+
+def test_a_call_does_not_need_a_readable_database(user_database, monkeypatch):
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(database, "load", unreadable)
+    with pytest.warns(UserWarning, match=r"could not be read .*Permission denied"):
+        assert make_plan(PROBLEM, CPU).source == "heuristic"
+
+
+def test_between_buckets_only_what_passed_every_check_counts():
+    here = entry()
+    over = {"cpu:64x64": 0.8, "cpu:32x32": 0.7, "sdpa": 0.9}
+    here = dataclasses.replace(here, over_default=over)
+    assert here.lookup() == over
+    assert dataclasses.replace(here, verified=("cpu:64x64",)).lookup() == {
+        "cpu:64x64": 0.8,
+        "sdpa": 0.9,
+    }
 
 
 def test_update_keeps_other_entries(user_database):

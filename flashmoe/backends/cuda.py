@@ -95,6 +95,11 @@ class CudaBackend(Backend):
             return compiled
         return list(_legal_sm90(sm90_head_dim(problem.head_dim), arch))
 
+    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
+        tiles = self.tiles(problem, arch)
+        compiled = _compiled_in(problem, arch)
+        return tiles if tiles == compiled else [*_sm90_grid(), *compiled]
+
     def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
         return _compiled_in(problem, arch)
 
@@ -194,4 +199,9 @@ def _handle(tile: Tile, head_dim: int, dtype: torch.dtype) -> int:
 @functools.cache
 def _legal_sm90(head_dim: int, arch: Arch) -> tuple[Tile, ...]:
     problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16")
-    return tuple(tile for tile in grid("sm90", **_SM90_SPACE) if not tile.violations(arch, problem))
+    return tuple(tile for tile in _sm90_grid() if not tile.violations(arch, problem))
+
+
+@functools.cache
+def _sm90_grid() -> tuple[Tile, ...]:
+    return tuple(grid("sm90", **_SM90_SPACE))

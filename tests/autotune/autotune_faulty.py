@@ -42,6 +42,11 @@ class FaultyRunner(DeviceRunner):
 
 
 class FaultySession(Session):
+    def precompile(self, problem: Problem, candidate: Candidate) -> None:
+        if candidate.tile == HANGS:
+            threading.Event().wait()
+        super().precompile(problem, candidate)
+
     def _make(self, problem: Problem, seed: int, order: int) -> Runner:
         torch.set_num_threads(1)
         return FaultyRunner(problem, self._device, seed, order)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.problem import Problem
@@ -53,6 +53,8 @@ class SimulatedBench:
         compile_seconds: float = 0.0,
         verify_seconds: float = 0.0,
         fresh: float = 0.0,
+        compilers: int = 1,
+        stuck: Collection[str] = (),
     ) -> None:
         self.seconds = seconds
         self.noise = noise
@@ -69,20 +71,25 @@ class SimulatedBench:
         self.fresh_processes = 0
         self.submitted: list[str] = []
         self.compiles_ahead = compiles_ahead
-        self.compilers = 1
-        # When each tile is compiled; one compiler works through them.
+        self.compilers = compilers
+        # When each tile is compiled, and when each compiler is free again: never, once it got one
+        # of `stuck`.
         self.compile_seconds = compile_seconds
         self.compiled_at: dict[str, float] = {}
+        self.stuck = stuck
+        self._free = [0.0] * compilers
         self.verify_seconds = verify_seconds
-        self._fresh = fresh
-        # As IsolatedBench, which learns from the first process it starts.
-        self.fresh_seconds = 0.0
+        self.fresh_seconds = fresh
 
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         for name in map(str, candidates):
             self.submitted.append(name)
-            begin = max([self.clock, *self.compiled_at.values()])
-            self.compiled_at.setdefault(name, begin + self.compile_seconds)
+            if name in self.compiled_at:
+                continue
+            compiler = self._free.index(min(self._free))
+            takes = math.inf if name in self.stuck else self.compile_seconds
+            self._free[compiler] = max(self.clock, self._free[compiler]) + takes
+            self.compiled_at[name] = self._free[compiler]
 
     def compiled(self, candidate: Candidate, until: float) -> bool:
         there = self.compiled_at.get(str(candidate), self.clock)
@@ -91,8 +98,7 @@ class SimulatedBench:
 
     def refresh(self) -> None:
         self.fresh_processes += 1
-        self.clock += self._fresh
-        self.fresh_seconds = self._fresh
+        self.clock += self.fresh_seconds
 
     def wait(self, seconds: float) -> None:
         self.clock += seconds

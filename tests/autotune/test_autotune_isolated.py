@@ -129,9 +129,42 @@ def test_a_helper_searches_and_decides_nothing(tmp_path: Path) -> None:
 
 def test_a_compiler_is_waited_for_no_longer_than_there_is_time(processes: Processes) -> None:
     compilers = processes.compilers
-    assert compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter())  # never asked for
+    assert compilers.wait_for(PROBLEM, GOOD, time.perf_counter())  # never asked for
     compilers.submit(PROBLEM, GOOD)
     # A process takes longer than this to start.
-    assert not compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter())
-    assert compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter() + 60.0)
-    assert compilers.wait_for(PROBLEM, GOOD, 60.0, time.perf_counter())
+    assert not compilers.wait_for(PROBLEM, GOOD, time.perf_counter())
+    assert compilers.wait_for(PROBLEM, GOOD, time.perf_counter() + 60.0)
+    assert compilers.seconds is not None
+    assert not compilers.late(PROBLEM, GOOD)
+    assert compilers.wait_for(PROBLEM, GOOD, time.perf_counter())
+
+
+def test_a_compiler_that_hangs_is_ended_and_its_tile_named(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.compilers, "_patience", 0.5)
+    bench = IsolatedBench(Group((PROBLEM,), (1.0,)), processes, seed=0, patience=5.0)
+    hangs = Candidate.of_tile(HANGS)
+    for candidate in (hangs, GOOD):
+        processes.compilers.submit(PROBLEM, candidate)
+    assert bench.compiled(GOOD, time.perf_counter() + 60.0)
+    assert bench.compiled(hangs, time.perf_counter() + 60.0)
+    prepared = bench.prepare(hangs)
+    assert (prepared.status, prepared.reason) == ("timeout", "compiling took longer than 0 s")
+    assert bench.prepare(GOOD).status == "ok"
+    bench.close()
+
+
+def test_a_helper_that_fails_says_so(tmp_path: Path) -> None:
+    place = Place(CPU, fingerprint(CPU))
+    groups = [Group((PROBLEM,), (1.0,))]
+    where = str(tmp_path / "missing" / "x.journal" / "below-a-file")
+    (tmp_path / "missing").write_text("")
+    (child,) = helper.start(groups, [place], where, Options(trials=2), patience=60.0)
+    try:
+        assert child.answers_within(120.0)
+        child.wait_until_up(60.0)
+        assert child.answers_within(120.0)
+        assert "--storage must be" in helper.failure(child)
+    finally:
+        child.close()

@@ -188,6 +188,8 @@ def test_a_worker_that_is_killed_costs_only_its_trials(postgres: str) -> None:
     os.kill(pids[0], signal.SIGKILL)
     codes = [os.waitpid(pid, 0)[1] for pid in pids]
     assert codes[1:] == [0, 0]
+    # The others tried what it had in hand.
+    assert set(finished(postgres)) == set(GRID)
     # The same true times as the workers': samples of both are joined.
     again = run(postgres, SimulatedBench(bowl(BEST, step=0.05)))
     assert {trial.tile for trial in again.trials} == set(GRID)
