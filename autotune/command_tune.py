@@ -95,7 +95,9 @@ def run(words: Sequence[str]) -> int:
                 lambda group: IsolatedBench(group, processes, args.seed, patience),
                 spent=time.perf_counter() - start,
             ):
-                found[result.problem] = result
+                # A second turn that was interrupted leaves what the first one found.
+                if result.best is not None or result.problem not in found:
+                    found[result.problem] = result
                 # At once, so that an interruption loses only the problem at hand.
                 if result.store and not _store(path, result, here, command):
                     unwritten = True

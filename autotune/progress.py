@@ -13,19 +13,8 @@ from rich.text import Text
 
 from flashmoe.autotune.report import outcome
 from flashmoe.autotune.result import Result, Watch
-from flashmoe.autotune.trials import Trial
+from flashmoe.autotune.trials import Trial, best_so_far
 from flashmoe.problem import Problem
-
-
-def best_so_far(trials: Sequence[Trial]) -> str:
-    """The fastest trial, with how its time compares with the default's; empty without any."""
-    timed = [(trial.ratio.value, trial) for trial in trials if trial.ratio is not None]
-    if not timed:
-        return ""
-    _, best = min(timed, key=lambda pair: pair[0])
-    assert best.ratio is not None
-    ratio = best.ratio
-    return f"best {best.tile} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of the default"
 
 
 def counts(trials: Sequence[Trial]) -> str:

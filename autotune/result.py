@@ -117,6 +117,9 @@ def _triple(interval: Interval | None) -> tuple[float, float, float] | None:
 class Watch:
     """Sees the tuning happen. This one looks away; progress.py shows it."""
 
+    # The trials of the present problem, as of the last look.
+    seen: Sequence[Trial] = ()
+
     def begin(self, seconds: float) -> None:
         """The run begins, and may take so long."""
 

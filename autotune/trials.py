@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flashmoe.autotune.candidate import Candidate
@@ -47,3 +48,14 @@ class Search:
     def cut_short(self) -> bool:
         """Whether more time would have tried more tiles."""
         return self.ended == BUDGET_REACHED
+
+
+def best_so_far(trials: Sequence[Trial]) -> str:
+    """The fastest trial, with how its time compares with the default's; empty without any."""
+    timed = [(trial.ratio.value, trial) for trial in trials if trial.ratio is not None]
+    if not timed:
+        return ""
+    _, best = min(timed, key=lambda pair: pair[0])
+    assert best.ratio is not None
+    ratio = best.ratio
+    return f"best {best.tile} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of the default"

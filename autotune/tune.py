@@ -10,6 +10,7 @@ from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.race import AnchorFailed
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import Group
+from flashmoe.autotune.trials import best_so_far
 from flashmoe.autotune.tuning import Tuning, Unmeasurable
 from flashmoe.database import Entry
 
@@ -34,6 +35,30 @@ def tune(
     `spent` seconds are gone already."""
     deadline = now() + options.budget - spent
     watch.begin(options.budget)
+    try:
+        yield from _tune_all(groups, place, options, watch, now, make_bench, deadline)
+    except _Interrupted as interrupted:
+        yield interrupted.result
+        raise KeyboardInterrupt from None
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what was known of the problem at hand."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__()
+        self.result = result
+
+
+def _tune_all(
+    groups: Sequence[Group],
+    place: Place,
+    options: Options,
+    watch: Watch,
+    now: Callable[[], float],
+    make_bench: MakeBench,
+    deadline: float,
+) -> Iterator[Result]:
     order = sorted(groups, key=lambda group: group.cost)
     found: dict[str, Entry] = {}
     coverage: dict[int, float] = {}
@@ -83,6 +108,7 @@ def _tune_one(
     more: bool = False,
 ) -> Result:
     bench: Bench | None = None
+    watch.seen = ()
     try:
         if now() >= deadline:
             raise Unmeasurable("the budget was spent before its turn; raise --budget")
@@ -92,6 +118,11 @@ def _tune_one(
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
             raise Unmeasurable(f"the inputs and the reference do not fit: {error}") from error
         return Tuning(group, place, options, watch, found, bench, deadline, more).run()
+    except KeyboardInterrupt:
+        best = best_so_far(watch.seen) or "nothing timed yet"
+        reason = f"interrupted after {len(watch.seen)} tiles: {best}, not confirmed"
+        weight = sum(group.weights)
+        raise _Interrupted(Result(group.main, "unmeasured", reason, weight=weight)) from None
     except Exception as error:  # noqa: BLE001 - one problem's, and others may do better
         reason = str(error).strip().split("\n")[0]
         if not isinstance(error, AnchorFailed | Unmeasurable | NotImplementedError):

@@ -239,9 +239,13 @@ class Tuning:
             sampler=self._options.sampler,
             seed=self._options.seed,
             related=[_ratios(entry) for entry in self._related()[:_RELATED]],
-            watch=self._watch.trials,
+            watch=self._saw,
             contend=self._options.helping is None,
         )
+
+    def _saw(self, trials: Sequence[Trial], total: int) -> None:
+        self._watch.seen = trials
+        self._watch.trials(trials, total)
 
     def _known_good(self) -> Iterator[Tile]:
         """What is stored, and the winners of neighbouring buckets and of other devices."""

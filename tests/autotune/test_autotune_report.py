@@ -10,9 +10,9 @@ from rich.console import Console
 
 from flashmoe.autotune import report
 from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.progress import best_so_far, shown
+from flashmoe.autotune.progress import shown
 from flashmoe.autotune.result import Result
-from flashmoe.autotune.trials import Search, Trial
+from flashmoe.autotune.trials import Search, Trial, best_so_far
 from flashmoe.device import fingerprint
 from flashmoe.problem import Problem
 from flashmoe.stats import Interval

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -196,6 +197,23 @@ def test_a_budget_too_small_to_compare_is_told() -> None:
     assert "raise --budget" in result.reason
     with pytest.raises(ValueError, match="must be measured"):
         result.entry(HERE, "")
+
+
+def test_an_interrupt_tells_the_best_so_far() -> None:
+    class Interrupted(SimulatedBench):
+        def measure(self, candidates, **options):  # type: ignore[no-untyped-def]
+            if len(self.timed) > 12:
+                raise KeyboardInterrupt
+            return super().measure(candidates, **options)
+
+    bench = Interrupted(bowl(BEST))
+    results = tune([GROUP], Place(CPU, HERE), Options(), Watch(), bench.now, lambda _: bench)
+    result = next(results)
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert result.status == "unmeasured"
+    told = r"interrupted after \d+ tiles: best cpu:.* of the default, not confirmed"
+    assert re.fullmatch(told, result.reason)
 
 
 def test_inputs_that_do_not_fit_are_told() -> None:
