@@ -145,7 +145,8 @@ def extension():
         ],
         include_dirs=includes,
         extra_compile_args={"cxx": flags},
-        extra_link_args=["-Wl,--exclude-libs,ALL", "-s"],
+        # Options of GNU's linker.
+        extra_link_args=["-Wl,--exclude-libs,ALL", "-s"] if sys.platform == "linux" else [],
         py_limited_api=True,
         **options,
     )

@@ -17,7 +17,7 @@ import torch
 from optuna.storages import InMemoryStorage
 from rich.console import Console
 
-from flashmoe import api, database, device, plan, shapes
+from flashmoe import api, database, device, shapes
 from flashmoe.autotune import arguments, dry_run, helper, report, report_html, storage
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
@@ -110,7 +110,6 @@ def run(words: Sequence[str]) -> int:
                     warn(f"a worker failed: {failure}")
                 child.close()
     results = [found[group.main] for group in groups if group.main in found]
-    plan.reload_databases()
     api.forget_plans()
 
     suggestions = None

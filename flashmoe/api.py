@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from flashmoe import ops, shapes
 from flashmoe.backends import BACKENDS
-from flashmoe.plan import make_plan, remembered_plan
+from flashmoe.plan import make_plan, reload_databases
 from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
+from flashmoe.validation import is_normal, validate, validate_tensors, validate_window
 
 _Result = Tensor | tuple[Tensor, Tensor, None]
 _Call = Callable[[Tensor, Tensor, Tensor], _Result]
@@ -24,8 +29,14 @@ _Call = Callable[[Tensor, Tensor, Tensor], _Result]
 _calls: dict[Any, _Call] = {}
 _MAX_CALLS = 4096
 
-# Kernels take softmax_scale as float32: below its smallest normal number it may become 0.
-_MIN_SCALE, _MAX_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+# What holds numbers in memory of its own. A subclass may be anything else.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+# What stands for them while torch.export traces.
+_TRACED = _PLAIN | {FakeTensor, FunctionalTensor}
+
+# Kept at hand: each call asks them.
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def flash_attn_func(
@@ -55,7 +66,7 @@ def flash_attn_func(
         causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
         deterministic: gradients are bitwise repeatable with every backend of today, so this changes
             nothing; it is there for flash-attn's signature. Only `backend="sdpa"`, whose gradients
-            are torch's own, refuses it.
+            are torch's own, refuses it where gradients are asked for.
         return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
         backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
 
@@ -65,16 +76,15 @@ def flash_attn_func(
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what is allowed.
-        NotImplementedError: dropout_p, window_size, softcap, alibi_slopes other than the default.
+        NotImplementedError: dropout_p, window_size, softcap, alibi_slopes other than the default;
+            nested tensors; forward-mode AD, torch.func.grad and its kin; double backward.
 
     Source: FlashAttention-2 (arXiv:2307.08691).
     """
     if dropout_p != 0.0:
         raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
-    if window_size[0] != -1 or window_size[1] != -1:
-        raise NotImplementedError(
-            f"window_size must be (-1, -1) (not supported yet), got {window_size}"
-        )
+    if type(window_size) is not tuple or window_size != (-1, -1):
+        validate_window(window_size)
     if softcap != 0.0:
         raise NotImplementedError(f"softcap must be 0.0 (not supported yet), got {softcap}")
     if alibi_slopes is not None:
@@ -97,14 +107,14 @@ def scaled_dot_product_attention(
     query (batch, heads_q, seqlen_q, head_dim), key and value (batch, heads_kv, seqlen_kv,
     head_dim); is_causal is aligned top-left: query i sees keys j <= i. What our kernels do not
     compute goes to torch's own: an attn_mask, dropout, a scale that is not finite and positive in
-    float32, other ranks, dtypes and head dimensions, value's head_dim differing from query's, and a
-    causal query longer than its keys.
+    float32, other ranks, dtypes and head dimensions, value's head_dim differing from query's, a
+    causal query longer than its keys, subclasses of Tensor (nested, distributed, fake), and what
+    runs under torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
     """
     if (
         attn_mask is not None
         or dropout_p != 0.0
-        or (scale is not None and not _MIN_SCALE <= scale <= _MAX_SCALE)
-        or not _ours(query, key, value, is_causal, enable_gqa)
+        or not _ours(query, key, value, scale, is_causal, enable_gqa)
     ):
         return F.scaled_dot_product_attention(
             query,
@@ -123,7 +133,7 @@ def scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        scale,
+        None if scale is None else float(scale),
         is_causal,
         False,
         False,
@@ -134,7 +144,23 @@ def scaled_dot_product_attention(
     return out.transpose(1, 2)
 
 
-def _ours(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> bool:
+def _ours(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> bool:
+    if torch.compiler.is_compiling():
+        # Its own tracing is no hindrance.
+        plain = all(type(x) in _TRACED for x in (query, key, value)) and not _functorch_active()
+    else:
+        plain = _plain(query, key, value) and not torch._C._is_tracing()
+    if not plain or query.is_nested or key.is_nested or value.is_nested:
+        return False
+    if scale is not None and not _is_our_scale(scale):
+        return False
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
         return False
     if is_causal and query.shape[2] > key.shape[2]:
@@ -156,6 +182,32 @@ def _ours(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa
     )
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are ordinary tensors, and no transform of torch.func, no dual level and no
+    dispatch mode (fake tensors, make_fx) is active."""
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and not _functorch_active()
+        and forward_ad._current_level < 0
+        and not _dispatch_modes()
+    )
+
+
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _is_our_scale(scale: object) -> bool:
+    if isinstance(scale, Tensor):
+        # Its value is not known while torch.compile traces.
+        if torch.compiler.is_compiling() or type(scale) not in _PLAIN or scale.dim():
+            return False
+        scale = scale.item()
+    return isinstance(scale, (int, float, numbers.Real)) and is_normal(scale)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -167,35 +219,46 @@ def _attend(
     backend: str | None,
     tile: Tile | str | None,
 ) -> _Result:
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        _validate(q, k, v, softmax_scale)
+    by_op = torch.compiler.is_compiling() or not _plain(q, k, v)
+    if by_op:
+        validate_tensors(q, k, v)
     # is_cuda, because q.device.type costs a microsecond.
     device_type = "cuda" if q.is_cuda else "cpu"
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    ):
+        # As torch does it: float64 is left alone.
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (q, k, v)
+        )
+    if by_op or _wants_gradient(q, k, v):
         return _attend_op(q, k, v, softmax_scale, causal, deterministic, return_lse, backend, tile)
-    key = (
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        q.device,
-        softmax_scale,
-        causal,
-        return_lse,
-        backend,
-        tile,
-    )
-    call = _calls.get(key)
+    try:
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            softmax_scale,
+            causal,
+            return_lse,
+            backend,
+            tile,
+        )
+        call = _calls.get(key)
+    except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
+        validate(q, k, v, softmax_scale, causal, backend, tile)
+        raise
+    if call is None and torch._C._is_tracing():  # whose sizes are tensors, so no key is known
+        return _attend_op(q, k, v, softmax_scale, causal, deterministic, return_lse, backend, tile)
     if shapes.recorder is not None:
-        _validate(q, k, v, softmax_scale)
-        shapes.recorder[ops.problem_of(q, k, bool(causal) and q.shape[1] > 1)] += 1
+        validate(q, k, v, softmax_scale, causal, backend, tile)
+        shapes.recorder[ops.problem_of(q, k, causal)] += 1
     if call is None:
         call = _prepare(q, k, v, softmax_scale, causal, return_lse, backend, tile)
         if len(_calls) >= _MAX_CALLS:
@@ -216,15 +279,20 @@ def _attend_op(
     tile: Tile | str | None,
 ) -> _Result:
     """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
-    scale = _validate(q, k, v, softmax_scale)
+    scale = validate(q, k, v, softmax_scale, causal, backend, tile)
     override = backend or (None if tile else os.environ.get("FLASHMOE_BACKEND"))
-    if override == "sdpa" and not return_lse and not (causal and q.shape[1] != k.shape[1]):
-        # Asked for by name, SDPA brings its own backward.
-        if deterministic:
-            raise ValueError("deterministic must be False with backend 'sdpa', got True")
-        return BACKENDS["sdpa"].forward(q, k, v, scale, bool(causal), None)[0]
-    out, lse = ops.attention(q, k, v, scale, bool(causal), backend or "", str(tile or ""))
-    return (out, lse.detach(), None) if return_lse else out
+    if override == "sdpa" and not tile and not return_lse:
+        masked = ops.masks(q, causal)
+        if not (masked and q.shape[1] != k.shape[1]):
+            # Asked for by name, SDPA brings its own backward.
+            if deterministic and _wants_gradient(q, k, v):
+                raise ValueError("deterministic must be False with backend 'sdpa', got True")
+            return BACKENDS["sdpa"].forward(q, k, v, scale, masked, None)[0]
+    arguments = (q, k, v, scale, bool(causal), backend or "", str(tile or ""))
+    if return_lse:
+        out, lse = ops.attention(*arguments)
+        return out, lse.detach(), None
+    return ops.attention_without_lse(*arguments)  # type: ignore[no-any-return]
 
 
 def _prepare(
@@ -238,17 +306,17 @@ def _prepare(
     tile: Tile | str | None,
 ) -> _Call:
     """The call for all later tensors like these, with nothing left to decide."""
-    scale = _validate(q, k, v, softmax_scale)
-    causal = bool(causal) and q.shape[1] > 1  # the last query sees every key
+    scale = validate(q, k, v, softmax_scale, causal, backend, tile)
     problem = ops.problem_of(q, k, causal)
+    masked = problem.causal
     plan = make_plan(problem, q.device, backend, tile, need_lse=return_lse)
     forward = BACKENDS[plan.backend].bind(plan.tile, problem)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return forward(q, k, v, scale, causal)[0]
+        return forward(q, k, v, scale, masked)[0]
 
     def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, lse = forward(q, k, v, scale, causal)
+        out, lse = forward(q, k, v, scale, masked)
         assert lse is not None
         return out, lse, None
 
@@ -256,53 +324,7 @@ def _prepare(
 
 
 def forget_plans() -> None:
-    """Plan every call anew: after a tuner wrote its database, or the environment changed."""
+    """Plan every call anew: after a tuner wrote its database, which is read again, or after the
+    environment changed."""
     _calls.clear()
-    remembered_plan.cache_clear()
-
-
-def _validate(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:
-    """Raise for what no kernel may see; return the softmax scale to use."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions (batch, seqlen, heads, head_dim), "
-                f"got shape {tuple(x.shape)}"
-            )
-    if str(q.dtype).removeprefix("torch.") not in DTYPE_BYTES:
-        raise TypeError(f"q must be {', '.join(DTYPE_BYTES)}, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if q.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
-    batch, _, heads_q, head_dim = q.shape
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM}, got {head_dim}"
-        )
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(
-            f"k must be (batch={batch}, seqlen_kv, heads_kv, head_dim={head_dim}), "
-            f"got shape {tuple(k.shape)}"
-        )
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    heads_kv = k.shape[2]
-    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
-        raise ValueError(
-            f"q's heads must be a positive multiple of k's ({heads_kv}), got {heads_q}"
-        )
-    if softmax_scale is None:
-        return float(head_dim**-0.5)
-    if not isinstance(softmax_scale, (int, float)):
-        raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
-    if not _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
-        raise ValueError(
-            f"softmax_scale must be finite and positive in float32, got {softmax_scale}"
-        )
-    return float(softmax_scale)
+    reload_databases()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashmoe import _extension, shapes
 from flashmoe.backends import BACKENDS
@@ -14,10 +16,21 @@ from flashmoe.problem import Problem
 
 _extension.load()
 
+# A FRAGMENT, because the extension has defined the namespace. Lives as long as the process: what it
+# registered goes with it. custom_op would not do: its autograd kernel drops forward-mode tangents
+# of tensors that require no gradient.
+_library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def masks(q: Tensor, causal: bool) -> bool:
+    """Whether a causal mask hides anything from q (batch, seqlen_q, heads, head_dim): the last
+    query sees every key, so a single one does."""
+    return bool(causal) and q.shape[1] > 1
+
 
 def problem_of(q: Tensor, k: Tensor, causal: bool, direction: str = "fwd") -> Problem:
     """The Problem of q (batch, seqlen_q, heads_q, head_dim) and k (batch, seqlen_kv, heads_kv,
-    head_dim)."""
+    head_dim). Its `causal` is what kernels are to be given: false where `causal` hides nothing."""
     return Problem(
         batch=q.shape[0],
         heads_q=q.shape[2],
@@ -26,7 +39,7 @@ def problem_of(q: Tensor, k: Tensor, causal: bool, direction: str = "fwd") -> Pr
         seqlen_kv=k.shape[1],
         head_dim=q.shape[3],
         dtype=str(q.dtype).removeprefix("torch."),
-        causal=causal,
+        causal=masks(q, causal),
         direction=direction,
     )
 
@@ -56,8 +69,25 @@ def _fwd_cuda_fake(
     return _fake_forward(q)
 
 
-@torch.library.custom_op("flashmoe::attention", mutates_args=())
-def attention(
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    backend: str,
+    tile: str,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    problem = problem_of(q, k, causal)
+    if shapes.recorder is not None:
+        shapes.recorder[problem] += 1
+    plan = remembered_plan(problem, q.device, backend, tile, need_lse=need_lse)
+    with _without_autocast(q):
+        return BACKENDS[plan.backend].forward(q, k, v, softmax_scale, problem.causal, plan.tile)
+
+
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -66,20 +96,77 @@ def attention(
     backend: str,
     tile: str,
 ) -> tuple[Tensor, Tensor]:
-    """out and softmax_lse, differentiable in q, k and v through out. The plan is made at run time,
-    by the first call for a problem, so a compiled graph follows the tuned database. Empty `backend`
-    and `tile` do not override."""
-    problem = problem_of(q, k, causal)
-    if shapes.recorder is not None:
-        shapes.recorder[problem] += 1
-    plan = remembered_plan(problem, q.device, backend, tile, need_lse=True)
-    out, lse = BACKENDS[plan.backend].forward(q, k, v, softmax_scale, causal, plan.tile)
+    out, lse = _run(q, k, v, softmax_scale, causal, backend, tile, need_lse=True)
     assert lse is not None, "need_lse chose a backend that does not tell lse"
     return out, lse
 
 
-@attention.register_fake
-def _attention_fake(
+def _attention_without_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    backend: str,
+    tile: str,
+) -> Tensor:
+    # Contiguous, as the fake kernel promises: how SDPA lays out its result depends on its kernel.
+    return _run(q, k, v, softmax_scale, causal, backend, tile, need_lse=False)[0].contiguous()
+
+
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = problem_of(q, k, causal, "bwd")
+    plan = remembered_plan(problem, q.device, backend)
+    # .backward() may be called inside an autocast block, which would round a float32 gradient's
+    # matmuls to 16 bits.
+    with _without_autocast(q):
+        return BACKENDS[plan.backend].backward(
+            dout, q, k, v, out, softmax_lse, softmax_scale, problem.causal, plan.tile
+        )
+
+
+_FORWARD = "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, str backend, str tile"
+for _schema in (
+    f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
+    f"attention_without_lse({_FORWARD}) -> Tensor",
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+    "float softmax_scale, bool causal, str backend) -> (Tensor dq, Tensor dk, Tensor dv)",
+):
+    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+
+attention = torch.ops.flashmoe.attention.default
+"""(q, k, v, softmax_scale, causal, backend, tile) -> out, softmax_lse; differentiable in q, k and v
+through out. The plan is made at run time, by the first call for a problem, so a compiled graph
+follows the tuned database. Empty `backend` and `tile` do not override."""
+
+attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
+"""out alone, so that backends that do not tell softmax_lse may run; `attention` where a gradient is
+asked for."""
+
+attention_backward = torch.ops.flashmoe.attention_backward.default
+"""(dout, q, k, v, out, softmax_lse, softmax_scale, causal, backend) -> dq, dk, dv, contiguous,
+shaped and typed as q, k, v. Not differentiable."""
+
+
+def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Nothing where autocast is off, for entering its context costs microseconds."""
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _fake_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,27 +178,19 @@ def _attention_fake(
     return _fake_forward(q)
 
 
-@torch.library.custom_op("flashmoe::attention_backward", mutates_args=())
-def attention_backward(
-    dout: Tensor,
+def _fake_attention_without_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
     softmax_scale: float,
     causal: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous, shaped and typed as q, k, v."""
-    plan = remembered_plan(problem_of(q, k, causal, "bwd"), q.device, backend)
-    return BACKENDS[plan.backend].backward(
-        dout, q, k, v, out, softmax_lse, softmax_scale, causal, plan.tile
-    )
+    tile: str,
+) -> Tensor:
+    return q.new_empty(q.shape)
 
 
-@attention_backward.register_fake
-def _attention_backward_fake(
+def _fake_attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -125,17 +204,101 @@ def _attention_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, softmax_scale, causal, backend, _ = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.arguments = (softmax_scale, causal, backend)
+def _below_autograd(op: torch._ops.OpOverload, keyset: Any, *arguments: Any) -> Any:
+    """The op's kernel for the device, past autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
-    # api hands out lse detached, so dlse is the zeros that autograd fills in.
-    q, k, v, out, lse = ctx.saved_tensors
-    dq, dk, dv = attention_backward(dout, q, k, v, out, lse, *ctx.arguments)
-    return dq, dk, dv, None, None, None, None
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
-attention.register_autograd(_backward, setup_context=_setup_context)
+def _wants_gradient(*tensors: Tensor) -> bool:
+    """Also refuses what there is no formula for: nothing may come out as a gradient of 0."""
+    # A module's global, which says without a call that no dual level is open.
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(
+            "forward-mode AD (torch.func.jvp, jacfwd, forward_ad) is not supported by flashmoe's "
+            "attention, got a tensor with a tangent"
+        )
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func.grad, vjp and jacrev are not supported by flashmoe's attention; "
+            "torch.autograd.grad and flashmoe.scaled_dot_product_attention are"
+        )
+    return True
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _below_autograd(attention, keyset, *arguments)
+        q, k, v, softmax_scale, causal, backend, _ = arguments
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = (softmax_scale, causal, backend)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 8
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = attention_backward(dout, q, k, v, out, lse, *ctx.arguments)
+        return None, dq, dk, dv, None, None, None, None
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _below_autograd(attention_backward, keyset, *arguments)
+        return dq, dk, dv
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError(
+            "double backward is not supported by flashmoe's attention; "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) with torch's own is"
+        )
+
+
+def _autograd_attention(keyset: Any, *arguments: Any) -> Any:
+    if _wants_gradient(*arguments[:3]):
+        return _Attention.apply(keyset, *arguments)  # type: ignore[no-untyped-call]
+    return _below_autograd(attention, keyset, *arguments)
+
+
+def _autograd_attention_without_lse(keyset: Any, *arguments: Any) -> Any:
+    if _wants_gradient(*arguments[:3]):
+        return _Attention.apply(keyset, *arguments)[0]  # type: ignore[no-untyped-call]
+    return _below_autograd(attention_without_lse, keyset, *arguments)
+
+
+def _autograd_attention_backward(keyset: Any, *arguments: Any) -> Any:
+    if _wants_gradient(*arguments[:6]):
+        return _AttentionBackward.apply(keyset, *arguments)  # type: ignore[no-untyped-call]
+    return _below_autograd(attention_backward, keyset, *arguments)
+
+
+for _name, _kernel, _fake, _autograd in (
+    ("attention", _attention, _fake_attention, _autograd_attention),
+    (
+        "attention_without_lse",
+        _attention_without_lse,
+        _fake_attention_without_lse,
+        _autograd_attention_without_lse,
+    ),
+    (
+        "attention_backward",
+        _attention_backward,
+        _fake_attention_backward,
+        _autograd_attention_backward,
+    ),
+):
+    torch.library.register_kernel(f"flashmoe::{_name}", ("cpu", "cuda"), _kernel, lib=_library)
+    torch.library.register_fake(f"flashmoe::{_name}", _fake, lib=_library)
+    _library.impl(_name, _autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,9 +53,59 @@ def test_softmax_scale_must_be_positive(scale):
         flash_attn_func(*qkv(), softmax_scale=scale)
 
 
-def test_softmax_scale_must_be_a_number():
-    with pytest.raises(TypeError, match="softmax_scale must be a number, got Tensor"):
-        flash_attn_func(*qkv(), softmax_scale=torch.tensor(1.0))
+@pytest.mark.parametrize("scale", [torch.tensor(1.0), np.ones(()), [1.0], "1"])
+def test_softmax_scale_must_be_a_number(scale):
+    message = f"softmax_scale must be a number, got {type(scale).__name__}"
+    with pytest.raises(TypeError, match=message):
+        flash_attn_func(*qkv(), softmax_scale=scale)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("window_size", None, r"window_size must be \(left, right\), two integers, got None"),
+        ("window_size", -1, r"window_size must be .*, got -1"),
+        ("window_size", (-1,), r"window_size must be .*, got \(-1,\)"),
+        ("window_size", (None, None), r"window_size must be .*, got \(None, None\)"),
+        ("window_size", torch.ones(2), r"window_size must be .*, got tensor"),
+        ("causal", "no", "causal must be True or False, got 'no'"),
+        ("causal", [], r"causal must be True or False, got \[\]"),
+        ("causal", None, "causal must be True or False, got None"),
+        ("backend", 7, "backend must be one of cuda, .* or None, got 7"),
+        ("backend", ["cpu"], r"backend must be one of cuda, .* or None, got \['cpu'\]"),
+        ("tile", 3, "tile must be a Tile, its text form or None, got 3"),
+        ("tile", 0, "tile must be a Tile, its text form or None, got 0"),
+        ("tile", ["x"], r"tile must be a Tile, its text form or None, got \['x'\]"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(argument, value, message, grad):
+    tensors = [x.requires_grad_(grad) for x in qkv()]
+    with pytest.raises(TypeError, match=message):
+        flash_attn_func(*tensors, **{argument: value})
+
+
+def test_what_flash_attn_takes_is_taken():
+    expected = flash_attn_func(*qkv())
+    assert flash_attn_func(*qkv(), window_size=[-1, -1], causal=0).shape == expected.shape
+    assert flash_attn_func(*qkv(), causal=np.bool_(True), softmax_scale=np.float32(0.5)).any()
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_known_shape_on_another_device_is_refused(name):
+    tensors = qkv()
+    flash_attn_func(*tensors)
+    tensors["qkv".index(name)] = torch.randn(2, 5, 4, 32, device="meta")
+    with pytest.raises(ValueError, match=f"{name} must be on q's device cpu, got meta"):
+        flash_attn_func(*tensors)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused(layout):
+    x = torch.nested.nested_tensor([torch.randn(3, 4, 8), torch.randn(5, 4, 8)], layout=layout)
+    with pytest.raises(NotImplementedError, match="q must be a dense tensor, got a nested tensor"):
+        flash_attn_func(x, x, x)
 
 
 @pytest.mark.parametrize(

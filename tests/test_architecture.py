@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"_extension"},
             {"device"},
             {"backends", "database", "shapes"},
-            {"plan"},
+            {"plan", "validation"},
             {"ops"},
             {"api"},
             {"__init__"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from support import (
 )
 
 import flashmoe
-from flashmoe import Problem, flash_attn_func
+from flashmoe import Problem, Tile, database, flash_attn_func
 from flashmoe.backends import BACKENDS
+from flashmoe.device import arch
 from flashmoe.plan import why_not
 
 PROBLEM = Problem(1, 1, 1, 16, 16, 64, "bfloat16")
@@ -200,6 +202,43 @@ def test_sdpa_by_name_is_differentiated_by_torch(monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["eager", "grad", "compiled", "op"])
+def test_a_single_query_sees_every_key_with_sdpa_too(how):
+    q = torch.randn(1, 1, 2, 32, device=DEVICE, requires_grad=how == "grad")
+    k, v = (torch.randn(1, 7, 2, 32, device=DEVICE) for _ in "kv")
+
+    def f(q, k, v):
+        return flash_attn_func(q, k, v, causal=True, backend="sdpa")
+
+    if how == "compiled":
+        f = torch.compile(f, fullgraph=True, backend="aot_eager")
+    if how == "op":
+        out = flashmoe.ops.attention_without_lse(q, k, v, 32**-0.5, True, "sdpa", "")
+    else:
+        out = f(q, k, v)
+    torch.testing.assert_close(out, flash_attn_func(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inference_with_sdpa_is_deterministic(compiled):
+    q, k, v = (torch.randn(1, 7, 2, 32, device=DEVICE) for _ in "qkv")
+
+    def f(q, k, v):
+        return flash_attn_func(q, k, v, deterministic=True, backend="sdpa")
+
+    out = (torch.compile(f, backend="aot_eager") if compiled else f)(q, k, v)
+    torch.testing.assert_close(out, flash_attn_func(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_single_causal_query():
+    q = guarded((2, 1, 4, 32), torch.float32).requires_grad_()
+    k, v = (guarded((2, 13, 2, 32), torch.float32).requires_grad_() for _ in range(2))
+    out = flash_attn_func(q, k, v, causal=True)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    assert_gradients_match(gradients, dout, q, k, v, causal=True)
+
+
 def test_lse_is_not_differentiable():
     q, k, v = (torch.randn(1, 4, 2, 32, device=DEVICE, requires_grad=True) for _ in range(3))
     _, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
@@ -219,6 +258,22 @@ def test_plans_follow_the_shape_of_each_call():
         assert_matches_reference(flash_attn_func(q, k, v), None, q, k, v)
         out = flash_attn_func(q, k, v, causal=True)
         assert_matches_reference(out, None, q, k, v, causal=True)
+
+
+def test_forget_plans_reads_what_a_tuner_wrote(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
+    cpu = torch.device("cpu")
+    problem = Problem(1, 2, 2, 21, 21, 24, "float32")
+    flashmoe.api.forget_plans()
+    assert flashmoe.make_plan(problem, cpu).source == "heuristic"
+    entry = database.Entry(problem, "cpu", "cpu:64x64", "")
+    database.update(database.user_path(arch(cpu).name), {problem.bucket: entry})
+    assert flashmoe.make_plan(problem, cpu).source == "heuristic"
+    flashmoe.api.forget_plans()
+    plan = flashmoe.make_plan(problem, cpu)
+    assert (plan.source, str(plan.tile)) == ("user database", str(Tile("cpu", 64, 64)))
+    monkeypatch.undo()
+    flashmoe.api.forget_plans()
 
 
 class TestScaledDotProductAttention:
@@ -247,6 +302,7 @@ class TestScaledDotProductAttention:
             ((q, k, v), {"scale": -0.5}),
             ((q, k, v), {"scale": 0.0}),
             ((q, k, v), {"scale": 1e-60}),
+            ((q, k, v), {"scale": np.float16(0.0)}),
         ):
             actual = flashmoe.scaled_dot_product_attention(*arguments, **options)
             expected = F.scaled_dot_product_attention(*arguments, **options)
@@ -256,6 +312,13 @@ class TestScaledDotProductAttention:
         torch.manual_seed(0)
         torch.testing.assert_close(dropped, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
         assert not torch.allclose(dropped, F.scaled_dot_product_attention(q, k, v))
+
+    @pytest.mark.parametrize("scale", [2, np.float32(0.3), np.float64(0.3), torch.tensor(0.3)])
+    def test_scale_may_be_any_number(self, scale):
+        q, k, v = (torch.randn(2, 4, 9, 32, device=DEVICE) for _ in range(3))
+        actual = flashmoe.scaled_dot_product_attention(q, k, v, scale=scale)
+        expected = F.scaled_dot_product_attention(q, k, v, scale=float(scale))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
     def test_errors_are_torchs(self):
         q = torch.randn(2, 4, 9, 32, device=DEVICE)

@@ -43,16 +43,45 @@ def test_fwd_refuses_a_scale_that_is_not_positive(scale):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_attention(requires_grad):
-    arguments = (*qkv(requires_grad), 0.2, True, "", "")
-    torch.library.opcheck(torch.ops.flashmoe.attention.default, arguments)
+@pytest.mark.parametrize("op", [ops.attention, ops.attention_without_lse], ids=str)
+def test_opcheck_attention(op, requires_grad):
+    torch.library.opcheck(op, (*qkv(requires_grad), 0.2, True, "", ""))
 
 
-def test_opcheck_attention_backward():
-    q, k, v = qkv()
-    out, lse = ops.attention(q, k, v, 0.2, True, "", "")
+def test_opcheck_attention_without_lse_by_sdpa():
+    q, k, v = (torch.randn(2, 4, 9, 64, device=DEVICE).transpose(1, 2) for _ in "qkv")
+    torch.library.opcheck(ops.attention_without_lse, (q, k, v, 0.2, True, "sdpa", ""))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_attention_backward(requires_grad):
+    q, k, v = qkv(requires_grad)
+    out, lse = (x.detach() for x in ops.attention(q, k, v, 0.2, True, "", ""))
     arguments = (torch.randn_like(out), q, k, v, out, lse, 0.2, True, "")
-    torch.library.opcheck(torch.ops.flashmoe.attention_backward.default, arguments)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not requires_grad:  # the gradients' gradients do not exist
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.attention_backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_op_without_lse_is_the_op_with_it(requires_grad):
+    q, k, v = qkv(requires_grad)
+    out = ops.attention_without_lse(q, k, v, 0.2, True, "", "")
+    expected, lse = ops.attention(q, k, v, 0.2, True, "", "")
+    assert torch.equal(out, expected)
+    assert not lse.requires_grad
+    if requires_grad:
+        actual = torch.autograd.grad(out.float().sin().sum(), (q, k, v))
+        wanted = torch.autograd.grad(expected.float().sin().sum(), (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
+
+
+def test_double_backward_is_refused():
+    q, k, v = qkv(requires_grad=True)
+    dq, *_ = torch.autograd.grad(flash_attn_func(q, k, v).sin().sum(), (q, k, v), create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not supported"):
+        dq.sum().backward()
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -82,6 +111,27 @@ def test_compiles_with_dynamic_shapes_and_sdpa_signature():
         torch.testing.assert_close(compiled(q, k, v), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lse", [False, True])
+def test_compiled_inference_may_run_a_plan_without_lse(monkeypatch, lse):
+    needed = []
+
+    def plan(problem, device, backend, tile, need_lse):
+        needed.append(need_lse)
+        return flashmoe.make_plan(problem, device, "" if need_lse else "sdpa", tile, need_lse)
+
+    monkeypatch.setattr(ops, "remembered_plan", plan)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(q, k, v):
+        out = flash_attn_func(q, k, v, causal=True, return_attn_probs=lse)
+        return out[0] if lse else out
+
+    q = torch.randn(1, 1, 2, 64, device=DEVICE)
+    k, v = (torch.randn(1, 64, 2, 64, device=DEVICE) for _ in "kv")
+    torch.testing.assert_close(f(q, k, v), flash_attn_func(q, k, v), rtol=1e-4, atol=1e-5)
+    assert needed == [lse]
+
+
 def test_autocast_computes_in_its_dtype():
     q, k, v = qkv(dtype=torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -99,6 +149,36 @@ def test_autocast_gradients_arrive_in_float32():
     out.float().sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    q, k, v = qkv(dtype=torch.float64)
+    with (
+        torch.autocast(DEVICE.type, dtype=torch.bfloat16),
+        pytest.raises(TypeError, match=r"q must be float32, .*got torch.float64"),
+    ):
+        flash_attn_func(q, k, v)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_inside_autocast_is_as_accurate_as_outside(compiled):
+    q, k, v = qkv(requires_grad=True, dtype=torch.float32)
+    dout = torch.randn_like(q)
+    f = torch.compile(flash_attn_func, backend="aot_eager") if compiled else flash_attn_func
+    outside = torch.autograd.grad(f(q, k, v, causal=True), (q, k, v), dout)
+    out = f(q, k, v, causal=True)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        inside = torch.autograd.grad(out, (q, k, v), dout)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_the_ops_compute_in_their_inputs_dtype_inside_autocast():
+    q, k, v = qkv(dtype=torch.float32)
+    arguments = (q, k[:, :17], v[:, :17], 0.2, False, "sdpa", "")
+    expected = ops.attention_without_lse(*arguments)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = ops.attention_without_lse(*arguments)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
 def test_inference_mode_and_parameters():

@@ -1,0 +1,109 @@
+"""What a call's arguments must be: errors name the argument, what it got and what is allowed."""
+
+from __future__ import annotations
+
+import numbers
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashmoe.backends import BACKENDS
+from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.tiles import Tile
+
+# Kernels take softmax_scale as float32: below its smallest normal number it may become 0.
+_MIN_SCALE, _MAX_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def is_normal(scale: float | numbers.Real) -> bool:
+    """Whether scale is positive and a normal number in float32."""
+    try:
+        # float, because NumPy compares in the precision of its own side.
+        return _MIN_SCALE <= float(scale) <= _MAX_SCALE
+    except OverflowError:
+        return False
+
+
+def validate_window(window_size: object) -> None:
+    """Raise for all but (-1, -1), as a list or otherwise."""
+    if (
+        not isinstance(window_size, (tuple, list))
+        or len(window_size) != 2
+        or not all(isinstance(x, (int, np.integer)) for x in window_size)
+    ):
+        raise TypeError(f"window_size must be (left, right), two integers, got {window_size!r}")
+    if tuple(window_size) != (-1, -1):
+        raise NotImplementedError(
+            f"window_size must be (-1, -1) (not supported yet), got {window_size}"
+        )
+
+
+def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise for what is no dense tensor."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "a nested tensor" if x.is_nested else str(x.layout)
+            raise NotImplementedError(f"{name} must be a dense tensor, got {kind}")
+
+
+def validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+    tile: Tile | str | None,
+) -> float:
+    """Raise for what no kernel may see; return the softmax scale to use."""
+    validate_tensors(q, k, v)
+    if not isinstance(causal, (bool, int, np.bool_)):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if tile is not None and not isinstance(tile, (str, Tile)):
+        raise TypeError(f"tile must be a Tile, its text form or None, got {tile!r}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, seqlen, heads, head_dim), "
+                f"got shape {tuple(x.shape)}"
+            )
+    if str(q.dtype).removeprefix("torch.") not in DTYPE_BYTES:
+        raise TypeError(f"q must be {', '.join(DTYPE_BYTES)}, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
+    batch, _, heads_q, head_dim = q.shape
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM}, got {head_dim}"
+        )
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(
+            f"k must be (batch={batch}, seqlen_kv, heads_kv, head_dim={head_dim}), "
+            f"got shape {tuple(k.shape)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    heads_kv = k.shape[2]
+    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
+        raise ValueError(
+            f"q's heads must be a positive multiple of k's ({heads_kv}), got {heads_q}"
+        )
+    if softmax_scale is None:
+        return float(head_dim**-0.5)
+    if not isinstance(softmax_scale, (int, float, numbers.Real)):
+        raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
+    if not is_normal(softmax_scale):
+        raise ValueError(
+            f"softmax_scale must be finite and positive in float32, got {softmax_scale}"
+        )
+    return float(softmax_scale)
