@@ -31,9 +31,9 @@ def create(current: Results) -> Results:
 
 
 def forward(
-    baseline: Results, confirming: Results, first: Decision, second: Decision
+    baseline: Results, current: Results, confirming: Results, first: Decision, second: Decision
 ) -> tuple[Results, tuple[str, ...]]:
-    """The baseline with every case replaced that is IMPROVED in `first`, the gate of one run, and
+    """The baseline with every case replaced that is IMPROVED in `first`, the gate of `current`, and
     in `second`, the gate of another run's processes, `confirming`; and a line for each that moved.
 
     What is taken is the confirming run's value: the first run was chosen for being fast, and so is
@@ -41,9 +41,16 @@ def forward(
     against the old value and are taken together once they exceed it. Nothing else moves: not a
     case that regressed, not one that is unchanged, so noise cannot ratchet.
 
-    Raises UserError when either gate found a regression or nothing comparable, or when both runs
-    are one.
+    Raises UserError when either gate found a regression or nothing comparable, when both runs are
+    one, or when they measured different sources.
     """
+    sources = [(run.fingerprint.kernels, run.commit) for run in (current, confirming)]
+    if sources[0] != sources[1]:
+        told = [f"kernels {kernels}, commit {commit or 'unknown'}" for kernels, commit in sources]
+        raise UserError(
+            f"the baseline stays: the confirming run is of another source ({told[1]}) than the "
+            f"first ({told[0]})"
+        )
     for which, decision in (("first", first), ("confirming", second)):
         if decision.exit_code not in (EXIT_PASS, EXIT_INCONCLUSIVE):
             raise UserError(f"the baseline stays: the {which} run {decision.summary}")

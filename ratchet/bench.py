@@ -141,6 +141,14 @@ class _Collected:
         return Series("ok")
 
 
+def _fingerprint(source: str, data: Mapping[str, Any]) -> Fingerprint:
+    """A worker of another commit may tell more than is known here, which is left out."""
+    names = list(Fingerprint.__dataclass_fields__)
+    if missing := [name for name in names if name not in data]:
+        raise UserError(f"{source}: its worker tells no {', '.join(missing)} of the machine")
+    return Fingerprint(**{name: data[name] for name in names})
+
+
 def _telemetry(data: dict[str, Any]) -> Telemetry:
     lists = {name: tuple(data[name]) for name in ("reasons", "throttled")}
     return Telemetry(**{**data, **lists})
@@ -164,9 +172,10 @@ class _Run:
                 raise UserError(
                     f"{self.source.name}: {answer['package']} was imported, not the one in {folder}"
                 )
-            self.fingerprint = self.fingerprint or Fingerprint(**answer["fingerprint"])
+            told = _fingerprint(self.source.name, answer["fingerprint"])
+            self.fingerprint = self.fingerprint or told
             if changed := self.fingerprint.differences(
-                answer["fingerprint"], tuple(answer["fingerprint"])
+                told.to_json(), tuple(Fingerprint.__dataclass_fields__)
             ):
                 raise UserError(
                     f"what is measured changed meanwhile ({'; '.join(changed)}): run it again"

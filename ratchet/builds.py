@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -12,13 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import flashmoe
+from flashmoe.ratchet.cubins import compiler
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Source
 from flashmoe.ratchet.revision import git
 
-# The harness is the same for both sides, whatever their own was.
-_HARNESS = ("ratchet", "timing.py", "stats.py", "nvml.py")
+# The harness is the same for both sides, whatever their own was: all that times, and tells what was
+# timed on what.
+_HARNESS = ("ratchet", "timing.py", "quiet.py", "device.py", "stats.py", "nvml.py")
 _PACKAGE = Path(flashmoe.__file__).resolve().parent
 
 
@@ -27,35 +34,53 @@ class BuildError(UserError):
 
 
 def resolve(ref: str) -> str:
-    """The commit that `ref` names; a commit in full is believed, so that builds can be used where
-    there is no repository."""
-    if re.fullmatch(r"[0-9a-f]{40}", ref):
+    """The name of the build of what `ref` names, by this machine's tools: COMMIT-TOOLS. A name of
+    that form is believed, so that builds can be used where there is neither a repository nor a
+    compiler. Raises UserError when there is no such commit."""
+    if re.fullmatch(r"[0-9a-f]{40}-[0-9a-f]{8}", ref):
         return ref
-    return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+    return _name(_commit(ref))
 
 
 def working_tree() -> str:
-    """A commit of the working tree as it is: tracked files with their changes, none of it touched.
-    HEAD where nothing is changed."""
-    return git("stash", "create") or resolve("HEAD")
+    """As `resolve`, of a commit of the working tree as it is: tracked files with their changes,
+    none of it touched. HEAD where nothing is changed."""
+    return _name(git("stash", "create") or _commit("HEAD"))
 
 
-def build(commit: str, folder: Path) -> Path:
-    """The folder with `commit`'s package and this harness in it, built now unless it was before:
-    folder/COMMIT/site. FLASHMOE_CUDA and its kind apply as to any build.
+def commit_of(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def build(name: str, folder: Path) -> Path:
+    """The folder with the commit's package and this harness in it, built now unless it was before:
+    folder/NAME/site. FLASHMOE_CUDA and its kind apply as to any build.
 
     Raises BuildError when it does not build.
     """
-    place = folder.resolve() / commit
+    place = folder.resolve() / name
     site = place / "site"
     if not (place / "built").exists():
+        if name != _name(commit_of(name)):
+            raise UserError(f"there is no build {place}, and the tools here would make another")
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        _install(_export(commit, place / "source"), site)
+        _install(_export(commit_of(name), place / "source"), site)
         (place / "built").touch()
-    for name in _HARNESS:
-        _overlay(_harness(name), site / "flashmoe" / name)
+    for part in _HARNESS:
+        _overlay(_harness(part), site / "flashmoe" / part)
     return site
+
+
+def require_cuda(name: str, site: Path) -> None:
+    """Raises UserError when the build has no CUDA kernels: on a GPU it would be Triton's or SDPA's
+    that are compared."""
+    extensions = sorted((site / "flashmoe").glob("_C*.so"))
+    if not extensions or not compiler(extensions[0]):
+        raise UserError(
+            f"{commit_of(name)[:12]} was built without CUDA kernels: build it where nvcc is, with "
+            "FLASHMOE_CUDA=on, which says what is missing"
+        )
 
 
 def source(name: str, site: Path) -> Source:
@@ -69,6 +94,37 @@ def source(name: str, site: Path) -> Source:
         "FLASHMOE_CACHE_DIR": str(cache),
     }
     return Source(name, worker, str(site), environment)
+
+
+def _commit(ref: str) -> str:
+    try:
+        return git("rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}")
+    except UserError as error:
+        raise UserError(f"there is no commit {ref!r} here ({error})") from None
+
+
+def _name(commit: str) -> str:
+    return f"{commit}-{_tools()}"
+
+
+def _tools() -> str:
+    """Eight digits for all that makes another build of the same source."""
+    wishes = sorted(x for x in os.environ.items() if x[0].startswith("FLASHMOE_CUDA"))
+    parts = (torch.__version__, platform.python_version(), _nvcc(), repr(wishes))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _nvcc() -> str:
+    """What the compiler that setup.py takes tells of its version; empty without one."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    found = found or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        return ""
+    return subprocess.run(
+        [found, "--version"], capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def _export(commit: str, target: Path) -> Path:
@@ -95,7 +151,8 @@ def _install(source: Path, site: Path) -> None:
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
         errors = [line.strip() for line in lines if "error" in line.lower()] or lines[-3:]
-        raise BuildError(f"{source.parent.name[:12]} does not build: {' / '.join(errors[:3])}")
+        commit = commit_of(source.parent.name)[:12]
+        raise BuildError(f"{commit} does not build: {' / '.join(errors[:3])}")
 
 
 def _harness(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -21,15 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments, argv)
-    except UserError as error:
-        if arguments.debug:
-            raise
-        line = " ".join(str(error).split())
-        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
-        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+    except UserError as error:
+        return _failed(str(error), arguments.debug)
+    except Exception as error:  # noqa: BLE001 - Python would exit with 1, which is a regression
+        why = f"unexpected {type(error).__name__}: {error}; --debug shows where"
+        return _failed(why, arguments.debug)
     return code
+
+
+def _failed(why: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"{PROGRAM}: error: {' '.join(why.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
 
 
 def command(name: str) -> ModuleType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 
@@ -20,13 +20,38 @@ def get(data: Any, key: str, kind: type | tuple[type, ...]) -> Any:
     return value
 
 
-def positive(data: Any, key: str) -> float:
-    """data[key] as a finite positive number."""
+def finite(data: Any, key: str) -> float:
+    """data[key] as a finite number."""
     value = get(data, key, (int, float))
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} must be finite and positive, got {value!r}")
+    if not is_finite(value):
+        raise ValueError(f"{key} must be finite, got {shown(value)}")
     return float(value)
 
 
-def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+def positive(data: Any, key: str) -> float:
+    """data[key] as a finite positive number."""
+    value = get(data, key, (int, float))
+    if not is_finite(value) or value <= 0:
+        raise ValueError(f"{key} must be finite and positive, got {shown(value)}")
+    return float(value)
+
+
+def items(data: Any, key: str, kind: type) -> tuple[Any, ...]:
+    """data[key], a list of nothing but `kind`."""
+    values = get(data, key, list)
+    for i, value in enumerate(values):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{key}[{i}] must be {kind.__name__}, got {type(value).__name__}")
+    return tuple(values)
+
+
+def is_finite(x: Any) -> bool:
+    """Whether `x` is a number that a float holds; JSON's integers may have any size."""
+    number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return number and abs(x) <= sys.float_info.max
+
+
+def shown(x: Any) -> str:
+    """For a message: no number has so many digits that they say something."""
+    text = repr(x)
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text)} digits)"

@@ -26,21 +26,24 @@ The rule, for each case:
 * INCONCLUSIVE: it does not, and none is proven; says how many processes would do.
 * IMPROVED: the estimate is faster by more than the improve threshold, and proven so in the same
   way.
-* INTEGRITY: there is nothing to compare. The case is missing or extra, SDPA ran by another of its
-  backends or not at all, or the GPU was throttled for more than MOST_THROTTLED of the rounds.
+* INTEGRITY: there is nothing to compare. The case is missing or extra, both sides are from the same
+  run, SDPA ran by another of its backends or not at all, or the GPU was throttled for more than
+  MOST_THROTTLED of the rounds.
 
 SDPA did not change, so what its own time does is the environment's doing. See `yardstick`; a
 verdict that it may explain becomes INCONCLUSIVE, and a note says what moved.
 
 Exit code of the whole: 4 when the files are not about the same thing (any INTEGRITY, a fingerprint
-that differs in COMPARED, or an environment that changed under every case), else 1 for any FAIL,
+that differs in COMPARED, a run compared with itself, or an environment that changed under every
+case), else 1 for any FAIL,
 else 3 for any INCONCLUSIVE, else 0.
 
 To see it work, slow one case down and gate the result; it must exit 1:
 
     python -c "
     from pathlib import Path
-    from flashmoe.ratchet.results import load, save, slowed
+    from flashmoe.ratchet.files import load, save
+    from flashmoe.ratchet.results import slowed
     run = load(Path('results/current.json'))
     save(slowed(run, run.cases[0].name, 1.10), Path('results/slower.json'))"
     python -m flashmoe.ratchet gate results/slower.json --baseline results/baseline.json
@@ -126,10 +129,15 @@ class Decision:
         return f"{outcome} ({', '.join(counts) or 'no case compared'})"
 
 
-def decide(current: Results, baseline: Results, thresholds: Thresholds) -> Decision:
-    """The rule above. Raises UserError when a file's samples cannot support any decision."""
+def decide(
+    current: Results, baseline: Results, thresholds: Thresholds, *, created: bool = False
+) -> Decision:
+    """The rule above. `created`: the baseline was made from this very run just now, which is no
+    mistake then. Raises UserError when a file's samples cannot support any decision, or a pattern
+    of `thresholds` names no case."""
     old, new = baseline.by_name(), current.by_name()
-    wrong = integrity.of_runs(current, baseline)
+    thresholds.check({**old, **new})
+    wrong = [] if created else integrity.of_runs(current, baseline)
     reasons = integrity.of_cases(current, baseline)
     comparable = [(new[n], old[n]) for n in new if n in old and n not in reasons]
     decided = {v.name: v for v in _verdicts(comparable, thresholds, current.kind == "cpu")}
@@ -271,6 +279,6 @@ def _decide_case(
         c.sdpa.ratio,
         p_slower,
         p_faster,
-        math.exp(stats.detectable(c.change, ALPHA / family)),
+        stats.factor(stats.detectable(c.change, ALPHA / family)),
         environment,
     )

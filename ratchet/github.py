@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import io
 import json
 import os
@@ -58,6 +59,8 @@ def tame(text: str) -> str:
     """Text that renders as a report does, but links nowhere, mentions nobody, embeds nothing and
     has no HTML besides folding."""
     text = "".join(c for c in text if c == "\n" or c.isprintable())
+    # First: an entity (`&commat;`, `&#35;`) becomes what it names when all else has been broken.
+    text = text.replace("&", "&amp;")
     allowed = "|".join(rf"/?{tag}>" for tag in _TAGS)
     text = re.sub(rf"<(?!{allowed})", "&lt;", text)
     for pattern in _ACTIVE:
@@ -69,7 +72,7 @@ def body(report: str, conclusion: str, url: str) -> str:
     """The comment: MARKER first, so that it is found and updated."""
     run = f"[The run]({url}) ended with: {conclusion}."
     if not report.strip():
-        run = f"### 🔴 flashmoe ratchet has no report: the build or the measurement failed\n\n{run}"
+        run = f"### ⚪ flashmoe ratchet has no report: the run ended without one\n\n{run}"
         return f"{MARKER}\n{run}\n"
     room = MAX_BODY - len(MARKER) - len(run) - 200
     tamed = tame(report)
@@ -180,17 +183,34 @@ def post(github: GitHub, number: int, text: str) -> str:
     return "posted"
 
 
-def propose(github: GitHub, files: Sequence[Path], branch: str, text: str) -> str:
-    """A pull request that puts `files` into baselines/ on the default branch; its address."""
+def blob_hash(file: Path) -> str:
+    """git's hash of a file's content; empty when there is no such file."""
+    if not file.exists():
+        return ""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def propose(github: GitHub, files: Sequence[Path], against: Path, branch: str, text: str) -> str:
+    """A pull request that puts `files` into baselines/ on the default branch; its address. Raises
+    ValueError when one there is no longer the one in `against`, the folder of those that were
+    measured against: it would undo what moved meanwhile."""
     main = github.get("")["default_branch"]
+    before = {file: github.blob(f"baselines/{file.name}", main) for file in files}
+    for file, blob in before.items():
+        if blob != blob_hash(against / file.name):
+            raise ValueError(
+                f"baselines/{file.name} on {main} is not the one that was measured against: run "
+                "the workflow `baseline` again"
+            )
     start = github.get(f"git/ref/heads/{main}")["object"]["sha"]
     github.send("POST", "git/refs", {"ref": f"refs/heads/{branch}", "sha": start})
     for file in files:
         path = f"baselines/{file.name}"
         content = base64.b64encode(file.read_bytes()).decode()
         data = {"message": f"Baseline of {file.stem}", "content": content, "branch": branch}
-        if old := github.blob(path, main):
-            data["sha"] = old
+        if before[file]:
+            data["sha"] = before[file]
         github.send("PUT", f"contents/{path}", data)
     title = "Ratchet baseline: " + ", ".join(file.stem for file in files)
     request = {"title": title, "head": branch, "base": main, "body": tame(text)[:MAX_BODY]}
@@ -216,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 done, or nothing to do; 2 bad usage. GH_TOKEN, GITHUB_API_URL and "
-        "GITHUB_REPOSITORY as GitHub's runners have them.",
+        epilog="Exit codes: 0 done, or nothing to do; 1 a baseline may not be proposed, and why; 2 "
+        "bad usage. GH_TOKEN, GITHUB_API_URL and GITHUB_REPOSITORY as GitHub's runners have them.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     comment = commands.add_parser("comment", help="post a run's report on its pull request")
@@ -225,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     comment.add_argument("--dry-run", action="store_true", help="print it, post nothing")
     baseline = commands.add_parser("baseline", help="open a pull request with new baselines")
     baseline.add_argument("--folder", type=Path, required=True, help="with DEVICE.json files")
+    baseline.add_argument("--against", type=Path, required=True, help="folder measured against")
     baseline.add_argument("--moved", type=Path, required=True, help="what moved, as text")
     baseline.add_argument("--branch", required=True, help="to make")
     arguments = parser.parse_args(argv)
@@ -235,12 +256,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if arguments.command == "comment":
         return _comment(github, arguments.event, arguments.dry_run)
-    files = baselines_in(arguments.folder)
-    if not files:
-        print("no baseline moved")
-        return 0
-    text = arguments.moved.read_text(encoding="utf-8")
-    print(propose(github, files, arguments.branch, text))
+    try:
+        files = baselines_in(arguments.folder)
+        if not files:
+            print("no baseline moved")
+            return 0
+        text = arguments.moved.read_text(encoding="utf-8")
+        print(propose(github, files, arguments.against, arguments.branch, text))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,13 @@ def append(path: Path, new: Entry) -> bool:
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(new.to_json(), allow_nan=False) + "\n")
+        with path.open("a+b") as opened:
+            # A line that was written by hand, or cut, may lack its end.
+            if opened.seek(0, os.SEEK_END):
+                opened.seek(-1, os.SEEK_END)
+            ended = opened.read() in (b"", b"\n")
+            line = json.dumps(new.to_json(), allow_nan=False) + "\n"
+            opened.write(("" if ended else "\n").encode() + line.encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return True
@@ -70,11 +76,13 @@ def load(path: Path) -> list[Entry]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not UTF-8 text") from None
     found = []
     for number, line in enumerate(lines, 1):
         try:
             found.append(_entry(json.loads(line)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number} is damaged: {error}") from None
     return sorted(found, key=lambda one: one.started)
 

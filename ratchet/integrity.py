@@ -18,8 +18,11 @@ _RENAMED = 0.8
 
 def of_runs(current: Results, baseline: Results) -> list[str]:
     """What makes the runs as wholes incomparable."""
+    same = []
+    if current.run == baseline.run:
+        same = [f"both are the same run ({current.run[:12]}): nothing can differ from itself"]
     differences = current.fingerprint.differences(baseline.fingerprint.to_json(), COMPARED)
-    return [f"fingerprint: {difference}" for difference in differences]
+    return same + [f"fingerprint: {difference}" for difference in differences]
 
 
 def of_cases(current: Results, baseline: Results) -> dict[str, str]:
@@ -37,12 +40,14 @@ def of_cases(current: Results, baseline: Results) -> dict[str, str]:
         if like := difflib.get_close_matches(name, missing, 1, _RENAMED):
             reasons[name] += f"; renamed from {like[0]}?"
     for name in new:
-        if name in old and (reason := _of_pair(new[name], old[name])):
+        if name in old and (reason := _of_pair(new[name], old[name], current.run)):
             reasons[name] = reason
     return reasons
 
 
-def _of_pair(new: CaseResult, old: CaseResult) -> str:
+def _of_pair(new: CaseResult, old: CaseResult, run: str) -> str:
+    if old.origin is not None and old.origin.run == run:
+        return "the baseline has this case from the same run: nothing can differ from itself"
     if new.ours.status == "ok" and new.sdpa.status != "ok":
         return f"SDPA did not run: {new.reason}"
     if new.ok and new.sdpa_backend != old.sdpa_backend:

@@ -1,11 +1,13 @@
 """Starts the GPU machine when work is queued, and stops it when it has been idle.
 
 Run by .github/workflows/wake.yml as a script with only the standard library:
-`python3 -I ratchet/machine.py (wake|reap) [--dry-run]`. All that is particular to a provider is in
+`python3 -I ratchet/machine.py (wake|tend) [--dry-run]`. All that is particular to a provider is in
 PROVIDERS: the commands that start, stop and ask, of its own command-line tool.
 
-GPU_PROVIDER, GPU_MACHINE and GPU_ZONE name the machine; GH_TOKEN, GITHUB_API_URL and
-GITHUB_REPOSITORY are as GitHub's runners have them.
+wake starts it when work is queued; tend does so, too, and else stops it when it has been idle.
+
+GPU_PROVIDER, GPU_MACHINE and GPU_ZONE (for aws, its region) name the machine; GH_TOKEN,
+GITHUB_API_URL and GITHUB_REPOSITORY are as GitHub's runners have them.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 WORKFLOWS = ("gpu-ratchet.yml", "baseline.yml")
-# What counts as work that needs the machine.
-_ACTIVE = ("queued", "in_progress", "requested", "waiting", "pending")
+# What counts as work that needs the machine. One that is `waiting` for an approval does not: it may
+# never get it.
+_ACTIVE = ("queued", "in_progress", "requested", "pending")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +69,12 @@ class Work:
 
 def decide(action: str, running: bool, work: Work, now: datetime, idle: timedelta) -> str:
     """`start`, `stop`, or why neither."""
+    if work.active:
+        return f"{work.active} runs need the machine, which runs already" if running else "start"
     if action == "wake":
-        if not work.active:
-            return "no work is queued"
-        return "the machine runs already" if running else "start"
+        return "no work is queued"
     if not running:
         return "the machine is stopped already"
-    if work.active:
-        return f"{work.active} runs need the machine"
     if work.last is not None and now - work.last < idle:
         return f"idle since {work.last:%H:%M} UTC, for less than {idle.seconds // 60} minutes"
     return "stop"
@@ -87,7 +88,7 @@ def work_of(get: Callable[[str, Mapping[str, str]], Any]) -> Work:
         for run in listed["workflow_runs"]:
             if run["status"] in _ACTIVE:
                 active += 1
-            else:
+            elif run["status"] == "completed":
                 ends.append(datetime.fromisoformat(run["updated_at"].replace("Z", "+00:00")))
     return Work(active, max(ends, default=None))
 
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit codes: 0 done, or nothing to do; 1 the provider's tool failed; 2 bad usage.",
     )
-    parser.add_argument("action", choices=("wake", "reap"))
+    parser.add_argument("action", choices=("wake", "tend"))
     parser.add_argument("--idle-minutes", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
     arguments = parser.parse_args(argv)
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if arguments.dry_run:
-        running = arguments.action == "reap"
+        running = False
         print("would ask:", *table["ask"])
     else:
         asked = subprocess.run(table["ask"], capture_output=True, text=True, check=False)

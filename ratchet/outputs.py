@@ -25,9 +25,14 @@ def add_reports(parser: argparse.ArgumentParser) -> None:
 
 
 def write_reports(
-    arguments: argparse.Namespace, decision: Decision, current: Results, baseline: Results
+    arguments: argparse.Namespace,
+    decision: Decision,
+    current: Results,
+    baseline: Results,
+    seconds: float,
 ) -> None:
-    cost = cost_line(current.duration, arguments.price_per_hour)
+    """`seconds` of the machine went into the comparison."""
+    cost = cost_line(seconds, arguments.price_per_hour)
     if arguments.report:
         trends = None
         if arguments.history:
@@ -38,6 +43,6 @@ def write_reports(
     if arguments.html:
         write_text(arguments.html, html(decision, current, baseline, cost))
     if arguments.json:
-        write_json(arguments.json, report.as_json(decision))
+        write_json(arguments.json, report.as_json(decision, current, baseline))
     if arguments.junit:
         write_text(arguments.junit, junit(decision))

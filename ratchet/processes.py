@@ -63,7 +63,8 @@ class Process:
             timer.start()
             line = self._process.stdout.readline()
             timer.cancel()
-            if not line:
+            # One that dies while it writes leaves a part of a line.
+            if not line.endswith("\n"):
                 return
             yield json.loads(line)
 
@@ -103,8 +104,9 @@ def answers(
     first: Process, source: Source, job: Mapping[str, Any], debug: bool
 ) -> Iterator[Answer]:
     """All answers to one job, from `first`; where a worker dies within a case, that case is
-    `failed` (`timeout`, if it hung) and another worker does the rest. Raises UserError when a
-    worker cannot measure anything."""
+    `failed` (`timeout`, if it hung) and another worker does the rest. One that dies after its last
+    case has lost nothing, which is noted on stderr. Raises UserError when a worker cannot measure
+    anything."""
     left, process = list(job["cases"]), first
     while left:
         current: str | None = None
@@ -123,13 +125,16 @@ def answers(
             if not ended:
                 process.kill()
         how = process.end()
-        if not how:
+        if not left:
+            if how:
+                print(f"note: a worker {how}, after it had measured everything", file=sys.stderr)
             return
         if current is None:
-            raise UserError(f"a worker {how}")
+            raise UserError(f"a worker {how or 'ended before it had measured everything'}")
         left.remove(current)
         status = "timeout" if process.silent else "failed"
-        yield {"event": "case", "case": current, **_dead(status, f"the process {how}")}
+        reason = f"the process {how or 'ended within the case'}"
+        yield {"event": "case", "case": current, **_dead(status, reason)}
         if left:
             process = Process(source, debug)
 

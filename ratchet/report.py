@@ -172,7 +172,7 @@ def _exceptions(thresholds: Thresholds) -> list[str]:
     return [f"Thresholds of {_escaped(pattern)}: {own}  " for pattern, own in thresholds.cases]
 
 
-def as_json(decision: Decision) -> dict[str, Any]:
+def as_json(decision: Decision, current: Results, baseline: Results) -> dict[str, Any]:
     """For programs: the outcome and each case's figures, ratios as current / baseline."""
 
     def bounds(interval: Interval | None) -> list[float] | None:
@@ -181,6 +181,7 @@ def as_json(decision: Decision) -> dict[str, Any]:
     return {
         "exit_code": decision.exit_code,
         "summary": decision.summary,
+        "commits": {"current": current.commit, "baseline": baseline.commit},
         "thresholds": asdict(decision.thresholds),
         "integrity": list(decision.integrity),
         "environment": list(decision.environment),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,4 +146,6 @@ def slowed(results: Results, name: str, factor: float) -> Results:
         samples = tuple(tuple(x * factor for x in process) for process in case.ours.samples)
         return replace(case, ours=replace(case.ours, samples=samples))
 
-    return replace(results, cases=tuple(map(slow, results.cases)))
+    # Nothing that ran: a run of its own, and the same one each time.
+    run = uuid.uuid5(uuid.NAMESPACE_OID, f"{results.run} {name} {factor}").hex
+    return replace(results, run=run, cases=tuple(map(slow, results.cases)))

@@ -5,28 +5,38 @@ gate      build, measure, compare with the baseline. A build that fails is a fai
           report says so, with the compiler's words, and SDPA is measured all the same: whether the
           machine is well is on record for that commit, too.
 baseline  build, measure twice, and move the baseline where both agree; the new file and moved.md
-          are in the output folder.
+          are in the output folder. Where the environment is another (driver, torch) and nothing
+          else keeps them from being compared, the new file is the first run, if the second one
+          passes against it.
 static    build with the CUDA toolkit of .ci/cuda-toolkit.txt, and compare the machine code with
           static.json in the baseline folder; no GPU needed.
 
 Exit codes: those of the ratchet's commands, but for gate 3 (inconclusive, also after a second
-measurement with twice the budget) is a warning and 0; 1 also for a build that fails.
+measurement with twice the budget) is a warning and 0; 1 also for a build that fails. gate and
+baseline install the versions of .ci/gpu-requirements.txt, and know no tuned plans but those that
+the package ships.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPORT = "ratchet_report.md"
 HISTORY = "history.jsonl"
-_INCONCLUSIVE = 3
+REQUIREMENTS = ".ci/gpu-requirements.txt"
+_DECISION = "decision.json"
+_TARGETS = "profile_targets.txt"
+_BAD_INPUT, _INCONCLUSIVE, _NOT_COMPARABLE = 2, 3, 4
 _LINES = 30
 # A command and variables of its environment, to its exit code and output.
 Run = Callable[[Sequence[str], dict[str, str]], tuple[int, str]]
@@ -66,6 +76,11 @@ class Place:
         return [self.python, "-m", "pip", "install", "--disable-pip-version-check"]
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Of what measures: no plan that was tuned on the machine by someone else."""
+        return {"FLASHMOE_CACHE_DIR": str(self.output.resolve() / "cache")}
+
+    @property
     def ratchet(self) -> list[str]:
         return [self.python, "-m", "flashmoe.ratchet"]
 
@@ -73,6 +88,7 @@ class Place:
 def prepare(run: Run, place: Place) -> int:
     """An environment of its own, in the output folder."""
     place.output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place.output / "cache", ignore_errors=True)
     code, _ = run([sys.executable, "-m", "venv", str(place.output / "venv")], {})
     return code
 
@@ -80,17 +96,21 @@ def prepare(run: Run, place: Place) -> int:
 def gate(run: Run, place: Place, suite: str, price: float | None) -> int:
     """Build, bench, gate; reports in the output folder."""
     output, ratchet = place.output, place.ratchet
-    code, log = run([*place.pip, "."], {"FLASHMOE_CUDA": "on"})
+    code, log = _install(run, place, "on")
     if code:
         return _failed_build(run, place, log, suite)
     for attempt, budget in (("current", []), ("again", ["--budget", "110"])):
         current = output / f"{attempt}.json"
         bench = [*ratchet, "bench", "--suite", suite, *budget, "--output", str(current)]
-        code, log = run([*bench, *_price(price)], {})
+        code, log = run([*bench, *_price(price)], place.environment)
         if not current.exists():
             _write_failure(output, "the measurement failed", log)
             return code or 1
-        code, _ = run([*_gate(place, current), *_price(price)], {})
+        for stale in (REPORT, _TARGETS, _DECISION):
+            (output / stale).unlink(missing_ok=True)
+        code, log = run([*_gate(place, current), *_price(price)], place.environment)
+        if not (output / REPORT).exists():
+            _write_failure(output, "the gate could not decide", log)
         if code != _INCONCLUSIVE:
             _profile(run, place)
             return code
@@ -101,27 +121,72 @@ def gate(run: Run, place: Place, suite: str, price: float | None) -> int:
 def baseline(run: Run, place: Place, suite: str) -> int:
     """Build, bench twice, and move a copy of the baseline; moved.md tells what moved. A run that
     the gate accepts is added to the history beside it."""
-    code, log = run([*place.pip, "."], {"FLASHMOE_CUDA": "on"})
+    code, log = _install(run, place, "on")
     moved = place.output / "baselines"
     shutil.copytree(place.baseline, moved, ignore=shutil.ignore_patterns("static.json"))
     before = {path.name: path.read_bytes() for path in moved.iterdir()}
     for name in ("current", "confirm"):
         target = ["--output", str(place.output / f"{name}.json")]
-        code = code or run([*place.ratchet, "bench", "--suite", suite, *target], {})[0]
+        bench = [*place.ratchet, "bench", "--suite", suite, *target]
+        code = code or run(bench, place.environment)[0]
     if code:
         return code
     files = [str(place.output / f"{name}.json") for name in ("current", "confirm")]
     update = ["--baseline", str(moved), "--update", "--confirm", files[1]]
-    code, log = run([*place.ratchet, "gate", files[0], *update], {})
+    told = ["--json", str(place.output / _DECISION)]
+    code, log = run([*place.ratchet, "gate", files[0], *update, *told], place.environment)
+    text = "".join(log.partition("baseline ")[1:])
+    if code == _NOT_COMPARABLE and (changed := _environment_changed(place)):
+        code, again = _created_anew(run, place, moved, files)
+        lines = ["Another environment:", "", *changed, ""]
+        lines += ["The first run against the baseline before:", "", "```", log, "```", ""]
+        lines += ["The second run against the first:", "", "```", again, "```"]
+        text = "".join(f"{line}\n" for line in lines)
     if code in (0, _INCONCLUSIVE):
         history = ["--history", str(moved / HISTORY), "--append", files[0]]
-        run([*place.ratchet, "trend", *history], {})
+        run([*place.ratchet, "trend", *history], place.environment)
     for path in list(moved.iterdir()):
         if before.get(path.name) == path.read_bytes():
             path.unlink()
-    _, found, told = log.partition("baseline ")
-    (place.output / "moved.md").write_text(found + told, encoding="utf-8")
+    (place.output / "moved.md").write_text(text, encoding="utf-8")
     return 0 if code == _INCONCLUSIVE else code
+
+
+def _environment_changed(place: Place) -> list[str]:
+    """What differs of the machine and its software, when nothing else keeps the run and the
+    baseline from being compared."""
+    decision = _decision(place)
+    problems: list[str] = decision.get("integrity", [])
+    # A new torch may well move SDPA under every case.
+    only = all(problem.startswith(("fingerprint: ", "the environment ")) for problem in problems)
+    whole = all(case["verdict"] != "INTEGRITY" for case in decision.get("cases", []))
+    changed = [f"- {problem}" for problem in problems if problem.startswith("fingerprint: ")]
+    return changed if only and whole else []
+
+
+def _created_anew(run: Run, place: Place, moved: Path, files: Sequence[str]) -> tuple[int, str]:
+    """The first run as the baseline of its environment in `moved`, if the second one passes every
+    case against it: then both agree. The code, and what the gates said."""
+    fresh = place.output / "fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    gates = [[files[0], "--baseline", str(fresh), "--update"], [files[1], "--baseline", str(fresh)]]
+    told = ["--json", str(place.output / _DECISION)]
+    log = ""
+    for words in gates:
+        code, log = run([*place.ratchet, "gate", *words, *told], place.environment)
+        if code:
+            return code if code != _INCONCLUSIVE else _NOT_COMPARABLE, log
+    if any(case["verdict"] != "PASS" for case in _decision(place)["cases"]):
+        return _NOT_COMPARABLE, log
+    shutil.copytree(fresh, moved, dirs_exist_ok=True)
+    return 0, log
+
+
+def _decision(place: Place) -> dict[str, Any]:
+    """What the last gate decided; empty when it could not."""
+    path = place.output / _DECISION
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def static(run: Run, place: Place) -> int:
@@ -145,20 +210,39 @@ def _gate(place: Place, current: Path) -> list[str]:
     files = {
         "--report": REPORT,
         "--html": "report.html",
-        "--json": "decision.json",
+        "--json": _DECISION,
         "--junit": "junit.xml",
-        "--profile-targets": "profile_targets.txt",
+        "--profile-targets": _TARGETS,
     }
     options = [part for key, name in files.items() for part in (key, str(place.output / name))]
+    if (past := place.baseline / HISTORY).exists():
+        options += ["--history", str(past)]
     return [*place.ratchet, "gate", str(current), "--baseline", str(place.baseline), *options]
 
 
 def _profile(run: Run, place: Place) -> None:
-    """Adds to the report what Nsight Compute says of the cases that moved, if it may."""
-    targets = place.output / "profile_targets.txt"
-    if targets.exists() and targets.read_text(encoding="utf-8").strip():
-        report = ["--report", str(place.output / REPORT)]
-        run([*place.ratchet, "profile", "--targets", str(targets), *report], {})
+    """Adds to the report what Nsight Compute says of the cases that moved, if it may; beside the
+    baseline's commit, where that is here and builds."""
+    targets = place.output / _TARGETS
+    if not targets.exists() or not targets.read_text(encoding="utf-8").strip():
+        return
+    report = ["--report", str(place.output / REPORT)]
+    profile = [*place.ratchet, "profile", "--targets", str(targets), *report]
+    commit = _decision(place).get("commits", {}).get("baseline", "")
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        found, _ = run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], {})
+        environment = {**place.environment, "FLASHMOE_CUDA": "on"}
+        folder = ["--build-folder", str(place.output / "ab")]
+        if not found:
+            code, _ = run([*profile, "--base", commit, *folder], environment)
+            if code != _BAD_INPUT:
+                return
+    run(profile, place.environment)
+
+
+def _install(run: Run, place: Place, cuda: str) -> tuple[int, str]:
+    """The package, with the versions that baselines are measured with."""
+    return run([*place.pip, "-r", REQUIREMENTS, "."], {"FLASHMOE_CUDA": cuda})
 
 
 def _price(price: float | None) -> list[str]:
@@ -167,11 +251,11 @@ def _price(price: float | None) -> list[str]:
 
 def _failed_build(run: Run, place: Place, log: str, suite: str) -> int:
     _write_failure(place.output, "the build failed", log)
-    code, _ = run([*place.pip, "."], {"FLASHMOE_CUDA": "off"})
+    code, _ = _install(run, place, "off")
     if code == 0:
         reason = ["--yardstick", "the build failed"]
         target = ["--output", str(place.output / "current.json")]
-        run([*place.ratchet, "bench", "--suite", suite, *reason, *target], {})
+        run([*place.ratchet, "bench", "--suite", suite, *reason, *target], place.environment)
     return 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from flashmoe.device import Fingerprint
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.fields import get, is_number, positive
+from flashmoe.ratchet.fields import finite, get, is_finite, items, positive, shown
 from flashmoe.ratchet.results import (
     SIDES,
     CaseResult,
@@ -24,6 +24,8 @@ from flashmoe.ratchet.suite import Case, parse
 from flashmoe.timing import STATUSES, Limits
 
 SCHEMA = 2
+# Seconds: nothing that a clock can tell is shorter, and nobody waits longer.
+_SHORTEST, _LONGEST = 1e-9, 1e6
 
 
 def to_json(results: Results) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def from_json(data: Any) -> Results:
         get(data, "run", str),
         get(data, "commit", str),
         get(data, "started", str),
-        float(get(data, "duration", (int, float))),
+        finite(data, "duration"),
         get(data, "command", str),
         get(data, "settings", dict),
         _fingerprint(get(data, "fingerprint", dict)),
@@ -145,9 +147,9 @@ def _case(data: Any) -> CaseResult:
             PlanUsed(*(get(plan, key, str) for key in ("direction", "backend", "tile", "source")))
             for plan in get(data, "plans", list)
         ),
-        float(error) if isinstance(error, (int, float)) else None,
+        float(error) if is_finite(error) else None,
         get(data, "sdpa_backend", str),
-        float(get(data, "disturbed", (int, float))),
+        finite(data, "disturbed"),
         tuple(map(_telemetry, get(data, "telemetry", list))),
         None
         if origin is None
@@ -159,9 +161,8 @@ def _telemetry(data: Any) -> Telemetry:
     sm_mhz, memory_mhz, celsius = (
         get(data, key, int) for key in ("sm_mhz", "memory_mhz", "celsius")
     )
-    watts = float(get(data, "watts", (int, float)))
-    reasons, throttled = (tuple(get(data, key, list)) for key in ("reasons", "throttled"))
-    return Telemetry(sm_mhz, memory_mhz, celsius, watts, reasons, throttled)
+    reasons, throttled = items(data, "reasons", str), items(data, "throttled", int)
+    return Telemetry(sm_mhz, memory_mhz, celsius, finite(data, "watts"), reasons, throttled)
 
 
 def _series(side: str, data: dict[str, Any]) -> Series:
@@ -175,15 +176,19 @@ def _series(side: str, data: dict[str, Any]) -> Series:
         if not isinstance(process, list):
             raise ValueError(f"{side}.samples[{p}] must be a list of seconds, got {process!r}")
         for r, x in enumerate(process):
-            if not is_number(x) or not 0 < x < math.inf:
+            if not is_finite(x) or not _SHORTEST <= x <= _LONGEST:
                 raise ValueError(
-                    f"{side}.samples[{p}][{r}] must be finite and positive seconds, got {x!r}"
+                    f"{side}.samples[{p}][{r}] must be finite and positive seconds, "
+                    f"{_SHORTEST:g} to {_LONGEST:g}, got {shown(x)}"
                 )
         samples.append(tuple(map(float, process)))
     return Series(status, tuple(samples))
 
 
 def _fingerprint(data: dict[str, Any]) -> Fingerprint:
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
-    fields = Fingerprint.__dataclass_fields__
-    return Fingerprint(**{name: get(data, name, kinds[str(f.type)]) for name, f in fields.items()})
+    kinds: dict[str, type] = {"str": str, "int": int}
+    values: dict[str, Any] = {}
+    for name, field in Fingerprint.__dataclass_fields__.items():
+        kind = kinds.get(str(field.type))
+        values[name] = get(data, name, kind) if kind else finite(data, name)
+    return Fingerprint(**values)

@@ -8,6 +8,7 @@ or larger code may well be faster, which is for `gate` to judge.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from flashmoe.ratchet.cubins import INSTRUCTIONS, Kernel, demangled
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.fields import get
+from flashmoe.tiles import Tile, sm80_smem_bytes, sm90_smem_bytes
 
 SCHEMA = 1
 FAIL, CHANGED, IMPROVED, INTEGRITY = "FAIL", "CHANGED", "IMPROVED", "INTEGRITY"
@@ -23,6 +25,15 @@ FAIL, CHANGED, IMPROVED, INTEGRITY = "FAIL", "CHANGED", "IMPROVED", "INTEGRITY"
 _ORDER = (FAIL, INTEGRITY, CHANGED, IMPROVED)
 _TENSOR_CORES = ("HGMMA", "HMMA")
 _MOST_ROWS = 200
+# How a symbol spells its tile: head_dim, then these fields (csrc/build_config.py), then others.
+_TILES = {
+    "sm80": (re.compile(r"Sm80TileI((?:Li\d+E)+)E"), ("block_m", "block_n", "num_stages")),
+    "sm90": (
+        re.compile(r"fwd_sm90_(\d+(?:_\d+)+)__"),
+        ("block_m", "block_n", "num_stages", "q_stages"),
+    ),
+}
+_SMEM_BYTES = {"sm80": sm80_smem_bytes, "sm90": sm90_smem_bytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,8 @@ def compare(now: Snapshot, baseline: Snapshot) -> Comparison:
     for key in sorted({*new, *old}):
         kernel = new.get(key) or old[key]
         label = f"{kernel.arch} {labels[kernel.name]}"
+        if dynamic := dynamic_shared(kernel.name):
+            label += f" ({dynamic} bytes of dynamic shared memory)"
         if key not in new:
             changes.append(Change(label, INTEGRITY, "missing from this build"))
         elif key not in old:
@@ -90,6 +103,17 @@ def compare(now: Snapshot, baseline: Snapshot) -> Comparison:
             changes.append(_change(label, new[key], old[key]))
     changes.sort(key=lambda change: (_ORDER.index(change.verdict), change.label))
     return Comparison(tuple(changes), tuple(problems), len(new))
+
+
+def dynamic_shared(name: str) -> int:
+    """Bytes of shared memory that a kernel is launched with besides its own, by the tile in its
+    symbol; 0 where that names none. It is no part of the machine code that is compared."""
+    for kernel, (spelled, fields) in _TILES.items():
+        if match := spelled.search(name):
+            head_dim, *shape = map(int, re.findall(r"\d+", match[1]))
+            values: dict[str, Any] = dict(zip(fields, shape, strict=False))
+            return _SMEM_BYTES[kernel](Tile(kernel, **values), head_dim)
+    return 0
 
 
 def _change(label: str, new: Kernel, old: Kernel) -> Change:

@@ -32,6 +32,8 @@ _DRAWS = 1000
 _CALM, _CALM_ROUNDS = 1.1, 4
 # Below this a standard error (in log units, so relative) says more about the clock than about us.
 _LEAST_ERROR = 1e-5
+# Logarithm of a ratio beyond which a float does not hold it or its inverse.
+_MOST_LOG = 700.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +157,17 @@ def change(current: Array, baseline: Array, *, shared: float = 0.0) -> Change:
     error = math.hypot(own, shared)
     freedom *= (error / own) ** 4
     half = _quantile(freedom, 0.975) * error
-    ratio = Interval(math.exp(difference), math.exp(difference - half), math.exp(difference + half))
+    ratio = Interval(*(factor(x) for x in (difference, difference - half, difference + half)))
     below, above = (
         float(special.stdtr(freedom, x)) for x in (difference / error, -difference / error)
     )
     return Change(ratio, below, above, error, freedom, shared)
+
+
+def factor(logarithm: float) -> float:
+    """Its exponential, as far as a float holds that: a few processes that differ by orders of
+    magnitude bound nothing."""
+    return math.exp(min(max(logarithm, -_MOST_LOG), _MOST_LOG))
 
 
 def _quantile(freedom: float, probability: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -31,6 +31,15 @@ class Thresholds:
             if fnmatchcase(name, pattern):
                 return thresholds
         return self
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises UserError when a pattern names none of `names`: it was meant for some case."""
+        known = list(names)
+        for pattern, _ in self.cases:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise UserError(
+                    f"threshold {pattern!r} names no case; there are {', '.join(known)}"
+                )
 
     @property
     def log_fail(self) -> float:

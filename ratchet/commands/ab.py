@@ -53,13 +53,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("build/ab"),
         metavar="FOLDER",
-        help="builds, kept by commit (default: %(default)s)",
+        help="builds, kept by commit and tools (default: %(default)s)",
     )
     add(
         "--build-only",
         action="store_true",
-        help="build both and tell their commits; where there is no compiler or repository, ab then "
-        "takes those commits from a copy of the build folder",
+        help="build both and tell the builds' names; where there is no compiler or repository, ab "
+        "then takes those names as --base and --head, from a copy of the build folder",
     )
     common.add_price(parser)
     common.add_device(parser)
@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     kind = torch.device(device).type
     cases = select(arguments.suite, kind, arguments.case)
     chosen, thresholds = settings(arguments, device), common.thresholds(arguments, kind)
+    thresholds.check(case.name for case in cases)
     base = builds.resolve(arguments.base)
     head = builds.resolve(arguments.head) if arguments.head else builds.working_tree()
     base_site = builds.build(base, arguments.build_folder)
@@ -82,6 +83,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.build_only:
         print(f"--base {base} --head {head}")
         return EXIT_PASS
+    if kind == "cuda":
+        builds.require_cuda(base, base_site)
+        builds.require_cuda(head, head_site)
     # One build for one commit: the same against itself has to pass.
     sources = (builds.source("base", base_site), builds.source("head", head_site))
     with common.progress(2 * len(cases) * chosen.least) as step:
@@ -91,16 +95,17 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             common.command(argv),
             step,
             sources=sources,
-            commits=(base, head),
+            commits=(builds.commit_of(base), builds.commit_of(head)),
             debug=arguments.debug,
         )
     for name, results in (("base", old), ("head", new)):
         save(results, arguments.output / f"{name}.json")
     decision = decide(new, old, thresholds)
     show(decision)
-    write_reports(arguments, decision, new, old)
+    seconds = old.duration + new.duration
+    write_reports(arguments, decision, new, old, seconds)
     if arguments.profile_targets:
         targets = profile_targets(decision)
         write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))
-    print(cost_line(old.duration + new.duration, arguments.price_per_hour))
+    print(cost_line(seconds, arguments.price_per_hour))
     return decision.exit_code

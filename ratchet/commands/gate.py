@@ -61,26 +61,30 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     current = load(arguments.current)
     thresholds = common.thresholds(arguments, current.kind)
     path = baseline_path(arguments.baseline, current)
-    if not path.exists():
+    created = not path.exists()
+    if created:
         if not arguments.update:
             raise UserError(f"there is no baseline {path}; the same command with --update makes it")
         save(baselines.create(current), path)
         print(f"created baseline {path} with {len(current.cases)} cases")
     baseline = load(path)
-    decision = decide(current, baseline, thresholds)
+    decision = decide(current, baseline, thresholds, created=created)
     show(decision)
-    write_reports(arguments, decision, current, baseline)
+    write_reports(arguments, decision, current, baseline, current.duration)
     if arguments.profile_targets:
         targets = profile_targets(decision)
         write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))
     if arguments.update:
-        print(updated(path, baseline, decision, thresholds, arguments.confirm))
+        print(updated(path, baseline, current, decision, thresholds, arguments.confirm))
     return decision.exit_code
 
 
 def baseline_path(path: Path, current: Results) -> Path:
-    """Of this device's model, where `path` is a folder."""
-    return path / f"{slug(current.fingerprint.device)}.json" if path.is_dir() else path
+    """Of this device's model, where `path` is a folder, or is to be one: no file, and not called
+    .json either."""
+    if path.is_dir() or (not path.exists() and path.suffix != ".json"):
+        return path / f"{slug(current.fingerprint.device)}.json"
+    return path
 
 
 def show(decision: Decision) -> None:
@@ -95,6 +99,7 @@ def show(decision: Decision) -> None:
 def updated(
     path: Path,
     baseline: Results,
+    current: Results,
     decision: Decision,
     thresholds: Thresholds,
     confirm: Path | None,
@@ -112,7 +117,7 @@ def updated(
         )
     confirming = load(confirm)
     second = decide(confirming, baseline, thresholds)
-    moved_baseline, moved = baselines.forward(baseline, confirming, decision, second)
+    moved_baseline, moved = baselines.forward(baseline, current, confirming, decision, second)
     if moved:
         save(moved_baseline, path)
     lines = [f"baseline {path}: {len(moved)} of {len(baseline.cases)} cases moved forward"]

@@ -19,8 +19,8 @@ HELP = "explain regressed and improved cases by Nsight Compute"
 DESCRIPTION = """Profile one call of each case with `ncu --clock-control none`: this build's, or
 those of the two commits that `ab` compared, and tell what differs. A profile explains; the gate's
 verdict stands with or without it."""
-EPILOG = """Exit codes: 0 profiled; 2 bad usage; 3 counters are not permitted or ncu is missing,
-which is told with what to do about it."""
+EPILOG = """Exit codes: 0 profiled; 2 bad usage; 3 a case could not be, as where counters are not
+permitted or ncu is missing, which is told with what to do about it."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -60,16 +60,26 @@ def _profiled(names: Sequence[str], arguments: argparse.Namespace) -> tuple[str,
     if arguments.base:
         folder = arguments.build_folder
         new = builds.resolve(arguments.head) if arguments.head else builds.working_tree()
-        base = builds.source("base", builds.build(builds.resolve(arguments.base), folder))
-        head = builds.source("head", builds.build(new, folder))
-    parts = ["### Profiles", ""]
-    try:
-        for name in names:
+        before = builds.resolve(arguments.base)
+        sites = {name: builds.build(name, folder) for name in (before, new)}
+        for name, site in sites.items():
+            builds.require_cuda(name, site)
+        base, head = builds.source("base", sites[before]), builds.source("head", sites[new])
+    parts: list[str] = []
+    failed: dict[str, list[str]] = {}
+    for name in names:
+        try:
             old = profile(name, base) if base else None
             parts += section(name, old, profile(name, head))
-    except CannotProfile as why:
-        return f"### No profile\n\nThe gate's verdict stands; {why}.", EXIT_INCONCLUSIVE
-    return "\n".join(parts), EXIT_PASS
+        except CannotProfile as why:
+            failed.setdefault(str(why), []).append(name)
+    # One reason mostly holds for all of them.
+    lines = [f"No profile of {', '.join(missing)}: {why}." for why, missing in failed.items()]
+    if lines:
+        lines = ["The gate's verdict stands.", "", *lines, ""]
+    heading = "### Profiles" if parts else "### No profile"
+    text = "\n".join([heading, "", *parts, *lines])
+    return text, EXIT_INCONCLUSIVE if failed else EXIT_PASS
 
 
 def section(name: str, base: Profile | None, head: Profile) -> list[str]:

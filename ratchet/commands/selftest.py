@@ -130,6 +130,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     kind = torch.device(device).type
     cases = select(arguments.suite, kind, arguments.case or _CASES[kind])
     chosen, thresholds = settings(arguments, device, _BUDGET), common.thresholds(arguments, kind)
+    thresholds.check(case.name for case in cases)
     slowdown = -_INJECTED * thresholds.fail if arguments.slowdown is None else arguments.slowdown
     if not slowdown > 0:
         raise UserError(f"slowdown must be positive, got {slowdown}")

@@ -52,16 +52,19 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             raise UserError(f"there is no baseline {path}; the same command with --update makes it")
         write_json(path, to_json(now))
         print(f"created baseline {path} with {len(now.kernels)} kernels")
-    comparison = compare(now, load(path))
+    before = load(path)
+    comparison = compare(now, before)
     _show(comparison)
     if arguments.report:
         write_text(arguments.report, markdown(comparison))
-    if arguments.update and comparison.changes:
+    if arguments.update and (comparison.changes or comparison.problems):
         if any(change.verdict == FAIL for change in comparison.changes):
             print(f"baseline {path} stays: it takes no kernel that got worse")
         else:
             write_json(path, to_json(now))
-            print(f"baseline {path} updated: {len(comparison.changes)} kernels")
+            told = f"baseline {path} updated: {len(comparison.changes)} kernels"
+            other = now.compiler != before.compiler
+            print(f"{told}, now of CUDA {now.compiler} after {before.compiler}" if other else told)
     return comparison.exit_code
 
 

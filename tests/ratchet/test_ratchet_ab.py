@@ -18,7 +18,7 @@ from flashmoe.backends import BACKENDS
 from flashmoe.device import arch
 from flashmoe.plan import Plan
 from flashmoe.ratchet import builds, cli, slow, worse
-from flashmoe.ratchet.commands import ab, selftest
+from flashmoe.ratchet.commands import ab, common, selftest
 from flashmoe.ratchet.commands.selftest import Outcome
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate import decide
@@ -71,7 +71,8 @@ def test_the_working_tree_is_built_without_touching_it(
     for site in sites:
         # The harness is this one, whatever the commit's own was.
         assert (site / "flashmoe" / "ratchet" / "gate.py").exists()
-        assert (site / "flashmoe" / "timing.py").exists()
+        for name in ("timing.py", "quiet.py", "device.py"):
+            assert (site / "flashmoe" / name).exists()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "libraries", str(tmp_path)]))
     source = builds.source("base", sites[0])
     assert source.folder == str(sites[0])
@@ -81,11 +82,48 @@ def test_the_working_tree_is_built_without_touching_it(
     assert sites[0].parent in Path(source.environment["FLASHMOE_CACHE_DIR"]).parents
 
 
-def test_a_commit_that_is_none_is_bad_input(repository: Path) -> None:
-    with pytest.raises(UserError, match="git rev-parse"):
-        builds.resolve("nowhere")
-    with pytest.raises(UserError):
-        builds.resolve("--help")
+@pytest.mark.parametrize("ref", ["nowhere", "--help", "0" * 40])
+def test_a_commit_that_is_none_is_bad_input(
+    repository: Path, capsys: pytest.CaptureFixture[str], ref: str
+) -> None:
+    assert cli.main(["ab", "--device", "cpu", f"--base={ref}"]) == 2
+    error = f"error: there is no commit {ref!r} here (git rev-parse"
+    assert error in capsys.readouterr().err
+
+
+def test_other_tools_make_another_build(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [builds.resolve("main")]
+    for change in (
+        lambda: monkeypatch.setattr(torch, "__version__", "9.9.0"),
+        lambda: monkeypatch.setattr(builds.platform, "python_version", lambda: "3.99.0"),
+        lambda: monkeypatch.setattr(builds, "_nvcc", lambda: "release 99.0, V99.0.1"),
+        lambda: monkeypatch.setenv("FLASHMOE_CUDA", "off"),
+        lambda: monkeypatch.setenv("FLASHMOE_CUDA_ARCHS", "90"),
+    ):
+        change()
+        names.append(builds.resolve("main"))
+    assert len(set(names)) == len(names)
+    assert {builds.commit_of(name) for name in names} == {builds.commit_of(names[0])}
+    with pytest.raises(UserError, match=r"there is no build .*, and the tools here would make"):
+        builds.build(names[0], tmp_path)
+
+
+def test_a_build_without_cuda_kernels_is_not_measured_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    no_builds: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(common, "device", lambda name: "cuda")
+    monkeypatch.setattr(ab, "bench", lambda *_, **__: pytest.fail("it measures"))
+    for name, version in (("main", "13.0"), ("tree", "")):
+        package = tmp_path / name / "site" / "flashmoe"
+        package.mkdir(parents=True)
+        (package / "_C.abi3.so").write_bytes(b'\x00{"cuda_version": "%s"}' % version.encode())
+    assert cli.main(["ab", "--base", "main"]) == 2
+    assert "tree was built without CUDA kernels: build it" in capsys.readouterr().err
 
 
 def test_a_build_that_fails_tells_why(repository: Path, tmp_path: Path) -> None:
@@ -131,13 +169,17 @@ def test_ab_decides_as_the_gate_does(
     fake = Fake(monkeypatch, ab, base, head)
     command = ["ab", "--base", "main", "--device", "cpu", "--output", str(tmp_path / "out")]
     targets = ["--profile-targets", str(tmp_path / "targets.txt")]
+    targets += ["--report", str(tmp_path / "report.md")]
     assert cli.main([*command, *targets, "--price-per-hour", "3.6", *options.split()]) == code
     assert [source.folder for source in fake.sources] == [
         str(tmp_path / name / "site") for name in ("main", "tree")
     ]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"base.json", "head.json"}
     assert (tmp_path / "targets.txt").read_text() == (f"{NAME}\n" if code else "")
-    assert "at 3.6 an hour" in capsys.readouterr().out
+    # Of both sides, 12.5 s each.
+    cost = "took 25 s of the machine: 0.0250 at 3.6 an hour"
+    assert cost in capsys.readouterr().out
+    assert cost in (tmp_path / "report.md").read_text()
 
 
 def test_builds_are_taken_along(
@@ -156,7 +198,7 @@ def test_builds_are_taken_along(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(builds, "_install", lambda *_: pytest.fail("it builds again"))
     base = synthetic.results(noise=0.002, processes=8)
-    fake = Fake(monkeypatch, ab, base, base)
+    fake = Fake(monkeypatch, ab, base, synthetic.results(noise=0.002, processes=8, seed=30))
     assert cli.main([*command, *told]) == 0
     assert [Path(source.folder).parent.name for source in fake.sources] == told[1::2]
 

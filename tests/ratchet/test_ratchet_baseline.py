@@ -30,7 +30,7 @@ def moved(
     """`confirming`: by default the same speeds, measured again."""
     confirming = confirming or again(current)
     first, second = (decide(run, baseline, DEFAULTS["cuda"]) for run in (current, confirming))
-    return forward(baseline, confirming, first, second)
+    return forward(baseline, current, confirming, first, second)
 
 
 def again(run: Results) -> Results:
@@ -95,6 +95,18 @@ def test_a_run_does_not_confirm_itself() -> None:
     for same in (fast, replace(fast, run="0123", started="2027")):
         with pytest.raises(UserError, match="a run cannot confirm itself"):
             moved(fast, baseline, same)
+
+
+@pytest.mark.parametrize("what", ["kernels", "commit"])
+def test_another_source_confirms_nothing(what: str) -> None:
+    baseline = synthetic.results()
+    fast = slowed(synthetic.results(seed=50), synthetic.NAMES[0], 1 / 1.25)
+    other = replace(again(fast), commit="d" * 40)
+    if what == "kernels":
+        kernels = replace(fast.fingerprint, kernels="d" * 16)
+        other = replace(again(fast), fingerprint=kernels)
+    with pytest.raises(UserError, match=f"another source .*{what} dddd.* than the first"):
+        moved(fast, baseline, other)
 
 
 def test_a_confirming_run_that_regresses_moves_nothing() -> None:

@@ -53,13 +53,14 @@ for name in job["cases"]:
     sdpa = {"status": "ok", "reason": "", "samples": [1e-3] * rounds}
     emit(event="case", case=name, ours=ours, sdpa=sdpa, plans=[], error=None,
          sdpa_backend="math", disturbed=DISTURBED, telemetry=None)
+LAST
 """
 
 
 def fake(folder: Path, name: str = "this", **changes: str) -> Source:
     """A worker that ends by `DIE` when it comes to case BAD, with times that differ by NOISE from
     one seed to the next."""
-    values = {"FINGERPRINT": FINGERPRINT, "DIE": "pass", "NOISE": "0"}
+    values = {"FINGERPRINT": FINGERPRINT, "DIE": "pass", "NOISE": "0", "LAST": "pass"}
     values |= {"DISTURBED": "0", "MORE": "0"}
     text = FAKE
     for key, value in {**values, **changes, "BAD": repr(BAD)}.items():
@@ -105,12 +106,51 @@ def test_an_exit_within_a_case_costs_that_case(tmp_path: Path) -> None:
     assert "ended with exit code 3: something native" in cases[BAD].reason
 
 
+@pytest.mark.parametrize(
+    ("last", "how"),
+    [
+        ("os._exit(3)", "ended with exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("print('{\"event\": \"ca', end='', flush=True); os._exit(3)", "ended with exit code 3"),
+    ],
+)
+def test_a_process_that_dies_after_its_last_case_costs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], last: str, how: str
+) -> None:
+    (cases,) = measured(fake(tmp_path, LAST=last))
+    assert cases[GOOD].ok
+    assert cases[BAD].ok
+    note = f"note: a worker {how}: something native went wrong, after it had measured everything"
+    assert capsys.readouterr().err.splitlines() == [note] * SETTINGS.least
+
+
+@pytest.mark.parametrize("how", ["os._exit(3)", "os._exit(0)"])
+def test_half_a_line_is_no_answer(tmp_path: Path, how: str) -> None:
+    (cases,) = measured(fake(tmp_path, DIE=f"print('{{\"event\"', end='', flush=True); {how}"))
+    assert cases[BAD].reason.startswith("failed: the process ended ")
+    assert cases[GOOD].ok
+
+
+def test_a_process_that_forgets_cases_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a worker ended before it had measured everything"):
+        measured(fake(tmp_path, DIE="continue"), names=(BAD, GOOD))
+
+
 def test_a_case_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_SILENCE", 0.5)
     (cases,) = measured(fake(tmp_path, DIE="signal.pause()"))
     assert cases[BAD].ours.status == "timeout"
     assert "the process said nothing for 0 seconds" in cases[BAD].reason
     assert cases[GOOD].ok
+
+
+def test_a_worker_of_another_commit_may_tell_more_but_not_less(tmp_path: Path) -> None:
+    told = json.loads(FINGERPRINT)
+    (cases,) = measured(fake(tmp_path, FINGERPRINT=json.dumps({**told, "ecc": "on"})))
+    assert cases[GOOD].ok
+    del told["torch"]
+    with pytest.raises(UserError, match="this: its worker tells no torch of the machine"):
+        measured(fake(tmp_path, FINGERPRINT=json.dumps(told)))
 
 
 def test_a_worker_that_cannot_start_is_the_users_to_know(tmp_path: Path) -> None:

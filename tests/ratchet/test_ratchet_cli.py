@@ -140,6 +140,10 @@ def test_gate_passes_fails_and_refuses(
     assert code == 0
     assert "created baseline baseline.json with 2 cases" in out
 
+    code, out, _ = call(capsys, *gate, "current.json")
+    assert code == 4
+    assert "both are the same run" in out
+    save(replace(run, run="1"), Path("current.json"))
     assert call(capsys, *gate, "current.json")[0] == 0
     assert Path("out/targets.txt").read_text() == ""
 
@@ -152,7 +156,7 @@ def test_gate_passes_fails_and_refuses(
     assert Path("out/targets.txt").read_text() == f"{CASES[0]}\n"
     assert f"`{CASES[0]}` | 🔴 FAIL" in Path("out/report.md").read_text()
 
-    save(replace(run, cases=run.cases[1:]), Path("fewer.json"))
+    save(replace(run, run="2", cases=run.cases[1:]), Path("fewer.json"))
     code, out, _ = call(capsys, *gate, "fewer.json", "--update")
     assert code == 4
     assert f"{CASES[0]}: missing from the current run" in out
@@ -173,9 +177,9 @@ def test_gate_passes_fails_and_refuses(
     assert "1 of 2 cases moved forward" in out
     assert f"{CASES[1]}: speedup over SDPA +23.5 %" in out
     assert "confirmed after +25.0 %" in out
-    save(run, Path("current.json"))
+    save(replace(run, run="1"), Path("current.json"))
     assert call(capsys, *gate, "current.json")[0] == 1
-    assert call(capsys, *gate, "again.json", "--update")[0] == 0
+    assert call(capsys, *gate, "again.json", "--update")[0] == 4
 
 
 def test_exit_codes_reach_the_shell(measured: Path, tmp_path: Path) -> None:
@@ -212,13 +216,13 @@ def test_damaged_files_are_2(
 
 def test_a_folder_of_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(synthetic.results(), tmp_path / "current.json")
-    (tmp_path / "baselines").mkdir()
     gate = ("gate", tmp_path / "current.json", "--baseline", tmp_path / "baselines")
     code, _, err = call(capsys, *gate)
     assert code == 2
     assert f"there is no baseline {tmp_path / 'baselines' / 'some-gpu.json'}" in err
     assert call(capsys, *gate, "--update")[0] == 0
     assert (tmp_path / "baselines" / "some-gpu.json").exists()
+    save(synthetic.results(seed=9), tmp_path / "current.json")
     assert call(capsys, *gate)[0] == 0
 
 
@@ -232,6 +236,8 @@ def test_a_folder_of_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json"),
         (["selftest", "--device", "cpu", "--threshold-fail", "3"], "threshold-fail"),
         (["selftest", "--device", "cpu", "--threshold", "a"], "threshold must look"),
+        (["selftest", "--device", "cpu", "--threshold", "x=-3"], "'x' names no case; there are"),
+        (["ab", "--base", "a", "--device", "cpu", "--threshold", "x=-3"], "'x' names no case"),
         (["gate", "absent.json", "--baseline", "x", "--confirm", "y"], "--confirm goes with --up"),
     ],
 )
@@ -245,9 +251,27 @@ def test_bad_usage_is_2_in_one_line(
     assert err.count("\n") == 1
 
 
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(cli.UserError):
-        cli.main(["bench", "--rounds", "0", "--debug"])
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "bench", "--rounds", "0", "--debug")
+    assert code == 2
+    assert err.startswith("Traceback")
+    assert err.endswith("flashmoe.ratchet: error: rounds must be at least 1, got 0\n")
+
+
+def test_what_nobody_expected_is_no_regression(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python itself would exit with 1."""
+    monkeypatch.setattr(common, "device", lambda name: 1 // 0)
+    code, out, err = call(capsys, "bench")
+    assert (code, out) == (2, "")
+    assert err == (
+        "flashmoe.ratchet: error: unexpected ZeroDivisionError: integer division or modulo by "
+        "zero; --debug shows where\n"
+    )
+    code, _, err = call(capsys, "bench", "--debug")
+    assert code == 2
+    assert "in <lambda>" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["measure"], ["bench", "--suite", "huge"], ["gate"]])

@@ -126,7 +126,9 @@ def test_a_pull_request(
     assert (tmp_path / "results" / "profile_targets.txt").read_text() == (
         f"{NAME}\n" if code else ""
     )
-    assert json.loads((tmp_path / "results" / "decision.json").read_text())["exit_code"] == code
+    decision = json.loads((tmp_path / "results" / "decision.json").read_text())
+    assert decision["exit_code"] == code
+    assert decision["commits"] == {"current": measured.commit, "baseline": "c0ffee" * 6 + "c0ff"}
 
     hub.artifact, hub.pulls = uploaded(tmp_path), [pull(7, label=f"{owner}:faster")]
     assert comment_job(tmp_path, owner) == 0

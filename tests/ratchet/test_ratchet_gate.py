@@ -20,13 +20,15 @@ from flashmoe.ratchet.gate import (
     decide,
 )
 from flashmoe.ratchet.integrity import COMPARED
-from flashmoe.ratchet.results import Results, Series, Telemetry, slowed
+from flashmoe.ratchet.results import Origin, Results, Series, Telemetry, slowed
 from flashmoe.ratchet.thresholds import DEFAULTS, Thresholds, percent, with_cases
 
 NAME = synthetic.NAMES[0]
 
 
 def gate(current: Results, baseline: Results | None = None) -> Decision:
+    """Of two runs, whatever they were made from."""
+    current = replace(current, run="f" * 32)
     return decide(current, baseline or synthetic.results(), DEFAULTS["cuda"])
 
 
@@ -50,7 +52,28 @@ def sdpa_scaled(results: Results, name: str, factor: float) -> Results:
     return replace(results, cases=tuple(cases))
 
 
-def test_the_same_run_passes() -> None:
+def test_a_run_is_not_compared_with_itself() -> None:
+    run = synthetic.results()
+    decision = decide(run, run, DEFAULTS["cuda"])
+    assert decision.exit_code == 4
+    assert decision.integrity == (
+        "both are the same run (000000000000): nothing can differ from itself",
+    )
+    assert decide(run, run, DEFAULTS["cuda"], created=True).exit_code == 0
+
+
+def test_a_case_is_not_compared_with_the_run_that_moved_it() -> None:
+    run, older = synthetic.results(), synthetic.results(seed=9)
+    origin = Origin(run.run, run.started, run.command, run.commit, "abc")
+    moved = replace(older, cases=(replace(run.cases[0], origin=origin), *older.cases[1:]))
+    decision = decide(run, moved, DEFAULTS["cuda"])
+    assert decision.exit_code == 4
+    assert decision.problems == (
+        f"{NAME}: the baseline has this case from the same run: nothing can differ from itself",
+    )
+
+
+def test_the_same_speeds_pass() -> None:
     decision = gate(synthetic.results())
     assert decision.exit_code == 0
     assert set(verdicts(decision).values()) == {PASS}
@@ -137,6 +160,16 @@ def test_thresholds_of_single_cases() -> None:
     assert decide(run, synthetic.results(), loose).exit_code == 0
     tight = with_cases(-20, 5, [f"{NAME}=-5"])
     assert decide(run, synthetic.results(), tight).exit_code == 1
+
+
+def test_a_pattern_that_names_no_case_is_bad_input() -> None:
+    run = synthetic.results()
+    unused = with_cases(-3, 5, ["fwd-*=-2", "fwd-b8-*=-5"])
+    with pytest.raises(UserError, match=r"threshold 'fwd-b8-\*' names no case; there are fwd-b2"):
+        decide(run, synthetic.results(seed=9), unused)
+    # One of either file is enough: a missing case is told as such.
+    fewer = replace(run, cases=run.cases[1:])
+    assert decide(fewer, synthetic.results(seed=9), with_cases(-3, 5, [f"{NAME}=-2"])).problems
 
 
 @pytest.mark.parametrize("text", ["", "x", "x=", "=-3", "x=-3/", "x=a", "x=3", "x=-3/-5"])

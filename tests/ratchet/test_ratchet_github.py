@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import http.server
 import io
 import json
@@ -65,6 +66,14 @@ def test_nothing_active_is_left(hostile: str) -> None:
     assert "\x00" not in tamed
 
 
+@pytest.mark.parametrize("entity", ["&commat;", "&#64;", "&#x40;", "&num;", "&lt;", "&amp;commat;"])
+def test_entities_name_nothing(entity: str) -> None:
+    """GitHub mentions `&commat;someone`. What is shown is the text as it was."""
+    tamed = comment.tame(f"{entity}someone {entity}12")
+    assert "&" not in tamed.replace("&amp;", "")
+    assert html.unescape(tamed).replace("\u200b", "") == f"{entity}someone {entity}12"
+
+
 def test_open_tags_are_closed() -> None:
     body = comment.body("<details>\n<summary>x\nno end", "success", URL)
     assert body.endswith("</summary></details>")
@@ -84,7 +93,7 @@ def test_a_bomb_is_not_unpacked() -> None:
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + b"\x00" * 18])
 def test_without_a_report_the_run_is_pointed_to(content: bytes) -> None:
     body = comment.body(comment.read_report(content), "failure", URL)
-    assert "has no report: the build or the measurement failed" in body
+    assert "⚪ flashmoe ratchet has no report: the run ended without one" in body
     assert URL in body
     assert comment.read_report(archive(**{"other.md": "x"})) == ""
 
@@ -244,13 +253,19 @@ def test_it_runs_as_a_script_without_the_package(fake: FakeGitHub, tmp_path: Pat
 def test_a_baseline_is_proposed(
     fake: FakeGitHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.files["baselines/nvidia-h200.json"] = "old"
+    against = tmp_path / "against"
+    against.mkdir()
+    (against / "nvidia-h200.json").write_text("old\n")
+    # What `git hash-object` says of it.
+    old = "3367afdbbf91e638efe983616377c60477cc6612"
+    fake.files["baselines/nvidia-h200.json"] = old
     (tmp_path / "nvidia-h200.json").write_text("{}")
     (tmp_path / "nvidia-l4.json").write_text("{}")
     (tmp_path / "history.jsonl").write_text("{}\n{}\n")
     (tmp_path / "moved.md").write_text("2 cases moved, says @someone")
     command = ["baseline", "--folder", str(tmp_path), "--moved", str(tmp_path / "moved.md")]
-    assert comment.main([*command, "--branch", "ratchet-baseline-1"]) == 0
+    command += ["--against", str(against), "--branch", "ratchet-baseline-1"]
+    assert comment.main(command) == 0
     assert "/pull/9" in capsys.readouterr().out
     steps = [(method, path) for method, path, _ in fake.sent]
     assert steps == [
@@ -261,15 +276,36 @@ def test_a_baseline_is_proposed(
         ("POST", "/pulls"),
     ]
     assert fake.sent[0][2] == {"ref": "refs/heads/ratchet-baseline-1", "sha": "base"}
-    assert fake.sent[2][2]["sha"] == "old"
+    assert fake.sent[2][2]["sha"] == old
     assert "sha" not in fake.sent[3][2]
     assert fake.sent[4][2]["base"] == "main"
     assert "@\u200bsomeone" in fake.sent[4][2]["body"]
 
 
+@pytest.mark.parametrize("there", [None, "other"])
+def test_a_baseline_that_moved_meanwhile_is_not_overwritten(
+    fake: FakeGitHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], there: str | None
+) -> None:
+    against, folder, moved = (tmp_path / name for name in ("against", "new", "moved.md"))
+    for made in (against, folder):
+        made.mkdir()
+    (folder / "nvidia-h200.json").write_text("{}")
+    moved.write_text("moved")
+    if there is None:
+        (against / "nvidia-h200.json").write_text("old")
+    else:
+        fake.files["baselines/nvidia-h200.json"] = there
+    command = ["baseline", "--folder", str(folder), "--moved", str(moved), "--branch", "b"]
+    assert comment.main([*command, "--against", str(against)]) == 1
+    told = "baselines/nvidia-h200.json on main is not the one that was measured against: run the"
+    assert told in capsys.readouterr().err
+    assert fake.sent == []
+
+
 def test_no_baseline_is_no_pull_request(fake: FakeGitHub, tmp_path: Path) -> None:
     (tmp_path / "moved.md").write_text("")
     command = ["baseline", "--folder", str(tmp_path / "none"), "--branch", "b"]
+    command += ["--against", str(tmp_path)]
     assert comment.main([*command, "--moved", str(tmp_path / "moved.md")]) == 0
     assert fake.sent == []
 

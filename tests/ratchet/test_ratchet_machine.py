@@ -19,13 +19,15 @@ IDLE = timedelta(minutes=20)
     ("action", "running", "active", "ended", "told"),
     [
         ("wake", False, 1, 90, "start"),
-        ("wake", True, 1, 90, "the machine runs already"),
+        ("wake", True, 1, 90, "1 runs need the machine, which runs already"),
         ("wake", False, 0, 90, "no work is queued"),
-        ("reap", True, 0, 21, "stop"),
-        ("reap", True, 0, None, "stop"),
-        ("reap", True, 0, 19, "idle since 11:41 UTC, for less than 20 minutes"),
-        ("reap", True, 2, 90, "2 runs need the machine"),
-        ("reap", False, 0, 90, "the machine is stopped already"),
+        ("wake", True, 0, 90, "no work is queued"),
+        ("tend", True, 0, 21, "stop"),
+        ("tend", True, 0, None, "stop"),
+        ("tend", True, 0, 19, "idle since 11:41 UTC, for less than 20 minutes"),
+        ("tend", True, 2, 90, "2 runs need the machine, which runs already"),
+        ("tend", False, 2, 90, "start"),
+        ("tend", False, 0, 90, "the machine is stopped already"),
     ],
 )
 def test_decisions(action: str, running: bool, active: int, ended: int | None, told: str) -> None:
@@ -34,15 +36,20 @@ def test_decisions(action: str, running: bool, active: int, ended: int | None, t
 
 
 def test_work_is_what_github_lists() -> None:
+    """One that waits for an approval is neither work nor the end of any."""
+    listed = {
+        "gpu-ratchet.yml": [("waiting", 5), ("queued", 6), ("completed", 30), ("completed", 31)],
+        "baseline.yml": [("in_progress", 7), ("requested", 8), ("pending", 9), ("completed", 40)],
+    }
+
     def get(path: str, query: Mapping[str, str]) -> Any:
-        statuses = ("queued", "completed") if "gpu-ratchet" in path else ("waiting", "completed")
-        times = {"queued": 5, "waiting": 5, "completed": 30 if "gpu-ratchet" in path else 40}
         runs = [
-            {"status": s, "updated_at": f"2026-01-02T11:{60 - times[s]:02}:00Z"} for s in statuses
+            {"status": status, "updated_at": f"2026-01-02T11:{60 - minutes:02}:00Z"}
+            for status, minutes in listed[path.split("/")[2]]
         ]
         return {"workflow_runs": runs}
 
-    assert machine.work_of(get) == Work(2, NOW - timedelta(minutes=30))
+    assert machine.work_of(get) == Work(4, NOW - timedelta(minutes=30))
 
 
 @pytest.mark.parametrize("provider", list(machine.PROVIDERS))

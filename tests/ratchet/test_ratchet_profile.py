@@ -102,6 +102,7 @@ def test_two_commits_are_compared(
     pretend(monkeypatch, 0, BASE, HEAD)
     builds = "flashmoe.ratchet.commands.profile.builds"
     monkeypatch.setattr(f"{builds}.resolve", lambda ref: f"commit-{ref}")
+    monkeypatch.setattr(f"{builds}.require_cuda", lambda name, site: None)
     monkeypatch.setattr(f"{builds}.build", lambda commit, folder: tmp_path / commit / "site")
     assert cli.main(["profile", "--case", CASE, "--base", "main", "--head", "mine"]) == 0
     out = capsys.readouterr().out
@@ -128,6 +129,18 @@ def test_without_counters_it_says_what_to_do(
     out = capsys.readouterr().out
     assert "The gate's verdict stands" in out
     assert told in out
+
+
+def test_a_case_without_a_profile_takes_none_from_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, 0, BASE, "==PROF== nothing", HEAD)
+    others = [CASE.replace("s64", size) for size in ("s96", "s128")]
+    assert cli.main(["profile", "--case", CASE, *others]) == 3
+    out = capsys.readouterr().out
+    assert out.startswith("### Profiles\n")
+    assert out.count("<details>") == 2
+    assert f"The gate's verdict stands.\n\nNo profile of {others[0]}: ncu profiled no kernel" in out
 
 
 def test_a_metric_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

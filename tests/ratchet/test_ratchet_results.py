@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def _set(*where: Any, value: Any) -> Callable[[Any], None]:
     return edit
 
 
+TOLD = asdict(Telemetry(1980, 3201, 51, 312.5, ("power_cap",), (0,)))
 SAMPLES = ("cases", 0, "ours", "samples")
 
 
@@ -100,11 +101,24 @@ SAMPLES = ("cases", 0, "ours", "samples")
         (_set(*SAMPLES, 1, 2, value=float("inf")), "got inf"),
         (_set(*SAMPLES, 1, 2, value=0.0), "got 0.0"),
         (_set(*SAMPLES, 1, 2, value=-1e-3), "got -0.001"),
+        (_set(*SAMPLES, 1, 2, value=10**400), r"got 10000000000000000000… \(401 digits\)"),
+        (_set(*SAMPLES, 1, 2, value=1e-200), "1e-09 to 1e\\+06, got 1e-200"),
+        (_set(*SAMPLES, 1, 2, value=1e200), r"got 1e\+200"),
         (_set(*SAMPLES, 1, 2, value=None), "got None"),
         (_set(*SAMPLES, 1, 2, value=True), "got True"),
         (_set("fingerprint", "threads", value="2"), "threads must be int, got str"),
         (_set("fingerprint", value=None), "fingerprint must be dict, got NoneType"),
         (_set("limits", "float32", "copy_bytes", value=0), "copy_bytes must be finite and positi"),
+        (_set("limits", "float32", "copy_bytes", value=10**400), "copy_bytes must be finite"),
+        (_set("duration", value=10**400), "duration must be finite, got 1000"),
+        (_set("cases", 0, "disturbed", value=float("nan")), "disturbed must be finite, got nan"),
+        (_set("fingerprint", "power_limit", value=10**400), "power_limit must be finite"),
+        (_set("cases", 0, "telemetry", value=[{**TOLD, "watts": 10**400}]), "watts must be fin"),
+        (_set("cases", 0, "telemetry", value=[{**TOLD, "reasons": [{}]}]), r"reasons\[0\] must be"),
+        (
+            _set("cases", 0, "telemetry", value=[{**TOLD, "throttled": ["0"]}]),
+            "throttled.* must be",
+        ),
         (lambda data: data["fingerprint"].pop("torch"), "torch is missing"),
         (lambda data: data["cases"].append(data["cases"][0]), "a case name occurs twice"),
     ],

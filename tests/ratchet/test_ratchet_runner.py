@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,15 +12,19 @@ import pytest
 
 from flashmoe.ratchet import cli, runner
 
-SCRIPT = Path(__file__).resolve().parents[2] / "ratchet" / "runner.py"
+# What a gate writes: texts by its options.
+Gated = dict[str, str]
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "ratchet" / "runner.py"
 
 
 class Pretend:
     """Runs nothing: answers by the first word of `answers` that a command contains, else 0; bench
-    writes its output. What is called of the ratchet must be a command that exists."""
+    writes its output, and each gate the next of `gates`, by its option, if there is one. What is
+    called of the ratchet must be a command that exists."""
 
-    def __init__(self, *answers: tuple[str, int, str]) -> None:
-        self.answers = list(answers)
+    def __init__(self, *answers: tuple[str, int, str], gates: Sequence[Gated] = ()) -> None:
+        self.answers, self.gates = list(answers), list(gates)
         self.commands: list[list[str]] = []
         self.environments: list[dict[str, str]] = []
 
@@ -31,6 +36,10 @@ class Pretend:
             arguments = cli.parser().parse_args(words)
             if words[0] == "bench":
                 arguments.output.write_text("{}")
+            if words[0] == "gate" and self.gates:
+                for option, text in self.gates.pop(0).items():
+                    if path := getattr(arguments, option):
+                        path.write_text(text)
         for i, (word, code, text) in enumerate(self.answers):
             if word in command:
                 del self.answers[i]
@@ -55,6 +64,37 @@ def test_the_gates_code_is_the_checks(place: runner.Place, code: int) -> None:
     assert len(run.called("bench")) == len(run.called("gate")) == 1
     assert run.called("bench")[0][-2:] == ["--price-per-hour", "3.5"]
     assert run.environments[0] == {"FLASHMOE_CUDA": "on"}
+    requirements = run.commands[0][run.commands[0].index("-r") + 1]
+    assert requirements == ".ci/gpu-requirements.txt"
+
+
+@pytest.mark.parametrize("action", [runner.gate, runner.baseline])
+def test_no_plan_of_the_machine_has_a_say(place: runner.Place, action: Callable[..., int]) -> None:
+    cache = place.output / "cache"
+    (cache / "tuned").mkdir(parents=True)
+    run = Pretend()
+    assert runner.prepare(run, place) == 0
+    assert not cache.exists()
+    more = ("quick", None) if action is runner.gate else ("quick",)
+    assert action(run, place, *more) == 0
+    ours = zip(run.commands, run.environments, strict=True)
+    measured = [env for command, env in ours if {"bench", "gate"} & set(command)]
+    assert measured
+    assert all(env == {"FLASHMOE_CACHE_DIR": str(cache.resolve())} for env in measured)
+
+
+def test_the_pins_are_those_of_the_baselines() -> None:
+    """The gate compares with no other torch."""
+    lines = (ROOT / runner.REQUIREMENTS).read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    files = [path for path in (ROOT / "baselines").glob("*.json") if path.name != "static.json"]
+    fingerprints = [json.loads(path.read_text())["fingerprint"] for path in files]
+    found = [f for f in fingerprints if not f["threads"]]
+    assert found
+    for fingerprint in found:
+        # torch tells +cuNNN, by which the index's default build is no version of its own.
+        told = {name: fingerprint[name].partition("+")[0] for name in ("torch", "triton")}
+        assert told == pins
 
 
 def test_no_price_is_no_cost(place: runner.Place) -> None:
@@ -131,12 +171,103 @@ def test_an_accepted_run_is_added_to_the_history(place: runner.Place) -> None:
     assert refused.called("trend") == []
 
 
-@pytest.mark.parametrize("targets", ["", "fwd-b2-h8-s512-d64-float32\n"])
+def test_a_gate_that_ends_without_a_report_is_no_failed_build(place: runner.Place) -> None:
+    """And says nothing by the report of the attempt before."""
+    log = "flashmoe.ratchet: error: gpu.json is damaged: the file is empty\n"
+    run = Pretend(("gate", 3, ""), ("gate", 2, log), gates=[{"report": "### ⚪ cannot tell"}])
+    assert runner.gate(run, place, "quick", None) == 2
+    assert (place.output / runner.REPORT).read_text() == (
+        f"### 🔴 flashmoe ratchet: the gate could not decide\n\n    {log}"
+    )
+
+
+TARGET = "fwd-b2-h8-s512-d64-float32\n"
+
+
+@pytest.mark.parametrize("targets", ["", TARGET])
 def test_what_moved_is_profiled(place: runner.Place, targets: str) -> None:
-    (place.output / "profile_targets.txt").write_text(targets)
-    run = Pretend(("gate", 1, ""), ("profile", 3, ""))
+    gates = [{"report": "x", "profile_targets": targets}]
+    run = Pretend(("gate", 1, ""), ("profile", 3, ""), gates=gates)
     assert runner.gate(run, place, "quick", None) == 1
     assert len(run.called("profile")) == bool(targets)
+
+
+@pytest.mark.parametrize(
+    ("commit", "answers", "bases"),
+    [
+        ("c" * 40, [], [True]),
+        ("c" * 40, [("profile", 3, "")], [True]),
+        ("c" * 40, [("profile", 2, "does not build")], [True, False]),
+        ("c" * 40, [("cat-file", 128, "")], [False]),
+        ("c" * 40 + "+", [], [False]),
+        ("", [], [False]),
+    ],
+)
+def test_a_profile_is_beside_the_baselines_commit_where_that_is_here(
+    place: runner.Place, commit: str, answers: list[tuple[str, int, str]], bases: list[bool]
+) -> None:
+    decision = json.dumps({"commits": {"baseline": commit}})
+    gates = [{"report": "x", "profile_targets": TARGET, "json": decision}]
+    run = Pretend(("gate", 1, ""), *answers, gates=gates)
+    assert runner.gate(run, place, "quick", None) == 1
+    profiles = run.called("profile")
+    assert ["--base" in command for command in profiles] == bases
+    assert [commit in command for command in profiles] == bases
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_the_report_has_the_history_where_there_is_one(place: runner.Place, past: bool) -> None:
+    if past:
+        (place.baseline / runner.HISTORY).write_text("")
+    run = Pretend()
+    assert runner.gate(run, place, "quick", None) == 0
+    assert ("--history" in run.called("gate")[0]) == past
+
+
+FOREIGN = "fingerprint: driver: '590.1' here, '580.1' there"
+DRIFTED = "the environment changed under every case: nothing was judged"
+
+
+def decision(*problems: str, verdict: str = "PASS") -> Gated:
+    return {"json": json.dumps({"integrity": problems, "cases": [{"verdict": verdict}]})}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "gates"),
+    [
+        (decision(FOREIGN), decision(), 0, 3),
+        (decision(FOREIGN, DRIFTED, verdict="INCONCLUSIVE"), decision(), 0, 3),
+        (decision(FOREIGN), decision(verdict="IMPROVED"), 4, 3),
+        (decision(FOREIGN, verdict="INTEGRITY"), decision(), 4, 1),
+        (decision("both are the same run", FOREIGN), decision(), 4, 1),
+        (decision(DRIFTED), decision(), 4, 1),
+    ],
+)
+def test_another_environment_gets_a_baseline_that_two_runs_agree_on(
+    place: runner.Place, first: Gated, second: Gated, code: int, gates: int
+) -> None:
+    (place.baseline / "gpu.json").write_text("old")
+    pretend = Pretend(("gate", 4, ""), gates=[first, decision(), second])
+
+    def run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+        if "gate" in command and str(place.output / "fresh") in command:
+            (place.output / "fresh").mkdir(exist_ok=True)
+            (place.output / "fresh" / "gpu.json").write_text("new")
+        return pretend(command, environment)
+
+    assert runner.baseline(run, place, "quick") == code
+    assert len(pretend.called("gate")) == gates
+    found = list((place.output / "baselines").iterdir())
+    assert [path.read_text() for path in found] == ([] if code else ["new"])
+    text = (place.output / "moved.md").read_text()
+    assert (f"- {FOREIGN}\n" in text) == (gates == 3)
+    assert len(pretend.called("trend")) == (code == 0)
+
+
+def test_another_environment_on_which_two_runs_differ_gets_none(place: runner.Place) -> None:
+    run = Pretend(("gate", 4, ""), ("gate", 0, ""), ("gate", 1, ""), gates=[decision(FOREIGN)])
+    assert runner.baseline(run, place, "quick") == 1
+    assert list((place.output / "baselines").iterdir()) == []
 
 
 def test_baseline_takes_two_measurements(place: runner.Place) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 import flashmoe
+from flashmoe import _extension
 from flashmoe.ratchet import cli, cubins, static
 from flashmoe.ratchet.cubins import INSTRUCTIONS, Kernel
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import write_json
 from flashmoe.ratchet.static import Snapshot, compare
+
+COMMITTED = Path(__file__).resolve().parents[2] / "baselines" / "static.json"
 
 # cuobjdump's form, CUDA 13.0.
 USAGE = """
@@ -123,6 +126,33 @@ def test_changes(now: Snapshot, verdict: str, code: int, what: str) -> None:
     assert what in static.markdown(comparison)
 
 
+SM80 = "_ZN8flashmoe4sm8024attention_forward_kernelI6__halfNS_8Sm80TileILi96ELi128ELi32ELi2ELi4EEEE"
+SM90 = "_ZN8flashmoe46fwd_sm90_96_192_112_2_1_1_0_0_1_0__nv_bfloat16ENS_10Sm90ParamsE"
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_"),
+    [
+        # Q and two buffers each of K and V, 16-bit; Hopper's in rows of 128 columns, and 512 more.
+        (SM80, 2 * 96 * (128 + 2 * 2 * 32)),
+        (SM90, 512 + 2 * 128 * (192 + 2 * 2 * 112)),
+        ("_Zfirst", 0),
+    ],
+)
+def test_rows_tell_the_dynamic_shared_memory(name: str, bytes_: int) -> None:
+    assert static.dynamic_shared(name) == bytes_
+    now = replace(BASE, kernels=(replace(KERNEL, name=name, registers=9),))
+    (change,) = compare(now, replace(BASE, kernels=(replace(KERNEL, name=name),))).changes
+    assert change.label.endswith(f"({bytes_} bytes of dynamic shared memory)") == bool(bytes_)
+
+
+def test_symbols_spell_tiles_as_the_build_does() -> None:
+    for kernel, (_, fields) in static._TILES.items():
+        assert _extension.load().fields[kernel][: len(fields)] == fields
+    names = {key.partition(":")[2] for key in json.loads(COMMITTED.read_text())["kernels"]}
+    assert all(static.dynamic_shared(name) for name in names)
+
+
 def test_kernels_missing_or_extra_and_other_compilers_are_4() -> None:
     fewer = replace(BASE, kernels=BASE.kernels[:1])
     for now, then, what in ((fewer, BASE, "missing from"), (BASE, fewer, "not in the baseline")):
@@ -192,6 +222,11 @@ def test_the_command(
     baseline.write_text(json.dumps(data))
     assert cli.main([*command, "--update"]) == 0
     assert "updated: 1 kernels" in capsys.readouterr().out
+    assert cli.main(command) == 0
+
+    built.write_bytes(b'\x00{"cuda_version": "13.1"}\x00')
+    assert cli.main([*command, "--update"]) == 4
+    assert "updated: 0 kernels, now of CUDA 13.1 after 13.0" in capsys.readouterr().out
     assert cli.main(command) == 0
 
 

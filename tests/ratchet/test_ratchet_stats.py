@@ -252,3 +252,10 @@ def test_half_width_is_that_of_the_t_interval() -> None:
     low, high = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.95)
     assert stats.half_width(x) == pytest.approx((high - low) / 2)
     assert stats.half_width(x[:1]) == math.inf
+
+
+def test_processes_that_differ_by_orders_of_magnitude_overflow_nothing() -> None:
+    wild = stats.change(np.array([0.0, 0.0, 900.0]), np.zeros(3))
+    assert 0 < wild.ratio.low < 1 < wild.ratio.high < math.inf
+    assert math.isfinite(1 / wild.ratio.low)
+    assert stats.factor(stats.detectable(wild, 0.005)) < math.inf

@@ -74,6 +74,27 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         history.load(path)
 
 
+def test_what_is_not_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "history.jsonl"
+    for content, told in ((b"\xff\xfe", "it is not UTF-8 text"), (b"[" * 99999, ":1 is damaged")):
+        path.write_bytes(content)
+        assert cli.main(["trend", "--history", str(path)]) == 2
+        err = capsys.readouterr().err
+        assert told in err
+        assert "unexpected" not in err
+
+
+def test_a_line_is_added_to_a_file_that_lacks_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    runs = [history.entry(synthetic.results(seed=seed)) for seed in range(3)]
+    history.append(path, runs[0])
+    path.write_text(path.read_text().rstrip("\n"))
+    assert history.append(path, runs[1])
+    assert history.append(path, runs[2])
+    assert history.load(path) == runs
+    assert len(path.read_text().splitlines()) == 3
+
+
 def test_nothing_is_compared_across_environments() -> None:
     entries = [history.entry(synthetic.results(seed=i)) for i in range(6)]
     other = {**entries[0].fingerprint, "torch": "2.14.0"}

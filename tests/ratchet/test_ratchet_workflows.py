@@ -27,6 +27,20 @@ WRITES = {
     "wake": {"id-token"},
     "wheels": {"contents"},
 }
+# What may change a figure.
+MEASURED = {
+    "csrc/**",
+    "flashmoe/backends/**",
+    "flashmoe/tiles/**",
+    "flashmoe/tuned/**",
+    "flashmoe/api.py",
+    "flashmoe/ops.py",
+    "flashmoe/plan.py",
+    "ratchet/**",
+    "setup.py",
+    "pyproject.toml",
+    runner.REQUIREMENTS,
+}
 SCRIPTS = {"github.py": github, "machine.py": machine, "runner.py": runner}
 
 
@@ -128,15 +142,53 @@ def test_the_comment_checks_out_nothing_of_the_pull_request() -> None:
 
 def test_changes_of_kernels_are_measured_and_kept() -> None:
     workflow = load("gpu-ratchet")
-    wanted = {"csrc/**", "flashmoe/backends/**", "flashmoe/tiles.py", "setup.py", "CMakeLists.txt"}
-    for event in ("pull_request", "push"):
-        assert wanted <= set(workflow[True][event]["paths"])
+    for on in (workflow[True]["pull_request"], workflow[True]["push"]):
+        assert set(on["paths"]) >= MEASURED
+    assert set(load("baseline")[True]["push"]["paths"]) >= MEASURED
     (upload,) = (s for s in steps("gpu-ratchet") if s.get("uses", "").startswith("actions/upload"))
     assert upload["with"]["retention-days"] == 90
     assert upload["with"]["name"] == github.ARTIFACT
     assert f"results/{runner.REPORT}" in upload["with"]["path"].split()
     assert runner.REPORT == github.MEMBER
     assert set(machine.WORKFLOWS) == {"gpu-ratchet.yml", "baseline.yml"}
+
+
+@pytest.mark.parametrize("name", ["gpu-ratchet", "baseline"])
+def test_every_path_that_is_watched_is_there(name: str) -> None:
+    events = [on for on in load(name)[True].values() if on and "paths" in on]
+    assert events
+    for on in events:
+        assert on["paths"] == events[0]["paths"]
+        for pattern in on["paths"]:
+            assert (ROOT / pattern.removesuffix("/**")).exists(), pattern
+
+
+def test_a_baseline_is_proposed_by_what_it_was_measured_against() -> None:
+    measure, propose = load("baseline")["jobs"]["measure"], load("baseline")["jobs"]["propose"]
+    (run,) = (step["run"] for step in measure["steps"] if "run" in step)
+    measured = run.split()[run.split().index("--baseline") + 1]
+    (run,) = (step["run"] for step in propose["steps"] if "run" in step)
+    assert run.split()[run.split().index("--against") + 1] == measured
+    (checkout,) = (s for s in propose["steps"] if s.get("uses", "").startswith("actions/checkout"))
+    assert measured in checkout["with"]["sparse-checkout"].split()
+    assert "ref" not in checkout["with"]
+
+
+def test_a_release_that_is_there_already_gets_the_wheel() -> None:
+    create, upload = (s for s in load("wheels")["jobs"]["release"]["steps"] if "run" in s)
+    assert create["run"].startswith("gh release create ")
+    assert create["continue-on-error"]
+    assert upload["run"].startswith("gh release upload ")
+    assert "dist/*.whl" in upload["run"].split()
+    assert "continue-on-error" not in upload
+
+
+def test_the_machine_is_tended_with_the_providers_credentials() -> None:
+    (job,) = jobs("wake")
+    guards = " ".join(step.get("if", "") for step in job["steps"] if "uses" in step)
+    for provider in machine.PROVIDERS:
+        assert f"vars.GPU_PROVIDER == '{provider}'" in guards
+    assert "'schedule' && 'tend' || 'wake'" in job["steps"][-1]["env"]["ACTION"]
 
 
 def test_foreign_code_waits_for_approval() -> None:
