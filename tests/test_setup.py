@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -49,8 +48,7 @@ def test_the_sdist_has_all_that_a_build_and_the_tests_need(tree: Path, tmp_path:
     (tree / "flashmoe" / "_C.abi3.so").touch()
     run(tree, "setup.py", "-q", "sdist", "-d", str(tmp_path))
     (archive,) = tmp_path.glob("flashmoe-*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     found = sources(unpacked, ".")
     for folder in ("csrc", "autotune", "ratchet", "flashmoe", "tests"):

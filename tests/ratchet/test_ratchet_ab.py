@@ -282,9 +282,9 @@ def test_a_delay_takes_the_share_it_was_told(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_worse_tile_is_a_real_one_and_slower() -> None:
     case = parse("fwd-b1-h2-s256-d64-float32")
-    found = worse.worse_tile(case, CPU, 1.0)
-    if found is None:
-        pytest.skip("no tile is slower here")
+    # What else runs on the machine may hide it, but not every time.
+    found = next(filter(None, (worse.worse_tile(case, CPU, 1.0) for _ in range(5))), None)
+    assert found is not None
     assert found.factor > 1
     assert found.tile.startswith("cpu:")
 
