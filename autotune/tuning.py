@@ -109,6 +109,10 @@ class Tuning:
         if self._current and self._same_problem and fresh is None and not goes_on:
             self._watch.stage("confirming what is stored")
             held = self._confirm()
+            if held.decision.changed:
+                held = self._confirm(
+                    processes=1
+                )  # one process alone may be at odds with all others
             if not held.decision.changed:
                 return self._result("confirmed", held, None)
             fresh = self._began  # what the study says no longer holds
@@ -270,7 +274,7 @@ class Tuning:
         entries = {str(number): entry for number, entry in enumerate(self._place.elsewhere)}
         return nearest(entries, self._problem)
 
-    def _confirm(self) -> Final:
+    def _confirm(self, processes: int = 0) -> Final:
         rivals = [SDPA] if self._has_sdpa else []
         deadline = self._bench.now() + min(self._left(), _CONFIRM_SECONDS)
         return final.hold(
@@ -280,7 +284,7 @@ class Tuning:
             rivals,
             deadline,
             rounds=_CONFIRM_ROUNDS,
-            processes=0,
+            processes=processes,
         )
 
     def _final(self, found: Search) -> Final:

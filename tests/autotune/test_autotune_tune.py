@@ -121,6 +121,21 @@ def test_a_stored_winner_that_no_longer_wins_is_searched_again() -> None:
     assert result.store
 
 
+def test_one_process_that_is_at_odds_with_the_others_changes_nothing() -> None:
+    """In the first process the default is the faster one."""
+    stored = Tile("cpu", 128, 256)
+
+    class Odd(SimulatedBench):
+        def measure(self, candidates, **options):  # type: ignore[no-untyped-def]
+            self.seconds = bowl(stored if self.fresh_processes else DEFAULT, step=0.05)
+            return super().measure(candidates, **options)
+
+    bench = Odd(bowl(stored))
+    result = run(bench, entry(stored))
+    assert (result.status, bench.fresh_processes) == ("confirmed", 1)
+    assert result.search is None
+
+
 def test_force_searches_but_a_tie_keeps_what_is_stored() -> None:
     def seconds(candidate: Candidate) -> float:
         return 1e-3 if candidate.tile in (BEST, Tile("cpu", 256, 256)) else 2e-3
