@@ -22,7 +22,7 @@ from flashmoe.autotune import arguments, dry_run, helper, report, report_html, s
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.isolated import IsolatedBench, Processes
-from flashmoe.autotune.place import FINGERPRINT_FIELDS, Options, Place
+from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.process import Child
 from flashmoe.autotune.progress import shown
 from flashmoe.autotune.result import Result
@@ -74,7 +74,7 @@ def run(words: Sequence[str]) -> int:
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
     )
-    searched = [group for group in groups if args.force or not _is_current(group, place)]
+    searched = [g for g in groups if args.force or not place.is_current(g.main.bucket)]
     if searched:
         processes.warm_up()
     found: dict[Problem, Result] = {}
@@ -183,14 +183,6 @@ def _place(target: torch.device, here: device.Fingerprint, path: Path, where: st
     except storage.StorageError as error:
         raise UsageError(str(error)) from None
     return Place(target, here, stored, elsewhere, opened, storage.shown(where))
-
-
-def _is_current(group: Group, place: Place) -> bool:
-    """Whether what is stored was measured with this software, and will only be confirmed."""
-    entry = place.stored.get(group.main.bucket)
-    return entry is not None and not place.fingerprint.differences(
-        dict(entry.fingerprint), FINGERPRINT_FIELDS
-    )
 
 
 def _helpers(

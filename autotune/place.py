@@ -44,3 +44,10 @@ class Place:
     elsewhere: Sequence[Entry] = ()
     storage: BaseStorage = field(default_factory=InMemoryStorage)
     storage_name: str = ""
+
+    def is_current(self, bucket: str) -> bool:
+        """Whether what is stored was measured with this very software on this very device."""
+        entry = self.stored.get(bucket)
+        return entry is not None and not self.fingerprint.differences(
+            dict(entry.fingerprint), FINGERPRINT_FIELDS
+        )

@@ -81,7 +81,7 @@ class Race:
         """Whether it is clearly behind the fastest so far."""
         best = min(self._ratios.values(), key=lambda ratio: ratio.value)
         ratio = self._ratios[candidate]
-        return ratio.low > best.high and ratio.value > best.value * (1 + _MARGIN)
+        return ratio.above(best) and ratio.value > best.value * (1 + _MARGIN)
 
     def contenders(self, limit: int) -> list[Candidate]:
         """At most `limit` candidates, fastest first, without those clearly behind the fastest:
@@ -89,8 +89,8 @@ class Race:
         ranked = self.ranked()
         if not ranked:
             return []
-        high = self._ratios[ranked[0]].high
-        return [c for c in ranked if self._ratios[c].low <= high][:limit]
+        fastest = self._ratios[ranked[0]]
+        return [c for c in ranked if not self._ratios[c].above(fastest)][:limit]
 
     def ranked(self) -> list[Candidate]:
         """All that were timed, fastest first."""

@@ -214,7 +214,7 @@ class _Walk:
     def _compiled(self) -> list[tuple[Tile, optuna.Trial]]:
         """A batch of the pending trials that are compiled, in their order; the others go on
         compiling meanwhile. Waits for one; empty when there is none in time."""
-        until = self._bench.now() + self._left() - self._reserve()
+        until = self._deadline - self._reserve()
         while True:
             now = self._bench.now()
             found = [x for x in self._pending if self._bench.compiled(Candidate.of_tile(x[0]), now)]

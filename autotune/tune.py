@@ -35,8 +35,40 @@ def tune(
     `spent` seconds are gone already."""
     deadline = now() + options.budget - spent
     watch.begin(options.budget)
+    order = sorted(groups, key=lambda group: group.cost)
+    found: dict[str, Entry] = {}
+
+    def turn(number: int, until: float, options: Options, *, more: bool = False) -> Result:
+        group, start = order[number], now()
+        watch.problem(group.main, number + 1, len(order))
+        known = dataclasses.replace(place, stored={**place.stored, **found}) if more else place
+        result = _tune_one(group, known, options, watch, found, until, now, make_bench, more)
+        if result.best is not None:
+            found[group.main.bucket] = result.entry(place.fingerprint, "")
+        return dataclasses.replace(result, elapsed=now() - start)
+
+    coverage: dict[int, float] = {}
     try:
-        yield from _tune_all(groups, place, options, watch, now, make_bench, deadline)
+        for number, group in enumerate(order):
+            # Half of the time by what they cost, half to all alike, for all start processes.
+            rest = order[number:]
+            share = (group.cost / sum(other.cost for other in rest) + 1 / len(rest)) / 2
+            result = turn(number, now() + (deadline - now()) * share, options)
+            if result.store and result.search is not None and result.search.cut_short:
+                coverage[number] = len(result.search.trials) / result.search.space
+            watch.result(result)
+            yield result
+        # What is left goes to those whose search was cut short, the least covered first.
+        short = sorted(coverage, key=lambda number: coverage[number])
+        again = dataclasses.replace(options, force=False)
+        for done, number in enumerate(short):
+            left = deadline - now()
+            if left < _WORTH_MORE * options.budget:
+                return
+            result = turn(number, now() + left / (len(short) - done), again, more=True)
+            if result.best is not None:
+                watch.result(result)
+                yield result
     except _Interrupted as interrupted:
         yield interrupted.result
         raise KeyboardInterrupt from None
@@ -48,52 +80,6 @@ class _Interrupted(Exception):
     def __init__(self, result: Result) -> None:
         super().__init__()
         self.result = result
-
-
-def _tune_all(
-    groups: Sequence[Group],
-    place: Place,
-    options: Options,
-    watch: Watch,
-    now: Callable[[], float],
-    make_bench: MakeBench,
-    deadline: float,
-) -> Iterator[Result]:
-    order = sorted(groups, key=lambda group: group.cost)
-    found: dict[str, Entry] = {}
-    coverage: dict[int, float] = {}
-    for number, group in enumerate(order):
-        watch.problem(group.main, number + 1, len(order))
-        start = now()
-        # Half of the time by what they cost, half to all alike, for all start processes.
-        rest = order[number:]
-        total = sum(other.cost for other in rest)
-        share = (group.cost / total + 1 / len(rest)) / 2
-        mine = start + (deadline - start) * share
-        result = _tune_one(group, place, options, watch, found, mine, now, make_bench)
-        result = dataclasses.replace(result, elapsed=now() - start)
-        if result.best is not None:
-            found[group.main.bucket] = result.entry(place.fingerprint, "")
-        if result.store and result.search is not None and result.search.cut_short:
-            coverage[number] = len(result.search.trials) / result.search.space
-        watch.result(result)
-        yield result
-    # What is left goes to those whose search was cut short, the least covered first.
-    short = sorted(coverage, key=lambda number: coverage[number])
-    for turn, number in enumerate(short):
-        start, group = now(), order[number]
-        if deadline - start < _WORTH_MORE * options.budget:
-            return
-        watch.problem(group.main, number + 1, len(order))
-        mine = start + (deadline - start) / (len(short) - turn)
-        known = dataclasses.replace(place, stored={**place.stored, **found})
-        again = dataclasses.replace(options, force=False)
-        result = _tune_one(group, known, again, watch, found, mine, now, make_bench, more=True)
-        if result.best is not None:
-            result = dataclasses.replace(result, elapsed=now() - start)
-            found[group.main.bucket] = result.entry(place.fingerprint, "")
-            watch.result(result)
-            yield result
 
 
 def _tune_one(

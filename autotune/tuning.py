@@ -88,12 +88,7 @@ class Tuning:
         self._anchor = self._working_anchor()
         entry = place.stored.get(self._problem.bucket)
         self._stored = self._working_stored(entry)
-        # Whether the entry was measured with this very software on this very device.
-        self._current = (
-            entry is not None
-            and self._stored is not None
-            and not place.fingerprint.differences(dict(entry.fingerprint), FINGERPRINT_FIELDS)
-        )
+        self._current = self._stored is not None and place.is_current(self._problem.bucket)
         self._same_problem = (
             entry is not None and entry.problem == self._problem and entry.group == group.shares
         )
@@ -105,14 +100,14 @@ class Tuning:
         if self._options.helping is not None:
             self._search(self._left(), fresh)
             return Result(self._problem, "unmeasured", "another process decides")
-        goes_on = self._current and self._same_problem and fresh is None and self._wants_more()
-        if self._current and self._same_problem and fresh is None and not goes_on:
+        holds = self._current and self._same_problem and fresh is None
+        goes_on = holds and self._wants_more()
+        if holds and not goes_on:
             self._watch.stage("confirming what is stored")
             held = self._confirm()
             if held.decision.changed:
-                held = self._confirm(
-                    processes=1
-                )  # one process alone may be at odds with all others
+                # One process alone may be at odds with all others.
+                held = self._confirm(processes=1)
             if not held.decision.changed:
                 return self._result("confirmed", held, None)
             fresh = self._began  # what the study says no longer holds
@@ -306,13 +301,17 @@ class Tuning:
         """The fastest contenders that also pass the check with odd sizes and guarded memory, up to
         those that are clearly behind the first of them."""
         finalists: list[Candidate] = []
-        ratios = {trial.tile: trial.ratio for trial in found.trials}
+        ratios: dict[Tile | None, Interval] = {t.tile: t.ratio for t in found.trials if t.ratio}
         # What the shortest final of them all takes, which has no use without it.
         least = final.seconds_needed(self._sample_seconds) * (count + 4)
         for candidate in found.contenders:
             if len(finalists) == count:
                 break
-            if finalists and _behind(ratios, candidate, finalists[0]):
+            mine, first = (
+                ratios.get(candidate.tile),
+                ratios.get(finalists[0].tile if finalists else None),
+            )
+            if mine is not None and first is not None and mine.above(first):
                 break
             if self._verify_seconds + least > self._left():
                 break
@@ -379,12 +378,6 @@ class Tuning:
             + (found.seconds if found else 0.0),
             group=self._group.shares,
         )
-
-
-def _behind(ratios: Mapping[Tile, Interval | None], candidate: Candidate, first: Candidate) -> bool:
-    """Whether the whole interval of a tile's time lies above that of another."""
-    mine, its = (ratios.get(c.tile) if c.tile else None for c in (candidate, first))
-    return mine is not None and its is not None and mine.low > its.high
 
 
 def _ratios(entry: Entry) -> dict[Tile, float]:

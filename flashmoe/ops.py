@@ -44,29 +44,13 @@ def problem_of(q: Tensor, k: Tensor, causal: bool, direction: str = "fwd") -> Pr
     )
 
 
-def _fake_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
 
-@torch.library.register_fake("flashmoe::fwd_cpu")  # type: ignore[untyped-decorator]
-def _fwd_cpu_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    block_m: int,
-    block_n: int,
-) -> tuple[Tensor, Tensor]:
-    return _fake_forward(q)
-
-
-@torch.library.register_fake("flashmoe::fwd_cuda")  # type: ignore[untyped-decorator]
-def _fwd_cuda_fake(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, kernel: int
-) -> tuple[Tensor, Tensor]:
-    return _fake_forward(q)
+for _kernel_op in ("fwd_cpu", "fwd_cuda"):
+    torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
 
 
 def _run(
@@ -77,6 +61,7 @@ def _run(
     causal: bool,
     backend: str,
     tile: str,
+    *,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     problem = problem_of(q, k, causal)
@@ -87,31 +72,15 @@ def _run(
         return BACKENDS[plan.backend].forward(q, k, v, softmax_scale, problem.causal, plan.tile)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    backend: str,
-    tile: str,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _run(q, k, v, softmax_scale, causal, backend, tile, need_lse=True)
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _run(*arguments, need_lse=True)
     assert lse is not None, "need_lse chose a backend that does not tell lse"
     return out, lse
 
 
-def _attention_without_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    backend: str,
-    tile: str,
-) -> Tensor:
+def _attention_without_lse(*arguments: Any) -> Tensor:
     # Contiguous, as the fake kernel promises: how SDPA lays out its result depends on its kernel.
-    return _run(q, k, v, softmax_scale, causal, backend, tile, need_lse=False)[0].contiguous()
+    return _run(*arguments, need_lse=False)[0].contiguous()
 
 
 def _attention_backward(
@@ -166,40 +135,12 @@ def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _fake_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    backend: str,
-    tile: str,
-) -> tuple[Tensor, Tensor]:
-    return _fake_forward(q)
-
-
-def _fake_attention_without_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    backend: str,
-    tile: str,
-) -> Tensor:
+def _fake_attention_without_lse(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 def _fake_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    backend: str,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -285,7 +226,7 @@ def _autograd_attention_backward(keyset: Any, *arguments: Any) -> Any:
 
 
 for _name, _kernel, _fake, _autograd in (
-    ("attention", _attention, _fake_attention, _autograd_attention),
+    ("attention", _attention, _fake_forward, _autograd_attention),
     (
         "attention_without_lse",
         _attention_without_lse,

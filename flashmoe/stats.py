@@ -21,6 +21,10 @@ class Interval:
     def excludes(self, x: float) -> bool:
         return x < self.low or x > self.high
 
+    def above(self, other: Interval) -> bool:
+        """Whether it lies above all of the other."""
+        return self.low > other.high
+
     def to_json(self) -> list[float]:
         return [self.value, self.low, self.high]
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import missing
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCTS = shutil.ignore_patterns(
@@ -21,7 +22,7 @@ PRODUCTS = shutil.ignore_patterns(
 def tree(tmp_path: Path) -> Path:
     """A copy of the repository, for setup.py writes beside itself."""
     if not (ROOT / "setup.py").exists():
-        pytest.skip("the tests of an installed package have no setup.py")
+        missing("the tests of an installed package have no setup.py")
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=PRODUCTS))
 
 

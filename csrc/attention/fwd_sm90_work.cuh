@@ -47,7 +47,7 @@ struct Smem {
   static constexpr int PANELS = TILE.panels();
   static constexpr int Q_BYTES = TILE.q_bytes();  // of one warpgroup and stage
   static constexpr int KV_BYTES = TILE.kv_bytes();
-  // A block of rows that is written, one that is multiplied, one that is fetched.
+  // A block of rows that is multiplied, one that is fetched, and one more that has no keys.
   static constexpr int WORK_SLOTS = 3;
   unsigned Q, K, V, work, full_Q, empty_Q, full_K, empty_K, full_V, empty_V, full_work, empty_work;
 

@@ -6,7 +6,10 @@ import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import pytest
+
 from flashmoe.autotune.candidate import Candidate
+from flashmoe.backends import BACKENDS
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile, grid
 from flashmoe.timing import Measurement
@@ -161,3 +164,13 @@ class SimulatedBench:
 
     def now(self) -> float:
         return self.clock
+
+
+def simulate_kernel(monkeypatch: pytest.MonkeyPatch, tiles: Sequence[Tile]) -> None:
+    """The CPU kernel has these tiles and DEFAULT, which simulated times are made for."""
+    backend = type(BACKENDS["cpu"])
+    monkeypatch.setattr(backend, "tiles", lambda *_: list(tiles))
+    monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
+    monkeypatch.setattr(
+        "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
+    )

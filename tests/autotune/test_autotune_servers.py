@@ -83,7 +83,9 @@ def mysql() -> Iterator[str]:
     """The same for MariaDB, which speaks MySQL's protocol."""
     if importlib.util.find_spec("pymysql") is None:
         missing("pymysql is not installed")
-    if shutil.which("mariadbd") is None or shutil.which("mariadb-install-db") is None:
+    # Its folder is not everybody's to search.
+    program = shutil.which("mariadbd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
+    if program is None or shutil.which("mariadb-install-db") is None:
         missing("no MariaDB server (apt-get install mariadb-server)")
     with _folder("mysql") as (folder, become):
         options = ["--no-defaults", f"--datadir={folder / 'data'}"]
@@ -96,7 +98,7 @@ def mysql() -> Iterator[str]:
         socket_path, log = folder / "socket", folder / "log"
         server = subprocess.Popen(
             [
-                *(*become, "mariadbd", *options, f"--socket={socket_path}", "--skip-networking"),
+                *(*become, program, *options, f"--socket={socket_path}", "--skip-networking"),
                 *(f"--pid-file={folder / 'pid'}", "--innodb-flush-log-at-trx-commit=0"),
                 f"--log-error={log}",
             ],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
+from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl, simulate_kernel
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from flashmoe.autotune.candidate import Candidate
@@ -30,12 +30,7 @@ OTHER = dataclasses.replace(PROBLEM, heads_q=16, heads_kv=16)
 
 @pytest.fixture(autouse=True)
 def _simulated_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = type(BACKENDS["cpu"])
-    monkeypatch.setattr(backend, "tiles", lambda *_: [*WIDE, DEFAULT])
-    monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
-    monkeypatch.setattr(
-        "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
-    )
+    simulate_kernel(monkeypatch, [*WIDE, DEFAULT])
 
 
 def run(

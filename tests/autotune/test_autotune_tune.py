@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
+from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl, simulate_kernel
 from optuna.storages import InMemoryStorage
 
 from flashmoe.autotune.candidate import Candidate
@@ -15,7 +15,6 @@ from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import CPU_SUITE, Group, grouped
 from flashmoe.autotune.tune import tune
-from flashmoe.backends import BACKENDS
 from flashmoe.database import Entry
 from flashmoe.device import fingerprint
 from flashmoe.tiles import Tile
@@ -28,13 +27,7 @@ GROUP = Group((PROBLEM,), (1.0,))
 
 @pytest.fixture(autouse=True)
 def _simulated_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulated times are made for these tiles and this default, whatever the kernel's are."""
-    backend = type(BACKENDS["cpu"])
-    monkeypatch.setattr(backend, "tiles", lambda *_: GRID)
-    monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
-    monkeypatch.setattr(
-        "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
-    )
+    simulate_kernel(monkeypatch, GRID)
 
 
 def run(

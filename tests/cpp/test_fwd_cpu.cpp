@@ -1,16 +1,12 @@
 // The CPU forward kernel against plain computations in float64 and float32: odd sizes, dtypes, GQA,
 // causal, strides, tiles, instruction sets and thread counts. Every buffer, and the padding between
 // its rows, is NaN where nothing may be read, and outputs are poisoned first.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -19,6 +15,7 @@
 #include <vector>
 
 #include "../../csrc/attention/fwd_cpu.h"
+#include "attention_reference.h"
 
 using namespace flashmoe;
 
@@ -35,151 +32,6 @@ int failures = 0;
       std::printf("\n");                                          \
     }                                                             \
   } while (0)
-
-const float NAN32 = std::numeric_limits<float>::quiet_NaN();
-const uint8_t POISON = 0xcd;  // in outputs: no NaN in any of the dtypes, and no likely result
-
-// Conversions by arithmetic, not by the kernel's bit tricks.
-struct Format {
-  int mantissa_bits, min_exponent;
-  double max;
-};
-Format format_of(DType dtype) {
-  if (dtype == DType::float16) return {10, -14, 65504.0};
-  if (dtype == DType::bfloat16) return {7, -126, 0x1.fep127};
-  return {23, -126, 0x1.fffffep127};
-}
-
-double half_ulp(DType dtype, double x) {
-  const Format format = format_of(dtype);
-  int exponent = format.min_exponent + 1;
-  if (x != 0) std::frexp(x, &exponent);
-  return std::ldexp(0.5, std::max(exponent - 1, format.min_exponent) - format.mantissa_bits);
-}
-
-double round_to(DType dtype, double x) {
-  if (!std::isfinite(x)) return x;
-  const double ulp = 2 * half_ulp(dtype, x), rounded = std::nearbyint(x / ulp) * ulp;
-  return std::fabs(rounded) > format_of(dtype).max ? std::copysign(INFINITY, x) : rounded;
-}
-
-int size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
-void encode(DType dtype, double x, uint8_t* dst) {
-  const float rounded = static_cast<float>(round_to(dtype, x));
-  uint32_t bits;
-  std::memcpy(&bits, &rounded, 4);
-  if (dtype == DType::float32) {
-    std::memcpy(dst, &bits, 4);
-    return;
-  }
-  uint16_t half = static_cast<uint16_t>(bits >> 16);
-  if (dtype == DType::float16) {
-    const uint16_t sign = half & 0x8000;
-    const double magnitude = std::fabs(rounded);
-    if (std::isnan(rounded)) {
-      half = 0x7e00;
-    } else if (std::isinf(rounded)) {
-      half = sign | 0x7c00;
-    } else if (magnitude < 0x1p-14) {
-      half = sign | static_cast<uint16_t>(magnitude * 0x1p24);
-    } else {
-      int exponent;
-      const double fraction = std::frexp(magnitude, &exponent);  // in [0.5, 1)
-      half = sign | static_cast<uint16_t>((exponent + 14) << 10) |
-             static_cast<uint16_t>((fraction * 2 - 1) * 1024);
-    }
-  }
-  std::memcpy(dst, &half, 2);
-}
-
-double decode(DType dtype, const uint8_t* src) {
-  uint16_t half;
-  uint32_t bits;
-  if (dtype == DType::float32) {
-    std::memcpy(&bits, src, 4);
-  } else {
-    std::memcpy(&half, src, 2);
-    if (dtype == DType::float16) {
-      const int exponent = half >> 10 & 31, mantissa = half & 1023;
-      const double sign = half & 0x8000 ? -1 : 1;
-      if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-      if (exponent == 0) return sign * std::ldexp(mantissa, -24);
-      return sign * std::ldexp(1024 + mantissa, exponent - 25);
-    }
-    bits = static_cast<uint32_t>(half) << 16;
-  }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Bytes that end where an unreadable page begins.
-class GuardedBytes {
- public:
-  explicit GuardedBytes(size_t size) : size_(size) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t usable = (size + page - 1) / page * page;
-    mapped_ = usable + page;
-    void* base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect(static_cast<char*>(base) + usable, page, PROT_NONE) != 0) {
-      std::perror("guard page");
-      std::exit(1);
-    }
-    base_ = static_cast<uint8_t*>(base);
-    data_ = base_ + usable - size;
-  }
-  ~GuardedBytes() { munmap(base_, mapped_); }
-  GuardedBytes(const GuardedBytes&) = delete;
-  GuardedBytes& operator=(const GuardedBytes&) = delete;
-
-  uint8_t* data() const { return data_; }
-  size_t size() const { return size_; }
-  uint8_t& operator[](size_t i) const { return data_[i]; }
-  uint8_t* begin() const { return data_; }
-  uint8_t* end() const { return data_ + size_; }
-
- private:
-  size_t size_, mapped_;
-  uint8_t *base_, *data_;
-};
-
-// (batch, seqlen, heads, head_dim), each head's row followed by `pad` elements that are not its
-// own. Exactly as long as the last row needs plus a guard, all NaN outside the rows.
-struct Tensor {
-  DType dtype;
-  int batch, seqlen, heads, head_dim;
-  long long row_stride, head_stride, batch_stride;
-  GuardedBytes bytes;
-
-  Tensor(DType dtype, int batch, int seqlen, int heads, int head_dim, int pad, bool heads_first)
-      : dtype(dtype),
-        batch(batch),
-        seqlen(seqlen),
-        heads(heads),
-        head_dim(head_dim),
-        row_stride(heads_first ? head_dim + pad : (head_dim + pad) * heads + pad),
-        head_stride(heads_first ? (head_dim + pad) * seqlen + pad : head_dim + pad),
-        batch_stride(heads_first ? head_stride * heads : row_stride * seqlen),
-        bytes(size_of(dtype) * (batch * seqlen * heads == 0
-                                    ? 0
-                                    : offset(batch - 1, seqlen - 1, heads - 1) + head_dim)) {
-    for (size_t i = 0; i < bytes.size(); i += size_of(dtype)) encode(dtype, NAN32, &bytes[i]);
-  }
-  long long offset(int b, int s, int h) const {
-    return b * batch_stride + s * row_stride + h * head_stride;
-  }
-  uint8_t* at(int b, int s, int h, int d) { return &bytes[(offset(b, s, h) + d) * size_of(dtype)]; }
-  double get(int b, int s, int h, int d) { return decode(dtype, at(b, s, h, d)); }
-  void set(int b, int s, int h, int d, double x) { encode(dtype, x, at(b, s, h, d)); }
-  template <typename F>
-  void fill(F value) {
-    for (int b = 0; b < batch; ++b)
-      for (int s = 0; s < seqlen; ++s)
-        for (int h = 0; h < heads; ++h)
-          for (int d = 0; d < head_dim; ++d) set(b, s, h, d, value());
-  }
-};
 
 struct Case {
   int batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim;
@@ -210,33 +62,6 @@ void parallel_for_threads(long long begin, long long end, long long grain, Paral
   }
   for (std::thread& thread : threads) thread.join();
 }
-
-// A tensor's elements as Float, which holds them exactly.
-template <typename Float>
-class Values {
- public:
-  explicit Values(Tensor& tensor) : tensor_(tensor) {
-    for (int b = 0; b < tensor.batch; ++b)
-      for (int s = 0; s < tensor.seqlen; ++s)
-        for (int h = 0; h < tensor.heads; ++h)
-          for (int d = 0; d < tensor.head_dim; ++d)
-            values_.push_back(static_cast<Float>(tensor.get(b, s, h, d)));
-  }
-  const Float* row(int b, int s, int h) const {
-    return &values_[((static_cast<size_t>(b) * tensor_.seqlen + s) * tensor_.heads + h) *
-                    tensor_.head_dim];
-  }
-
- private:
-  const Tensor& tensor_;
-  std::vector<Float> values_;
-};
-
-// out (batch, heads_q, seqlen_q, head_dim) and lse (batch, heads_q, seqlen_q).
-template <typename Float>
-struct Result {
-  std::vector<Float> out, lse;
-};
 
 // Over what is finite: close() wants the rest to be equal.
 double largest_error(const std::vector<float>& got, const std::vector<double>& want) {
@@ -282,61 +107,12 @@ struct Problem {
     return c.scale != 0 ? c.scale : 1.0f / std::sqrt(static_cast<float>(c.head_dim));
   }
 
-  AttentionParams params() {
-    AttentionParams p{};
-    p.q = q.bytes.data(), p.k = k.bytes.data(), p.v = v.bytes.data(), p.out = out.bytes.data();
-    p.softmax_lse = lse.data();
-    p.q_batch_stride = q.batch_stride, p.q_row_stride = q.row_stride;
-    p.k_batch_stride = k.batch_stride, p.k_row_stride = k.row_stride;
-    p.v_batch_stride = v.batch_stride, p.v_row_stride = v.row_stride;
-    p.o_batch_stride = out.batch_stride, p.o_row_stride = out.row_stride;
-    p.q_head_stride = q.head_stride, p.k_head_stride = k.head_stride;
-    p.v_head_stride = v.head_stride, p.o_head_stride = out.head_stride;
-    p.batch = c.batch, p.heads_q = c.heads_q, p.heads_kv = c.heads_kv;
-    p.seqlen_q = c.seqlen_q, p.seqlen_kv = c.seqlen_kv, p.head_dim = c.head_dim;
-    p.softmax_scale = scale(), p.causal = c.causal;
-    return p;
-  }
+  AttentionParams params() { return forward_params(q, k, v, out, lse, scale(), c.causal); }
 
   void run() {
     std::fill(out.bytes.begin(), out.bytes.end(), POISON);
     lse.assign(static_cast<size_t>(c.batch) * c.heads_q * c.seqlen_q + 16, -12345.0f);
     fwd_cpu(params(), c.dtype, c.block_m, c.block_n, c.isa, parallel_for_threads, c.threads);
-  }
-
-  // softmax(scale * Q K^T) V row by row in Float arithmetic, every sum in the order it is written
-  // but those over head_dim, which run through `order`.
-  template <typename Float>
-  Result<Float> compute(const std::vector<int>& order) {
-    const Values<Float> q_values(q), k_values(k), v_values(v);
-    const size_t rows = static_cast<size_t>(c.batch) * c.heads_q * c.seqlen_q;
-    Result<Float> result{std::vector<Float>(rows * c.head_dim), std::vector<Float>(rows)};
-    std::vector<Float> scores;
-    for (size_t r = 0; r < rows; ++r) {
-      const int i = r % c.seqlen_q, h = r / c.seqlen_q % c.heads_q, b = r / c.seqlen_q / c.heads_q;
-      const int kv_head = h / (c.heads_q / c.heads_kv);
-      const int visible =
-          c.causal ? std::clamp(i + 1 + c.seqlen_kv - c.seqlen_q, 0, c.seqlen_kv) : c.seqlen_kv;
-      scores.assign(visible, 0);
-      Float max = -INFINITY, sum = 0;
-      for (int n = 0; n < visible; ++n) {
-        const Float *q_row = q_values.row(b, i, h), *k_row = k_values.row(b, n, kv_head);
-        for (int d : order) scores[n] += q_row[d] * k_row[d];
-        scores[n] *= static_cast<Float>(scale());
-        max = std::fmax(max, scores[n]);
-      }
-      if (max == -INFINITY && visible > 0) max = 0;
-      Float* out_row = &result.out[r * c.head_dim];
-      for (int n = 0; n < visible; ++n) {
-        const Float p = std::exp(scores[n] - max);
-        const Float* v_row = v_values.row(b, n, kv_head);
-        sum += p;
-        for (int d = 0; d < c.head_dim; ++d) out_row[d] += p * v_row[d];
-      }
-      result.lse[r] = sum == 0 ? -INFINITY : max + std::log(sum);
-      for (int d = 0; d < c.head_dim; ++d) out_row[d] = sum == 0 ? 0 : out_row[d] / sum;
-    }
-    return result;
   }
 
   // Against float64, the kernel may err twice as much as the plain computation in float32, and by
@@ -345,11 +121,11 @@ struct Problem {
   void check() {
     std::vector<int> order(c.head_dim);
     std::iota(order.begin(), order.end(), 0);
-    const Result<double> want = compute<double>(order);
+    const Result<double> want = reference<double>(q, k, v, scale(), c.causal, order);
     double out_error = 0, lse_error = 0;
     std::mt19937 engine(0);
     for (int i = 0; i < 8; ++i) {
-      const Result<float> plain = compute<float>(order);
+      const Result<float> plain = reference<float>(q, k, v, scale(), c.causal, order);
       out_error = std::fmax(out_error, largest_error(plain.out, want.out));
       lse_error = std::fmax(lse_error, largest_error(plain.lse, want.lse));
       std::shuffle(order.begin(), order.end(), engine);
@@ -376,14 +152,7 @@ struct Problem {
 
   // What is not an output element still holds the poison.
   void check_nothing_else_written() {
-    std::vector<bool> written(out.bytes.size());
-    for (int b = 0; b < c.batch; ++b)
-      for (int s = 0; s < c.seqlen_q; ++s)
-        for (int h = 0; h < c.heads_q; ++h)
-          for (int byte = 0; byte < c.head_dim * size_of(c.dtype); ++byte)
-            written[out.offset(b, s, h) * size_of(c.dtype) + byte] = true;
-    long long touched = 0;
-    for (size_t i = 0; i < written.size(); ++i) touched += !written[i] && out.bytes[i] != POISON;
+    const long long touched = written_outside(out);
     CHECK(touched == 0, "%lld bytes outside the output rows of %s", touched, c.name().c_str());
     for (size_t i = lse.size() - 16; i < lse.size(); ++i) {
       CHECK(lse[i] == -12345.0f, "lse written behind its end in %s", c.name().c_str());

@@ -1,120 +1,22 @@
 #include "gpu.h"
 
 #include <sys/mman.h>
-#include <ucontext.h>
 
-#include <array>
-#include <cmath>
+#include <algorithm>
 #include <cstring>
-#include <deque>
-#include <list>
-#include <map>
-#include <random>
+#include <iterator>
 #include <stdexcept>
-#include <vector>
 
-#include "number.h"
+#include "state.h"
 
 namespace emulator {
 
 Dim3 thread_index, block_index, grid_dim;
+Gpu* gpu = nullptr;
 
 namespace {
 
 constexpr size_t STACK_BYTES = 128 << 10;
-
-struct Wait {
-  enum Kind { NOTHING, COLLECTIVE, NAMED, MBARRIER } kind = NOTHING;
-  uint32_t where = 0;       // address of the mbarrier, or number of the barrier
-  uint64_t generation = 0;  // what must have passed; of an mbarrier the parity
-};
-
-struct CpAsync {
-  uint32_t destination;
-  const void* source;
-  int group;
-};
-
-struct Lane {
-  ucontext_t context;
-  Wait wait;
-  bool done = false;
-  int uncommitted_stores = 0;  // of TMA
-  std::deque<CpAsync> cp_asyncs;
-  int cp_async_groups = 0;
-};
-
-struct Mbarrier {
-  int arrivals = 0, pending = 0;
-  int64_t bytes = 0;
-  unsigned phase = 0;
-};
-
-struct NamedBarrier {
-  int arrived = 0;
-  uint64_t generation = 0;
-};
-
-struct Wgmma {
-  std::array<WgmmaOperands, 32> lanes;
-  int group = 0;
-};
-
-struct Warp {
-  std::array<Lane, 32> lanes;
-  // The collective that is gathering.
-  const char* what = nullptr;
-  int arrived = 0;
-  uint64_t generation = 0;
-  void* slots[32] = {};
-  std::deque<Wgmma> wgmmas;
-  int committed = 0;
-  double weight = 1;
-};
-
-struct Copy {
-  bool load;
-  uint32_t smem, barrier;
-  TensorMap map;
-  std::array<int, 4> start;
-  int thread;
-};
-
-struct Cta {
-  int index = 0;
-  size_t stacks = 0;  // the first of its threads' stacks
-  std::vector<uint8_t> memory;
-  std::map<uint32_t, Mbarrier> mbarriers;
-  std::array<NamedBarrier, 16> named;
-  std::deque<Warp> warps;  // which does not move them: a context holds its own address
-  std::deque<Copy> copies;
-};
-
-// How the run treats warps and asynchronous work; drawn from the seed.
-struct Policy {
-  int operations, passes;  // at most, before another warp runs
-  double asynchronous;     // share of steps that do a piece of asynchronous work
-  double slow_share;       // of the warps, which then hardly run
-};
-
-struct Gpu {
-  std::mt19937_64 random;
-  Policy policy;
-  std::list<Cta> ctas;
-  const Launch* launch = nullptr;
-  ucontext_t scheduler;
-  Cta* cta = nullptr;
-  Warp* warp = nullptr;
-  Lane* lane = nullptr;
-  int warp_index = 0, lane_index = 0;
-  uint64_t operations_left = 0;  // of the lane
-  std::string failure;
-
-  uint64_t below(uint64_t n) { return random() % n; }
-  double uniform() { return static_cast<double>(random() >> 11) * 0x1p-53; }
-};
-
-Gpu* gpu = nullptr;
 
 // Stacks are kept: mapping them anew would cost more than the kernels.
 void* stack(size_t index) {
@@ -129,16 +31,6 @@ void* stack(size_t index) {
 }
 
 void yield() { swapcontext(&gpu->lane->context, &gpu->scheduler); }
-
-[[noreturn]] void fail(const std::string& message) {
-  gpu->failure = "thread block " + std::to_string(gpu->cta->index) + ", warp " +
-                 std::to_string(gpu->warp_index) + ", lane " + std::to_string(gpu->lane_index) +
-                 ": " + message;
-  yield();
-  std::abort();  // a failed run resumes nobody
-}
-
-void wait(const Wait& what);
 
 bool passed(const Cta& cta, const Warp& warp, const Wait& wait) {
   switch (wait.kind) {
@@ -160,138 +52,6 @@ void wait(const Wait& what) {
   yield();
 }
 
-Mbarrier& mbarrier_at(uint32_t address) {
-  const auto found = gpu->cta->mbarriers.find(address);
-  if (found == gpu->cta->mbarriers.end()) fail("no mbarrier at " + std::to_string(address));
-  return found->second;
-}
-
-void complete_if_due(Mbarrier& barrier) {
-  if (barrier.pending == 0 && barrier.bytes == 0) {
-    barrier.pending = barrier.arrivals;
-    ++barrier.phase;
-  }
-}
-
-uint8_t* shared_of(Cta& cta, uint32_t address, int size) {
-  const bool inside = address >= SMEM_BASE && address - SMEM_BASE + size <= cta.memory.size();
-  return inside ? cta.memory.data() + (address - SMEM_BASE) : nullptr;
-}
-
-// The 128-byte swizzle: bits 4 to 6 of an address by its bits 7 to 9.
-uint32_t swizzled(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
-
-// --- what happens later
-
-uint8_t* element(const TensorMap& map, const std::array<int, 4>& at) {
-  uint8_t* data = map.data + at[0] * 2;
-  for (int d = 0; d < 4; ++d) {
-    if (at[d] < 0 || static_cast<uint64_t>(at[d]) >= map.sizes[d]) return nullptr;
-    if (d > 0) data += static_cast<uint64_t>(at[d]) * map.strides[d - 1];
-  }
-  return data;
-}
-
-void execute(Cta& cta, const Copy& copy) {
-  for (uint32_t row = 0; row < copy.map.box_rows; ++row) {
-    for (int column = 0; column < 64; ++column) {
-      const uint32_t address = swizzled(copy.smem + row * 128 + column * 2);
-      uint8_t* smem = shared_of(cta, address, 2);
-      uint8_t* global =
-          element(copy.map, {copy.start[0] + column, copy.start[1] + static_cast<int>(row),
-                             copy.start[2], copy.start[3]});
-      if (copy.load && global != nullptr) std::memcpy(smem, global, 2);
-      if (copy.load && global == nullptr) std::memset(smem, 0, 2);
-      if (!copy.load && global != nullptr) std::memcpy(global, smem, 2);
-    }
-  }
-  if (copy.load) {
-    Mbarrier& barrier = cta.mbarriers.at(copy.barrier);
-    barrier.bytes -= static_cast<int64_t>(copy.map.box_rows) * 128;
-    complete_if_due(barrier);
-  }
-}
-
-// A wgmma's operand in shared memory, as its descriptor has it (PTX ISA, "Matrix descriptor").
-struct Operand {
-  uint32_t start, leading, stride;
-  explicit Operand(uint64_t descriptor)
-      : start((descriptor & 0x3fff) << 4),
-        leading((descriptor >> 16 & 0x3fff) << 4),
-        stride((descriptor >> 32 & 0x3fff) << 4) {}
-  // K-major: rows of 128 bytes along k, groups of 8 rows `stride` apart.
-  uint32_t k_major(int row, int k) const {
-    return swizzled(start + row / 8 * stride + row % 8 * 128 + k * 2);
-  }
-  // MN-major: a row of 64 for each k, groups of 8 k `stride` apart, of 64 columns `leading`.
-  uint32_t mn_major(int column, int k) const {
-    return swizzled(start + column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2);
-  }
-};
-
-void execute(Cta& cta, const CpAsync& copy) {
-  uint8_t* smem = shared_of(cta, copy.destination, 16);
-  if (copy.source != nullptr) {
-    std::memcpy(smem, copy.source, 16);
-  } else {
-    std::memset(smem, 0, 16);
-  }
-}
-
-// 16 rows of one warp: D = A B (+ D).
-void execute(Cta& cta, int warp_index, const Wgmma& op) {
-  const WgmmaOperands& first = op.lanes[0];
-  const int n = first.n;
-  float A[16][16];
-  static float B[16][256], D[16][256];
-  const Operand b(first.b_descriptor);
-  const auto load = [&](uint32_t address) {
-    uint16_t bits = 0;
-    if (const uint8_t* source = shared_of(cta, address, 2))
-      std::memcpy(&bits, source, 2);
-    else
-      gpu->failure = "wgmma reads past shared memory, at " + std::to_string(address);
-    return number(first.format, bits);
-  };
-  if (first.a_registers == nullptr) {
-    const Operand a(first.a_descriptor);
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) A[row][k] = load(a.k_major(warp_index % 4 * 16 + row, k));
-    }
-  } else {
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 8; ++i) {
-        const unsigned bits = op.lanes[lane].a_registers[i / 2] >> (i % 2 * 16) & 0xffff;
-        A[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2] = number(first.format, bits);
-      }
-    }
-  }
-  for (int k = 0; k < 16; ++k) {
-    for (int column = 0; column < n; ++column) {
-      B[k][column] = load(first.b_mn_major ? b.mn_major(column, k) : b.k_major(column, k));
-    }
-  }
-  for (int row = 0; row < 16; ++row) {
-    std::memset(D[row], 0, sizeof D[row]);
-    for (int k = 0; k < 16; ++k) {
-      for (int column = 0; column < n; ++column) D[row][column] += A[row][k] * B[k][column];
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    float* d = op.lanes[lane].d;
-    for (int i = 0; i < n / 2; ++i) {
-      const float sum = D[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
-      d[i] = first.accumulate ? d[i] + sum : sum;
-    }
-  }
-}
-
-void execute_next_wgmma(Cta& cta, int warp_index) {
-  Warp& warp = cta.warps[warp_index];
-  execute(cta, warp_index, warp.wgmmas.front());
-  warp.wgmmas.pop_front();
-}
-
 // Removes one of `items`, whichever, and gives it to `act`.
 template <typename Items, typename Act>
 void take(Items& items, const Act& act) {
@@ -300,8 +60,6 @@ void take(Items& items, const Act& act) {
   items.erase(chosen);
   act(item);
 }
-
-// --- the scheduler
 
 void enter() {
   gpu->launch->kernel();
@@ -482,6 +240,32 @@ void schedule() {
 
 }  // namespace
 
+[[noreturn]] void fail(const std::string& message) {
+  gpu->failure = "thread block " + std::to_string(gpu->cta->index) + ", warp " +
+                 std::to_string(gpu->warp_index) + ", lane " + std::to_string(gpu->lane_index) +
+                 ": " + message;
+  yield();
+  std::abort();  // a failed run resumes nobody
+}
+
+Mbarrier& mbarrier_at(uint32_t address) {
+  const auto found = gpu->cta->mbarriers.find(address);
+  if (found == gpu->cta->mbarriers.end()) fail("no mbarrier at " + std::to_string(address));
+  return found->second;
+}
+
+void complete_if_due(Mbarrier& barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    barrier.pending = barrier.arrivals;
+    ++barrier.phase;
+  }
+}
+
+uint8_t* shared_of(Cta& cta, uint32_t address, int size) {
+  const bool inside = address >= SMEM_BASE && address - SMEM_BASE + size <= cta.memory.size();
+  return inside ? cta.memory.data() + (address - SMEM_BASE) : nullptr;
+}
+
 std::string run(const Launch& launch, uint64_t seed) {
   Gpu here;
   gpu = &here;
@@ -510,8 +294,9 @@ void require(bool condition, const char* message) {
 uint8_t* shared(uint32_t address, int size) {
   uint8_t* memory = shared_of(*gpu->cta, address, size);
   if (memory == nullptr) fail("access past shared memory, at " + std::to_string(address));
-  if (address % size != 0)
+  if (address % size != 0) {
     fail("misaligned access of shared memory, at " + std::to_string(address));
+  }
   return memory;
 }
 
@@ -530,23 +315,6 @@ void collective(const char* what, void* mine, const std::function<void(Slots)>& 
   act(warp.slots);
   warp.arrived = 0;
   ++warp.generation;
-}
-
-void cp_async(uint32_t destination, const void* source) {
-  std::memset(shared(destination, 16), 0xff, 16);  // NaN in both formats
-  gpu->lane->cp_asyncs.push_back({destination, source, gpu->lane->cp_async_groups});
-}
-
-void cp_async_commit_group() { ++gpu->lane->cp_async_groups; }
-
-void cp_async_wait_group(int pending) {
-  preempt();
-  Lane& lane = *gpu->lane;
-  std::erase_if(lane.cp_asyncs, [&](const CpAsync& copy) {
-    if (copy.group >= lane.cp_async_groups - pending) return false;
-    execute(*gpu->cta, copy);
-    return true;
-  });
 }
 
 void mbarrier_init(uint32_t address, int arrivals) {
@@ -588,73 +356,5 @@ void bar(int id, int threads, bool waits) {
 }
 
 void syncthreads() { bar(0, gpu->launch->threads, true); }
-
-float number(Format format, unsigned bits) {
-  return format == Format::float16 ? from_float16(static_cast<uint16_t>(bits))
-                                   : from_bfloat16(static_cast<uint16_t>(bits));
-}
-
-void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, const int (&start)[4]) {
-  preempt();
-  mbarrier_at(barrier);
-  if (destination % 128 != 0) fail("a TMA load's destination is not aligned to 128 bytes");
-  uint8_t* memory = shared_of(*gpu->cta, destination, static_cast<int>(map.box_rows) * 128);
-  if (memory == nullptr) fail("a TMA load past shared memory");
-  std::memset(memory, 0xff, map.box_rows * 128);  // NaN in both formats
-  gpu->cta->copies.push_back(
-      {true, destination, barrier, map, {start[0], start[1], start[2], start[3]}, 0});
-}
-
-void tma_store(const TensorMap& map, uint32_t source, const int (&start)[4]) {
-  preempt();
-  if (shared_of(*gpu->cta, source, static_cast<int>(map.box_rows) * 128) == nullptr) {
-    fail("a TMA store past shared memory");
-  }
-  const int thread = gpu->warp_index * 32 + gpu->lane_index;
-  gpu->cta->copies.push_back(
-      {false, source, 0, map, {start[0], start[1], start[2], start[3]}, thread});
-  ++gpu->lane->uncommitted_stores;
-}
-
-void tma_commit_group() { gpu->lane->uncommitted_stores = 0; }
-
-void tma_wait_group_read() {
-  preempt();
-  if (gpu->lane->uncommitted_stores > 0) fail("waits for TMA stores that are in no group");
-  auto& copies = gpu->cta->copies;
-  const int thread = gpu->warp_index * 32 + gpu->lane_index;
-  for (size_t i = 0; i < copies.size();) {
-    if (copies[i].load || copies[i].thread != thread) {
-      ++i;
-      continue;
-    }
-    execute(*gpu->cta, copies[i]);
-    copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
-  }
-}
-
-void wgmma(const WgmmaOperands& operands) {
-  WgmmaOperands mine = operands;
-  collective("wgmma", &mine, [](Slots slots) {
-    Wgmma op;
-    for (int lane = 0; lane < 32; ++lane)
-      op.lanes[lane] = *static_cast<WgmmaOperands*>(slots[lane]);
-    op.group = gpu->warp->committed;
-    gpu->warp->wgmmas.push_back(op);
-  });
-}
-
-void wgmma_commit_group() {
-  collective("wgmma.commit_group", nullptr, [](Slots) { ++gpu->warp->committed; });
-}
-
-void wgmma_wait_group(int pending) {
-  collective("wgmma.wait_group", nullptr, [pending](Slots) {
-    Warp& warp = *gpu->warp;
-    while (!warp.wgmmas.empty() && warp.wgmmas.front().group < warp.committed - pending) {
-      execute_next_wgmma(*gpu->cta, gpu->warp_index);
-    }
-  });
-}
 
 }  // namespace emulator
