@@ -57,8 +57,11 @@ class Bench(Protocol):
     compiles_ahead: bool
     # How many candidates are compiled at the same time.
     compilers: int
-    # What going on in a fresh process costs.
-    fresh_seconds: float
+
+    @property
+    def fresh_seconds(self) -> float:
+        """What refresh would cost now."""
+        ...
 
     @property
     def compile_seconds(self) -> float | None:
@@ -87,8 +90,9 @@ class Bench(Protocol):
         max_seconds: float | None = None,
     ) -> dict[str, Measurement]: ...
 
-    def refresh(self) -> None:
-        """Run what follows in a fresh process."""
+    def refresh(self, candidates: Mapping[str, Candidate]) -> None:
+        """Run what follows in a fresh process, in which `candidates` ran once: what first calls
+        take (modules, cuDNN's plans) is part of its start."""
         ...
 
     def now(self) -> float:

@@ -86,10 +86,15 @@ def legality(problem: Problem, device: torch.device, backends: Sequence[str]) ->
         if isinstance(backend, Enumerates):
             considered |= set(backend.considered(problem, here))
     for tile in considered - legal:
-        # The first reason, without the numbers that differ from tile to tile.
         broken = tile.violations(here, problem) or ["it does the same as another tile"]
-        reasons[re.sub(r",? got .*|\d+ a thread, | of \d+ bytes", "", broken[0])] += 1
+        reasons[_kind(broken[0])] += 1
     return Legality(len(legal), len(considered), reasons)
+
+
+def _kind(reason: str) -> str:
+    """A reason without the numbers that differ from tile to tile."""
+    reason = re.sub(r",? got .*|\d+ a thread, | of \d+ bytes", "", reason)
+    return re.sub(r"\b\d+\b", "N", reason) if reason.startswith("registers:") else reason
 
 
 def runs(candidate: Candidate, problem: Problem, device: torch.device) -> bool:

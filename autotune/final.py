@@ -11,9 +11,12 @@ from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, Decision, decide
 from flashmoe.autotune.race import AnchorFailed
 
 ROUNDS = 300
-WARMUP = 2
+# Beside the first call, which refresh makes.
+WARMUP = 1
 # The process is what varies most: a winner must win in each of so many.
 PROCESSES = 2
+# Of the time that is left, the least that one of them is worth being started for.
+_LEAST_SHARE = 0.25
 
 Samples = Mapping[str, tuple[float, ...]]
 
@@ -47,7 +50,7 @@ def hold(
             # The first one told what another one takes.
             if parts and bench.fresh_seconds > deadline - bench.now():
                 break
-            bench.refresh()
+            bench.refresh(field)
         rest = max(processes, 1) - part
         measured = bench.measure(
             field,
@@ -69,14 +72,17 @@ def hold(
 
 
 def _share(bench: Bench, deadline: float, parts: int, more: bool) -> float:
-    """Seconds for one of the `parts` that are left, with what starting the later ones takes."""
-    left = deadline - bench.now() - (bench.fresh_seconds * (parts - 1) if more else 0.0)
-    return max(left / parts, 0.0)
+    """Seconds for one of the `parts` that are left, with what starting the later ones takes; all,
+    where that would take most of the time."""
+    left = max(deadline - bench.now(), 0.0)
+    share = (left - (bench.fresh_seconds * (parts - 1) if more else 0.0)) / parts
+    return share if share > _LEAST_SHARE * left else left
 
 
 def seconds_wanted(sample_seconds: float, candidates: int, fresh_seconds: float) -> float:
     """What a final with all its rounds takes."""
-    return sample_seconds * (ROUNDS + PROCESSES * WARMUP) * candidates + PROCESSES * fresh_seconds
+    rounds = ROUNDS + PROCESSES * WARMUP
+    return sample_seconds * rounds * candidates + PROCESSES * fresh_seconds
 
 
 def seconds_needed(sample_seconds: float) -> float:

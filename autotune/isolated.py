@@ -93,6 +93,11 @@ class Processes:
         self._session = session
         self._spare: Child | None = None
         self._used: Child | None = None
+        # Since when the spare one is starting, and what that took before; 0: nobody knows yet.
+        self._spare_since = 0.0
+        self._start_seconds = 0.0
+        # What opening a problem in a fresh one takes, with the first calls there.
+        self.open_seconds = 0.0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # One core belongs to the process that times.
         count = min(max((cores or 1) // workers - 1, 1), _MOST_COMPILERS)
@@ -101,8 +106,18 @@ class Processes:
     def warm_up(self) -> None:
         """Start on a GPU what a search will want at once, while something else is done."""
         if self.device.type == "cuda":
-            self._spare = self._spare or self._start()
+            if self._spare is None:
+                self._start_spare()
             self.compilers.warm_up()
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long a fresh one would have to be waited for now, as far as one can tell."""
+        if self._spare is None or self._spare.up or self._spare.answers_within(0.0):
+            return 0.0
+        elapsed = time.perf_counter() - self._spare_since
+        # As long again where it takes longer than any did.
+        return self._start_seconds - elapsed if elapsed < self._start_seconds else elapsed
 
     def take(self, *, fresh: bool) -> Child:
         """A process that is up and belongs to the caller: one that was given back, or a `fresh`
@@ -110,11 +125,14 @@ class Processes:
         if self._used is not None and not fresh:
             used, self._used = self._used, None
             return used
+        late = self._spare is not None and not self._spare.answers_within(0.0)
         child = self._spare or self._start()
         self._spare = None
         child.wait_until_up(_START_PATIENCE)
+        if late:
+            self._start_seconds = time.perf_counter() - self._spare_since
         if self.device.type == "cuda":
-            self._spare = self._start()
+            self._start_spare()
         return child
 
     def give_back(self, child: Child) -> None:
@@ -131,6 +149,10 @@ class Processes:
 
     def _start(self) -> Child:
         return Child(self._session, (self.device,))
+
+    def _start_spare(self) -> None:
+        self._spare = self._start()
+        self._spare_since = time.perf_counter()
 
     def _start_compiler(self) -> Child:
         return Child(self._session, (self.device, False))
@@ -250,14 +272,21 @@ class IsolatedBench:
         # A CPU that compiles is no CPU to time on.
         self.compiles_ahead = processes.device.type == "cuda"
         self.compilers = processes.compilers.count
-        self.fresh_seconds = 0.0
-        self._open(reference=True, fresh=False)
+        once = self._open(reference=True, fresh=False)
+        # Before there has been a fresh one, the first tells.
+        processes.open_seconds = processes.open_seconds or once
 
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         if not self.compiles_ahead:
             return
         for candidate in candidates:
-            if isinstance(BACKENDS[candidate.backend], Precompiles):
+            backend, tile = BACKENDS[candidate.backend], candidate.tile
+            # What is compiled does not queue for a compiler, which takes seconds to start.
+            if (
+                isinstance(backend, Precompiles)
+                and tile is not None
+                and not backend.is_compiled(tile, self._group.main)
+            ):
                 self._processes.compilers.submit(self._group.main, candidate)
 
     @property
@@ -307,9 +336,16 @@ class IsolatedBench:
                 return {name: {**measured, **broken}[name] for name in candidates}
         return broken
 
-    def refresh(self) -> None:
+    @property
+    def fresh_seconds(self) -> float:
+        return self._processes.wait_seconds + self._processes.open_seconds
+
+    def refresh(self, candidates: Mapping[str, Candidate]) -> None:
         self._end()
-        self._open(reference=False, fresh=True)
+        took = self._open(reference=False, fresh=True)
+        start = self.now()
+        self.measure(candidates, rounds=1, warmup=0)
+        self._processes.open_seconds = took + self.now() - start
 
     def now(self) -> float:
         return time.perf_counter()
@@ -337,14 +373,17 @@ class IsolatedBench:
         return result
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
-        child = self._child or self._open(reference=False, fresh=True)
+        if self._child is None:
+            self._open(reference=False, fresh=True)
+        assert self._child is not None
         try:
-            return child.request(method, *arguments, patience=self._patience, **options)
+            return self._child.request(method, *arguments, patience=self._patience, **options)
         except ChildFailed:
             self._child = None
             raise
 
-    def _open(self, *, reference: bool, fresh: bool) -> Child:
+    def _open(self, *, reference: bool, fresh: bool) -> float:
+        """Seconds that it took, but for the reference and for waiting for what starts ahead."""
         start = self.now()
         self._child = self._processes.take(fresh=fresh)
         if self._processes.device.type == "cuda":
@@ -363,7 +402,4 @@ class IsolatedBench:
         except BaseException:
             self._end()
             raise
-        # Before there has been a fresh one, the first tells, but for the reference.
-        if fresh or not self.fresh_seconds:
-            self.fresh_seconds = self.now() - start - once
-        return self._child
+        return self.now() - start - once

@@ -94,6 +94,10 @@ class Backend(Protocol):
 class Precompiles(Protocol):
     """A backend that compiles tiles on the user's machine has this, too."""
 
+    def is_compiled(self, tile: Tile, problem: Problem) -> bool:
+        """Whether precompile is known to have nothing to do: compiled in, or in the cache."""
+        ...
+
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
         """Compile what forward needs to run contiguous tensors of `problem` with `tile`, into a
         cache that other processes read. Runs no kernel."""

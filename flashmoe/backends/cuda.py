@@ -106,10 +106,11 @@ class CudaBackend(Backend):
     def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
         """FLASHMOE_COMPILE=1 asks to wait for the compiler."""
         assert tile is not None, "the cuda backend has no plan without a tile"
-        return (
-            os.environ.get("FLASHMOE_COMPILE") == "1"
-            or _compiled_handle(tile, problem.head_dim) is not None
-            or jit.is_cached(_target(tile, problem.head_dim, problem.dtype))
+        return os.environ.get("FLASHMOE_COMPILE") == "1" or self.is_compiled(tile, problem)
+
+    def is_compiled(self, tile: Tile, problem: Problem) -> bool:
+        return _compiled_handle(tile, problem.head_dim) is not None or jit.is_cached(
+            _target(tile, problem.head_dim, problem.dtype)
         )
 
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:

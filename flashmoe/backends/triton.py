@@ -122,6 +122,9 @@ class TritonBackend(Backend):
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
 
+    def is_compiled(self, tile: Tile, problem: Problem) -> bool:
+        return False  # only Triton knows, and answers by compiling
+
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
         """Into Triton's own cache on disk. Tensors of the problem's shape are allocated, for their
         strides and alignment are compiled in."""

@@ -75,6 +75,10 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     if not bounded:
         return
     head_dim = sm90_head_dim(problem.head_dim)
+    # P and Q are of one size then, and ptxas 13.0 gives them the same registers: every tile of keys
+    # but the first was wrong (ptxas 13.5 does not).
+    if tile.serial and tile.q_in_registers and tile.block_n == head_dim:
+        yield f"serial with Q in registers needs block_n other than head_dim {head_dim}"
     smem = sm90_smem_bytes(tile, head_dim)
     # Each resident block takes 1 KiB besides, of which smem_per_block leaves room for one.
     limit = (arch.smem_per_block + 1024) // tile.ctas_per_sm - 1024

@@ -99,9 +99,10 @@ class SimulatedBench:
         self.clock = max(self.clock, min(there, until))
         return there <= until
 
-    def refresh(self) -> None:
+    def refresh(self, candidates: Mapping[str, Candidate]) -> None:
         self.fresh_processes += 1
         self.clock += self.fresh_seconds
+        self.measure(candidates, rounds=1, warmup=0)
 
     def wait(self, seconds: float) -> None:
         self.clock += seconds

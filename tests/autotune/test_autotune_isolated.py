@@ -22,6 +22,7 @@ from flashmoe.autotune.result import Watch
 from flashmoe.autotune.storage import open_storage
 from flashmoe.autotune.suite import Group, grouped
 from flashmoe.autotune.tune import tune
+from flashmoe.backends import BACKENDS
 from flashmoe.device import fingerprint
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile
@@ -168,3 +169,35 @@ def test_a_helper_that_fails_says_so(tmp_path: Path) -> None:
         assert "--storage must be" in helper.failure(child)
     finally:
         child.close()
+
+
+def test_what_is_compiled_waits_for_no_compiler(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, missing = Tile("cpu", 64, 64), Tile("cpu", 32, 32)
+    backend = type(BACKENDS["cpu"])
+    monkeypatch.setattr(backend, "precompile", lambda *_: None, raising=False)
+    monkeypatch.setattr(backend, "is_compiled", lambda _, tile, __: tile == there, raising=False)
+    submitted: list[Candidate] = []
+    monkeypatch.setattr(processes.compilers, "submit", lambda _, c: submitted.append(c))
+    bench = IsolatedBench(Group((PROBLEM,), (1.0,)), processes, seed=0, patience=60.0)
+    bench.compiles_ahead = True
+    bench.precompile([Candidate.of_tile(there), Candidate.of_tile(missing)])
+    assert submitted == [Candidate.of_tile(missing)]
+    bench.close()
+
+
+def test_a_fresh_process_is_as_dear_as_what_has_to_be_waited_for(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = IsolatedBench(Group((PROBLEM,), (1.0,)), processes, seed=0, patience=60.0)
+    processes.device = torch.device("cuda")  # whose next process starts ahead
+    session = "autotune_faulty:FaultySession"
+    monkeypatch.setattr(processes, "_start", lambda: Child(session, (CPU,)))
+    monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
+    processes.warm_up()
+    assert bench.fresh_seconds > processes.open_seconds > 0
+    assert processes.take(fresh=True).up
+    # That it was not up when it was wanted told how long one takes.
+    assert processes.wait_seconds > 0.1
+    bench.close()

@@ -145,7 +145,7 @@ def test_what_is_compiled_in_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_one_problem_breaks_the_next_does_not_feel() -> None:
     class Broken(SimulatedBench):
-        def refresh(self) -> None:
+        def refresh(self, candidates: Mapping[str, Candidate]) -> None:
             raise RuntimeError("out of memory")
 
     groups = [Group((p,), (1.0,)) for p in (PROBLEM, OTHER)]
