@@ -51,12 +51,11 @@ def hold(
             if parts and bench.fresh_seconds > deadline - bench.now():
                 break
             bench.refresh(field)
-        rest = max(processes, 1) - part
         measured = bench.measure(
             field,
             rounds=-(-rounds // max(processes, 1)),
             warmup=WARMUP,
-            max_seconds=_share(bench, deadline, rest, part < processes - 1),
+            max_seconds=_share(bench, deadline, max(processes, 1) - part),
         )
         for name in (str(anchor), AGAIN):
             if measured[name].status != "ok":
@@ -71,11 +70,11 @@ def hold(
     return Final(decide(samples, base, anchor, alive, parts if len(parts) > 1 else ()), samples)
 
 
-def _share(bench: Bench, deadline: float, parts: int, more: bool) -> float:
+def _share(bench: Bench, deadline: float, parts: int) -> float:
     """Seconds for one of the `parts` that are left, with what starting the later ones takes; all,
     where that would take most of the time."""
     left = max(deadline - bench.now(), 0.0)
-    share = (left - (bench.fresh_seconds * (parts - 1) if more else 0.0)) / parts
+    share = (left - bench.fresh_seconds * (parts - 1)) / parts
     return share if share > _LEAST_SHARE * left else left
 
 

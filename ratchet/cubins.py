@@ -18,6 +18,8 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU", "LDL", "STL")
 _KERNEL = re.compile(r"^\s*Function : (\S+)$")
 _ARCH = re.compile(r"^arch = (sm_\w+)$")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)")
+# A of a wgmma in registers, and whether B is V (MN-major).
+_A_OPERAND = re.compile(r"HGMMA\.\S+ R\d+, R(\d+), gdesc\[\w+\](\.tnspB)?")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -74,6 +76,18 @@ def compiler(extension: Path) -> str:
     if match is None:
         raise UserError(f"{extension} is not flashmoe's extension: it tells no cuda_version")
     return match[1].decode()
+
+
+def shared_operands(code: Path) -> dict[str, list[int]]:
+    """By kernel that keeps Q in registers: the registers that Q and P share, as the operands of the
+    wgmma that begin with them, in an extension or a cubin. Q outlives P, so there must be none."""
+    found: dict[str, list[int]] = {}
+    for part in _dump(code, "-sass").split("Function : ")[1:]:
+        operands = _A_OPERAND.findall(part)
+        Q, P = ({int(r) for r, v in operands if bool(v) == is_V} for is_V in (False, True))
+        if Q:
+            found[part.split(maxsplit=1)[0]] = sorted(Q & P)
+    return found
 
 
 def _dump(extension: Path, what: str) -> str:

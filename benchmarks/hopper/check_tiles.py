@@ -2,8 +2,9 @@
 
     python benchmarks/hopper/check_tiles.py --legal 60 --illegal 20 --output FILE    # no GPU needed
 
-A legal tile must compile without spills, stack or serialized wgmma; an illegal one must name its
-reason, and one whose reason is registers is compiled all the same, to see how close the rule is.
+A legal tile must compile without spills, stack, serialized wgmma or registers that Q and P share;
+an illegal one must name its reason, and one whose reason is registers is compiled all the same, to
+see how close the rule is.
 Exit code 1 if a legal tile fails. Uses nvcc (CUDA_HOME or PATH).
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 from flashmoe._extension import KERNEL_SOURCES
 from flashmoe.backends import jit
 from flashmoe.problem import Problem
+from flashmoe.ratchet.cubins import shared_operands
 from flashmoe.tiles import Arch, Tile, sm90_registers
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
@@ -81,7 +83,8 @@ def sample(seed: int, legal: int, illegal: int, close: int) -> list[dict[str, An
 
 
 def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
-    """`item` with what ptxas said: bytes of spills and stack, and whether it serialized wgmma."""
+    """`item` with what ptxas said: bytes of spills and stack, and whether it serialized wgmma; and
+    the registers that it gave to Q and P both."""
     target = jit.Target(Tile.parse(item["tile"]), item["head_dim"], item["dtype"])
     # Without the assertions of what is legal, which is what is put to the test.
     text = re.sub(r"template struct .*;\n", "", jit.source(target))
@@ -89,9 +92,10 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         unit = Path(folder, "attention.cu")
         unit.write_text(text)
-        output = str(Path(folder, "attention.cubin"))
+        output = Path(folder, "attention.cubin")
         command = [nvcc, *jit.NVCC_OPTIONS, "-Xptxas=-v", f"-I{KERNEL_SOURCES}", "-o", output, unit]
         done = subprocess.run(command, capture_output=True, text=True)
+        shared = shared_operands(output) if done.returncode == 0 else {}
     log = done.stderr
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
     return {
@@ -100,6 +104,7 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
         "stack": int(stack[1]) if stack else None,
         "spills": int(stack[2]) if stack else None,
         "serialized": "serialized" in log,
+        "shared": [register for found in shared.values() for register in found],
         "error": next((line for line in log.splitlines() if "error" in line or "fatal" in line), "")
         if done.returncode
         else "",
@@ -125,6 +130,7 @@ def main() -> int:
                 and not result["stack"]
                 and not result["spills"]
                 and not result["serialized"]
+                and not result["shared"]
             )
             verdict = "legal" if not result["reasons"] else "illegal"
             wrong += verdict == "legal" and not clean
@@ -132,7 +138,8 @@ def main() -> int:
             print(
                 f"{verdict:7} {'clean' if clean else 'BROKEN':6} needs {result['needed']:3} of "
                 f"{result['given']:3}  spills {result['spills']}  "
-                f"{'SERIALIZED ' if result['serialized'] else ''}{result['head_dim']} "
+                f"{'SERIALIZED ' if result['serialized'] else ''}"
+                f"{'SHARED ' if result['shared'] else ''}{result['head_dim']} "
                 f"{result['tile']} {result['dtype']} {result['error']}",
                 flush=True,
             )

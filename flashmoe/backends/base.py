@@ -95,7 +95,7 @@ class Precompiles(Protocol):
     """A backend that compiles tiles on the user's machine has this, too."""
 
     def is_compiled(self, tile: Tile, problem: Problem) -> bool:
-        """Whether precompile is known to have nothing to do: compiled in, or in the cache."""
+        """Whether it runs without a compiler: compiled in, or cached, as far as this is known."""
         ...
 
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:

@@ -122,11 +122,9 @@ class CudaBackend(Backend):
             return "it needs a tile"
         if broken := tile.violations(arch, problem):
             return "; ".join(broken)
-        if _compiled_handle(tile, problem.head_dim) is not None:
+        if self.is_compiled(tile, problem):
             return ""
         if tile.kernel == "sm90":
-            if jit.is_cached(_target(tile, problem.head_dim, problem.dtype)):
-                return ""
             why = jit.unavailable()
             return f"not compiled in, and cannot be compiled here: {why}" if why else ""
         compiled = ", ".join(map(str, _compiled_in(problem, arch)))
