@@ -242,11 +242,13 @@ def run(
         head_dim = int(name.partition(":")[0])
         print("checking", name, flush=True)
         for *shape, causal in CHECKS:
-            for d in (head_dim, head_dim - 8):
-                key = (*shape, causal, d)
+            for d, growing in ((head_dim, False), (head_dim - 8, False), (head_dim, True)):
+                key = (*shape, causal, d, growing)
                 if key not in references:
                     torch.manual_seed(0)
                     q, k, v = qkv(*shape, d)
+                    if growing:  # scores of hundreds, the largest in the tiles that come last
+                        k *= torch.linspace(60, 1, k.shape[1], device=device)[None, :, None, None]
                     expected = attention_reference(q, k, v, causal=causal)
                     same, _ = attention_reference(q, k, v, causal=causal, dtype=q.dtype)
                     references[key] = (q, k, v, *expected, same)

@@ -62,6 +62,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   unsigned Q_rmem[Q_FRAGMENTS][4];
   Softmax<TILE> softmax{params.scale_log2, params.slack};
   const Output<T, TILE> output{params, smem, w, warp, lane};
+  float rescale[2];
   Ring<TILE.q_stages> q_ring;
   Ring<TILE.num_stages> k_ring, v_ring;
   Ring<S::WORK_SLOTS> work_ring;
@@ -171,6 +172,25 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // number of them, so no slot may be kept meanwhile: the producer needs one for each.
   int skip = 0;                    // tiles before those, which this warpgroup does not see
   int n_tile = 0, n_unmasked = 0;  // tiles from n_tile down to 0, those from n_unmasked on masked
+  // Adds the sums of P where it was computed beside the maximum of the tiles before. Where that
+  // maximum is far behind, S is computed again, and P with its maximum.
+  auto finish_late = [&](const float (&sum)[2]) {
+    if (!__any_sync(0xffffffff, fmaxf(sum[0], sum[1]) >= TOO_LARGE)) {
+      softmax.add(sum);
+      return;
+    }
+    const Work work = read_work(smem, work_ring.stage());
+    const int first = work.m_start + w * 64 + warp * 16;
+    const T* q = static_cast<const T*>(p.q) + work.batch * p.q_batch_stride +
+                 work.head * p.q_head_stride + first * p.q_row_stride;
+    const T* k = static_cast<const T*>(p.k) + work.batch * p.k_batch_stride +
+                 params.group.divide(work.head) * p.k_head_stride +
+                 static_cast<long long>(n_tile) * BLOCK_N * p.k_row_stride;
+    float rescale[2];
+    softmax.compute_again(Rows<T>(q, k, p, p.seqlen_q - first), P_rmem, rescale);
+    rescale_O<HEAD_DIM>(O_rmem, rescale);
+  };
+
   auto leave_work = [&] {
     release(smem.empty_work + 8 * work_ring.stage());
     work_ring.next();
@@ -186,7 +206,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         const int first = __shfl_sync(0xffffffff, work.m_start, 0) + w * 64;
         n_tile = n_tiles - 1;
         n_unmasked = p.seqlen_kv / BLOCK_N;
-        if (p.causal) n_unmasked = min(n_unmasked, max(first + diagonal + 1, 0) / BLOCK_N);
+        // With the tile of the last key that its first row sees: after it, each row saw one.
+        if (p.causal) n_unmasked = min(n_unmasked, max(first + diagonal, 0) / BLOCK_N);
         if constexpr (CAN_SKIP) {
           skip = 0;
           // One is kept for rows that see nothing.
@@ -203,7 +224,6 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
 
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0.f;
-  float rescale[2];
   if constexpr (TILE.uses_pingpong()) {
     if (w == CONSUMERS - 1) ptx::bar_arrive(1, 256);
   }
@@ -238,15 +258,22 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         finish_S(IntConstant<0>{}, first, n_tile == 0);
         trace(4);
         const bool V_there = test_V();
+        const bool late = MAXIMUM_MAY_LAG<T> && !first && n_tile < n_unmasked;
         if (n_tile >= n_unmasked) mask(n_tile);
         trace(11);
         if (first) {
           softmax.template update<true>(S_rmem, rescale);
-        } else if (softmax.template update<false>(S_rmem, rescale)) {
+        } else if (!late && softmax.template update<false>(S_rmem, rescale)) {
           rescale_O<HEAD_DIM>(O_rmem, rescale);
         }
         trace(12);
-        softmax.template exponentiate<T>(S_rmem, P_rmem);
+        float sum[2];
+        softmax.template exponentiate<T>(S_rmem, P_rmem, sum);
+        if (late) {
+          finish_late(sum);
+        } else {
+          softmax.add(sum);
+        }
         trace(5);
         start_O(V_there);
         finish_O();
@@ -333,12 +360,21 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const bool K_there = test_K();
       if constexpr (decltype(masked)::value) mask(n_tile);
       trace(11);
-      const bool grew = softmax.template update<false>(S_rmem, rescale);
-      trace(12);
-      finish_O();
-      trace(7);
-      if (grew) rescale_O<HEAD_DIM>(O_rmem, rescale);
-      softmax.template exponentiate<T>(S_rmem, P_rmem);
+      if constexpr (MAXIMUM_MAY_LAG<T> && !decltype(masked)::value) {
+        trace(12);
+        finish_O();
+        trace(7);
+        float sum[2];
+        softmax.template exponentiate<T>(S_rmem, P_rmem, sum);
+        finish_late(sum);
+      } else {
+        const bool grew = softmax.template update<false>(S_rmem, rescale);
+        trace(12);
+        finish_O();
+        trace(7);
+        if (grew) rescale_O<HEAD_DIM>(O_rmem, rescale);
+        softmax.template exponentiate<T>(S_rmem, P_rmem);
+      }
       trace(5);
       if (n_tile > 0) wait_K(K_there);
       trace(6);

@@ -8,18 +8,70 @@
 
 namespace flashmoe::sm90 {
 
-// 2^x without the MUFU, for x <= 127; below -125 it stays at 2^-125. Cody-Waite split and the
+// Whether P of a tile that all rows see is computed beside the maximum of the tiles before, without
+// looking for its own: bfloat16 and float32 reach as far, and lose nothing where P is large. What is
+// TOO_LARGE as a thread's sum of a tile is computed again, beside its own maximum.
+template <typename T>
+constexpr bool MAXIMUM_MAY_LAG = false;
+template <>
+inline constexpr bool MAXIMUM_MAY_LAG<__nv_bfloat16> = true;
+constexpr float TOO_LARGE = 0x1p90f;
+
+// 2^x without the MUFU; below -125 it stays at 2^-125, above 127 at 2^127. Cody-Waite split and the
 // minimax polynomial of degree 4 on [-1/2, 1/2], relative error 2.7e-6: one of degree 3 is off by
 // 7.5e-5, which shows in softmax_lse.
 __device__ __forceinline__ float exp2_polynomial(float x) {
   constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = fmaxf(x, -125.f);
+  x = fminf(fmaxf(x, -125.f), 127.f);
   const float rounded = x + ROUND;
   const float f = x - (rounded - ROUND);
   float p = fmaf(0.00957010f, f, 0.05591786f);
   p = fmaf(fmaf(fmaf(p, f, 0.24024745f), f, 0.69312181f), f, 0.99999926f);
   return ptx::add_to_exponent(p, rounded);
 }
+
+// Q and K of one warp's 16 rows in global memory, as a thread of it reads them.
+template <typename T>
+struct Rows {
+  const T *q, *k;  // its first row, its first key
+  long long q_eight, k_eight;  // 8 further
+  int rows;                    // of the 16, from its first on, which are there
+  int head_dim;
+
+  // q and k at the warp's first row and the tile's first key. What follows from them stays behind
+  // the branch that leads here: hidden, for the compiler would keep it in registers all the time.
+  __device__ __forceinline__ Rows(const T* q_first, const T* k_first, const AttentionParams& p,
+                                  int rows_there)
+      : q_eight(p.q_row_stride), k_eight(p.k_row_stride), head_dim(p.head_dim) {
+    unsigned lane = threadIdx.x % 32;
+    ptx::hide(lane);
+    ptx::hide(q_eight);
+    ptx::hide(k_eight);
+    q = q_first + lane / 4 * q_eight + lane % 4 * 2;
+    k = k_first + lane / 4 * k_eight + lane % 4 * 2;
+    q_eight *= 8;
+    k_eight *= 8;
+    rows = rows_there - int(lane / 4);
+  }
+  // S of the 16 rows and the next 16 keys, all of which are there.
+  __device__ __forceinline__ void multiply(float (&S)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) S[0][i] = S[1][i] = 0.f;
+#pragma unroll 1
+    for (int d = 0; d < head_dim; d += 16) {
+      auto load = [&](const T* x, bool there) {
+        return there ? *reinterpret_cast<const unsigned*>(x) : 0u;
+      };
+      const bool more = d + 8 < head_dim;
+      const T *q0 = q + d, *q8 = q0 + q_eight, *k0 = k + d, *k8 = k0 + k_eight;
+      const unsigned a[4] = {load(q0, rows > 0), load(q8, rows > 8), load(q0 + 8, more && rows > 0),
+                             load(q8 + 8, more && rows > 8)};
+      ptx::mma_m16n8k16<T>(S[0], a, load(k0, true), load(k0 + 8, more));
+      ptx::mma_m16n8k16<T>(S[1], a, load(k8, true), load(k8 + 8, more));
+    }
+    k += 2 * k_eight;
+  }
+};
 
 // The running maximum and sum of a thread's two rows, 8 apart. Thread t of a warpgroup holds of S
 // (64 x BLOCK_N) what wgmma gives it: element 4 * n + 2 * half + i is row t / 32 * 16 + t % 32 / 4
@@ -124,49 +176,115 @@ struct Softmax {
   // across a pmevent: between the exponentials of a chunk stand the FFMAs of the next one, and the
   // sums and conversions of the one LAG before. All of it fits into the time that the MUFU leaves
   // between two exponentials.
-  template <typename T>
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
-                                               unsigned (&P_rmem)[BLOCK_N / 16][4]) {
-    constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
-    constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
-    float minus_max[2];
+  static constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
+  static constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
+  struct Exponent {
+    float scale_log2, minus_max[2];
+  };
+  __device__ __forceinline__ Exponent exponent() const {
+    Exponent x{scale_log2, {}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      minus_max[half] = row_max[half] == -INFINITY ? 0.f : -row_max[half] * scale_log2;
+      x.minus_max[half] = row_max[half] == -INFINITY ? 0.f : -row_max[half] * scale_log2;
     }
-    auto scale = [&](int chunk) {
+    return x;
+  }
+  __device__ __forceinline__ static void scale(Scores& S_rmem, const Exponent& x, int chunk) {
 #pragma unroll
-      for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
-        S_rmem[e] = fmaf(S_rmem[e], scale_log2, minus_max[e / 2 % 2]);
-      }
-    };
-    auto exponentials = [&](int chunk) {
+    for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
+      S_rmem[e] = fmaf(S_rmem[e], x.scale_log2, x.minus_max[e / 2 % 2]);
+    }
+  }
+  __device__ __forceinline__ static void exponentials(Scores& S_rmem, int chunk) {
 #pragma unroll
-      for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
-        // A share of exp2_fma in 16, spread evenly.
-        if (e * TILE.exp2_fma / 16 != (e + 1) * TILE.exp2_fma / 16) {
-          S_rmem[e] = exp2_polynomial(S_rmem[e]);
-        } else {
-          S_rmem[e] = ptx::ex2_approx_ftz(S_rmem[e]);
-        }
+    for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
+      // A share of exp2_fma in 16, spread evenly.
+      if (e * TILE.exp2_fma / 16 != (e + 1) * TILE.exp2_fma / 16) {
+        S_rmem[e] = exp2_polynomial(S_rmem[e]);
+      } else {
+        S_rmem[e] = ptx::ex2_approx_ftz(S_rmem[e]);
       }
-    };
+    }
+  }
+  template <typename T>
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
+                                               unsigned (&P_rmem)[BLOCK_N / 16][4],
+                                               float (&sum)[2]) const {
+    const Exponent x = exponent();
     auto sum_and_pack = [&](int chunk) {
 #pragma unroll
       for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; e += 2) {
-        row_sum[e / 2 % 2] += S_rmem[e];
-        row_sum[e / 2 % 2] += S_rmem[e + 1];
+        float& row = sum[e / 2 % 2];
+        row = e < 4 ? S_rmem[e] : row + S_rmem[e];
+        row += S_rmem[e + 1];
         P_rmem[e / 8][e / 2 % 4] = ptx::cvt_rn_x2<T>(S_rmem[e], S_rmem[e + 1]);
       }
     };
-    scale(0);
+    scale(S_rmem, x, 0);
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS + LAG; ++chunk) {
-      if (chunk + 1 < CHUNKS) scale(chunk + 1);
-      if (chunk < CHUNKS) exponentials(chunk);
+      if (chunk + 1 < CHUNKS) scale(S_rmem, x, chunk + 1);
+      if (chunk < CHUNKS) exponentials(S_rmem, chunk);
       if (chunk >= LAG) sum_and_pack(chunk - LAG);
       if (chunk < CHUNKS) ptx::pmevent();
     }
+  }
+  __device__ __forceinline__ void add(const float (&sum)[2]) {
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+  }
+  // The maximum, P and its sums of 16 rows and BLOCK_N keys, where the one before is too far behind:
+  // from Q and K in global memory, for S is gone, and 16 keys at a time, for the registers are full.
+  // Tells by what O must be multiplied.
+  template <typename T>
+  __device__ __forceinline__ void compute_again(Rows<T> rows, unsigned (&P_rmem)[BLOCK_N / 16][4],
+                                                float (&rescale)[2]) {
+    float S[2][4];
+    const T* first_key = rows.k;
+    const float before[2] = {row_max[0], row_max[1]};
+#pragma unroll 1
+    for (int n = 0; n < BLOCK_N; n += 16) {
+      rows.multiply(S);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = fmaxf(fmaxf(S[0][2 * half], S[0][2 * half + 1]),
+                        fmaxf(S[1][2 * half], S[1][2 * half + 1]));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+        row_max[half] = fmaxf(row_max[half], x);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rescale[half] = ptx::ex2_approx_ftz((before[half] - row_max[half]) * scale_log2);
+      row_sum[half] *= rescale[half];
+    }
+    check_limit();
+    const Exponent x = exponent();
+    rows.k = first_key;
+#pragma unroll
+    for (int n = 0; n < BLOCK_N; n += 16) {
+      rows.multiply(S);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int half = e / 2 % 2;
+        float& s = S[e / 4][e % 4];
+        s = ptx::ex2_approx_ftz(fmaf(s, x.scale_log2, x.minus_max[half]));
+        row_sum[half] += s;
+      }
+#pragma unroll
+      for (int e = 0; e < 8; e += 2) {
+        P_rmem[n / 16][e / 2] = ptx::cvt_rn_x2<T>(S[e / 4][e % 4], S[e / 4][e % 4 + 1]);
+      }
+    }
+  }
+  // P and its sums, which are known to stay in bounds.
+  template <typename T>
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
+                                               unsigned (&P_rmem)[BLOCK_N / 16][4]) {
+    float sum[2];
+    exponentiate<T>(S_rmem, P_rmem, sum);
+    add(sum);
   }
 };
 

@@ -6,6 +6,7 @@ namespace flashmoe::ptx {
 
 // Hides from the compiler what x is.
 __device__ __forceinline__ void hide(unsigned& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void hide(long long& x) { asm volatile("" : "+l"(x)); }
 
 // Keeps the compiler from moving accesses of registers that a wgmma reads or writes.
 template <int N>

@@ -6,6 +6,7 @@
 namespace flashmoe::ptx {
 
 inline void hide(unsigned&) {}
+inline void hide(long long&) {}
 
 template <int N>
 void fence_registers(float (&)[N]) {}
