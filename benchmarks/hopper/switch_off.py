@@ -33,6 +33,7 @@ class Off(NamedTuple):
     option: str = ""
 
 
+EXACT = (SOFTMAX, "MAXIMUM_MAY_LAG<__nv_bfloat16> = true", "MAXIMUM_MAY_LAG<__nv_bfloat16> = false")
 OFF = (
     Off("(the kernel as it is)"),
     Off(
@@ -42,20 +43,12 @@ OFF = (
     Off("turns (pingpong)", option="-pingpong=0"),
     Off("more than one stage of K and V", option="-stages=1"),
     Off("Q a block of rows ahead, O through its buffer", option="-q=1"),
+    Off("exponentials beside the maximum of the tiles before", (EXACT,)),
     Off(
-        "lazy rescaling",
-        (
-            (
-                SOFTMAX,
-                "{row_max[0] + slack, row_max[1] + slack}",
-                "{row_max[0], row_max[1]}",
-            ),
-        ),
+        "that and lazy rescaling",
+        (EXACT, (SOFTMAX, "{row_max[0] + slack, row_max[1] + slack}", "{row_max[0], row_max[1]}")),
     ),
-    Off(
-        "exponentials kept in chunks",
-        ((SOFTMAX, 'asm volatile("pmevent 0;" ::: "memory")', "0"),),
-    ),
+    Off("exponentials kept in chunks", ((SOFTMAX, "ptx::pmevent();", ""),)),
     Off(
         "K and V asked for before they are needed",
         (
@@ -87,22 +80,6 @@ OFF = (
                 "index / (p.batch * p.heads_q)",
             ),
             (WORK, "rank * params.section_heads.divisor", "rank * (p.batch * p.heads_q)"),
-        ),
-    ),
-    Off(
-        "masked tiles in a loop of their own",
-        (
-            (
-                CONSUMER,
-                "if constexpr (decltype(masked)::value) mask(n_tile);",
-                "if (n_tile >= n_unmasked) mask(n_tile);",
-            ),
-            (
-                CONSUMER,
-                "for (--n_tile; n_tile >= n_unmasked; --n_tile) step(IntConstant<true>{});\n"
-                "    for (; n_tile >= 0;",
-                "for (--n_tile; n_tile >= 0;",
-            ),
         ),
     ),
 )

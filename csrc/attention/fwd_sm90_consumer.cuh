@@ -172,9 +172,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // number of them, so no slot may be kept meanwhile: the producer needs one for each.
   int skip = 0;                    // tiles before those, which this warpgroup does not see
   int n_tile = 0, n_unmasked = 0;  // tiles from n_tile down to 0, those from n_unmasked on masked
-  // Adds the sums of P where it was computed beside the maximum of the tiles before. Where that
-  // maximum is far behind, S is computed again, and P with its maximum.
-  auto finish_late = [&](const float (&sum)[2]) {
+  // Adds the sums of a P beside the maximum of the tiles before, or where that is too far behind,
+  // computes the tile again.
+  auto add_lagging = [&](const float (&sum)[2]) {
     if (!__any_sync(0xffffffff, fmaxf(sum[0], sum[1]) >= TOO_LARGE)) {
       softmax.add(sum);
       return;
@@ -258,19 +258,19 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         finish_S(IntConstant<0>{}, first, n_tile == 0);
         trace(4);
         const bool V_there = test_V();
-        const bool late = MAXIMUM_MAY_LAG<T> && !first && n_tile < n_unmasked;
+        const bool lags = MAXIMUM_MAY_LAG<T> && !first && n_tile < n_unmasked;
         if (n_tile >= n_unmasked) mask(n_tile);
         trace(11);
         if (first) {
           softmax.template update<true>(S_rmem, rescale);
-        } else if (!late && softmax.template update<false>(S_rmem, rescale)) {
+        } else if (!lags && softmax.template update<false>(S_rmem, rescale)) {
           rescale_O<HEAD_DIM>(O_rmem, rescale);
         }
         trace(12);
         float sum[2];
         softmax.template exponentiate<T>(S_rmem, P_rmem, sum);
-        if (late) {
-          finish_late(sum);
+        if (lags) {
+          add_lagging(sum);
         } else {
           softmax.add(sum);
         }
@@ -366,7 +366,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         trace(7);
         float sum[2];
         softmax.template exponentiate<T>(S_rmem, P_rmem, sum);
-        finish_late(sum);
+        add_lagging(sum);
       } else {
         const bool grew = softmax.template update<false>(S_rmem, rescale);
         trace(12);

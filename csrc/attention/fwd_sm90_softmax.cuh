@@ -9,13 +9,14 @@
 namespace flashmoe::sm90 {
 
 // Whether P of a tile that all rows see is computed beside the maximum of the tiles before, without
-// looking for its own: bfloat16 and float32 reach as far, and lose nothing where P is large. What is
-// TOO_LARGE as a thread's sum of a tile is computed again, beside its own maximum.
+// looking for its own. bfloat16 reaches as far as float32, so nothing is lost where P is large. A
+// tile of which a thread's sum is TOO_LARGE is computed again, with its own maximum; what is not
+// leaves O (and values of up to 2^60) far from overflow.
 template <typename T>
 constexpr bool MAXIMUM_MAY_LAG = false;
 template <>
 inline constexpr bool MAXIMUM_MAY_LAG<__nv_bfloat16> = true;
-constexpr float TOO_LARGE = 0x1p90f;
+constexpr float TOO_LARGE = 0x1p64f;
 
 // 2^x without the MUFU; below -125 it stays at 2^-125, above 127 at 2^127. Cody-Waite split and the
 // minimax polynomial of degree 4 on [-1/2, 1/2], relative error 2.7e-6: one of degree 3 is off by
@@ -33,8 +34,8 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
 // Q and K of one warp's 16 rows in global memory, as a thread of it reads them.
 template <typename T>
 struct Rows {
-  const T *q, *k;  // its first row, its first key
-  long long q_eight, k_eight;  // 8 further
+  const T *q, *k;              // its first row, its first key
+  long long q_eight, k_eight;  // to the one 8 further
   int rows;                    // of the 16, from its first on, which are there
   int head_dim;
 
@@ -93,6 +94,10 @@ struct Softmax {
   __device__ __forceinline__ void check_limit() {
     const float least = fminf(row_max[0], row_max[1]) + slack;
     negative_limit = __any_sync(0xffffffff, !(least >= 0.f));
+  }
+  // What is added to scaled scores: nothing where no key was seen.
+  __device__ __forceinline__ float minus_scaled_max(int half) const {
+    return row_max[half] == -INFINITY ? 0.f : -row_max[half] * scale_log2;
   }
   __device__ __forceinline__ static float local_max(const Scores& S_rmem, int half) {
     float x[4];  // one chain would wait for itself
@@ -176,41 +181,29 @@ struct Softmax {
   // across a pmevent: between the exponentials of a chunk stand the FFMAs of the next one, and the
   // sums and conversions of the one LAG before. All of it fits into the time that the MUFU leaves
   // between two exponentials.
-  static constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
-  static constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
-  struct Exponent {
-    float scale_log2, minus_max[2];
-  };
-  __device__ __forceinline__ Exponent exponent() const {
-    Exponent x{scale_log2, {}};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      x.minus_max[half] = row_max[half] == -INFINITY ? 0.f : -row_max[half] * scale_log2;
-    }
-    return x;
-  }
-  __device__ __forceinline__ static void scale(Scores& S_rmem, const Exponent& x, int chunk) {
-#pragma unroll
-    for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
-      S_rmem[e] = fmaf(S_rmem[e], x.scale_log2, x.minus_max[e / 2 % 2]);
-    }
-  }
-  __device__ __forceinline__ static void exponentials(Scores& S_rmem, int chunk) {
-#pragma unroll
-    for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
-      // A share of exp2_fma in 16, spread evenly.
-      if (e * TILE.exp2_fma / 16 != (e + 1) * TILE.exp2_fma / 16) {
-        S_rmem[e] = exp2_polynomial(S_rmem[e]);
-      } else {
-        S_rmem[e] = ptx::ex2_approx_ftz(S_rmem[e]);
-      }
-    }
-  }
   template <typename T>
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
-                                               unsigned (&P_rmem)[BLOCK_N / 16][4],
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem, unsigned (&P_rmem)[BLOCK_N / 16][4],
                                                float (&sum)[2]) const {
-    const Exponent x = exponent();
+    constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
+    constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
+    const float minus_max[2] = {minus_scaled_max(0), minus_scaled_max(1)};
+    auto scale = [&](int chunk) {
+#pragma unroll
+      for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
+        S_rmem[e] = fmaf(S_rmem[e], scale_log2, minus_max[e / 2 % 2]);
+      }
+    };
+    auto exponentials = [&](int chunk) {
+#pragma unroll
+      for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
+        // A share of exp2_fma in 16, spread evenly.
+        if (e * TILE.exp2_fma / 16 != (e + 1) * TILE.exp2_fma / 16) {
+          S_rmem[e] = exp2_polynomial(S_rmem[e]);
+        } else {
+          S_rmem[e] = ptx::ex2_approx_ftz(S_rmem[e]);
+        }
+      }
+    };
     auto sum_and_pack = [&](int chunk) {
 #pragma unroll
       for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; e += 2) {
@@ -220,22 +213,30 @@ struct Softmax {
         P_rmem[e / 8][e / 2 % 4] = ptx::cvt_rn_x2<T>(S_rmem[e], S_rmem[e + 1]);
       }
     };
-    scale(S_rmem, x, 0);
+    scale(0);
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS + LAG; ++chunk) {
-      if (chunk + 1 < CHUNKS) scale(S_rmem, x, chunk + 1);
-      if (chunk < CHUNKS) exponentials(S_rmem, chunk);
+      if (chunk + 1 < CHUNKS) scale(chunk + 1);
+      if (chunk < CHUNKS) exponentials(chunk);
       if (chunk >= LAG) sum_and_pack(chunk - LAG);
       if (chunk < CHUNKS) ptx::pmevent();
     }
+  }
+  // The same where P is known to stay in bounds: its sums are added.
+  template <typename T>
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
+                                               unsigned (&P_rmem)[BLOCK_N / 16][4]) {
+    float sum[2];
+    exponentiate<T>(S_rmem, P_rmem, sum);
+    add(sum);
   }
   __device__ __forceinline__ void add(const float (&sum)[2]) {
     row_sum[0] += sum[0];
     row_sum[1] += sum[1];
   }
-  // The maximum, P and its sums of 16 rows and BLOCK_N keys, where the one before is too far behind:
-  // from Q and K in global memory, for S is gone, and 16 keys at a time, for the registers are full.
-  // Tells by what O must be multiplied.
+  // The maximum, P and its sums of 16 rows and BLOCK_N keys, where the one before is too far
+  // behind: from Q and K in global memory, for S is gone, and 16 keys at a time, for the registers
+  // are full. Tells by what O must be multiplied.
   template <typename T>
   __device__ __forceinline__ void compute_again(Rows<T> rows, unsigned (&P_rmem)[BLOCK_N / 16][4],
                                                 float (&rescale)[2]) {
@@ -260,7 +261,7 @@ struct Softmax {
       row_sum[half] *= rescale[half];
     }
     check_limit();
-    const Exponent x = exponent();
+    const float minus_max[2] = {minus_scaled_max(0), minus_scaled_max(1)};
     rows.k = first_key;
 #pragma unroll
     for (int n = 0; n < BLOCK_N; n += 16) {
@@ -269,7 +270,7 @@ struct Softmax {
       for (int e = 0; e < 8; ++e) {
         const int half = e / 2 % 2;
         float& s = S[e / 4][e % 4];
-        s = ptx::ex2_approx_ftz(fmaf(s, x.scale_log2, x.minus_max[half]));
+        s = ptx::ex2_approx_ftz(fmaf(s, scale_log2, minus_max[half]));
         row_sum[half] += s;
       }
 #pragma unroll
@@ -277,14 +278,6 @@ struct Softmax {
         P_rmem[n / 16][e / 2] = ptx::cvt_rn_x2<T>(S[e / 4][e % 4], S[e / 4][e % 4 + 1]);
       }
     }
-  }
-  // P and its sums, which are known to stay in bounds.
-  template <typename T>
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
-                                               unsigned (&P_rmem)[BLOCK_N / 16][4]) {
-    float sum[2];
-    exponentiate<T>(S_rmem, P_rmem, sum);
-    add(sum);
   }
 };
 

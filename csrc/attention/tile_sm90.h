@@ -48,11 +48,12 @@ struct Sm90Tile {
     return (head_dim > block_n ? head_dim : block_n) / 2 + 30;
   }
   // What a consumer thread needs: O, S, P beside it, Q where it is kept there, and the rest, which
-  // is more with the exponential's polynomial, long rows of O, or turns beside two buffers of Q.
+  // is more with the exponential's polynomial, long rows of O, or two buffers of Q.
   constexpr int needed_registers() const {
     return head_dim / 2 + block_n / 2 + (serial ? 0 : block_n / 4) +
-           (q_in_registers ? head_dim / 4 + 4 : 0) +
-           (exp2_fma > 0 || head_dim > 128 || (pingpong && q_stages > 1) ? 32 : 28);
+           (q_in_registers ? head_dim / 4 + 4 : 0) + 28 +
+           (exp2_fma > 0 || head_dim > 128 || q_stages > 1 ? 4 : 0) +
+           (head_dim > 128 && q_stages > 1 ? 4 : 0);
   }
 };
 
