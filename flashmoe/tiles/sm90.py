@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from flashmoe.tiles.tile import Arch, Tile
 
 # Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer; and more
-# with the exponential's polynomial, long rows of O, or two buffers of Q, and with the last two again.
-# benchmarks/hopper/check_tiles.py holds these and the next against the compiler.
+# with the exponential's polynomial, long rows of O, or two buffers of Q, once again with the last
+# two. benchmarks/hopper/check_tiles.py holds these and the next against the compiler.
 _OTHER_REGISTERS, _MORE_REGISTERS = 28, 4
 # What ptxas asks for besides the accumulators to compile one wgmma at all.
 _WGMMA_REGISTERS = 30
@@ -41,9 +41,8 @@ def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
     is kept there, and the rest; and those that setmaxnreg gives it."""
     needed = head_dim // 2 + tile.block_n // 2 + (0 if tile.serial else tile.block_n // 4)
     long_rows, two_buffers = head_dim > 128, tile.q_stages > 1
-    needed += _OTHER_REGISTERS
-    needed += _MORE_REGISTERS * (bool(tile.exp2_fma or long_rows or two_buffers))
-    needed += _MORE_REGISTERS * (long_rows and two_buffers)
+    more = bool(tile.exp2_fma or long_rows or two_buffers) + (long_rows and two_buffers)
+    needed += _OTHER_REGISTERS + more * _MORE_REGISTERS
     if tile.q_in_registers:
         needed += head_dim // 4 + 4
     consumers, entry = tile.block_m // 64, sm90_entry_registers(tile)

@@ -104,6 +104,16 @@ def test_many_blocks_that_see_nothing(seqlens):
         assert_matches_reference(out, lse, q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_that_grow_by_more_than_a_lagging_maximum_may(causal):
+    """Keys are visited from the last to the first."""
+    for head_dim, tile in PAIRS:
+        q, k, v = tensors(2, 300, 900, 4, 2, head_dim, torch.bfloat16, ["padded"] * 3)
+        k *= torch.linspace(30, 1, 900, device=DEVICE)[None, :, None, None]
+        out, lse = run(q, k, v, causal, tile)
+        assert_matches_reference(out, lse, q, k, v, causal=causal)
+
+
 def test_no_keys_at_all():
     q = torch.randn(2, 300, 4, 128, dtype=torch.bfloat16, device=DEVICE)
     k = torch.empty(2, 0, 4, 128, dtype=torch.bfloat16, device=DEVICE)
