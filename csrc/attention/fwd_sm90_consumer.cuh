@@ -62,7 +62,6 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   unsigned Q_rmem[Q_FRAGMENTS][4];
   Softmax<TILE> softmax{params.scale_log2, params.slack};
   const Output<T, TILE> output{params, smem, w, warp, lane};
-  float rescale[2];
   Ring<TILE.q_stages> q_ring;
   Ring<TILE.num_stages> k_ring, v_ring;
   Ring<S::WORK_SLOTS> work_ring;
@@ -224,6 +223,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
 
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0.f;
+  float rescale[2];
   if constexpr (TILE.uses_pingpong()) {
     if (w == CONSUMERS - 1) ptx::bar_arrive(1, 256);
   }

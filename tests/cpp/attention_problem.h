@@ -52,7 +52,8 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
     const std::string where =
         "batch " + std::to_string(b) + ", head " + std::to_string(h) + ", row " + std::to_string(i);
     const bool empty = want.lse[r] == -INFINITY;
-    if (!(empty ? lse[r] == want.lse[r] : std::fabs(lse[r] - want.lse[r]) <= 1e-4 + 1e-6 * std::fabs(want.lse[r]))) {
+    if (!(empty ? lse[r] == want.lse[r]
+                : std::fabs(lse[r] - want.lse[r]) <= 1e-4 + 1e-6 * std::fabs(want.lse[r]))) {
       return where + ": softmax_lse " + std::to_string(lse[r]) + ", not " +
              std::to_string(want.lse[r]);
     }
