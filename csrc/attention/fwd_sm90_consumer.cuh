@@ -167,10 +167,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
                     n_tile * BLOCK_N + (lane & 3) * 2);
   };
 
-  // Moves to the next block of rows with keys to see; those without are written on the way. Any
-  // number of them, so no slot may be kept meanwhile: the producer needs one for each.
   int skip = 0;                    // tiles before those, which this warpgroup does not see
   int n_tile = 0, n_unmasked = 0;  // tiles from n_tile down to 0, those from n_unmasked on masked
+
   // Adds the sums of a P beside the maximum of the tiles before, or where that is too far behind,
   // computes the tile again.
   auto add_lagging = [&](const float (&sum)[2]) {
@@ -194,6 +193,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     release(smem.empty_work + 8 * work_ring.stage());
     work_ring.next();
   };
+  // Moves to the next block of rows with keys to see; those without are written on the way. Any
+  // number of them, so no slot may be kept meanwhile: the producer needs one for each.
   auto next_work = [&] {
     while (true) {
       ptx::mbarrier_wait_parity(smem.full_work + 8 * work_ring.stage(), work_ring.parity());

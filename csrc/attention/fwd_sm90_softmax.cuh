@@ -11,7 +11,7 @@ namespace flashmoe::sm90 {
 // Whether P of a tile that all rows see is computed beside the maximum of the tiles before, without
 // looking for its own. bfloat16 reaches as far as float32, so nothing is lost where P is large. A
 // tile of which a thread's sum is TOO_LARGE is computed again, with its own maximum; what is not
-// leaves O (and values of up to 2^60) far from overflow.
+// leaves O far from overflow, for values of up to 2^48.
 template <typename T>
 constexpr bool MAXIMUM_MAY_LAG = false;
 template <>
@@ -95,9 +95,10 @@ struct Softmax {
     const float least = fminf(row_max[0], row_max[1]) + slack;
     negative_limit = __any_sync(0xffffffff, !(least >= 0.f));
   }
-  // What is added to scaled scores: nothing where no key was seen.
+  // What is added to scaled scores. Where all so far were -infinity, the next such one gives a P of
+  // 0 still, and a finite one that is seen while the maximum lags is TOO_LARGE.
   __device__ __forceinline__ float minus_scaled_max(int half) const {
-    return row_max[half] == -INFINITY ? 0.f : -row_max[half] * scale_log2;
+    return row_max[half] == -INFINITY ? 3e38f : -row_max[half] * scale_log2;
   }
   __device__ __forceinline__ static float local_max(const Scores& S_rmem, int half) {
     float x[4];  // one chain would wait for itself
@@ -257,10 +258,12 @@ struct Softmax {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      rescale[half] = ptx::ex2_approx_ftz((before[half] - row_max[half]) * scale_log2);
+      // -infinity to the same rescales by 0.
+      const float now = fmaxf(row_max[half], -3e38f);
+      rescale[half] = ptx::ex2_approx_ftz((before[half] - now) * scale_log2);
       row_sum[half] *= rescale[half];
     }
-    check_limit();
+    check_limit();  // nothing of this block needs it, but ptxas spills without
     const float minus_max[2] = {minus_scaled_max(0), minus_scaled_max(1)};
     rows.k = first_key;
 #pragma unroll

@@ -114,6 +114,19 @@ def test_scores_that_grow_by_more_than_a_lagging_maximum_may(causal):
         assert_matches_reference(out, lse, q, k, v, causal=causal)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_last_keys_that_score_minus_infinity(causal):
+    """As padding by a bias does. They are visited first, and leave no maximum behind."""
+    for head_dim, tile in PAIRS:
+        q, k, v = tensors(2, 300, 900, 4, 2, head_dim, torch.bfloat16, ["padded"] * 3)
+        q[:, :, :, -1] = 1
+        k[:, 500:, :, -1] = float("-inf")
+        # Where one row is computed again, others of its warp have no maximum yet.
+        q[:, ::5] *= 20
+        out, lse = run(q, k, v, causal, tile)
+        assert_matches_reference(out, lse, q, k, v, causal=causal)
+
+
 def test_no_keys_at_all():
     q = torch.randn(2, 300, 4, 128, dtype=torch.bfloat16, device=DEVICE)
     k = torch.empty(2, 0, 4, 128, dtype=torch.bfloat16, device=DEVICE)
