@@ -50,6 +50,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr int Q_FRAGMENTS = TILE.q_in_registers ? HEAD_DIM / 16 : 1;
   // A warpgroup may see nothing of the tiles that another begins with, or have no rows at all.
   constexpr bool CAN_SKIP = CONSUMERS > 1;
+  constexpr bool MAY_LAG = MAXIMUM_MAY_LAG<T> && TILE.maximum_may_lag();
 
   const AttentionParams& p = params.attention;
   const int diagonal = p.seqlen_kv - p.seqlen_q;
@@ -259,7 +260,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         finish_S(IntConstant<0>{}, first, n_tile == 0);
         trace(4);
         const bool V_there = test_V();
-        const bool lags = MAXIMUM_MAY_LAG<T> && !first && n_tile < n_unmasked;
+        const bool lags = MAY_LAG && !first && n_tile < n_unmasked;
         if (n_tile >= n_unmasked) mask(n_tile);
         trace(11);
         if (first) {
@@ -361,7 +362,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const bool K_there = test_K();
       if constexpr (decltype(masked)::value) mask(n_tile);
       trace(11);
-      if constexpr (MAXIMUM_MAY_LAG<T> && !decltype(masked)::value) {
+      if constexpr (MAY_LAG && !decltype(masked)::value) {
         trace(12);
         finish_O();
         trace(7);

@@ -55,6 +55,14 @@ struct Sm90Tile {
            (exp2_fma > 0 || head_dim > 128 || q_stages > 1 ? 4 : 0) +
            (head_dim > 128 && q_stages > 1 ? 4 : 0);
   }
+  // Whether ptxas finds registers for the code that a lagging maximum needs beside all of that, by
+  // trial (benchmarks/hopper/check_tiles.py). Where it does not, each tile of keys has its own.
+  constexpr bool maximum_may_lag() const {
+    const int spare = consumer_registers() - needed_registers();
+    if (serial) return spare >= block_n / 4 - 12;
+    if (block_m == 64) return spare >= 8;
+    return spare >= (ctas_per_sm > 1 || (block_m == 256 && head_dim > 64 && q_stages > 1) ? 4 : 0);
+  }
 };
 
 // Asserts what flashmoe/tiles calls legal, where a kernel is instantiated.
