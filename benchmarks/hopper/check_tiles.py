@@ -1,6 +1,7 @@
 """Compares Tile.violations of the sm90 kernel with what the compiler makes of a random sample.
 
     python benchmarks/hopper/check_tiles.py --legal 60 --illegal 20 --output FILE    # no GPU needed
+    python benchmarks/hopper/check_tiles.py --instances --workers 1    # docs/attention.md's table
 
 A legal tile must compile without spills, stack, serialized wgmma or registers that Q and P share;
 an illegal one must name its reason, and one whose reason is registers is compiled all the same, to
@@ -18,18 +19,21 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flashmoe import _extension
 from flashmoe._extension import KERNEL_SOURCES
 from flashmoe.backends import jit
 from flashmoe.problem import Problem
-from flashmoe.ratchet.cubins import shared_operands
+from flashmoe.ratchet.cubins import kernels, shared_operands
 from flashmoe.tiles import Arch, Tile, sm90_registers
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 HEAD_DIMS = (64, 96, 128, 192, 256)
+DTYPES = ("bfloat16", "float16")
 
 
 def random_tile(rng: random.Random) -> Tile:
@@ -57,7 +61,7 @@ def sample(seed: int, legal: int, illegal: int, close: int) -> list[dict[str, An
         head_dim = HEAD_DIMS[(legal + illegal) % len(HEAD_DIMS)]
         if rng.random() < 0.1:
             head_dim = rng.randrange(16, 257, 16)
-        tile, dtype = random_tile(rng), rng.choice(("float16", "bfloat16"))
+        tile, dtype = random_tile(rng), rng.choice(DTYPES[::-1])
         reasons = tile.violations(H200, Problem(1, 1, 1, 1, 1, head_dim, dtype))
         needed, given = sm90_registers(tile, head_dim)
         spare = given - needed
@@ -94,13 +98,18 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
         unit.write_text(text)
         output = Path(folder, "attention.cubin")
         command = [nvcc, *jit.NVCC_OPTIONS, "-Xptxas=-v", f"-I{KERNEL_SOURCES}", "-o", output, unit]
+        start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
         shared = shared_operands(output) if done.returncode == 0 else {}
+        code = sum(kernel.code for kernel in kernels(output)) if done.returncode == 0 else 0
     log = done.stderr
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
     return {
         **item,
         "compiled": done.returncode == 0,
+        "seconds": round(seconds, 1),
+        "code": code,
         "stack": int(stack[1]) if stack else None,
         "spills": int(stack[2]) if stack else None,
         "serialized": "serialized" in log,
@@ -111,6 +120,31 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def refuse_stale_sources() -> None:
+    """What is compiled is the package's copy of csrc, made by the last build."""
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    for copy in sorted((*KERNEL_SOURCES.glob("attention/*"), *KERNEL_SOURCES.glob("ptx/*"))):
+        original = csrc / copy.relative_to(KERNEL_SOURCES)
+        if original.exists() and original.read_bytes() != copy.read_bytes():
+            raise SystemExit(f"{original} has changed since the last build: install flashmoe again")
+
+
+def print_instances(workers: int) -> None:
+    """A row for each compiled-in tile: seconds in bfloat16, machine code in both dtypes."""
+    found = _extension.load().instances.items()
+    rows = [
+        [{"head_dim": head_dim, "tile": str(tile), "dtype": dtype} for dtype in DTYPES]
+        for (kernel, head_dim), tiles in found
+        if kernel == "sm90"
+        for tile in tiles
+    ]
+    with ThreadPoolExecutor(workers) as pool:
+        for bf16, fp16 in pool.map(lambda row: [compile_tile(item) for item in row], rows):
+            name = re.sub("-fma0|-ctas1", "", bf16["tile"].removeprefix("sm90:"))
+            sizes = " | ".join(f"{item['code'] / 1024:.0f} KiB" for item in (bf16, fp16))
+            print(f"| {bf16['head_dim']} | {name} | {bf16['seconds']} s | {sizes} |", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--legal", type=int, default=60)
@@ -119,7 +153,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--instances", action="store_true", help="the compiled-in tiles instead")
     arguments = parser.parse_args()
+    refuse_stale_sources()
+    if arguments.instances:
+        print_instances(arguments.workers)
+        return 0
     items = sample(arguments.seed, arguments.legal, arguments.illegal, arguments.close)
     results, wrong, strict = [], 0, 0
     with ThreadPoolExecutor(arguments.workers) as pool:

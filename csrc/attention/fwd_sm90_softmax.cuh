@@ -136,11 +136,15 @@ struct Softmax {
     }
     return any;
   }
-  __device__ __forceinline__ void update_max(const Scores& S_rmem, int half) {
-    float x = local_max(S_rmem, half);
+  // The row's maximum from what its four threads hold.
+  __device__ __forceinline__ void update_max(float mine, int half) {
+    float x = mine;
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
     row_max[half] = fmaxf(row_max[half], x);
+  }
+  __device__ __forceinline__ void update_max(const Scores& S_rmem, int half) {
+    update_max(local_max(S_rmem, half), half);
   }
   // Brings row_max up to date with S. FIRST tile of a block of rows, or not; then returns whether
   // the maximum of a row of this warp grew too far, and by what O must be multiplied.
@@ -249,11 +253,9 @@ struct Softmax {
       rows.multiply(S);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = fmaxf(fmaxf(S[0][2 * half], S[0][2 * half + 1]),
-                        fmaxf(S[1][2 * half], S[1][2 * half + 1]));
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-        row_max[half] = fmaxf(row_max[half], x);
+        update_max(fmaxf(fmaxf(S[0][2 * half], S[0][2 * half + 1]),
+                         fmaxf(S[1][2 * half], S[1][2 * half + 1])),
+                   half);
       }
     }
 #pragma unroll

@@ -88,43 +88,47 @@ def test_enough_blocks_for_every_scheduler(head_dim, tile, causal):
         assert torch.equal(again_lse, lse)
 
 
+def check_every_tile(batch, seqlens, heads_q, heads_kv, dtype, layout, causal, change=None):
+    """`change` alters q and k in place."""
+    for head_dim, tile in PAIRS:
+        q, k, v = tensors(batch, *seqlens, heads_q, heads_kv, head_dim, dtype, [layout] * 3)
+        if change is not None:
+            change(q, k)
+        out, lse = run(q, k, v, causal, tile)
+        assert_matches_reference(out, lse, q, k, v, causal=causal)
+
+
 @pytest.mark.parametrize("seqlens", [(1, 1), (1, 5000), (300, 1), (500, 129), (64, 0), (3000, 7)])
 def test_rows_that_see_nothing(seqlens):
-    for head_dim, tile in PAIRS:
-        q, k, v = tensors(1, *seqlens, 4, 2, head_dim, torch.float16, ["padded"] * 3)
-        out, lse = run(q, k, v, True, tile)
-        assert_matches_reference(out, lse, q, k, v, causal=True)
+    check_every_tile(1, seqlens, 4, 2, torch.float16, "padded", True)
 
 
 @pytest.mark.parametrize("seqlens", [(640, 512), (1100, 100)])
 def test_many_blocks_that_see_nothing(seqlens):
-    for head_dim, tile in PAIRS:
-        q, k, v = tensors(8, *seqlens, 16, 4, head_dim, torch.bfloat16, ["contiguous"] * 3)
-        out, lse = run(q, k, v, True, tile)
-        assert_matches_reference(out, lse, q, k, v, causal=True)
+    check_every_tile(8, seqlens, 16, 4, torch.bfloat16, "contiguous", True)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_scores_that_grow_by_more_than_a_lagging_maximum_may(causal):
     """Keys are visited from the last to the first."""
-    for head_dim, tile in PAIRS:
-        q, k, v = tensors(2, 300, 900, 4, 2, head_dim, torch.bfloat16, ["padded"] * 3)
+
+    def change(q, k):
         k *= torch.linspace(30, 1, 900, device=DEVICE)[None, :, None, None]
-        out, lse = run(q, k, v, causal, tile)
-        assert_matches_reference(out, lse, q, k, v, causal=causal)
+
+    check_every_tile(2, (300, 900), 4, 2, torch.bfloat16, "padded", causal, change)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_last_keys_that_score_minus_infinity(causal):
     """As padding by a bias does. They are visited first, and leave no maximum behind."""
-    for head_dim, tile in PAIRS:
-        q, k, v = tensors(2, 300, 900, 4, 2, head_dim, torch.bfloat16, ["padded"] * 3)
+
+    def change(q, k):
         q[:, :, :, -1] = 1
         k[:, 500:, :, -1] = float("-inf")
         # Where one row is computed again, others of its warp have no maximum yet.
         q[:, ::5] *= 20
-        out, lse = run(q, k, v, causal, tile)
-        assert_matches_reference(out, lse, q, k, v, causal=causal)
+
+    check_every_tile(2, (300, 900), 4, 2, torch.bfloat16, "padded", causal, change)
 
 
 def test_no_keys_at_all():
