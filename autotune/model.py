@@ -55,9 +55,9 @@ def promising(
     tiles = [*(tile for tile, _ in points), *in_flight]
     task = np.array([task for _, task in points] + [0] * len(in_flight), dtype=np.int64)
     cells = _cells(space)
-    x = cells.of(tiles)
-    gram = _kernel(x, x) * _between(task, task) + _NOISE * np.eye(len(tiles))
-    cross = cells.covariance(tiles) * _between(np.zeros(1, np.int64), task)
+    cross = cells.covariance(tiles)
+    gram = cells.among(tiles, cross) * _between(task, task) + _NOISE * np.eye(len(tiles))
+    cross = cross * _between(np.zeros(1, np.int64), task)
     told = len(points)
     mean = cross[:, :told] @ (np.linalg.solve(gram[:told, :told], y / spread) * spread)
     rows = cells.rows(free)
@@ -97,6 +97,18 @@ class _Cells:
             self._columns |= dict(zip(some, _kernel(self.of(some), self._all), strict=True))
         found = [self._columns[tile] for tile in tiles]
         return np.stack(found, axis=1) if found else np.zeros((len(self._all), 0))
+
+    def among(self, tiles: Sequence[Tile], covariance: Vector) -> Vector:
+        """Of these tiles with each other, from their covariance() with the space: related problems
+        have tried few that are not of it."""
+        inside = [i for i, tile in enumerate(tiles) if tile in self._rows]
+        outside = [i for i, tile in enumerate(tiles) if tile not in self._rows]
+        found = np.empty((len(tiles), len(tiles)))
+        found[inside] = covariance[self.rows([tiles[i] for i in inside])]
+        found[:, inside] = found[inside].T
+        strangers = self.of([tiles[i] for i in outside])
+        found[np.ix_(outside, outside)] = _kernel(strangers, strangers)
+        return found
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,26 +1,28 @@
-"""Times a stated grid of tiles on several forward problems and keeps the raw samples, once.
+"""Times every legal tile of several forward problems and keeps the raw samples, once.
 
-    python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h100.json
+    python benchmarks/record_grid.py --output tests/autotune/grid-nvidia-h200.json.xz
 
-On Hopper the grid is what sm90_axes spans, on a CPU the tuner's own and what CPU_AXES span,
-elsewhere all that the tuner would search; the file names the axes. All legal tiles of the grid are
-recorded, and the default. The file is what the tuner's tests replay as a simulated device
+That is all that the tuner would search. On Hopper only head_dim 256 has so few tiles; below it the
+grid is what SM90_AXES span, and the file names the axes (on a CPU: CPU_AXES, besides the tuner's
+own). The default is in every grid. The file is what the tuner's tests replay as a simulated device
 (tests/autotune/autotune_replay.py). Each tile is checked first, then timed interleaved with the
 default tile in batches, so every sample has one of the default from the same round. A tile that is
 wrong or fails is recorded as such.
 
 NVRTC takes 5 to 10 s of a core for a Hopper tile, so all of them are compiled in parallel from the
-start, those of one head dimension once, while the problems whose tiles are there are timed: 332
-tiles x 8 s / 16 cores = 166 s, and the timing of the last problems. They can also be compiled
-elsewhere, without a GPU, into a cache that is then carried:
+start, those of one head dimension once, while the problems whose tiles are there are timed. With
+nvcc they can be compiled elsewhere, without a GPU, at 1 to 2 s of a core each, into a cache that is
+then carried:
 
-    FLASHMOE_CACHE_DIR=grid-cache python benchmarks/record_grid.py --compile-only
+    FLASHMOE_COMPILER=nvcc FLASHMOE_CACHE_DIR=grid-cache \\
+        python benchmarks/record_grid.py --compile-only
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import multiprocessing
 import os
 import shlex
@@ -42,11 +44,14 @@ from flashmoe.tiles import Arch, sm90_head_dim
 
 SCHEMA = 2
 ROUNDS = 32
-BATCH = 8
-# The head dimension with the fewest tiles first, for it is compiled first: timing begins early. The
-# one with the most problems before the last, whose tiles are compiled meanwhile.
+BATCH = 16
 GPU_PROBLEMS = (
-    Problem(1, 16, 16, 4096, 4096, 256, "bfloat16"),
+    Problem(32, 8, 8, 512, 512, 256, "bfloat16"),
+    Problem(32, 8, 8, 512, 512, 256, "bfloat16", causal=True),
+    Problem(8, 8, 8, 2048, 2048, 256, "bfloat16", causal=True),
+    Problem(4, 16, 4, 1024, 1024, 256, "bfloat16", causal=True),
+    Problem(1, 8, 8, 4096, 4096, 256, "bfloat16"),
+    Problem(4, 16, 2, 100, 3000, 256, "bfloat16"),
     Problem(8, 16, 16, 1024, 1024, 128, "bfloat16"),
     Problem(2, 16, 16, 4096, 4096, 128, "bfloat16"),
     Problem(2, 16, 16, 4096, 4096, 128, "bfloat16", causal=True),
@@ -62,6 +67,8 @@ CPU_PROBLEMS = (
     Problem(1, 2, 2, 512, 512, 128, "float32"),
     Problem(4, 8, 8, 128, 128, 32, "float32"),
 )
+# Below head_dim 256 there are 3,411 legal tiles (192) to 14,777 (64).
+SM90_ALL_FROM_HEAD_DIM = 256
 SM90_AXES = {
     "block_m": (64, 128, 192, 256),
     "block_n": (64, 80, 128, 176),
@@ -72,8 +79,6 @@ SM90_AXES = {
     "exp2_fma": (0, 4),
     "ctas_per_sm": (1,),
 }
-# Wide tiles do not fit where rows are long: of these there are enough that a quarter is a search.
-SM90_LONG_BLOCK_N = (32, 48, 64, 80, 96, 112)
 # An H200 (and an H100), as far as legality goes: to compile where there is none.
 HOPPER = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 # Seconds to wait for a tile once all before it are compiled.
@@ -91,22 +96,25 @@ def grid_of(problem: Problem, here: torch.device) -> tuple[list[Tile], dict[str,
     arch = device.arch(here)
     names = searched_backends(problem, here, None)
     default = BACKENDS[names[0]].default_tile(problem, arch)
-    if default is not None and default.kernel == "sm90":
-        return list(dict.fromkeys([default, *sm90_grid(problem, arch)])), sm90_axes(problem)
-    found = [tile for name in names for tile in BACKENDS[name].tiles(problem, arch)]
-    axes = CPU_AXES if here.type == "cpu" else {}
-    if axes:
-        dense = tiles.grid("cpu", **axes)
-        found += [tile for tile in dense if not tile.violations(arch, problem)]
+    axes: dict[str, Any] = CPU_AXES if here.type == "cpu" else {}
+    if default is not None and default.kernel == "sm90" and _only_axes(problem):
+        axes, found = SM90_AXES, sm90_grid(problem, arch)
+    else:
+        found = [tile for name in names for tile in BACKENDS[name].tiles(problem, arch)]
+        if here.type == "cpu":
+            dense = tiles.grid("cpu", **axes)
+            found += [tile for tile in dense if not tile.violations(arch, problem)]
     return [tile for tile in dict.fromkeys([default, *found]) if tile is not None], axes
 
 
-def sm90_axes(problem: Problem) -> dict[str, Any]:
-    return {**SM90_AXES, "block_n": SM90_LONG_BLOCK_N} if problem.head_dim > 128 else SM90_AXES
-
-
 def sm90_grid(problem: Problem, arch: Arch) -> list[Tile]:
-    return [t for t in tiles.grid("sm90", **sm90_axes(problem)) if not t.violations(arch, problem)]
+    if not _only_axes(problem):
+        return BACKENDS["cuda"].tiles(problem, arch)
+    return [t for t in tiles.grid("sm90", **SM90_AXES) if not t.violations(arch, problem)]
+
+
+def _only_axes(problem: Problem) -> bool:
+    return problem.head_dim < SM90_ALL_FROM_HEAD_DIM
 
 
 def kernels(problems: Sequence[Problem], arch: Arch) -> dict[Problem, list[jit.Target]]:
@@ -178,6 +186,8 @@ def record(problem: Problem, processes: Processes, deadline: float) -> dict[str,
     reached = 0
     bench = IsolatedBench(Group((problem,), (1.0,)), processes, seed=0, patience=PATIENCE)
     try:
+        # Triton's, which come last, while the others are timed.
+        bench.precompile([candidate for candidate in candidates if candidate.backend == "triton"])
         while reached < len(candidates) and bench.now() < deadline:
             batch = []
             for candidate in candidates[reached : reached + BATCH]:
@@ -248,15 +258,15 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], here: torch.device, comma
         "command": command,
         "problems": sorted(rows, key=lambda row: not row["complete"]),
     }
-    text = json.dumps(data, separators=(",", ":"))
-    writing = path.with_suffix(".writing")
-    writing.write_text(text.replace('{"anchor_us"', '\n{"anchor_us"') + "\n")
+    text = json.dumps(data, separators=(",", ":")).replace('{"anchor_us"', '\n{"anchor_us"') + "\n"
+    writing = path.with_name(path.name + ".writing")
+    writing.write_bytes(lzma.compress(text.encode()))
     writing.replace(path)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="the file to write")
+    parser.add_argument("--output", type=Path, help="the file to write, JSON in xz")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--seconds", type=float, default=270.0, help="when no more is begun (default %(default)s)"

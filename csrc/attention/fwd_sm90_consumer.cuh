@@ -249,7 +249,11 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         wait_V();
         release_V();
       }
-      for (bool first = true; n_tile >= 0; --n_tile, first = false) {
+      // Loops of their own for masked tiles and for others: a branch costs where all that follows
+      // waits for it.
+      auto step = [&](auto is_first, auto is_masked) {
+        constexpr bool FIRST = decltype(is_first)::value, MASKED = decltype(is_masked)::value;
+        constexpr bool LAGS = MAY_LAG && !FIRST && !MASKED;
         trace(1);
         wait_K();
         turn_begins();
@@ -257,21 +261,22 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         start_S();
         turn_ends();
         trace(3);
-        finish_S(IntConstant<0>{}, first, n_tile == 0);
-        trace(4);
         const bool V_there = test_V();
-        const bool lags = MAY_LAG && !first && n_tile < n_unmasked;
-        if (n_tile >= n_unmasked) mask(n_tile);
+        finish_S(IntConstant<0>{}, FIRST, n_tile == 0);
+        trace(4);
+        if (MASKED || (FIRST && n_tile >= n_unmasked)) mask(n_tile);
         trace(11);
-        if (first) {
+        if constexpr (FIRST) {
           softmax.template update<true>(S_rmem, rescale);
-        } else if (!lags && softmax.template update<false>(S_rmem, rescale)) {
-          rescale_O<HEAD_DIM>(O_rmem, rescale);
+        } else if constexpr (!LAGS) {
+          if (softmax.template update<false>(S_rmem, rescale)) {
+            rescale_O<HEAD_DIM>(O_rmem, rescale);
+          }
         }
         trace(12);
         float sum[2];
         softmax.template exponentiate<T>(S_rmem, P_rmem, sum);
-        if (lags) {
+        if constexpr (LAGS) {
           add_lagging(sum);
         } else {
           softmax.add(sum);
@@ -280,8 +285,13 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         start_O(V_there);
         finish_O();
         trace(7);
-      }
+      };
       if (has_rows) {
+        step(IntConstant<true>{}, IntConstant<false>{});
+        for (--n_tile; n_tile >= n_unmasked; --n_tile) {
+          step(IntConstant<false>{}, IntConstant<true>{});
+        }
+        for (; n_tile >= 0; --n_tile) step(IntConstant<false>{}, IntConstant<false>{});
         output.store(O_rmem, work, q_buffer(), softmax.row_max, softmax.row_sum);
       }
       trace(10);

@@ -40,10 +40,10 @@ struct Output {
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
       const bool empty = final_max[half] == -INFINITY;
-      scale[half] = empty ? 0.f : __frcp_rn(sum);
+      scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
       const int row = row_of(work, half);
       if ((lane & 3) == 0 && row < p.seqlen_q) {
-        lse[row] = empty ? -INFINITY : final_max[half] * p.softmax_scale + __log2f(sum) * LN_2;
+        lse[row] = empty ? -INFINITY : final_max[half] * p.softmax_scale + ptx::lg2_approx_ftz(sum) * LN_2;
       }
     }
   }

@@ -91,10 +91,13 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     work = read_work(smem, slot);  // rather than spill it
     head_kv = params.group.divide(work.head), batch = work.batch;
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones
-    // have nothing else to do until then: K is fetched meanwhile.
+    // have nothing else to do until then: K and V are fetched meanwhile.
     if (!TILE.serial && !q_ahead) load_Q(work);
     load_K(work.n_tiles - 1);
-    if (TILE.serial) load_Q(work);
+    if (TILE.serial) {
+      load_V(work.n_tiles - 1);
+      load_Q(work);
+    }
     constexpr int LATE = 4;  // tiles before the end: enough to hide how long a draw takes
     if (Q_AHEAD || work.n_tiles <= LATE) draw();
     q_ahead = false;
@@ -102,7 +105,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     for (int n = work.n_tiles - 1; n > 0; --n) {
       if (!Q_AHEAD && n == LATE) draw();
       load_K(n - 1);
-      load_V(n);
+      if (!TILE.serial || n < work.n_tiles - 1) load_V(n);
       if (Q_AHEAD && n == work.n_tiles - 2) {
         const Work next = decode();
         q_ahead = next.n_tiles > 0;

@@ -52,6 +52,17 @@ __device__ __forceinline__ unsigned cvt_rn_x2<__nv_bfloat16>(float low, float hi
 }
 
 // 2^x on the MUFU; ex2(-inf) is exactly 0.
+// 1 / x, off by one unit in the last place at most.
+__device__ __forceinline__ float rcp_approx_ftz(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float lg2_approx_ftz(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float ex2_approx_ftz(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -107,11 +108,16 @@ class _Option(NamedTuple):
 
     @property
     def default(self) -> Any:
-        return next(field.default for field in fields(Tile) if field.name == self.field)
+        return _default(self.field)
 
     @property
     def is_flag(self) -> bool:
         return self.default is False
+
+
+@functools.cache
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(Tile) if field.name == name)
 
 
 _OPTIONS = (

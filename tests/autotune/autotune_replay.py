@@ -3,15 +3,22 @@
 A sample of a tile is the median of the tile's recorded ratio to the default times a recorded sample
 of the default, times a residual that was drawn from what the tile itself showed: time and noise are
 the recorded ones, and samples of one round share the drift of the recorded round.
+
+    python tests/autotune/autotune_replay.py tests/autotune/grid-nvidia-h200.json.xz
+
+prints, over 20 seeds, what the tuner chooses and evaluates, and what plain Optuna finds with as many
+evaluations.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import lzma
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -31,6 +38,9 @@ from flashmoe.tiles import grid as tile_grid
 from flashmoe.timing import Measurement
 
 SCHEMA = 2
+# Of a grid's tiles, how many a search may evaluate.
+SHARE = 0.25
+PLAIN = {"TPE": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class Grid:
     # Seconds by candidate name; and of the default, in the same rounds.
     samples: Mapping[str, tuple[float, ...]]
     anchors: Mapping[str, tuple[float, ...]]
+    # What spans the grid where it is not all that the tuner would try.
+    axes: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def ratio(self) -> dict[str, float]:
@@ -67,7 +79,7 @@ class Grid:
 
 
 def load(path: Path) -> list[Grid]:
-    data = json.loads(path.read_text())
+    data = json.loads(lzma.decompress(path.read_bytes()))
     assert data["schema"] == SCHEMA
     # Where the time ran out, the last problem lacks tiles, perhaps its best ones.
     return [_grid(row) for row in data["problems"] if row["complete"]]
@@ -80,7 +92,8 @@ def _grid(row: Mapping[str, Any]) -> Grid:
         for name, microseconds in batch["tiles_us"].items():
             samples[name] = tuple(x * 1e-6 for x in microseconds)
             anchors[name] = tuple(x * 1e-6 for x in batch["anchor_us"])
-    return Grid(Problem.from_json(row["problem"]), Tile.parse(row["default"]), samples, anchors)
+    problem, default = Problem.from_json(row["problem"]), Tile.parse(row["default"])
+    return Grid(problem, default, samples, anchors, row["axes"])
 
 
 class ReplayBench:
@@ -269,11 +282,11 @@ def plain(grid: Grid, seed: int, trials: int, sampler: optuna.samplers.BaseSampl
     not counted), the median of 15 samples, the best trial taken at its word."""
     bench = ReplayBench(grid, seed)
     legal = set(grid.tiles)
-    values = {axis: sorted({getattr(t, axis) for t in legal}) for axis in AXES}
+    axes = ("kernel", *AXES)
+    values = {axis: sorted({getattr(t, axis) for t in legal}) for axis in axes}
 
     def objective(trial: optuna.Trial) -> float:
-        shape = {axis: trial.suggest_categorical(axis, values[axis]) for axis in AXES}
-        tile = Tile(grid.tiles[0].kernel, **shape)
+        tile = Tile(**{axis: trial.suggest_categorical(axis, values[axis]) for axis in axes})
         if tile not in legal:
             raise optuna.TrialPruned
         candidate = Candidate.of_tile(tile)
@@ -284,8 +297,39 @@ def plain(grid: Grid, seed: int, trials: int, sampler: optuna.samplers.BaseSampl
 
     study = optuna.create_study(sampler=sampler)
     study.optimize(objective, n_trials=10 * trials)
-    params = study.best_trial.params
-    return _outcome(grid, Tile(grid.tiles[0].kernel, **params), bench)
+    return _outcome(grid, Tile(**study.best_trial.params), bench)
+
+
+def one_run(found: Sequence[Grid], seed: int) -> list[Outcome]:
+    """The problems one after the other, each learning from those before it, as tune() does."""
+    outcomes: list[Outcome] = []
+    for grid in found:
+        outcomes.append(
+            ours(
+                grid,
+                seed,
+                int(SHARE * len(grid.tiles)),
+                first=[outcome.chosen for outcome in outcomes[::-1]],
+                related=[outcome.values for outcome in outcomes[:-5:-1]],
+            )
+        )
+    return outcomes
+
+
+def beside(
+    found: Sequence[Grid], runs: Sequence[Sequence[Outcome]], seeds: Sequence[int]
+) -> dict[str, list[float]]:
+    """For each of PLAIN how far from the best it ends, the median over `seeds`, with as many
+    evaluations as the longest of our `runs` made; illegal tiles cost it nothing."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    most = [max(run[number].tiles for run in runs) for number in range(len(found))]
+    return {
+        name: [
+            median(plain(grid, seed, trials, make(seed=seed)).over_best for seed in seeds)
+            for grid, trials in zip(found, most, strict=True)
+        ]
+        for name, make in PLAIN.items()
+    }
 
 
 def _outcome(
@@ -302,3 +346,30 @@ def _outcome(
         bench.samples_taken,
         values or {},
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("grid", type=Path)
+    parser.add_argument("--seeds", type=int, default=20)
+    arguments = parser.parse_args()
+    found, seeds = load(arguments.grid), range(arguments.seeds)
+    runs = [one_run(found, seed) for seed in seeds]
+    theirs = beside(found, runs, seeds)
+    print("| problem | tiles | evaluated | over the best | over the default |", end="")
+    print("".join(f" {name} |" for name in PLAIN))
+    print("|---" * (5 + len(PLAIN)) + "|")
+    for number, grid in enumerate(found):
+        mine = [run[number] for run in runs]
+        tiles = [outcome.tiles for outcome in mine]
+        over_best = [outcome.over_best for outcome in mine]
+        print(
+            f"| {grid.problem.label} | {len(grid.tiles)} | {median(tiles):.0f}, at most {max(tiles)} "
+            f"| {median(over_best):.4f}, at most {max(over_best):.4f} "
+            f"| {median(outcome.over_default for outcome in mine):.4f} |",
+            "".join(f" {theirs[name][number]:.4f} |" for name in PLAIN),
+        )
+
+
+if __name__ == "__main__":
+    main()

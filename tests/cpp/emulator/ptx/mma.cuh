@@ -56,5 +56,7 @@ inline unsigned cvt_rn_x2<__nv_bfloat16>(float low, float high) {
 }
 
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
+inline float rcp_approx_ftz(float x) { return 1.f / x; }
+inline float lg2_approx_ftz(float x) { return std::log2(x); }
 
 }  // namespace flashmoe::ptx
