@@ -348,7 +348,7 @@ def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
     [
         (128, "128x128-stages2", ""),
         (256, "128x80-stages2-pingpong", ""),
-        (96, "256x64-stages3-serial", ""),
+        (96, "256x64-stages4-serial", ""),
         (64, "64x64-q2-serial", "serial: "),
         (128, "96x64", "block_m: "),
         (128, "64x72", "block_n: "),

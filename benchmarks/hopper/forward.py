@@ -38,12 +38,14 @@ TILES = {
     16: (
         "256x64-stages4-q2-pingpong",
         "256x64-stages4-q1-pingpong",
+        "256x64-stages4-q1-serial",
         "192x128-stages2-q1-pingpong",
         "192x112-stages3-q1-pingpong",
         "128x128-stages2-q2-pingpong",
     ),
     65: (
-        "256x64-stages3-q1-serial",
+        "256x64-stages4-q1-serial",
+        "256x64-stages4-q1-pingpong-serial",
         "256x64-stages3-q1-pingpong-serial",
         "192x112-stages2-q1-pingpong",
         "192x112-stages2-q2-pingpong",
@@ -59,6 +61,7 @@ TILES = {
         "192x80-stages3-q1-pingpong",
         "192x64-stages3-q1-pingpong",
         "192x64-stages3-q2-pingpong",
+        "192x64-stages4-q1-qreg-serial",
         "128x128-stages2-q2-pingpong-qreg",
     ),
     129: (

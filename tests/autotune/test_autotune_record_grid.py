@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import pytest
 from autotune_replay import load
 from support import load_benchmark
 
-from flashmoe.backends import jit
+from flashmoe.backends import BACKENDS, jit
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -27,23 +28,32 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_what_is_compiled_is_legal_shared_and_fits_the_time(script: ModuleType) -> None:
+def test_what_is_compiled_is_legal_and_shared(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashmoe.backends.jit.unavailable", lambda: "")
+    if not BACKENDS["cuda"].compiled_in(script.GPU_PROBLEMS[0], script.HOPPER):
+        pytest.skip("built without CUDA")
     wanted = script.kernels(script.GPU_PROBLEMS, script.HOPPER)
+    whole = 0
     for problem, targets in wanted.items():
         # A quarter of them is what the replayed search may try.
         assert len(set(targets)) == len(targets) >= 60
-        for target in targets:
-            assert not target.tile.violations(script.HOPPER, problem)
-            for axis, values in script.sm90_axes(problem).items():
-                assert getattr(target.tile, axis) in values
+        found = {target.tile for target in targets}
+        assert not any(tile.violations(script.HOPPER, problem) for tile in found)
+        if problem.head_dim == 256:
+            whole += 1
+            assert found == set(BACKENDS["cuda"].tiles(problem, script.HOPPER))
+        else:
+            for axis, values in script.SM90_AXES.items():
+                assert {getattr(tile, axis) for tile in found} <= set(values)
+    assert whole >= 6
     everything = {target for targets in wanted.values() for target in targets}
     assert len(everything) < sum(map(len, wanted.values())) / 2
-    # 8 s of a core each, on 16 cores.
-    assert len(everything) * 8 / 16 <= 180
 
 
 def test_a_whole_run_is_what_the_replay_reads(script: ModuleType, tmp_path: Path) -> None:
-    output = tmp_path / "grid.json"
+    output = tmp_path / "grid.json.xz"
     assert script.main(["--output", str(output), "--device", "cpu", "--seconds", "1000"]) == 0
     found = load(output)
     assert [grid.problem for grid in found] == list(SMALL)
@@ -65,9 +75,9 @@ def test_when_time_runs_out_whole_problems_come_first(
         return row
 
     monkeypatch.setattr(script, "record", record)
-    output = tmp_path / "grid.json"
+    output = tmp_path / "grid.json.xz"
     assert script.main(["--output", str(output), "--device", "cpu", "--seconds", "1000"]) == 0
-    rows = json.loads(output.read_text())["problems"]
+    rows = json.loads(lzma.decompress(output.read_bytes()))["problems"]
     assert [row["complete"] for row in rows] == [True, False]
     assert [grid.problem for grid in load(output)] == [SMALL[1]]
     assert script.main(["--output", str(output), "--device", "cpu", "--seconds", "0"]) == 0
@@ -97,7 +107,7 @@ echo x >> "$LOG"
     }.items():
         monkeypatch.setenv(name, str(value))
     jit._compiler.cache_clear()
-    few = script.GPU_PROBLEMS[:1]
+    few = script.GPU_PROBLEMS[-1:]
     monkeypatch.setattr(script, "GPU_PROBLEMS", few)
     targets = script.kernels(few, script.HOPPER)[few[0]]
     for _ in range(2):  # the second time all are there

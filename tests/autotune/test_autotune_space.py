@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import optuna
 import pytest
 from autotune_simulated import GRID, PROBLEM
 
+from flashmoe.autotune import model
 from flashmoe.autotune.candidate import Candidate, searched_backends
 from flashmoe.autotune.sampler import SAMPLERS, TileSampler
 from flashmoe.autotune.space import Space
@@ -18,6 +20,15 @@ RAGGED = [
     Tile("triton", 64, 128, 2, 4, tma=True),
     Tile("triton", 64, 128, 2, 4),
 ]
+
+
+def test_covariance_among_tiles_in_any_order_and_of_other_spaces() -> None:
+    space = Space(RAGGED)
+    strangers = [Tile("sm80", 96, 48), Tile("triton", 32, 16, 3, 8)]
+    tiles = [RAGGED[3], strangers[0], RAGGED[-1], RAGGED[0], strangers[1], RAGGED[3]]
+    cells = model._Cells(space)
+    found = cells.among(tiles, cells.covariance(tiles))
+    np.testing.assert_array_equal(found, model._kernel(cells.of(tiles), cells.of(tiles)))
 
 
 def asked(name: str, tiles: list[Tile], first: list[Tile], count: int) -> list[Tile]:
