@@ -43,7 +43,8 @@ struct Output {
       scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
       const int row = row_of(work, half);
       if ((lane & 3) == 0 && row < p.seqlen_q) {
-        lse[row] = empty ? -INFINITY : final_max[half] * p.softmax_scale + ptx::lg2_approx_ftz(sum) * LN_2;
+        lse[row] =
+            empty ? -INFINITY : final_max[half] * p.softmax_scale + ptx::lg2_approx_ftz(sum) * LN_2;
       }
     }
   }

@@ -6,8 +6,8 @@ the recorded ones, and samples of one round share the drift of the recorded roun
 
     python tests/autotune/autotune_replay.py tests/autotune/grid-nvidia-h200.json.xz
 
-prints, over 20 seeds, what the tuner chooses and evaluates, and what plain Optuna finds with as many
-evaluations.
+prints, over 20 seeds, what the tuner chooses and evaluates, and what plain Optuna finds with as
+many evaluations.
 """
 
 from __future__ import annotations
@@ -356,19 +356,22 @@ def main() -> None:
     found, seeds = load(arguments.grid), range(arguments.seeds)
     runs = [one_run(found, seed) for seed in seeds]
     theirs = beside(found, runs, seeds)
-    print("| problem | tiles | evaluated | over the best | over the default |", end="")
-    print("".join(f" {name} |" for name in PLAIN))
-    print("|---" * (5 + len(PLAIN)) + "|")
+    titles = ("problem", "tiles", "evaluated", "over the best", "over the default", *PLAIN)
+    print("|", " | ".join(titles), "|")
+    print("|---" * len(titles) + "|")
     for number, grid in enumerate(found):
         mine = [run[number] for run in runs]
         tiles = [outcome.tiles for outcome in mine]
         over_best = [outcome.over_best for outcome in mine]
-        print(
-            f"| {grid.problem.label} | {len(grid.tiles)} | {median(tiles):.0f}, at most {max(tiles)} "
-            f"| {median(over_best):.4f}, at most {max(over_best):.4f} "
-            f"| {median(outcome.over_default for outcome in mine):.4f} |",
-            "".join(f" {theirs[name][number]:.4f} |" for name in PLAIN),
+        cells = (
+            grid.problem.label,
+            len(grid.tiles),
+            f"{median(tiles):.0f}, at most {max(tiles)}",
+            f"{median(over_best):.4f}, at most {max(over_best):.4f}",
+            f"{median(outcome.over_default for outcome in mine):.4f}",
+            *(f"{theirs[name][number]:.4f}" for name in PLAIN),
         )
+        print("|", " | ".join(map(str, cells)), "|")
 
 
 if __name__ == "__main__":
