@@ -26,6 +26,9 @@ from flashmoe.tiles import Tile
 
 # A TPE that starts learning after so many trials; Optuna's 10 are a quarter of a small space.
 _STARTUP_TRIALS = 6
+# Of the model's proposals, one in so many does not believe what related problems showed: where this
+# one is of another kind, they would keep the search where its best tile is not.
+_DOUBT_EVERY = 6
 
 
 class ModelSampler(RandomSampler):
@@ -136,7 +139,9 @@ class TileSampler(BaseSampler):
         free = [tile for tile in self._space.tiles if tile not in taken]
         if not free or not (known or self._related):
             return None
-        return promising(self._space, known, in_flight, self._related, free)
+        doubts = known and (len(known) + len(in_flight)) % _DOUBT_EVERY == _DOUBT_EVERY - 1
+        related = () if doubts else self._related
+        return promising(self._space, known, in_flight, related, free)
 
     def _propose(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         """The inner sampler's parameters, those that it relates to each other first."""

@@ -40,6 +40,9 @@ def test_a_quarter_of_the_grid_finds_the_best(which: str) -> None:
         assert max(outcome.tiles for outcome in outcomes) <= SHARE * len(grid.tiles)
         mine.append(median(outcome.over_best for outcome in outcomes))
         assert mine[-1] <= 1.01, grid.problem.label
+        # No problem is one where now and then a search ends far from it.
+        far = [outcome.over_best for outcome in outcomes if outcome.over_best > 1.02]
+        assert which == "synthetic" or len(far) <= 1, (grid.problem.label, far)
     # Never worse than the default: what the final cannot tell apart stays as it was.
     assert max(outcome.over_default for run in runs for outcome in run) <= 1.0
     _agreement(runs)
