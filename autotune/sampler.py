@@ -139,8 +139,9 @@ class TileSampler(BaseSampler):
         free = [tile for tile in self._space.tiles if tile not in taken]
         if not free or not (known or self._related):
             return None
-        doubts = known and (len(known) + len(in_flight)) % _DOUBT_EVERY == _DOUBT_EVERY - 1
-        related = () if doubts else self._related
+        asked = len(known) + len(in_flight)
+        believes = not known or asked % _DOUBT_EVERY < _DOUBT_EVERY - 1
+        related = self._related if believes else ()
         return promising(self._space, known, in_flight, related, free)
 
     def _propose(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
