@@ -134,7 +134,7 @@ def compile_tile(folder: Path, number: int, name: str, sources: Path) -> str:
     command += ["-Xptxas=-v", "-cubin", "-o", folder / f"{number}.cubin", source]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return f"{name}: FAILED {done.stderr[-600:]}"
+        return f"{name}: FAILED {done.stderr[:900]}"
     spills = re.search(r"(\d+) bytes spill stores", done.stderr)
     serial = "SERIALIZED " if "serialized" in done.stderr else ""
     return f"{name}: {serial}spills {spills[1] if spills else '?'}"

@@ -137,6 +137,7 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   std::memset(&params, 0, sizeof params);
   params.attention = a;
   params.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  params.inverse_scale_log2 = 1.f / params.scale_log2;
   // P is at most 2^8 then: far from overflow in float16, and its precision does not depend on it.
   params.slack = 8.f / params.scale_log2;
   params.num_work = static_cast<int>(num_work);

@@ -29,7 +29,7 @@ struct Output {
     return static_cast<T*>(p.out) + work.batch * p.o_batch_stride + work.head * p.o_head_stride;
   }
   // Sets softmax_lse, and `scale` to what O must be multiplied with.
-  __device__ __forceinline__ void finish_rows(const Work& work, const float (&final_max)[2],
+  __device__ __forceinline__ void finish_rows(const Work& work, const float (&minus_max)[2],
                                               const float (&final_sum)[2],
                                               float (&scale)[2]) const {
     float* lse =
@@ -39,12 +39,11 @@ struct Output {
       float sum = final_sum[half];
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      const bool empty = final_max[half] == -INFINITY;
+      const bool empty = minus_max[half] == NO_MAXIMUM;
       scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
       const int row = row_of(work, half);
       if ((lane & 3) == 0 && row < p.seqlen_q) {
-        lse[row] =
-            empty ? -INFINITY : final_max[half] * p.softmax_scale + ptx::lg2_approx_ftz(sum) * LN_2;
+        lse[row] = empty ? -INFINITY : (ptx::lg2_approx_ftz(sum) - minus_max[half]) * LN_2;
       }
     }
   }
@@ -113,10 +112,10 @@ struct Output {
     }
   }
   __device__ __forceinline__ void store(Sums& O_rmem, const Work& work, int buffer,
-                                        const float (&final_max)[2],
+                                        const float (&minus_max)[2],
                                         const float (&final_sum)[2]) const {
     float scale[2];
-    finish_rows(work, final_max, final_sum, scale);
+    finish_rows(work, minus_max, final_sum, scale);
     if constexpr (TILE.stages_output()) {
       store_staged(O_rmem, work, buffer, scale);
     } else {
@@ -134,7 +133,7 @@ struct Output {
   }
   // Rows that see no key.
   __device__ __forceinline__ void store_empty(const Work& work) const {
-    const float no_max[2] = {-INFINITY, -INFINITY}, no_sum[2] = {0.f, 0.f};
+    const float no_max[2] = {NO_MAXIMUM, NO_MAXIMUM}, no_sum[2] = {0.f, 0.f};
     float scale[2];
     finish_rows(work, no_max, no_sum, scale);
 #pragma unroll 1

@@ -3,20 +3,19 @@
 
 #include "../ptx/mma.cuh"
 #include "../ptx/registers.cuh"
-#include "params.h"
-#include "tile_sm90.h"
+#include "fwd_sm90_work.cuh"
 
 namespace flashmoe::sm90 {
 
 // Whether P of a tile that all rows see is computed beside the maximum of the tiles before, without
-// looking for its own. bfloat16 reaches as far as float32, so nothing is lost where P is large. A
-// tile of which a thread's sum is TOO_LARGE is computed again, with its own maximum; what is not
-// leaves O far from overflow, for values of up to 2^48.
+// looking for its own. bfloat16 reaches as far as float32, so nothing is lost where P is large.
+// Rows whose sum is TOO_LARGE at the end are computed again, with their own maximum
+// (fwd_sm90_recompute.cuh); what is not leaves O far from overflow, for values of up to 2^44.
 template <typename T>
 constexpr bool MAXIMUM_MAY_LAG = false;
 template <>
 inline constexpr bool MAXIMUM_MAY_LAG<__nv_bfloat16> = true;
-constexpr float TOO_LARGE = 0x1p64f;
+constexpr float TOO_LARGE = 0x1p80f;
 
 // 2^x without the MUFU; below -125 it stays at 2^-125, above 127 at 2^127. Cody-Waite split and the
 // minimax polynomial of degree 4 on [-1/2, 1/2], relative error 2.7e-6: one of degree 3 is off by
@@ -31,50 +30,10 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
   return ptx::add_to_exponent(p, rounded);
 }
 
-// Q and K of one warp's 16 rows in global memory, as a thread of it reads them.
-template <typename T>
-struct Rows {
-  const T *q, *k;              // its first row, its first key
-  long long q_eight, k_eight;  // to the one 8 further
-  int rows;                    // of the 16, from its first on, which are there
-  int head_dim;
-
-  // q and k at the warp's first row and the tile's first key. What follows from them stays behind
-  // the branch that leads here: hidden, for the compiler would keep it in registers all the time.
-  __device__ __forceinline__ Rows(const T* q_first, const T* k_first, const AttentionParams& p,
-                                  int rows_there)
-      : q_eight(p.q_row_stride), k_eight(p.k_row_stride), head_dim(p.head_dim) {
-    unsigned lane = threadIdx.x % 32;
-    ptx::hide(lane);
-    ptx::hide(q_eight);
-    ptx::hide(k_eight);
-    q = q_first + lane / 4 * q_eight + lane % 4 * 2;
-    k = k_first + lane / 4 * k_eight + lane % 4 * 2;
-    q_eight *= 8;
-    k_eight *= 8;
-    rows = rows_there - int(lane / 4);
-  }
-  // S of the 16 rows and the next 16 keys, all of which are there.
-  __device__ __forceinline__ void multiply(float (&S)[2][4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) S[0][i] = S[1][i] = 0.f;
-#pragma unroll 1
-    for (int d = 0; d < head_dim; d += 16) {
-      auto load = [&](const T* x, bool there) {
-        return there ? *reinterpret_cast<const unsigned*>(x) : 0u;
-      };
-      const bool more = d + 8 < head_dim;
-      const T *q0 = q + d, *q8 = q0 + q_eight, *k0 = k + d, *k8 = k0 + k_eight;
-      const unsigned a[4] = {load(q0, rows > 0), load(q8, rows > 8), load(q0 + 8, more && rows > 0),
-                             load(q8 + 8, more && rows > 8)};
-      ptx::mma_m16n8k16<T>(S[0], a, load(k0, true), load(k0 + 8, more));
-      ptx::mma_m16n8k16<T>(S[1], a, load(k8, true), load(k8 + 8, more));
-    }
-    k += 2 * k_eight;
-  }
-};
-
-// The running maximum and sum of a thread's two rows, 8 apart. Thread t of a warpgroup holds of S
+// The running maximum and sum of a thread's two rows, 8 apart. Of the maximum what is added to
+// scaled scores is kept: minus the maximum, scaled, or NO_MAXIMUM where all so far were -infinity.
+// Then the next such one gives a P of 0 still, and a finite one that is seen while the maximum lags
+// is TOO_LARGE. Thread t of a warpgroup holds of S
 // (64 x BLOCK_N) what wgmma gives it: element 4 * n + 2 * half + i is row t / 32 * 16 + t % 32 / 4
 // + 8 * half, column 8 * n + t % 4 * 2 + i.
 template <Sm90Tile TILE>
@@ -85,20 +44,20 @@ struct Softmax {
   static constexpr bool ROWS_APART = TILE.head_dim <= 64 && BLOCK_N >= 128;
   using Scores = float[BLOCK_N / 2];
 
-  const float scale_log2, slack;  // see Sm90Params
-  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
+  const Sm90Params& params;
+  float minus_max[2] = {NO_MAXIMUM, NO_MAXIMUM}, row_sum[2] = {0.f, 0.f};
   // Whether a row's limit is negative, where the integer maximum does not order: told when the
   // maximum changes, off the path from S to its exponentials (docs/hopper-forward.md).
   bool negative_limit = false;
 
-  __device__ __forceinline__ void check_limit() {
-    const float least = fminf(row_max[0], row_max[1]) + slack;
-    negative_limit = __any_sync(0xffffffff, !(least >= 0.f));
+  // What an element of S may be before the maximum must grow.
+  __device__ __forceinline__ float limit_of(float minus_max) const {
+    return minus_max == NO_MAXIMUM ? -INFINITY
+                                   : fmaf(-minus_max, params.inverse_scale_log2, params.slack);
   }
-  // What is added to scaled scores. Where all so far were -infinity, the next such one gives a P of
-  // 0 still, and a finite one that is seen while the maximum lags is TOO_LARGE.
-  __device__ __forceinline__ float minus_scaled_max(int half) const {
-    return row_max[half] == -INFINITY ? 3e38f : -row_max[half] * scale_log2;
+  __device__ __forceinline__ void check_limit() {
+    const float least = limit_of(fmaxf(minus_max[0], minus_max[1]));
+    negative_limit = __any_sync(0xffffffff, !(least >= 0.f));
   }
   __device__ __forceinline__ static float local_max(const Scores& S_rmem, int half) {
     float x[4];  // one chain would wait for itself
@@ -141,24 +100,24 @@ struct Softmax {
     float x = mine;
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-    row_max[half] = fmaxf(row_max[half], x);
+    minus_max[half] = fminf(minus_max[half], -x * params.scale_log2);
   }
   __device__ __forceinline__ void update_max(const Scores& S_rmem, int half) {
     update_max(local_max(S_rmem, half), half);
   }
-  // Brings row_max up to date with S. FIRST tile of a block of rows, or not; then returns whether
-  // the maximum of a row of this warp grew too far, and by what O must be multiplied.
+  // Brings the maximum up to date with S. FIRST tile of a block of rows, or not; then returns
+  // whether the maximum of a row of this warp grew too far, and by what O must be multiplied.
   template <bool FIRST>
   __device__ __forceinline__ bool update(const Scores& S_rmem, float (&rescale)[2]) {
     if constexpr (FIRST) {
-      row_max[0] = row_max[1] = -INFINITY;
+      minus_max[0] = minus_max[1] = NO_MAXIMUM;
       row_sum[0] = row_sum[1] = 0.f;
       update_max(S_rmem, 0);
       update_max(S_rmem, 1);
       check_limit();
       return false;
     } else {
-      const float limit[2] = {row_max[0] + slack, row_max[1] + slack};
+      const float limit[2] = {limit_of(minus_max[0]), limit_of(minus_max[1])};
       bool mine;
       if constexpr (ROWS_APART) {
         mine = exceeds<0, 0>(S_rmem, limit) | exceeds<1, 1>(S_rmem, limit);
@@ -169,12 +128,9 @@ struct Softmax {
       if (grew) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float before = row_max[half];
+          const float before = minus_max[half];
           update_max(S_rmem, half);
-          // No key so far: -inf to the same or more, and nothing to rescale.
-          rescale[half] = before == -INFINITY
-                              ? 0.f
-                              : ptx::ex2_approx_ftz((before - row_max[half]) * scale_log2);
+          rescale[half] = ptx::ex2_approx_ftz(minus_max[half] - before);
           row_sum[half] *= rescale[half];
         }
         check_limit();
@@ -182,20 +138,19 @@ struct Softmax {
       return grew;
     }
   }
-  // P in 16 bits from S, and its sums. In chunks that ptxas keeps in order, since it moves nothing
-  // across a pmevent: between the exponentials of a chunk stand the FFMAs of the next one, and the
-  // sums and conversions of the one LAG before. All of it fits into the time that the MUFU leaves
-  // between two exponentials.
+  // P in 16 bits from S; its sums are added. In chunks that ptxas keeps in order, since it moves
+  // nothing across a pmevent: between the exponentials of a chunk stand the FFMAs of the next one,
+  // and the sums and conversions of the one LAG before. All of it fits into the time that the MUFU
+  // leaves between two exponentials.
   template <typename T>
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem, unsigned (&P_rmem)[BLOCK_N / 16][4],
-                                               float (&sum)[2]) const {
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
+                                               unsigned (&P_rmem)[BLOCK_N / 16][4]) {
     constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
     constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
-    const float minus_max[2] = {minus_scaled_max(0), minus_scaled_max(1)};
     auto scale = [&](int chunk) {
 #pragma unroll
       for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
-        S_rmem[e] = fmaf(S_rmem[e], scale_log2, minus_max[e / 2 % 2]);
+        S_rmem[e] = fmaf(S_rmem[e], params.scale_log2, minus_max[e / 2 % 2]);
       }
     };
     auto exponentials = [&](int chunk) {
@@ -209,6 +164,7 @@ struct Softmax {
         }
       }
     };
+    float sum[2];
     auto sum_and_pack = [&](int chunk) {
 #pragma unroll
       for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; e += 2) {
@@ -226,63 +182,12 @@ struct Softmax {
       if (chunk >= LAG) sum_and_pack(chunk - LAG);
       if (chunk < CHUNKS) ptx::pmevent();
     }
-  }
-  // The same where P is known to stay in bounds: its sums are added.
-  template <typename T>
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem,
-                                               unsigned (&P_rmem)[BLOCK_N / 16][4]) {
-    float sum[2];
-    exponentiate<T>(S_rmem, P_rmem, sum);
-    add(sum);
-  }
-  __device__ __forceinline__ void add(const float (&sum)[2]) {
     row_sum[0] += sum[0];
     row_sum[1] += sum[1];
   }
-  // The maximum, P and its sums of 16 rows and BLOCK_N keys, where the one before is too far
-  // behind: from Q and K in global memory, for S is gone, and 16 keys at a time, for the registers
-  // are full. Tells by what O must be multiplied.
-  template <typename T>
-  __device__ __forceinline__ void compute_again(Rows<T> rows, unsigned (&P_rmem)[BLOCK_N / 16][4],
-                                                float (&rescale)[2]) {
-    float S[2][4];
-    const T* first_key = rows.k;
-    const float before[2] = {row_max[0], row_max[1]};
-#pragma unroll 1
-    for (int n = 0; n < BLOCK_N; n += 16) {
-      rows.multiply(S);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        update_max(fmaxf(fmaxf(S[0][2 * half], S[0][2 * half + 1]),
-                         fmaxf(S[1][2 * half], S[1][2 * half + 1])),
-                   half);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // -infinity to the same rescales by 0.
-      const float now = fmaxf(row_max[half], -3e38f);
-      rescale[half] = ptx::ex2_approx_ftz((before[half] - now) * scale_log2);
-      row_sum[half] *= rescale[half];
-    }
-    check_limit();  // nothing of this block needs it, but ptxas spills without
-    const float minus_max[2] = {minus_scaled_max(0), minus_scaled_max(1)};
-    rows.k = first_key;
-#pragma unroll
-    for (int n = 0; n < BLOCK_N; n += 16) {
-      rows.multiply(S);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int half = e / 2 % 2;
-        float& s = S[e / 4][e % 4];
-        s = ptx::ex2_approx_ftz(fmaf(s, scale_log2, minus_max[half]));
-        row_sum[half] += s;
-      }
-#pragma unroll
-      for (int e = 0; e < 8; e += 2) {
-        P_rmem[n / 16][e / 2] = ptx::cvt_rn_x2<T>(S[e / 4][e % 4], S[e / 4][e % 4 + 1]);
-      }
-    }
+  // Whether a row of this warp went so far beyond its maximum that O may have overflowed.
+  __device__ __forceinline__ bool went_too_far() const {
+    return __any_sync(0xffffffff, fmaxf(row_sum[0], row_sum[1]) >= TOO_LARGE);
   }
 };
 

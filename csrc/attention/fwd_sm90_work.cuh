@@ -15,6 +15,7 @@ struct alignas(16) Work {
   int m_start, head, batch;
 };
 constexpr int NO_WORK = -1;
+constexpr float NO_MAXIMUM = 3e38f;  // for minus the scaled maximum of a row without keys so far
 
 template <Sm90Tile TILE>
 __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {

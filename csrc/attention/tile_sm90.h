@@ -59,7 +59,7 @@ struct Sm90Tile {
   // trial (benchmarks/hopper/check_tiles.py). Where it does not, each tile of keys has its own.
   constexpr bool maximum_may_lag() const {
     const int spare = consumer_registers() - needed_registers();
-    if (serial) return spare >= block_n / 4 - 12;
+    if (serial) return spare >= 0;
     if (block_m == 64) return spare >= 8;
     return spare >= (ctas_per_sm > 1 || (block_m == 256 && head_dim > 64 && q_stages > 1) ? 4 : 0);
   }
@@ -109,9 +109,9 @@ struct FastDivisor {
 struct Sm90Params {
   ptx::TensorMap q, k, v, o;
   AttentionParams attention;
-  float scale_log2;  // softmax_scale in units of log 2
-  float slack;       // by how much, in units of Q K^T, a row's maximum may lag behind
-  int num_work;      // blocks of rows over all heads and batches
+  float scale_log2, inverse_scale_log2;  // softmax_scale in units of log 2
+  float slack;   // by how much, in units of Q K^T, a row's maximum may lag behind
+  int num_work;  // blocks of rows over all heads and batches
   FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
   FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
   FastDivisor per_section;               // and their blocks

@@ -33,6 +33,30 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same for one 16x8x8 tile: a[0] rows 0-7, a[1] rows 8-15.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const unsigned (&a)[2], unsigned b);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k8<__half>(float (&d)[4], const unsigned (&a)[2],
+                                                    unsigned b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k8<__nv_bfloat16>(float (&d)[4], const unsigned (&a)[2],
+                                                           unsigned b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 // Two floats to one register of 16-bit elements, `low` in the low half, round to nearest even.
 template <typename T>
 __device__ __forceinline__ unsigned cvt_rn_x2(float low, float high);
@@ -51,7 +75,6 @@ __device__ __forceinline__ unsigned cvt_rn_x2<__nv_bfloat16>(float low, float hi
   return packed;
 }
 
-// 2^x on the MUFU; ex2(-inf) is exactly 0.
 // 1 / x, off by one unit in the last place at most.
 __device__ __forceinline__ float rcp_approx_ftz(float x) {
   float y;
@@ -63,6 +86,7 @@ __device__ __forceinline__ float lg2_approx_ftz(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 2^x on the MUFU; ex2(-inf) is exactly 0.
 __device__ __forceinline__ float ex2_approx_ftz(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));

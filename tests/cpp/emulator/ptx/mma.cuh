@@ -11,35 +11,46 @@ template <typename T>
 constexpr auto FORMAT =
     std::is_same_v<T, __half> ? emulator::Format::float16 : emulator::Format::bfloat16;
 
-template <typename T>
-void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+// One 16x8 tile of K columns of A: registers a[K / 4] and b[K / 8] of each lane.
+template <typename T, int K>
+void mma_m16n8(float (&d)[4], const unsigned* a, const unsigned* b) {
   struct Mine {
     float* d;
-    const unsigned* a;
-    unsigned b[2];
-  } mine{d, a, {b0, b1}};
+    const unsigned *a, *b;
+  } mine{d, a, b};
   emulator::collective("mma", &mine, [](emulator::Slots slots) {
-    float A[16][16], B[16][8];
+    float A[16][K], B[K][8];
     for (int lane = 0; lane < 32; ++lane) {
       const auto* from = static_cast<const Mine*>(slots[lane]);
       const auto number = [](unsigned packed, int i) {
         return emulator::number(FORMAT<T>, packed >> (i % 2 * 16) & 0xffff);
       };
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < K / 2; ++i) {
         A[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2] = number(from->a[i / 2], i);
       }
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < K / 4; ++i) {
         B[lane % 4 * 2 + i / 2 * 8 + i % 2][lane / 4] = number(from->b[i / 2], i);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += A[lane / 4 + i / 2 * 8][k] * B[k][lane % 4 * 2 + i % 2];
+        for (int k = 0; k < K; ++k) sum += A[lane / 4 + i / 2 * 8][k] * B[k][lane % 4 * 2 + i % 2];
         static_cast<Mine*>(slots[lane])->d[i] += sum;
       }
     }
   });
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const unsigned b[2] = {b0, b1};
+  mma_m16n8<T, 16>(d, a, b);
+}
+
+template <typename T>
+void mma_m16n8k8(float (&d)[4], const unsigned (&a)[2], unsigned b) {
+  mma_m16n8<T, 8>(d, a, &b);
 }
 
 template <typename T>
