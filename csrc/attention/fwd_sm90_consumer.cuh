@@ -95,6 +95,13 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       }
     }
   };
+  // Of a block of rows of which this warpgroup has none.
+  auto pass_Q = [&] {
+    ptx::mbarrier_wait_parity(smem.full_Q + 8 * q_buffer(), q_ring.parity());
+    // Where one arrival frees it: not before every warp knows that it was filled.
+    if (TILE.stages_output()) ptx::bar_sync(1 + CONSUMERS + w, 128);
+    if (!TILE.stages_output() || warp == 0) release(smem.empty_Q + 8 * q_buffer());
+  };
   auto wait_K = [&](bool known = false) {
     ptx::mbarrier_wait_parity_unless(known, smem.full_K + 8 * k_ring.stage(), k_ring.parity());
   };
@@ -226,14 +233,20 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   if constexpr (TILE.serial) {
     // S, softmax and O of a tile one after the other: P takes the registers of S, which makes room
     // for more warpgroups, and those fill the gaps.
+    int staged = -1;  // buffer that the TMA may still read
+    auto release_staged = [&] {
+      if (TILE.stages_output() && staged >= 0) output.release_staged(staged);
+      staged = -1;
+    };
     while (next_work()) {
       const Work work = read_work(smem, work_ring.stage());
       const bool has_rows = n_tile >= 0;
+      // Before V is waited for: the producer may need that buffer first.
+      if (skip > 0) release_staged();
       if (has_rows) {
         wait_Q();
-      } else {  // none of its rows: Q is passed as it is
-        ptx::mbarrier_wait_parity(smem.full_Q + 8 * q_buffer(), q_ring.parity());
-        release(smem.empty_Q + 8 * q_buffer());
+      } else {
+        pass_Q();
       }
       for (int i = 0; i < skip; ++i) {
         wait_K();
@@ -255,6 +268,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         start_S();
         turn_ends();
         trace(3);
+        if constexpr (FIRST) release_staged();
         const bool V_there = test_V();
         finish_S(IntConstant<0>{}, FIRST, n_tile == 0);
         trace(4);
@@ -282,11 +296,13 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         for (; n_tile >= 0; --n_tile) step(IntConstant<false>{}, IntConstant<false>{});
         mend();
         output.store(O_rmem, work, q_buffer(), softmax.minus_max, softmax.row_sum);
+        staged = q_buffer();
       }
       trace(10);
       leave_work();
       q_ring.next();
     }
+    if (TILE.stages_output() && threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group_read<0>();
     return;
   }
   if (!next_work()) return;
@@ -311,14 +327,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         skip_V();
       }
       if (n_tile >= 0) return true;
-      ptx::mbarrier_wait_parity(smem.full_Q + 8 * q_buffer(), q_ring.parity());
-      if constexpr (TILE.stages_output()) {
-        // One arrival frees it: not before every warp knows that it was filled.
-        ptx::bar_sync(1 + CONSUMERS + w, 128);
-        if (warp == 0) release(smem.empty_Q + 8 * q_buffer());
-      } else {
-        release(smem.empty_Q + 8 * q_buffer());
-      }
+      pass_Q();
       leave_work();
       if (!next_work()) {
         skip_V();

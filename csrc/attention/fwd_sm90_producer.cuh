@@ -96,7 +96,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     load_K(work.n_tiles - 1);
     if (TILE.serial) {
       load_V(work.n_tiles - 1);
-      load_Q(work);
+      if (!q_ahead) load_Q(work);
     }
     constexpr int LATE = 4;  // tiles before the end: enough to hide how long a draw takes
     if (Q_AHEAD || work.n_tiles <= LATE) draw();

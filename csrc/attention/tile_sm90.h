@@ -77,7 +77,6 @@ struct LegalSm90Tile {
   static_assert(TILE.num_stages >= 1 && TILE.num_stages <= 4, "num_stages: 1 to 4");
   static_assert(TILE.q_stages >= 1 && TILE.q_stages <= 2, "q_stages: 1 or 2");
   static_assert(!TILE.pingpong || TILE.block_m > 64, "pingpong: two groups of 64 rows");
-  static_assert(!TILE.serial || TILE.q_stages == 1, "serial: one buffer of Q");
   // ptxas 13.0 gives P the registers of Q: every tile of keys but the first was wrong.
   static_assert(!TILE.serial || !TILE.q_in_registers || TILE.block_n != TILE.head_dim,
                 "serial with Q in registers: block_n other than head_dim");
