@@ -46,7 +46,7 @@ OFF = (
     Off("exponentials beside the maximum of the tiles before", (EXACT,)),
     Off(
         "that and lazy rescaling",
-        (EXACT, (SOFTMAX, "{row_max[0] + slack, row_max[1] + slack}", "{row_max[0], row_max[1]}")),
+        (EXACT, (SOFTMAX, "params.inverse_scale_log2, params.slack)", "params.inverse_scale_log2, 0.f)")),
     ),
     Off("exponentials kept in chunks", ((SOFTMAX, "if (chunk < CHUNKS) ptx::pmevent();", ""),)),
     Off(

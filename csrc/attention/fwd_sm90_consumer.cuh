@@ -51,7 +51,6 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr int Q_FRAGMENTS = TILE.q_in_registers ? HEAD_DIM / 16 : 1;
   // A warpgroup may see nothing of the tiles that another begins with, or have no rows at all.
   constexpr bool CAN_SKIP = CONSUMERS > 1;
-  constexpr bool MAY_LAG = MAXIMUM_MAY_LAG<T> && TILE.maximum_may_lag();
 
   const AttentionParams& p = params.attention;
   const int diagonal = p.seqlen_kv - p.seqlen_q;
@@ -105,9 +104,12 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   auto wait_K = [&](bool known = false) {
     ptx::mbarrier_wait_parity_unless(known, smem.full_K + 8 * k_ring.stage(), k_ring.parity());
   };
-  auto start_S = [&] {
+  auto K_descriptor = [&] { return Descriptor(smem.K + k_ring.stage() * S::KV_BYTES, 16); };
+  auto V_descriptor = [&] {
+    return Descriptor(smem.V + v_ring.stage() * S::KV_BYTES, BLOCK_N * 128);
+  };
+  auto start_S = [&](Descriptor K_desc) {
     ptx::wgmma_fence();
-    const Descriptor K_desc(smem.K + k_ring.stage() * S::KV_BYTES, 16);
     const Descriptor Q_desc(smem.Q + q_buffer() * S::Q_BYTES, 16);
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; ++k) {
@@ -155,10 +157,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   auto turn_ends = [&] {
     if constexpr (TILE.uses_pingpong()) ptx::bar_arrive(1 + (w + 1) % CONSUMERS, 256);
   };
-  auto start_O = [&](bool known = false) {
-    wait_V(known);
+  auto start_O = [&](Descriptor V_desc) {
     ptx::wgmma_fence();
-    const Descriptor V_desc(smem.V + v_ring.stage() * S::KV_BYTES, BLOCK_N * 128);
 #pragma unroll
     for (int k = 0; k < BLOCK_N / 16; ++k) {
       ptx::Wgmma<T, HEAD_DIM>::rs(O_rmem, P_rmem[k], V_desc.at(k * 2048), 1);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // At the end of a block of rows: computes again what a lagging maximum lost. What is left of O's
   // matmuls adds nothing then.
   auto mend = [&] {
-    if constexpr (MAY_LAG) {
+    if constexpr (MAXIMUM_MAY_LAG<T>) {
       if (!softmax.went_too_far()) return;
       const Recompute<T, TILE> again{params, smem, work_ring.stage()};
       again.run(O_rmem, softmax.minus_max, softmax.row_sum);
@@ -256,20 +256,30 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         wait_V();
         release_V();
       }
+      // What the next S needs, computed while O before it runs.
+      unsigned K_full, K_parity;
+      Descriptor K_desc = K_descriptor();
+      auto look_at_K = [&] {
+        K_full = smem.full_K + 8 * k_ring.stage();
+        K_parity = k_ring.parity();
+        K_desc = K_descriptor();
+      };
+      look_at_K();
       // Loops of their own for masked tiles and for others: a branch costs where all that follows
       // waits for it.
       auto step = [&](auto is_first, auto is_masked) {
         constexpr bool FIRST = decltype(is_first)::value, MASKED = decltype(is_masked)::value;
-        constexpr bool LAGS = MAY_LAG && !FIRST && !MASKED;
+        constexpr bool LAGS = MAXIMUM_MAY_LAG<T> && !FIRST && !MASKED;
         trace(1);
-        wait_K();
+        ptx::mbarrier_wait_parity(K_full, K_parity);
         turn_begins();
         trace(2);
-        start_S();
+        start_S(K_desc);
         turn_ends();
         trace(3);
         if constexpr (FIRST) release_staged();
         const bool V_there = test_V();
+        const Descriptor V_desc = V_descriptor();
         finish_S(IntConstant<0>{}, FIRST, n_tile == 0);
         trace(4);
         if (MASKED || (FIRST && n_tile >= n_unmasked)) mask(n_tile);
@@ -284,7 +294,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         trace(12);
         softmax.template exponentiate<T>(S_rmem, P_rmem);
         trace(5);
-        start_O(V_there);
+        wait_V(V_there);
+        start_O(V_desc);
+        look_at_K();
         finish_O();
         trace(7);
       };
@@ -344,7 +356,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   n_tile += skip;
   wait_Q();
   wait_K();
-  start_S();
+  start_S(K_descriptor());
   finish_S(IntConstant<0>{}, true, n_tile == 0);
   if (n_tile >= n_unmasked) mask(n_tile);
   softmax.template update<true>(S_rmem, rescale);
@@ -357,8 +369,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const bool V_there = test_V();
       turn_begins();
       trace(2);
-      start_S();
-      start_O(V_there);
+      start_S(K_descriptor());
+      wait_V(V_there);
+      start_O(V_descriptor());
       turn_ends();
       trace(3);
       if (TILE.stages_output() && staged >= 0) {
@@ -370,7 +383,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const bool K_there = test_K();
       if constexpr (decltype(masked)::value) mask(n_tile);
       trace(11);
-      if constexpr (MAY_LAG && !decltype(masked)::value) {
+      if constexpr (MAXIMUM_MAY_LAG<T> && !decltype(masked)::value) {
         trace(12);
         finish_O();
         trace(7);
@@ -395,7 +408,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     const float done_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};
     leave_work();
     if (!next_work()) {
-      start_O();
+      wait_V();
+      start_O(V_descriptor());
       finish_O();
       output.store(O_rmem, done, done_buffer, done_max, done_sum);
       if (TILE.stages_output() && threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group_read<0>();
@@ -405,7 +419,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if (TILE.stages_output() && staged >= 0) output.release_staged(staged);
     if (CAN_SKIP && skip > 0) {
       turn_begins();
-      start_O();
+      wait_V();
+      start_O(V_descriptor());
       turn_ends();
       finish_O();
       output.store(O_rmem, done, done_buffer, done_max, done_sum);
@@ -415,7 +430,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       wait_Q();
       wait_K();
       turn_begins();
-      start_S();
+      start_S(K_descriptor());
       turn_ends();
       finish_S(IntConstant<0>{}, true, n_tile == 0);
       skip_V();
@@ -432,8 +447,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     trace(1);
     turn_begins();
     trace(2);
-    start_S();
-    start_O();
+    start_S(K_descriptor());
+    wait_V();
+    start_O(V_descriptor());
     turn_ends();
     trace(3);
     finish_S(IntConstant<1>{}, true, n_tile == 0);

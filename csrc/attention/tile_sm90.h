@@ -55,14 +55,6 @@ struct Sm90Tile {
            (exp2_fma > 0 || head_dim > 128 || q_stages > 1 ? 4 : 0) +
            (head_dim > 128 && q_stages > 1 ? 4 : 0);
   }
-  // Whether ptxas finds registers for the code that a lagging maximum needs beside all of that, by
-  // trial (benchmarks/hopper/check_tiles.py). Where it does not, each tile of keys has its own.
-  constexpr bool maximum_may_lag() const {
-    const int spare = consumer_registers() - needed_registers();
-    if (serial) return spare >= 0;
-    if (block_m == 64) return spare >= 8;
-    return spare >= (ctas_per_sm > 1 || (block_m == 256 && head_dim > 64 && q_stages > 1) ? 4 : 0);
-  }
 };
 
 // Asserts what flashmoe/tiles calls legal, where a kernel is instantiated.
@@ -77,6 +69,8 @@ struct LegalSm90Tile {
   static_assert(TILE.num_stages >= 1 && TILE.num_stages <= 4, "num_stages: 1 to 4");
   static_assert(TILE.q_stages >= 1 && TILE.q_stages <= 2, "q_stages: 1 or 2");
   static_assert(!TILE.pingpong || TILE.block_m > 64, "pingpong: two groups of 64 rows");
+  static_assert(!TILE.serial || TILE.q_stages == 1 || TILE.block_m == 256,
+                "serial: one buffer of Q, or block_m 256");
   // ptxas 13.0 gives P the registers of Q: every tile of keys but the first was wrong.
   static_assert(!TILE.serial || !TILE.q_in_registers || TILE.block_n != TILE.head_dim,
                 "serial with Q in registers: block_n other than head_dim");

@@ -68,8 +68,11 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield f"block_m must be 64, 128, 192 or 256, got {tile.block_m}"
     elif tile.pingpong and tile.block_m == 64:
         yield "pingpong needs two groups of 64 rows, got block_m 64"
-    if tile.serial and tile.q_stages > 1:
-        yield f"serial needs one buffer of Q, got q_stages {tile.q_stages}"
+    if tile.serial and tile.q_stages > 1 and tile.block_m < 256:
+        yield (
+            f"serial needs one buffer of Q or block_m 256, got q_stages {tile.q_stages} and "
+            f"block_m {tile.block_m}"
+        )
     if tile.block_n % 16 or not 32 <= tile.block_n <= 256:
         bounded = False
         yield f"block_n must be a multiple of 16 from 32 to 256, got {tile.block_n}"

@@ -57,7 +57,7 @@ const Instance INSTANCES[] = {
     instance<{80, 256, 64, 3, 1, false, false, 0, 1, true}>("80:256x64-stages3-serial"),
     instance<{80, 128, 32, 4, 1, true, true, 0, 1, true}>("80:128x32-stages4-pingpong-qreg-serial"),
     instance<{96, 256, 64, 3, 2, true, false, 0, 1, true}>("96:256x64-stages3-q2-pingpong-serial"),
-    instance<{64, 192, 48, 2, 2, false, true, 0, 1, true}>("64:192x48-stages2-q2-qreg-serial"),
+    instance<{64, 256, 48, 2, 2, false, false, 0, 1, true}>("64:256x48-stages2-q2-serial"),
     instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}>("128:64x80-stages2-q2"),
 };
 
