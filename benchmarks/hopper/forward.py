@@ -68,8 +68,8 @@ TILES = {
         "128x128-stages2-q2-pingpong-qreg",
     ),
     129: (
-        "128x112-stages2-q1-pingpong",
-        "128x96-stages2-q1-pingpong",
+        "128x64-stages3-q1-qreg",
+        "128x80-stages2-q2-pingpong",
         "128x80-stages2-q1-pingpong",
     ),
     193: ("128x80-stages2-q1-pingpong", "128x64-stages2-q1-pingpong"),

@@ -75,40 +75,47 @@ struct Output {
       ptx::cp_async_bulk_commit_group();
     }
   }
-  // O straight from registers. A lane holds 2 columns of each group of 8; lanes of a row trade, so
-  // that each holds 4 or 8 of one group and a row's 32 or 64 bytes are written at once.
-  __device__ __forceinline__ void store_direct(const Sums& O_rmem, const Work& work,
-                                               const float (&scale)[2]) const {
-    constexpr int GROUPS = HEAD_DIM % 32 == 0 ? 4 : 2;
+  // Groups of 8 columns of O from FIRST to LAST, straight from registers. A lane holds 2 columns of
+  // each; lanes of a row trade, so that each holds 4 or 8 of one group and a row's 32 or 64 bytes
+  // are written at once.
+  template <int GROUPS, int FIRST, int LAST>
+  __device__ __forceinline__ void store_columns(const Sums& O_rmem, const Work& work,
+                                                const float (&scale)[2], int half) const {
+    const int row = row_of(work, half);
+    const int mine = GROUPS == 4 ? lane & 3 : lane & 1;
+    const int column0 = mine * 8 + (GROUPS == 4 ? 0 : (lane & 2) * 2);
+    T* out_row = out_of(work) + row * p.o_row_stride + column0;
+    const int columns = row < p.seqlen_q ? p.head_dim - column0 : 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(work, half);
-      const int mine = GROUPS == 4 ? lane & 3 : lane & 1;
-      const int column0 = mine * 8 + (GROUPS == 4 ? 0 : (lane & 2) * 2);
-      T* out_row = out_of(work) + row * p.o_row_stride + column0;
-      const int columns = row < p.seqlen_q ? p.head_dim - column0 : 0;
+    for (int d = FIRST; d < LAST; d += GROUPS) {
+      unsigned x[GROUPS];
 #pragma unroll
-      for (int d = 0; d < HEAD_DIM / 8; d += GROUPS) {
-        unsigned x[GROUPS];
+      for (int i = 0; i < GROUPS; ++i) x[i] = packed(O_rmem, d + i, half, scale);
 #pragma unroll
-        for (int i = 0; i < GROUPS; ++i) x[i] = packed(O_rmem, d + i, half, scale);
+      for (int bit = 1; bit < GROUPS; bit *= 2) {
+        const bool upper = lane & bit;
 #pragma unroll
-        for (int bit = 1; bit < GROUPS; bit *= 2) {
-          const bool upper = lane & bit;
-#pragma unroll
-          for (int i = 0; i < GROUPS / 2; ++i) {
-            const int low = bit == 1 ? 2 * i : i, high = low + bit;
-            const unsigned received = __shfl_xor_sync(0xffffffff, upper ? x[low] : x[high], bit);
-            x[low] = upper ? received : x[low];
-            x[high] = upper ? x[high] : received;
-          }
-        }
-        if constexpr (GROUPS == 4) {
-          ptx::st_global_v4_if(d * 8 < columns, out_row + d * 8, x[0], x[1], x[2], x[3]);
-        } else {
-          ptx::st_global_v2_if(d * 8 < columns, out_row + d * 8, x[0], x[1]);
+        for (int i = 0; i < GROUPS / 2; ++i) {
+          const int low = bit == 1 ? 2 * i : i, high = low + bit;
+          const unsigned received = __shfl_xor_sync(0xffffffff, upper ? x[low] : x[high], bit);
+          x[low] = upper ? received : x[low];
+          x[high] = upper ? x[high] : received;
         }
       }
+      if constexpr (GROUPS == 4) {
+        ptx::st_global_v4_if(d * 8 < columns, out_row + d * 8, x[0], x[1], x[2], x[3]);
+      } else {
+        ptx::st_global_v2_if(d * 8 < columns, out_row + d * 8, x[0], x[1]);
+      }
+    }
+  }
+  __device__ __forceinline__ void store_direct(const Sums& O_rmem, const Work& work,
+                                               const float (&scale)[2]) const {
+    constexpr int FOURS = HEAD_DIM / 32 * 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      store_columns<4, 0, FOURS>(O_rmem, work, scale, half);
+      store_columns<2, FOURS, HEAD_DIM / 8>(O_rmem, work, scale, half);
     }
   }
   __device__ __forceinline__ void store(Sums& O_rmem, const Work& work, int buffer,

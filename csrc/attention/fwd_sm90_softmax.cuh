@@ -146,7 +146,7 @@ struct Softmax {
   __device__ __forceinline__ void exponentiate(Scores& S_rmem,
                                                unsigned (&P_rmem)[BLOCK_N / 16][4]) {
     constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
-    constexpr int LAG = TILE.head_dim <= 96 ? 1 : 2;
+    constexpr int LAG = TILE.serial || TILE.head_dim <= 96 ? 1 : 2;
     auto scale = [&](int chunk) {
 #pragma unroll
       for (int e = chunk * CHUNK; e < (chunk + 1) * CHUNK; ++e) {
