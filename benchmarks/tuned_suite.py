@@ -4,12 +4,14 @@
     python -m flashmoe.autotune --shapes rows.json --budget 280
     python benchmarks/tuned_suite.py measure --suite rows --database tuned.json --output worth.json
     python benchmarks/tuned_suite.py agree --databases one.json other.json --output agree.json
-    python benchmarks/tuned_suite.py ship --databases a.json b.json --output flashmoe/tuned/GPU.json
+    python benchmarks/tuned_suite.py ship --databases a.json b.json --judged worth.json \
+        --output flashmoe/tuned/GPU.json
 
 `measure` times what a database chose beside the default (twice: the noise) and SDPA, and the best
 tile where SDPA was chosen. `agree` times what two databases chose for the same problems side by
 side. Both interleave in fresh processes that have part in no search. `ship` merges databases, keeps
-the suite's problems and drops where the trials were kept.
+the suite's problems without what `measure` found slower than the default (--judged), and drops
+where the trials were kept.
 """
 
 from __future__ import annotations
@@ -238,11 +240,29 @@ def _rows_json(
     return {"problems": rows}
 
 
-def ship(databases: Sequence[Path], output: Path) -> None:
+def slower_than_default(judged: Path) -> set[tuple[str, str]]:
+    """(bucket, candidate) of what `measure` wrote there that it found slower than the default,
+    beyond the noise."""
+    found = set()
+    for row in json.loads(judged.read_text())["problems"]:
+        chosen, samples = row["candidates"]["chosen"], row["microseconds"]
+        if chosen == row["candidates"]["default"] or not {"default", "chosen"} <= set(samples):
+            continue
+        if paired_ratio(samples["default"], samples["chosen"]).high < 1:
+            found.add((Problem.from_json(row["problem"]).bucket, chosen))
+    return found
+
+
+def ship(databases: Sequence[Path], judged: Sequence[Path], output: Path) -> None:
     """The suite's entries, those of later databases before those of earlier ones."""
     merged = {k: e for path in databases for k, e in database.parse(path.read_text()).items()}
     buckets = {problem.bucket for problem in SHIPPED}
-    kept = {k: dataclasses.replace(e, storage="") for k, e in merged.items() if k in buckets}
+    slower = {pair for path in judged for pair in slower_than_default(path)}
+    kept = {
+        bucket: dataclasses.replace(entry, storage="")
+        for bucket, entry in merged.items()
+        if bucket in buckets and (bucket, str(candidate_of(entry))) not in slower
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(database.text_of(kept))
     print(f"{output}: {len(kept)} of the suite's {len(buckets)} problems")
@@ -254,6 +274,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", choices=tuple(SUITES), nargs="+", default=["rows"])
     parser.add_argument("--database", type=Path, metavar="FILE", help="what measure judges")
     parser.add_argument("--databases", type=Path, nargs="+", metavar="FILE", default=[])
+    parser.add_argument(
+        "--judged", type=Path, nargs="+", metavar="FILE", default=[], help="what measure wrote"
+    )
     parser.add_argument("--rounds", type=int, default=60, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
@@ -264,7 +287,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.command == "ship":
         if not args.databases:
             parser.error("ship needs --databases")
-        ship(args.databases, args.output)
+        ship(args.databases, args.judged, args.output)
         return 0
     here = torch.device(args.device)
     if here.type == "cuda" and here.index is None:

@@ -46,7 +46,7 @@ OFF = (
     Off("exponentials beside the maximum of the tiles before", (EXACT,)),
     Off(
         "that and lazy rescaling",
-        (EXACT, (SOFTMAX, "params.inverse_scale_log2, params.slack)", "params.inverse_scale_log2, 0.f)")),
+        (EXACT, (SOFTMAX, "inverse_scale_log2, params.slack)", "inverse_scale_log2, 0.f)")),
     ),
     Off("exponentials kept in chunks", ((SOFTMAX, "if (chunk < CHUNKS) ptx::pmevent();", ""),)),
     Off(

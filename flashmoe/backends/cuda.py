@@ -23,7 +23,7 @@ _SM90_DEFAULTS = tuple(
     Default(head_dim, Tile.parse(f"sm90:{tile}"), causal, min_seqlen_q)
     for head_dim, tile, causal, min_seqlen_q in (
         (64, "192x128-stages2-q1-pingpong", None, 2561),
-        (64, "256x64-stages4-q1-pingpong", True, 769),
+        (64, "256x64-stages4-q1-pingpong", True, 1281),
         (64, "128x64-stages3-q1-ctas2-serial", True, 129),
         (64, "256x64-stages4-q2-pingpong", False, 769),
         (64, "256x64-stages4-q2-serial", False, 129),

@@ -137,6 +137,31 @@ def test_what_ships_is_of_the_suite_and_names_no_storage(
     assert (entry.problem, entry.tile, entry.storage) == (mine, str(DEFAULT), "")
 
 
+def test_what_was_measured_slower_than_the_default_does_not_ship(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast, same = script.SHIPPED[:3]
+    monkeypatch.setitem(script.SUITES, "cpu", (slow, fast, same))
+    tile, third = Candidate.of_tile, Tile("cpu", 16, 16)
+    times(
+        script,
+        monkeypatch,
+        {tile(DEFAULT): 100.0, tile(OTHER): 100.5, tile(third): 99.5, SDPA: 200.0},
+    )
+    found = stored(tmp_path / "db.json", {slow: OTHER, fast: third, same: DEFAULT})
+    worth, output = tmp_path / "worth.json", tmp_path / "gpu.json"
+    words = ["measure", "--suite", "cpu", "--device", "cpu", "--database", found]
+    assert script.main([*words, "--output", str(worth)]) == 0
+    words = ["ship", "--databases", found, "--judged", str(worth), "--output", str(output)]
+    assert script.main(words) == 0
+    assert set(database.load(output)) == {fast.bucket, same.bucket}
+    # What was judged is the choice, not the problem: another may ship.
+    late = stored(tmp_path / "late.json", {slow: third})
+    words = ["ship", "--databases", found, late, "--judged", str(worth), "--output", str(output)]
+    assert script.main(words) == 0
+    assert database.load(output)[slow.bucket].tile == str(third)
+
+
 def test_sdpa_is_no_rival_where_it_computes_something_else(
     script: ModuleType,
     tmp_path: Path,
