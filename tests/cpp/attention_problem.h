@@ -101,7 +101,7 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
   Tensor v(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, pad, !heads_first);
   Tensor out(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, 8, heads_first);
   std::normal_distribution<double> normal;
-  // Some rows are large, so that maxima grow late and by much: by more than 2^64 where they are
+  // Some rows are large, so that maxima grow late and by much: by more than 2^80 where they are
   // very large, in bfloat16, whose P reaches so far.
   const int large = dtype == DType::bfloat16 && random() % 4 == 0 ? 24 : 4;
   for (Tensor* tensor : {&q, &k, &v}) {
