@@ -185,7 +185,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if constexpr (MAXIMUM_MAY_LAG<T>) {
       if (!softmax.went_too_far()) return;
       const Recompute<T, TILE> again{params, smem, work_ring.stage()};
-      again.run(O_rmem, softmax.minus_max, softmax.row_sum);
+      again.run(softmax, O_rmem);
 #pragma unroll
       for (int i = 0; i < BLOCK_N / 4; ++i) P_rmem[i / 4][i % 4] = 0;
     }

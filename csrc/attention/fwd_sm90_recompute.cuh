@@ -4,6 +4,7 @@
 
 #include "../ptx/mma.cuh"
 #include "../ptx/registers.cuh"
+#include "fwd_sm90_softmax.cuh"
 #include "fwd_sm90_work.cuh"
 
 namespace flashmoe::sm90 {
@@ -78,9 +79,9 @@ struct Recompute {
       ptx::pmevent();  // or ptxas fetches far ahead, into registers that are not there
     }
   }
-  // O, what is added to scaled scores, and each thread's part of the sums, as Softmax has them.
-  __device__ __forceinline__ void run(float (&O_rmem)[TILE.head_dim / 2], float (&minus_max)[2],
-                                      float (&row_sum)[2]) const {
+  // O, with its maximum and sums.
+  __device__ __forceinline__ void run(Softmax<TILE>& softmax,
+                                      float (&O_rmem)[TILE.head_dim / 2]) const {
     int n_end = p.seqlen_kv;
     if (p.causal) {
       n_end = min(n_end, first_row(read_work(smem, slot), thread()) + 16 + n_end - p.seqlen_q);
@@ -90,8 +91,8 @@ struct Recompute {
     float S[4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      minus_max[half] = NO_MAXIMUM;
-      row_sum[half] = 0.f;
+      softmax.minus_max[half] = NO_MAXIMUM;
+      softmax.row_sum[half] = 0.f;
     }
 #pragma unroll
     for (int i = 0; i < TILE.head_dim / 2; ++i) O_rmem[i] = 0.f;
@@ -100,10 +101,7 @@ struct Recompute {
       scores(n, S);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = fmaxf(S[2 * half], S[2 * half + 1]);
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-        minus_max[half] = fminf(minus_max[half], -x * params.scale_log2);
+        softmax.update_max(fmaxf(S[2 * half], S[2 * half + 1]), half);
       }
     }
 #pragma unroll 1
@@ -115,8 +113,9 @@ struct Recompute {
         float x[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          x[i] = ptx::ex2_approx_ftz(fmaf(S[2 * half + i], params.scale_log2, minus_max[half]));
-          row_sum[half] += x[i];
+          x[i] = ptx::ex2_approx_ftz(
+              fmaf(S[2 * half + i], params.scale_log2, softmax.minus_max[half]));
+          softmax.row_sum[half] += x[i];
         }
         P[half] = ptx::cvt_rn_x2<T>(x[0], x[1]);
       }

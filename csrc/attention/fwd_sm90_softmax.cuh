@@ -33,9 +33,8 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
 // The running maximum and sum of a thread's two rows, 8 apart. Of the maximum what is added to
 // scaled scores is kept: minus the maximum, scaled, or NO_MAXIMUM where all so far were -infinity.
 // Then the next such one gives a P of 0 still, and a finite one that is seen while the maximum lags
-// is TOO_LARGE. Thread t of a warpgroup holds of S
-// (64 x BLOCK_N) what wgmma gives it: element 4 * n + 2 * half + i is row t / 32 * 16 + t % 32 / 4
-// + 8 * half, column 8 * n + t % 4 * 2 + i.
+// is TOO_LARGE. Thread t of a warpgroup holds of S (64 x BLOCK_N) what wgmma gives it: element
+// 4 * n + 2 * half + i is row t / 32 * 16 + t % 32 / 4 + 8 * half, column 8 * n + t % 4 * 2 + i.
 template <Sm90Tile TILE>
 struct Softmax {
   static constexpr int BLOCK_N = TILE.block_n;

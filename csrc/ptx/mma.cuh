@@ -38,16 +38,6 @@ template <typename T>
 __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const unsigned (&a)[2], unsigned b);
 
 template <>
-__device__ __forceinline__ void mma_m16n8k8<__half>(float (&d)[4], const unsigned (&a)[2],
-                                                    unsigned b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
-template <>
 __device__ __forceinline__ void mma_m16n8k8<__nv_bfloat16>(float (&d)[4], const unsigned (&a)[2],
                                                            unsigned b) {
   asm volatile(
