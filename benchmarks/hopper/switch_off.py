@@ -1,10 +1,11 @@
 """What each technique of the Hopper kernel buys: builds it without one at a time, for probe.py run.
 
     python benchmarks/hopper/switch_off.py build/off       # nvcc; no GPU needed
-    python benchmarks/hopper/probe.py run build/off --output FILE --only 'd128 bfloat16|d64'
+    python benchmarks/hopper/probe.py run build/off --output FILE --only 'd64|d96|d128'
 
 A technique is switched off by replacing text of the sources, or by another tile. Tiles in the
 results are named by the technique's number (-variant=N, printed here); 0 is the kernel as it is.
+What a tile does not have is not switched off: a variant of the same machine code is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ import probe
 
 CONSUMER, SOFTMAX = "fwd_sm90_consumer.cuh", "fwd_sm90_softmax.cuh"
 WORK = "fwd_sm90_work.cuh"
-TILES = ("128:192x80-stages=3", "64:256x64-q=2-stages=4")
+# Default tiles: long and not causal, causal, and serial ones.
+TILES = (
+    "64:192x128",
+    "64:128x64-stages=3-pingpong=0-ctas=2-serial=1",
+    "96:256x64-stages=3-q=2-serial=1",
+    "128:128x128-q=2-qreg=1",
+    "128:192x64-stages=4-pingpong=0",
+)
 
 
 class Off(NamedTuple):
@@ -43,6 +51,9 @@ OFF = (
     Off("turns (pingpong)", option="-pingpong=0"),
     Off("more than one stage of K and V", option="-stages=1"),
     Off("Q a block of rows ahead, O through its buffer", option="-q=1"),
+    Off("Q in registers", option="-qreg=0"),
+    Off("two thread blocks an SM", option="-ctas=1"),
+    Off("S, softmax and O one after the other (serial)", option="-serial=0"),
     Off("exponentials beside the maximum of the tiles before", (EXACT,)),
     Off(
         "that and lazy rescaling",
@@ -86,15 +97,13 @@ OFF = (
 
 
 def build(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     probe.prepare_folder(folder)
-    work = []
-    for number, off in enumerate(OFF):
-        for tile in TILES:
-            name = f"{tile}{off.option}-variant={number}"
-            if off.option and off.option.partition("=")[0] == "-q" and "-q=2" not in tile:
-                continue
-            work.append((name, off))
+    work = [
+        (f"{tile}{off.option}-variant={number}", off)
+        for tile in TILES
+        for number, off in enumerate(OFF)
+        if not off.option or bytes(probe.parse(tile + off.option)) != bytes(probe.parse(tile))
+    ]
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
         sources = {}
         for number, off in enumerate(OFF):
@@ -115,6 +124,16 @@ def build(folder: Path) -> None:
         )
         for line in lines:
             print(line, flush=True)
+    seen = set()
+    for number, (name, _) in enumerate(work):
+        cubin = folder / f"{number}.cubin"
+        if not cubin.exists():
+            continue
+        code = cubin.read_bytes()
+        if code in seen:
+            print(f"{name}: the same machine code as another, left out")
+            cubin.unlink()
+        seen.add(code)
     (folder / "tiles.json").write_text(json.dumps([name for name, _ in work]))
 
 

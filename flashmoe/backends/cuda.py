@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ _SM90_DEFAULTS = tuple(
         (64, "256x64-stages4-q2-serial", False, 129),
         (64, "128x128-stages2-q2-pingpong", None, 0),
         (80, "256x64-stages4-q1-serial", True, 129),
-        (80, "256x64-stages4-q1-serial", False, 193),
+        (80, "256x64-stages4-q1-serial", False, 4097),
+        (80, "256x64-stages3-q2-pingpong-serial", False, 193),
         (80, "192x112-stages3-q1-pingpong", None, 0),
         (96, "192x112-stages2-q1-pingpong", True, 6145),
         (96, "256x64-stages4-q1-serial", True, 129),
@@ -93,10 +95,11 @@ class CudaBackend(Backend):
             return compiled
         return list(_legal_sm90(sm90_head_dim(problem.head_dim), arch))
 
-    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
+    def reasons(self, problem: Problem, arch: Arch) -> Mapping[Tile, str]:
         tiles = self.tiles(problem, arch)
-        compiled = _compiled_in(problem, arch)
-        return tiles if tiles == compiled else [*_sm90_grid(), *compiled]
+        if tiles == _compiled_in(problem, arch):
+            return dict.fromkeys(tiles, "")
+        return _sm90_reasons(sm90_head_dim(problem.head_dim), arch)
 
     def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
         return _compiled_in(problem, arch)
@@ -195,8 +198,14 @@ def _handle(tile: Tile, head_dim: int, dtype: torch.dtype) -> int:
 
 @functools.cache
 def _legal_sm90(head_dim: int, arch: Arch) -> tuple[Tile, ...]:
+    return tuple(tile for tile, reason in _sm90_reasons(head_dim, arch).items() if not reason)
+
+
+@functools.cache
+def _sm90_reasons(head_dim: int, arch: Arch) -> Mapping[Tile, str]:
+    """Enumerates.reasons for all problems of a head dimension: that takes a second."""
     problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16")
-    return tuple(tile for tile in _sm90_grid() if not tile.violations(arch, problem))
+    return {tile: "".join(tile.violations(arch, problem)[:1]) for tile in _sm90_grid()}
 
 
 @functools.cache
