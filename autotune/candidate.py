@@ -74,21 +74,20 @@ class Legality:
 
 
 def legality(problem: Problem, device: torch.device, backends: Sequence[str]) -> Legality:
-    """What Tile.violations leaves of the tiles that these backends consider."""
+    """What is left of the tiles that these backends consider."""
     here = arch(device)
-    legal: set[Tile] = set()
-    considered: set[Tile] = set()
-    reasons: Counter[str] = Counter()
+    exact: Counter[str] = Counter()
     for name in backends:
         backend = BACKENDS[name]
-        legal |= set(backend.tiles(problem, here))
-        considered |= legal
         if isinstance(backend, Enumerates):
-            considered |= set(backend.considered(problem, here))
-    for tile in considered - legal:
-        broken = tile.violations(here, problem) or ["it does the same as another tile"]
-        reasons[_kind(broken[0])] += 1
-    return Legality(len(legal), len(considered), reasons)
+            exact.update(backend.reasons(problem, here).values())
+        else:
+            exact[""] += len(backend.tiles(problem, here))
+    considered, legal = exact.total(), exact.pop("", 0)
+    kinds: Counter[str] = Counter()
+    for reason, count in exact.items():
+        kinds[_kind(reason)] += count
+    return Legality(legal, considered, kinds)
 
 
 def _kind(reason: str) -> str:

@@ -86,6 +86,9 @@ def run(words: Sequence[str]) -> int:
             # First, so that the budget knows what it took.
             watch.stage("measuring the device's limits")
             limits = _limits(target, {group.main.dtype for group in groups})
+            if searched:
+                watch.stage("starting processes")
+                processes.get_ready((group.main for group in searched), args.backend)
             for result in tune(
                 groups,
                 place,

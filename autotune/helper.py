@@ -31,9 +31,12 @@ class Helper:
         workers: int,
     ) -> None:
         """`place` comes without its storage, which cannot be sent."""
+        assert options.helping is not None
         place = dataclasses.replace(place, storage=open_storage(storage))
         processes = Processes(place.device, workers=workers)
+        processes.warm_up()
         try:
+            processes.get_ready((group.main for group in groups), options.backend)
             for _ in tune(
                 groups,
                 place,
@@ -41,6 +44,8 @@ class Helper:
                 Watch(),
                 time.perf_counter,
                 lambda group: IsolatedBench(group, processes, options.seed, patience),
+                # So that both are at the same problem most of the time.
+                spent=time.time() - options.helping,
             ):
                 pass
         finally:

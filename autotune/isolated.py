@@ -6,13 +6,13 @@ import collections
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from flashmoe.autotune.bench import DeviceRunner, GroupRunner, Runner
-from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.candidate import Candidate, searched_backends
 from flashmoe.autotune.process import Child, ChildFailed, Steps
 from flashmoe.autotune.suite import Group
 from flashmoe.backends import BACKENDS
@@ -38,8 +38,6 @@ class Session:
         # Who only compiles may do without: NVRTC needs no GPU, and a context takes memory, too.
         if device.type == "cuda" and runs:
             torch.zeros(1, device=device)  # makes the context, which takes a second
-        if not runs:
-            os.nice(10)  # the process that times needs its core when it needs it
         self._runner: Runner | None = None
 
     def open(self, group: Group, seed: int, order: int, *, reference: bool) -> float:
@@ -110,6 +108,14 @@ class Processes:
                 self._start_spare()
             self.compilers.warm_up()
 
+    def get_ready(self, problems: Iterable[Problem], backend: str | None) -> None:
+        """Wait for the first of those, and find out meanwhile which tiles are legal, which is
+        remembered: all this takes seconds, and would be the first problem's."""
+        for problem in problems:
+            searched_backends(problem, self.device, backend)
+        if self.device.type == "cuda":
+            self.give_back(self.take(fresh=False))
+
     @property
     def wait_seconds(self) -> float:
         """How long a fresh one would have to be waited for now, as far as one can tell."""
@@ -155,7 +161,8 @@ class Processes:
         self._spare_since = time.perf_counter()
 
     def _start_compiler(self) -> Child:
-        return Child(self._session, (self.device, False))
+        # The processes that time, or start to, need their cores when they need them.
+        return Child(self._session, (self.device, False), nice=10)
 
 
 class Compilers:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
+from threadpoolctl import ThreadpoolController
 
 from flashmoe.autotune.space import Space
 from flashmoe.tiles import Tile
@@ -39,13 +40,28 @@ def promising(
     known: Mapping[Tile, float],
     in_flight: Sequence[Tile],
     related: Sequence[Mapping[Tile, float]],
-    free: Sequence[Tile],
-) -> Tile:
-    """The tile of `free` with the largest expected improvement over the fastest of `known`.
+    taken: Collection[Tile],
+) -> Tile | None:
+    """The tile of `space` with the largest expected improvement over the fastest of `known`; none
+    of `taken`, and None where there is no other.
 
     `known` and each of `related`, another problem's, are times relative to something of their own.
     Tiles in flight are believed to come out as expected.
     """
+    if len(taken) >= len(space):
+        return None
+    # One thread: many would wait for one another on cores that are busy compiling, for seconds.
+    with _threads().limit(limits=1, user_api="blas"):
+        return _promising(space, known, in_flight, related, taken)
+
+
+def _promising(
+    space: Space,
+    known: Mapping[Tile, float],
+    in_flight: Sequence[Tile],
+    related: Sequence[Mapping[Tile, float]],
+    taken: Collection[Tile],
+) -> Tile:
     tasks = [known, *related]
     points = [(tile, task) for task, found in enumerate(tasks) for tile in found]
     logs = [np.log(list(found.values())) if found else np.zeros(0) for found in tasks]
@@ -60,14 +76,16 @@ def promising(
     cross = cross * _between(np.zeros(1, np.int64), task)
     told = len(points)
     mean = cross[:, :told] @ (np.linalg.solve(gram[:told, :told], y / spread) * spread)
-    rows = cells.rows(free)
+    free = np.ones(len(space), dtype=np.bool_)
+    free[cells.rows(list(taken))] = False
+    rows = np.flatnonzero(free)
     cross = cross[rows]
     explained = np.einsum("ij,ij->i", cross, cross @ np.linalg.inv(gram))
     deviation = spread * np.sqrt(np.maximum(1.0 - explained, 1e-9))
     best = min([*y[task[:told] == 0], *mean[cells.rows(in_flight)]], default=0.0)
     z = (best - mean[rows]) / deviation
     improvement = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
-    return free[int(np.argmax(improvement))]
+    return space.tiles[int(rows[np.argmax(improvement)])]
 
 
 class _Cells:
@@ -109,6 +127,11 @@ class _Cells:
         strangers = self.of([tiles[i] for i in outside])
         found[np.ix_(outside, outside)] = _kernel(strangers, strangers)
         return found
+
+
+@functools.cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @functools.lru_cache(maxsize=1)

@@ -65,9 +65,9 @@ class Steps:
 
 class Child:
     """One process. `target` is `module:callable`: called there with the Steps and `arguments`, it
-    returns the object whose methods are requested."""
+    returns the object whose methods are requested. `nice` is added to its niceness."""
 
-    def __init__(self, target: str, arguments: Sequence[Any] = ()) -> None:
+    def __init__(self, target: str, arguments: Sequence[Any] = (), nice: int = 0) -> None:
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as shared, theirs:
             shared.truncate(ctypes.sizeof(_PROGRESS))
@@ -80,7 +80,7 @@ class Child:
                 stdout=sys.stderr.fileno() if _has_fd(sys.stderr) else subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
-        self._connection.send((os.getpid(), sys.path, target, tuple(arguments)))
+        self._connection.send((os.getpid(), sys.path, nice, target, tuple(arguments)))
         self._open = True
         self._up = False
 
@@ -177,11 +177,13 @@ def _has_fd(stream: Any) -> bool:
 
 def _main(connection_fd: int, shared_fd: int) -> None:
     connection = Connection(connection_fd)
-    parent, path, target, arguments = connection.recv()
+    parent, path, nice, target, arguments = connection.recv()
     _die_with(parent)
     # The terminal's Ctrl-C is the parent's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path[:] = path
+    if nice:
+        os.nice(nice)  # before the imports, which take seconds
     steps = Steps(mmap.mmap(shared_fd, 0))
     module, _, name = target.partition(":")
     make: Callable[..., object] = getattr(importlib.import_module(module), name)

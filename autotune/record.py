@@ -185,7 +185,7 @@ class Record:
         """A tile that no worker has tried or is trying, and its trial; None when there is none."""
         self._taken = set(self._owners(self._seen))
         while True:
-            if self._taken >= set(self._space.tiles):
+            if len(self._taken) >= len(self._space):
                 return None
             trial = self._study.ask()
             # At once: should this process die, the next one knows whose trial it was.

@@ -31,7 +31,8 @@ class Result:
     says whether the database shall have the result. Speed-ups are None where the other could not
     run; `weight` says how often the problem runs. `verified` names what passed the check of odd
     sizes, `search_seconds` is what the search has taken, earlier runs included, and `group` as in
-    database.Entry. An `unmeasured` result has a `reason` and nothing else."""
+    database.Entry. `starved`: there was too little time to decide. An `unmeasured` result has a
+    `reason` and nothing else."""
 
     problem: Problem
     status: str
@@ -53,6 +54,7 @@ class Result:
     verified: Collection[str] = ()
     search_seconds: float = 0.0
     group: tuple[tuple[Problem, float], ...] = ()
+    starved: bool = False
 
     def rejected(self) -> list[Trial]:
         """The tiles that computed wrong numbers or failed."""

@@ -136,13 +136,12 @@ class TileSampler(BaseSampler):
                 known[tile] = other.value
             elif other.state == TrialState.RUNNING:
                 in_flight.append(tile)
-        free = [tile for tile in self._space.tiles if tile not in taken]
-        if not free or not (known or self._related):
+        if not (known or self._related):
             return None
         asked = len(known) + len(in_flight)
         believes = not known or asked % _DOUBT_EVERY < _DOUBT_EVERY - 1
         related = self._related if believes else ()
-        return promising(self._space, known, in_flight, related, free)
+        return promising(self._space, known, in_flight, related, taken)
 
     def _propose(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         """The inner sampler's parameters, those that it relates to each other first."""

@@ -11,11 +11,12 @@ from flashmoe.autotune.race import AnchorFailed
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.trials import best_so_far
-from flashmoe.autotune.tuning import Tuning, Unmeasurable
+from flashmoe.autotune.tuning import Starved, Tuning, Unmeasurable
 from flashmoe.database import Entry
 
-# A second turn is worth its while with this share of the budget.
-_WORTH_MORE = 0.1
+# A second turn is worth its while with this share of the budget, and with so many times what it
+# takes besides its search.
+_WORTH_MORE, _WORTH_STARTING = 0.1, 2.0
 
 MakeBench = Callable[[Group], Bench]
 
@@ -31,8 +32,8 @@ def tune(
 ) -> Iterator[Result]:
     """Results as they come, the cheapest group first: the time it leaves goes to the others, and
     its winner is tried early by them. Time that is left in the end goes to those that had too
-    little, whose result then comes a second time. `now` is the clock of the budget, of which
-    `spent` seconds are gone already."""
+    little, those that could not be decided first; their result then comes a second time. `now` is
+    the clock of the budget, of which `spent` seconds are gone already."""
     deadline = now() + options.budget - spent
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
@@ -47,26 +48,34 @@ def tune(
             found[group.main.bucket] = result.entry(place.fingerprint, "")
         return dataclasses.replace(result, elapsed=now() - start)
 
+    # How much of its space a search that should go on has seen; less than none: undecided.
     coverage: dict[int, float] = {}
+    beside: dict[int, float] = {}
     try:
         for number, group in enumerate(order):
             # Half of the time by what they cost, half to all alike, for all start processes.
             rest = order[number:]
             share = (group.cost / sum(other.cost for other in rest) + 1 / len(rest)) / 2
             result = turn(number, now() + (deadline - now()) * share, options)
-            if result.store and result.search is not None and result.search.cut_short:
+            if result.search is not None:
+                beside[number] = result.elapsed - result.search.seconds
+            if result.starved:
+                coverage[number] = -1.0
+            elif result.store and result.search is not None and result.search.cut_short:
                 coverage[number] = len(result.search.trials) / result.search.space
             watch.result(result)
             yield result
-        # What is left goes to those whose search was cut short, the least covered first.
         short = sorted(coverage, key=lambda number: coverage[number])
         again = dataclasses.replace(options, force=False)
         for done, number in enumerate(short):
             left = deadline - now()
-            if left < _WORTH_MORE * options.budget:
+            share = left / (len(short) - done)
+            if coverage[number] >= 0.0 and left < _WORTH_MORE * options.budget:
                 return
-            result = turn(number, now() + left / (len(short) - done), again, more=True)
-            if result.best is not None:
+            if share < _WORTH_STARTING * beside.get(number, max(beside.values(), default=0.0)):
+                continue
+            result = turn(number, now() + share, again, more=True)
+            if not result.starved:
                 watch.result(result)
                 yield result
     except _Interrupted as interrupted:
@@ -97,7 +106,7 @@ def _tune_one(
     watch.seen = ()
     try:
         if now() >= deadline:
-            raise Unmeasurable("the budget was spent before its turn; raise --budget")
+            raise Starved("the budget was spent before its turn; raise --budget")
         watch.stage("computing the reference")
         try:
             bench = make_bench(group)
@@ -113,7 +122,13 @@ def _tune_one(
         reason = str(error).strip().split("\n")[0]
         if not isinstance(error, AnchorFailed | Unmeasurable | NotImplementedError):
             reason = f"{type(error).__name__}: {reason}"
-        return Result(group.main, "unmeasured", reason, weight=sum(group.weights))
+        return Result(
+            group.main,
+            "unmeasured",
+            reason,
+            weight=sum(group.weights),
+            starved=isinstance(error, Starved),
+        )
     finally:
         if bench is not None:
             bench.close()

@@ -50,6 +50,10 @@ class Unmeasurable(RuntimeError):
     """A problem whose tuning cannot begin or cannot end; the message says why."""
 
 
+class Starved(Unmeasurable):
+    """One that the budget leaves too little time for."""
+
+
 class Tuning:
     """One group on one device. `default` runs it untuned; the `anchor` is what all candidates are
     compared with, the default unless that does not work; `stored` is in place if not None."""
@@ -123,7 +127,7 @@ class Tuning:
         held = self._final(found)
         self._verify_rest(found.contenders)
         result = self._result("tuned" if held.decision.changed else "kept", held, found)
-        if goes_on and len(result.samples[AGAIN]) >= MIN_ROUNDS:
+        if goes_on and not result.starved:
             result = dataclasses.replace(result, store=True)  # it knows more than before
         if self._record is not None:
             self._record.finish({"winner": str(result.best), "reason": result.reason})
@@ -192,7 +196,7 @@ class Tuning:
         self._sample_seconds = self._bench.now() - start
         needed = 4 * final.seconds_needed(self._sample_seconds)
         if needed > self._left():
-            raise Unmeasurable(
+            raise Starved(
                 f"a comparison takes about {needed:.1f} s, and the budget leaves "
                 f"{self._left():.1f} s for this problem; raise --budget"
             )
@@ -344,6 +348,8 @@ class Tuning:
     def _result(self, status: str, held: Final, found: Search | None) -> Result:
         decision, samples = held.decision, held.samples
         best = decision.winner
+        # Too few rounds decide nothing that is worth keeping.
+        starved = len(samples[AGAIN]) < MIN_ROUNDS
         if found is not None:
             trials = [
                 Trial(t.tile, late.status, None, late.reason) if late else t
@@ -367,16 +373,15 @@ class Tuning:
             runner_up=str(decision.runner_up or ""),
             samples=samples,
             search=found,
-            # Too few rounds decide nothing that is worth keeping.
             # What holds with this software stays as it is; what was found with another is renewed.
-            store=status == "tuned"
-            or (status == "kept" and not self._current and len(samples[AGAIN]) >= MIN_ROUNDS),
+            store=status == "tuned" or (status == "kept" and not self._current and not starved),
             storage=self._place.storage_name,
             weight=sum(self._group.weights),
             verified=frozenset(str(candidate) for candidate in self._right),
             search_seconds=float(self._searched.get("seconds", 0.0))
             + (found.seconds if found else 0.0),
             group=self._group.shares,
+            starved=starved,
         )
 
 

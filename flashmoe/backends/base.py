@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -108,9 +108,22 @@ class Precompiles(Protocol):
 class Enumerates(Protocol):
     """A backend whose tiles are the legal ones of a larger set has this, too."""
 
-    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
-        """Every tile that `tiles` chose from, legal for `problem` or not."""
+    def reasons(self, problem: Problem, arch: Arch) -> Mapping[Tile, str]:
+        """Of every tile that `tiles` chose from: why it is out, empty for those that are in."""
         ...
+
+
+def reasons_of(
+    considered: Iterable[Tile], tiles: Iterable[Tile], problem: Problem, arch: Arch
+) -> dict[Tile, str]:
+    """Enumerates.reasons of a backend whose `tiles` come from `considered` by Tile.violations, and
+    by leaving out what does the same as others."""
+    reasons = dict.fromkeys(tiles, "")
+    for tile in considered:
+        if tile not in reasons:
+            broken = tile.violations(arch, problem)
+            reasons[tile] = broken[0] if broken else "it does the same as another tile"
+    return reasons
 
 
 class Default(NamedTuple):

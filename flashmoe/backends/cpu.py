@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashmoe import _extension, tiles
-from flashmoe.backends.base import Backend, reject_illegal
+from flashmoe.backends.base import Backend, reasons_of, reject_illegal
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -48,14 +48,14 @@ class CpuBackend(Backend):
         rows = problem.seqlen_q * (problem.heads_q // problem.heads_kv)
         return [
             tile
-            for tile in self.considered(problem, arch)
+            for tile in _considered()
             if (tile.block_m < 2 * rows or tile.block_m == _BLOCK_M[0])
             and (tile.block_n < 2 * problem.seqlen_kv or tile.block_n == _BLOCK_N[0])
             and not tile.violations(arch, problem)
         ]
 
-    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
-        return tiles.grid("cpu", block_m=_BLOCK_M, block_n=_BLOCK_N)
+    def reasons(self, problem: Problem, arch: Arch) -> dict[Tile, str]:
+        return reasons_of(_considered(), self.tiles(problem, arch), problem, arch)
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
@@ -74,3 +74,7 @@ class CpuBackend(Backend):
             q, k, v, softmax_scale, causal, tile.block_m, tile.block_n
         )
         return result
+
+
+def _considered() -> list[Tile]:
+    return tiles.grid("cpu", block_m=_BLOCK_M, block_n=_BLOCK_N)

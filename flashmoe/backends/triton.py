@@ -15,6 +15,7 @@ from flashmoe.backends.base import (
     Default,
     first_default,
     last_contiguous,
+    reasons_of,
     reject_illegal,
 )
 from flashmoe.problem import Problem
@@ -77,6 +78,11 @@ _SPACE: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
+def _considered(problem: Problem) -> list[Tile]:
+    axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
+    return tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
+
+
 @functools.cache
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -111,13 +117,12 @@ class TritonBackend(Backend):
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         if arch.kind == "cpu":
             return [_INTERPRETED]
-        legal = [t for t in self.considered(problem, arch) if not t.violations(arch, problem)]
+        legal = [t for t in _considered(problem) if not t.violations(arch, problem)]
         default = self.default_tile(problem, arch)
         return legal if default in legal else [default, *legal]
 
-    def considered(self, problem: Problem, arch: Arch) -> list[Tile]:
-        axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
-        return tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
+    def reasons(self, problem: Problem, arch: Arch) -> dict[Tile, str]:
+        return reasons_of(_considered(problem), self.tiles(problem, arch), problem, arch)
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)

@@ -44,7 +44,7 @@ def test_what_is_compiled_is_legal_and_shared(
         assert not any(tile.violations(script.HOPPER, problem) for tile in found)
         if problem.head_dim == 256:
             whole += 1
-            considered = BACKENDS["cuda"].considered(problem, script.HOPPER)
+            considered = BACKENDS["cuda"].reasons(problem, script.HOPPER)
             legal = {tile for tile in considered if not tile.violations(script.HOPPER, problem)}
             assert found == legal
         else:

@@ -302,3 +302,39 @@ def test_what_was_spent_before_counts() -> None:
     assert {result.reason for result in late} == {
         "the budget was spent before its turn; raise --budget"
     }
+
+
+def test_a_problem_that_was_starved_is_decided_with_what_the_others_leave() -> None:
+    bench = SimulatedBench(bowl(BEST))
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    options = Options(budget=20.0, trials=2)
+    made: list[Group] = []
+
+    def make_bench(group: Group) -> SimulatedBench:
+        made.append(group)
+        if len(made) == 1:
+            bench.clock += 6.0  # a slow start, of more than its share
+        return bench
+
+    results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, make_bench))
+    assert [result.starved for result in results] == [True] + [False] * len(groups)
+    assert not results[0].store
+    assert (results[-1].problem, results[-1].store) == (results[0].problem, True)
+    assert bench.clock <= 22.0
+
+
+def test_a_second_turn_that_is_starved_leaves_the_first_ones_result() -> None:
+    bench = SimulatedBench(bowl(BEST, floor=0.01), compiles_ahead=True, compile_seconds=1.0)
+    turns = 0
+
+    def make_bench(_: Group) -> SimulatedBench:
+        nonlocal turns
+        turns += 1
+        if turns == 2:
+            bench.clock += 1000.0
+        return bench
+
+    place, options = Place(CPU, HERE), Options(budget=10.0)
+    results = list(tune([GROUP], place, options, Watch(), lambda: bench.clock / 4, make_bench))
+    assert turns == 2
+    assert [result.starved for result in results] == [False]
