@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
@@ -29,10 +30,14 @@ _RELATED = 0.8
 # Standard deviation of log times where too few are known to tell.
 _SPREAD = 0.15
 
-# Columns that are computed together: more would not stay in a cache.
-_COLUMNS = 8
+# Rows that are computed together: more would not stay in a cache.
+_ROWS = 8
 
+Point = tuple[Tile, int]
 Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+# The task whose tiles are judged; the others are related problems.
+_OURS = np.zeros(1, dtype=np.int64)
 
 
 def promising(
@@ -50,83 +55,100 @@ def promising(
     """
     if len(taken) >= len(space):
         return None
-    # One thread: many would wait for one another on cores that are busy compiling, for seconds.
-    with _threads().limit(limits=1, user_api="blas"):
-        return _promising(space, known, in_flight, related, taken)
-
-
-def _promising(
-    space: Space,
-    known: Mapping[Tile, float],
-    in_flight: Sequence[Tile],
-    related: Sequence[Mapping[Tile, float]],
-    taken: Collection[Tile],
-) -> Tile:
     tasks = [known, *related]
     points = [(tile, task) for task, found in enumerate(tasks) for tile in found]
     logs = [np.log(list(found.values())) if found else np.zeros(0) for found in tasks]
     y = np.concatenate([log - log.mean() if len(log) else log for log in logs])
     spread = max(float(y.std()) if len(y) > 3 else _SPREAD, 1e-3)
-    # The tiles in flight are points, too: the variance does not ask for values.
-    tiles = [*(tile for tile, _ in points), *in_flight]
-    task = np.array([task for _, task in points] + [0] * len(in_flight), dtype=np.int64)
-    cells = _cells(space)
-    cross = cells.covariance(tiles)
-    gram = cells.among(tiles, cross) * _between(task, task) + _NOISE * np.eye(len(tiles))
-    cross = cross * _between(np.zeros(1, np.int64), task)
-    told = len(points)
-    mean = cross[:, :told] @ (np.linalg.solve(gram[:told, :told], y / spread) * spread)
-    free = np.ones(len(space), dtype=np.bool_)
-    free[cells.rows(list(taken))] = False
-    rows = np.flatnonzero(free)
-    cross = cross[rows]
-    explained = np.einsum("ij,ij->i", cross, cross @ np.linalg.inv(gram))
-    deviation = spread * np.sqrt(np.maximum(1.0 - explained, 1e-9))
-    best = min([*y[task[:told] == 0], *mean[cells.rows(in_flight)]], default=0.0)
-    z = (best - mean[rows]) / deviation
+    # One thread: many would wait for one another on cores that are busy compiling, for seconds.
+    with _threads().limit(limits=1, user_api="blas"):
+        seen = _seen(space, bool(related))
+        # The tiles in flight are points, too: the variance does not ask for values.
+        seen.update([*points, *((tile, 0) for tile in in_flight)])
+        mean = seen.mean(points, y / spread) * spread
+    deviation = spread * np.sqrt(np.maximum(1.0 - seen.explained, 1e-9))
+    mine = [value for (_, task), value in zip(points, y, strict=True) if task == 0]
+    best = min([*mine, *mean[seen.rows(in_flight)]], default=0.0)
+    z = (best - mean) / deviation
     improvement = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
-    return space.tiles[int(rows[np.argmax(improvement)])]
+    improvement[seen.rows(taken)] = -np.inf
+    return space.tiles[int(np.argmax(improvement))]
 
 
-class _Cells:
-    """Tiles as rows of numbers: which kernel, and where on each of its axes, in steps. Keeps the
-    covariances with all of the space: thousands of tiles, asked for again at every trial."""
+class _Seen:
+    """What some points, tiles of some task, tell about every tile of a space in task 0. Points come
+    one by one, and there are thousands of tiles: what was computed for those before is kept."""
 
     def __init__(self, space: Space) -> None:
         self._space = space
         self._rows = {tile: row for row, tile in enumerate(space.tiles)}
-        self._all = self.of(space.tiles)
-        self._columns: dict[Tile, Vector] = {}
+        self._all = self._positions(space.tiles)
+        self._forget()
 
-    def of(self, tiles: Sequence[Tile]) -> Vector:
+    def _forget(self) -> None:
+        self._index: dict[Point, int] = {}
+        # Covariance of the points with each other, and its Cholesky factor L.
+        self._gram: Matrix = np.zeros((0, 0))
+        self._factor: Matrix = np.zeros((0, 0))
+        # Of points that came together: which they are, their covariance with all tiles, and that
+        # multiplied by L's inverse.
+        self._blocks: list[tuple[slice, Matrix, Matrix]] = []
+        # The share of each tile's variance that the points explain.
+        self.explained: Vector = np.zeros(len(self._all))
+
+    def rows(self, tiles: Collection[Tile]) -> NDArray[np.int64]:
+        """Where these tiles of the space stand in it."""
+        return np.array([self._rows[tile] for tile in tiles], dtype=np.int64)
+
+    def update(self, points: Iterable[Point]) -> None:
+        """Make these the points. Cheap where they are those of before and some more."""
+        wanted = dict.fromkeys(points)
+        if not self._index.keys() <= wanted.keys():
+            self._forget()  # some are gone: tiles that were not tried after all
+        new = [point for point in wanted if point not in self._index]
+        if new:
+            self._add(new)
+
+    def mean(self, points: Sequence[Point], values: Vector) -> Vector:
+        """Expected value of every tile, from those of some of the points."""
+        told = np.array([self._index[point] for point in points], dtype=np.int64)
+        weights = np.zeros(len(self._index))
+        weights[told] = np.linalg.solve(self._gram[np.ix_(told, told)], values)
+        found = np.zeros(len(self._all))
+        for block, covariance, _ in self._blocks:
+            found += weights[block] @ covariance
+        return found
+
+    def _add(self, new: Sequence[Point]) -> None:
+        """The next block of the Cholesky factorization."""
+        here = self._positions([tile for tile, _ in new])
+        task = np.array([task for _, task in new], dtype=np.int64)
+        others = np.array([task for _, task in self._index], dtype=np.int64)
+        known = self._positions([tile for tile, _ in self._index])
+        parts = [
+            _kernel(here[i : i + _ROWS], self._all) * _between(task[i : i + _ROWS], _OURS)
+            for i in range(0, len(here), _ROWS)
+        ]
+        covariance = np.concatenate(parts)
+        across = _kernel(here, known) * _between(task, others)
+        among = _kernel(here, here) * _between(task, task) + _NOISE * np.eye(len(new))
+        left = solve_triangular(self._factor, across.T, lower=True).T
+        corner = np.linalg.cholesky(among - left @ left.T)
+        rest = covariance.copy()
+        for block, _, solved in self._blocks:
+            rest -= left[:, block] @ solved
+        rest = solve_triangular(corner, rest, lower=True, overwrite_b=True)
+        self.explained = self.explained + (rest**2).sum(axis=0)
+        first = len(self._index)
+        self._blocks.append((slice(first, first + len(new)), covariance, rest))
+        self._index |= {point: first + number for number, point in enumerate(new)}
+        self._gram = np.block([[self._gram, across.T], [across, among]])
+        self._factor = np.block([[self._factor, np.zeros_like(across.T)], [left, corner]])
+
+    def _positions(self, tiles: Sequence[Tile]) -> Matrix:
         width = len(self._space.position(self._space.tiles[0]))
         rows = [self._space.position(tile) for tile in tiles]
         return np.array(rows, dtype=np.float64).reshape(len(rows), width)
-
-    def rows(self, tiles: Sequence[Tile]) -> NDArray[np.int64]:
-        """Where these tiles of the space stand in covariance()."""
-        return np.array([self._rows[tile] for tile in tiles], dtype=np.int64)
-
-    def covariance(self, tiles: Sequence[Tile]) -> Vector:
-        """Of every tile of the space, in order, with these, which need not be of it."""
-        new = list(dict.fromkeys(tile for tile in tiles if tile not in self._columns))
-        for first in range(0, len(new), _COLUMNS):
-            some = new[first : first + _COLUMNS]
-            self._columns |= dict(zip(some, _kernel(self.of(some), self._all), strict=True))
-        found = [self._columns[tile] for tile in tiles]
-        return np.stack(found, axis=1) if found else np.zeros((len(self._all), 0))
-
-    def among(self, tiles: Sequence[Tile], covariance: Vector) -> Vector:
-        """Of these tiles with each other, from their covariance() with the space: related problems
-        have tried few that are not of it."""
-        inside = [i for i, tile in enumerate(tiles) if tile in self._rows]
-        outside = [i for i, tile in enumerate(tiles) if tile not in self._rows]
-        found = np.empty((len(tiles), len(tiles)))
-        found[inside] = covariance[self.rows([tiles[i] for i in inside])]
-        found[:, inside] = found[inside].T
-        strangers = self.of([tiles[i] for i in outside])
-        found[np.ix_(outside, outside)] = _kernel(strangers, strangers)
-        return found
 
 
 @functools.cache
@@ -134,26 +156,27 @@ def _threads() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-@functools.lru_cache(maxsize=1)
-def _cells(space: Space) -> _Cells:
-    return _Cells(space)
+@functools.lru_cache(maxsize=2)
+def _seen(space: Space, related: bool) -> _Seen:
+    """Of the search at hand, with what related problems showed and without."""
+    return _Seen(space)
 
 
-def _kernel(a: Vector, b: Vector) -> Vector:
+def _kernel(a: Matrix, b: Matrix) -> Matrix:
     """Covariance of two sets of tiles, 1 for a tile with itself, 0 between kernels."""
     if not len(a) or not len(b):
         return np.zeros((len(a), len(b)))
-    same: Vector = (a[:, None, 0] == b[None, :, 0]).astype(np.float64)
+    same: Matrix = (a[:, None, 0] == b[None, :, 0]).astype(np.float64)
     axes = np.exp(-_DECAY * np.abs(a[:, None, 1:] - b[None, :, 1:]))
     count = axes.shape[2]
     total = axes.sum(axis=2)
     pairs = (total**2 - (axes**2).sum(axis=2)) / max(count * (count - 1), 1)
-    covariance: Vector = same * (
+    covariance: Matrix = same * (
         _SINGLE * total / count + _PAIR * (pairs if count > 1 else 1.0) + _WHOLE * axes.prod(axis=2)
     )
     return covariance
 
 
-def _between(a: NDArray[np.int64], b: NDArray[np.int64]) -> Vector:
-    related: Vector = np.where(a[:, None] == b[None, :], 1.0, _RELATED)
+def _between(a: NDArray[np.int64], b: NDArray[np.int64]) -> Matrix:
+    related: Matrix = np.where(a[:, None] == b[None, :], 1.0, _RELATED)
     return related

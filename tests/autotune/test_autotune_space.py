@@ -6,6 +6,8 @@ import numpy as np
 import optuna
 import pytest
 from autotune_simulated import GRID, PROBLEM
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashmoe.autotune import model
 from flashmoe.autotune.candidate import Candidate, searched_backends
@@ -22,13 +24,31 @@ RAGGED = [
 ]
 
 
-def test_covariance_among_tiles_in_any_order_and_of_other_spaces() -> None:
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_the_model_knows_after_any_steps_what_it_would_know_at_once(data: st.DataObject) -> None:
+    """Against the formulas of a Gaussian process, points coming and going."""
     space = Space(RAGGED)
     strangers = [Tile("sm80", 96, 48), Tile("triton", 32, 16, 3, 8)]
-    tiles = [RAGGED[3], strangers[0], RAGGED[-1], RAGGED[0], strangers[1], RAGGED[3]]
-    cells = model._Cells(space)
-    found = cells.among(tiles, cells.covariance(tiles))
-    np.testing.assert_array_equal(found, model._kernel(cells.of(tiles), cells.of(tiles)))
+    points = st.tuples(st.sampled_from([*RAGGED, *strangers]), st.integers(0, 2))
+    seen = model._Seen(space)
+    everything = seen._positions(space.tiles)
+    for _ in range(3):
+        now = data.draw(st.lists(points, max_size=8, unique=True))
+        seen.update(now)
+        seen.update(more := [*now, *data.draw(st.lists(points, max_size=3))])
+        more = list(dict.fromkeys(more))
+        here = seen._positions([tile for tile, _ in more])
+        task = np.array([task for _, task in more], dtype=np.int64)
+        gram = model._kernel(here, here) * model._between(task, task)
+        gram += model._NOISE * np.eye(len(more))
+        cross = model._kernel(everything, here) * model._between(np.zeros(1, np.int64), task)
+        told = data.draw(st.integers(0, len(more)))
+        values = np.linspace(-1.0, 2.0, told)
+        explained = np.einsum("ij,ij->i", cross, cross @ np.linalg.inv(gram))
+        mean = cross[:, :told] @ np.linalg.solve(gram[:told, :told], values)
+        np.testing.assert_allclose(seen.explained, explained, atol=1e-8)
+        np.testing.assert_allclose(seen.mean(more[:told], values), mean, atol=1e-8)
 
 
 def asked(name: str, tiles: list[Tile], first: list[Tile], count: int) -> list[Tile]:
