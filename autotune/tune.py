@@ -75,7 +75,7 @@ def tune(
             if share < _WORTH_STARTING * beside.get(number, max(beside.values(), default=0.0)):
                 continue
             result = turn(number, now() + share, again, more=True)
-            if not result.starved:
+            if result.best is not None and not result.starved:
                 watch.result(result)
                 yield result
     except _Interrupted as interrupted:
