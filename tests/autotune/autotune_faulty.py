@@ -57,3 +57,13 @@ class Refusing:
 
     def __init__(self, *_: object) -> None:
         raise ValueError("not here")
+
+
+class Niceness:
+    """Tells how nice its process is."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def value(self) -> int:
+        return os.nice(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,3 +202,35 @@ def test_a_fresh_process_is_as_dear_as_what_has_to_be_waited_for(
     # That it was not up when it was wanted told how long one takes.
     assert processes.wait_seconds > 0.1
     bench.close()
+
+
+def test_no_problem_pays_for_the_start_of_the_processes(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes.device = torch.device("cuda")
+    started: list[Child] = []
+
+    def start() -> Child:
+        started.append(Child("autotune_faulty:FaultySession", (CPU,)))
+        return started[-1]
+
+    monkeypatch.setattr(processes, "_start", start)
+    monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
+    asked: list[Problem] = []
+    monkeypatch.setattr(
+        "flashmoe.autotune.isolated.searched_backends", lambda problem, *_: asked.append(problem)
+    )
+    processes.warm_up()
+    processes.get_ready([PROBLEM], None)
+    assert asked == [PROBLEM]
+    assert started[0].up
+    assert processes.take(fresh=False) is started[0]
+    started[0].close()
+
+
+def test_a_process_is_as_nice_as_it_shall_be() -> None:
+    child = Child("autotune_faulty:Niceness", nice=7)
+    try:
+        assert child.request("value", patience=60.0) == os.nice(0) + 7
+    finally:
+        child.close()

@@ -5,15 +5,18 @@ import random
 import numpy as np
 import optuna
 import pytest
+import torch
 from autotune_simulated import GRID, PROBLEM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe.autotune import model
-from flashmoe.autotune.candidate import Candidate, searched_backends
+from flashmoe.autotune.candidate import Candidate, legality, searched_backends
 from flashmoe.autotune.sampler import SAMPLERS, TileSampler
 from flashmoe.autotune.space import Space
-from flashmoe.tiles import Tile, grid
+from flashmoe.backends import BACKENDS
+from flashmoe.problem import Problem
+from flashmoe.tiles import Arch, Tile, grid
 
 RAGGED = [
     *(t for t in grid("sm80", block_m=(64, 128), block_n=(32, 64, 128), num_stages=(1, 2))),
@@ -126,3 +129,25 @@ def test_only_backends_with_tiles_are_searched() -> None:
 
     assert searched_backends(PROBLEM, torch.device("cpu"), None) == ["cpu"]
     assert searched_backends(PROBLEM, torch.device("cpu"), "cuda") == []
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_every_tile_that_is_considered_is_legal_or_has_its_reason(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
+    problem = Problem(1, 8, 8, 1024, 1024, 128, "bfloat16")
+    monkeypatch.setattr("flashmoe.autotune.candidate.arch", lambda _: h200)
+    monkeypatch.setattr("flashmoe.backends.jit.unavailable", lambda: "")
+    monkeypatch.setattr(
+        "flashmoe.backends.cuda._compiled_in", lambda *_: [Tile.parse("sm90:128x128-stages2-q1")]
+    )
+    found = legality(problem, torch.device("cuda"), [backend])
+    tiles = BACKENDS[backend].tiles(problem, h200)
+    assert found.legal == len(set(tiles))
+    assert found.considered == found.legal + sum(found.reasons.values())
+    assert "" not in found.reasons
+    reasons = BACKENDS[backend].reasons(problem, h200)  # type: ignore[attr-defined]
+    for tile in random.Random(0).sample(list(reasons), 60):
+        broken = tile.violations(h200, problem)
+        assert reasons[tile] == (broken[0] if broken else "")
