@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import os
 import time
@@ -114,7 +115,9 @@ class Processes:
         for problem in problems:
             searched_backends(problem, self.device, backend)
         if self.device.type == "cuda":
-            self.give_back(self.take(fresh=False))
+            # One that cannot start is told where a problem needs one.
+            with contextlib.suppress(Exception):
+                self.give_back(self.take(fresh=False))
 
     @property
     def wait_seconds(self) -> float:
@@ -134,7 +137,11 @@ class Processes:
         late = self._spare is not None and not self._spare.answers_within(0.0)
         child = self._spare or self._start()
         self._spare = None
-        child.wait_until_up(_START_PATIENCE)
+        try:
+            child.wait_until_up(_START_PATIENCE)
+        except Exception:
+            child.close()
+            raise
         if late:
             self._start_seconds = time.perf_counter() - self._spare_since
         if self.device.type == "cuda":

@@ -83,6 +83,8 @@ class _Seen:
         self._space = space
         self._rows = {tile: row for row, tile in enumerate(space.tiles)}
         self._all = self._positions(space.tiles)
+        # Covariance of every point so far with all tiles.
+        self._known: dict[Point, Vector] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -104,7 +106,7 @@ class _Seen:
         """Make these the points. Cheap where they are those of before and some more."""
         wanted = dict.fromkeys(points)
         if not self._index.keys() <= wanted.keys():
-            self._forget()  # some are gone: tiles that were not tried after all
+            self._forget()  # some are gone: tiles that failed, or were not tried after all
         new = [point for point in wanted if point not in self._index]
         if new:
             self._add(new)
@@ -125,14 +127,11 @@ class _Seen:
         task = np.array([task for _, task in new], dtype=np.int64)
         others = np.array([task for _, task in self._index], dtype=np.int64)
         known = self._positions([tile for tile, _ in self._index])
-        parts = [
-            _kernel(here[i : i + _ROWS], self._all) * _between(task[i : i + _ROWS], _OURS)
-            for i in range(0, len(here), _ROWS)
-        ]
-        covariance = np.concatenate(parts)
+        covariance = self._with_all(new)
         across = _kernel(here, known) * _between(task, others)
         among = _kernel(here, here) * _between(task, task) + _NOISE * np.eye(len(new))
-        left = solve_triangular(self._factor, across.T, lower=True).T
+        # Older versions of SciPy refuse an empty factor.
+        left = solve_triangular(self._factor, across.T, lower=True).T if len(known) else across
         corner = np.linalg.cholesky(among - left @ left.T)
         rest = covariance.copy()
         for block, _, solved in self._blocks:
@@ -144,6 +143,20 @@ class _Seen:
         self._index |= {point: first + number for number, point in enumerate(new)}
         self._gram = np.block([[self._gram, across.T], [across, among]])
         self._factor = np.block([[self._factor, np.zeros_like(across.T)], [left, corner]])
+
+    def _with_all(self, points: Sequence[Point]) -> Matrix:
+        """Covariance of these points with all tiles."""
+        new = [point for point in points if point not in self._known]
+        for first in range(0, len(new), _ROWS):
+            some = new[first : first + _ROWS]
+            here = self._positions([tile for tile, _ in some])
+            task = np.array([task for _, task in some], dtype=np.int64)
+            rows = _kernel(here, self._all) * _between(task, _OURS)
+            self._known |= dict(zip(some, rows, strict=True))
+        found = np.stack([self._known[point] for point in points])
+        # Kept once, as rows of this.
+        self._known |= dict(zip(points, found, strict=True))
+        return found
 
     def _positions(self, tiles: Sequence[Tile]) -> Matrix:
         width = len(self._space.position(self._space.tiles[0]))

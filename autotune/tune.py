@@ -44,7 +44,8 @@ def tune(
         watch.problem(group.main, number + 1, len(order))
         known = dataclasses.replace(place, stored={**place.stored, **found}) if more else place
         result = _tune_one(group, known, options, watch, found, until, now, make_bench, more)
-        if result.best is not None:
+        # What was not decided is no winner that others should try, nor one that is in place.
+        if result.best is not None and not result.starved:
             found[group.main.bucket] = result.entry(place.fingerprint, "")
         return dataclasses.replace(result, elapsed=now() - start)
 
@@ -66,15 +67,21 @@ def tune(
             watch.result(result)
             yield result
         short = sorted(coverage, key=lambda number: coverage[number])
+        starved = sum(covered < 0.0 for covered in coverage.values())
         again = dataclasses.replace(options, force=False)
         for done, number in enumerate(short):
+            undecided = done < starved
             left = deadline - now()
-            share = left / (len(short) - done)
-            if coverage[number] >= 0.0 and left < _WORTH_MORE * options.budget:
+            share = left / ((starved if undecided else len(short)) - done)
+            if not undecided and left < _WORTH_MORE * options.budget:
                 return
-            if share < _WORTH_STARTING * beside.get(number, max(beside.values(), default=0.0)):
+            # Of one that was starved its first turn tells nothing.
+            others = min(beside.values(), default=0.0)
+            if share < _WORTH_STARTING * (others if undecided else beside[number]):
                 continue
-            result = turn(number, now() + share, again, more=True)
+            # What was to be searched anew, and was not, is so now.
+            how = options if undecided else again
+            result = turn(number, now() + share, how, more=True)
             if result.best is not None and not result.starved:
                 watch.result(result)
                 yield result

@@ -129,7 +129,7 @@ class Tuning:
         result = self._result("tuned" if held.decision.changed else "kept", held, found)
         if goes_on and not result.starved:
             result = dataclasses.replace(result, store=True)  # it knows more than before
-        if self._record is not None:
+        if self._record is not None and not result.starved:
             self._record.finish({"winner": str(result.best), "reason": result.reason})
         return result
 

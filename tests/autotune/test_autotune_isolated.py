@@ -234,3 +234,20 @@ def test_a_process_is_as_nice_as_it_shall_be() -> None:
         assert child.request("value", patience=60.0) == os.nice(0) + 7
     finally:
         child.close()
+
+
+def test_a_first_process_that_cannot_start_is_no_end_of_the_run(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes.device = torch.device("cuda")
+    refusing = Child("autotune_faulty:Refusing", ())
+    started = iter([refusing, *(Child("autotune_faulty:FaultySession", (CPU,)) for _ in "12")])
+    monkeypatch.setattr(processes, "_start", lambda: next(started))
+    monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
+    monkeypatch.setattr("flashmoe.autotune.isolated.searched_backends", lambda *_: [])
+    processes.warm_up()
+    processes.get_ready([PROBLEM], None)
+    assert refusing.answers_within(0.0)  # closed
+    child = processes.take(fresh=False)
+    assert child.up
+    child.close()

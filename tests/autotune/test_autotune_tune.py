@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -323,18 +323,85 @@ def test_a_problem_that_was_starved_is_decided_with_what_the_others_leave() -> N
     assert bench.clock <= 22.0
 
 
-def test_a_second_turn_that_is_starved_leaves_the_first_ones_result() -> None:
-    bench = SimulatedBench(bowl(BEST, floor=0.01), compiles_ahead=True, compile_seconds=1.0)
-    turns = 0
+class SlowStart(SimulatedBench):
+    """Whose fresh process number `slow` takes `seconds` more than anyone could know."""
 
-    def make_bench(_: Group) -> SimulatedBench:
-        nonlocal turns
-        turns += 1
-        if turns == 2:
-            bench.clock += 1000.0
+    slow, late = 0, 0.0
+
+    def refresh(self, candidates: Mapping[str, Candidate]) -> None:
+        if self.fresh_processes == self.slow:
+            self.clock += self.late
+        super().refresh(candidates)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("trials", [None, 6])
+def test_a_final_that_was_starved_is_held_again(force: bool, trials: int | None) -> None:
+    bench = SlowStart(bowl(BEST))
+    bench.late = 20.0
+    options = Options(budget=60.0, trials=trials, force=force)
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    name, known = str(DEFAULT), HERE.to_json()
+    stored = {p.bucket: Entry(p, "cpu", name, name, fingerprint=known) for p in CPU_SUITE}
+    place = Place(CPU, HERE, stored if force else {})
+    results = list(tune(groups, place, options, Watch(), bench.now, lambda _: bench))
+    first, second = (r for r in results if r.problem == results[0].problem)
+    assert (first.starved, first.store) == (True, False)
+    assert not second.starved
+    # The same search, which went on.
+    assert first.search is not None
+    assert second.search is not None
+    assert second.search.study == first.search.study
+    assert second.best is not None
+    assert second.store == (second.status == "tuned" or not force)
+    if trials is None:
+        assert second.best.tile == BEST
+    assert bench.clock <= 66.0
+
+
+def test_the_starved_come_before_all_others_however_little_is_left() -> None:
+    bench = SlowStart(bowl(BEST, floor=5e-4))
+    bench.late = 5.0
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE[:2])
+    options = Options(budget=100.0, trials=2)
+    # Of the ten seconds that there are, less than a tenth of the budget.
+    results = list(
+        tune(groups, Place(CPU, HERE), options, Watch(), bench.now, lambda _: bench, spent=90.0)
+    )
+    assert [result.starved for result in results] == [True, False, False]
+    assert results[2].problem == results[0].problem
+
+
+def uneven(bench: SimulatedBench) -> tuple[list[Group], Callable[[Group], SimulatedBench]]:
+    """Two problems, and their bench: the first one's tiles take too long to check for its share,
+    the second one leaves most of its own."""
+    groups = sorted(grouped((problem, 1.0) for problem in CPU_SUITE[:2]), key=lambda g: g.cost)
+
+    def make_bench(group: Group) -> SimulatedBench:
+        bench.prepared.clear()
+        bench.prepare_seconds = 1.0 if group is groups[0] else 0.0
         return bench
 
-    place, options = Place(CPU, HERE), Options(budget=10.0)
-    results = list(tune([GROUP], place, options, Watch(), lambda: bench.clock / 4, make_bench))
-    assert turns == 2
-    assert [result.starved for result in results] == [False]
+    return groups, make_bench
+
+
+def test_a_second_turn_that_is_starved_leaves_the_first_ones_result() -> None:
+    bench = SlowStart(bowl(BEST))
+    bench.slow, bench.late = 4, 1000.0  # two for each turn
+    groups, make_bench = uneven(bench)
+    options = Options(budget=40.0)
+    results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, make_bench))
+    assert bench.clock > 1000.0
+    assert [result.problem for result in results] == [group.main for group in groups]
+    assert not any(result.starved for result in results)
+
+
+@pytest.mark.parametrize(("fresh", "turns"), [(0.5, 3), (5.0, 2)])
+def test_no_second_turn_that_its_own_start_would_take(fresh: float, turns: int) -> None:
+    bench = SimulatedBench(bowl(BEST), fresh=fresh)
+    groups, make_bench = uneven(bench)
+    options = Options(budget=40.0)
+    results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, make_bench))
+    assert len(results) == turns
+    # Or a second turn would have been worth its while.
+    assert turns == 3 or bench.clock < 0.9 * options.budget
