@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
 import os
 import time
@@ -114,10 +113,7 @@ class Processes:
         remembered: all this takes seconds, and would be the first problem's."""
         for problem in problems:
             searched_backends(problem, self.device, backend)
-        if self.device.type == "cuda":
-            # One that cannot start is told where a problem needs one.
-            with contextlib.suppress(Exception):
-                self.give_back(self.take(fresh=False))
+        self._await_spare()
 
     @property
     def wait_seconds(self) -> float:
@@ -134,7 +130,7 @@ class Processes:
         if self._used is not None and not fresh:
             used, self._used = self._used, None
             return used
-        late = self._spare is not None and not self._spare.answers_within(0.0)
+        self._await_spare()
         child = self._spare or self._start()
         self._spare = None
         try:
@@ -142,8 +138,6 @@ class Processes:
         except Exception:
             child.close()
             raise
-        if late:
-            self._start_seconds = time.perf_counter() - self._spare_since
         if self.device.type == "cuda":
             self._start_spare()
         return child
@@ -166,6 +160,13 @@ class Processes:
     def _start_spare(self) -> None:
         self._spare = self._start()
         self._spare_since = time.perf_counter()
+
+    def _await_spare(self) -> None:
+        """Until the spare one, if any, is up or has failed, which whoever takes it is told; that it
+        had to be waited for tells what one takes."""
+        if self._spare is not None and not self._spare.answers_within(0.0):
+            self._spare.answers_within(_START_PATIENCE)
+            self._start_seconds = time.perf_counter() - self._spare_since
 
     def _start_compiler(self) -> Child:
         # The processes that time, or start to, need their cores when they need them.

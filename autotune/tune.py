@@ -49,8 +49,10 @@ def tune(
             found[group.main.bucket] = result.entry(place.fingerprint, "")
         return dataclasses.replace(result, elapsed=now() - start)
 
-    # How much of its space a search that should go on has seen; less than none: undecided.
+    starved: list[int] = []
+    # Of searches that should go on, how much of their space they have seen.
     coverage: dict[int, float] = {}
+    # What a turn took besides its search.
     beside: dict[int, float] = {}
     try:
         for number, group in enumerate(order):
@@ -61,30 +63,29 @@ def tune(
             if result.search is not None:
                 beside[number] = result.elapsed - result.search.seconds
             if result.starved:
-                coverage[number] = -1.0
+                starved.append(number)
             elif result.store and result.search is not None and result.search.cut_short:
                 coverage[number] = len(result.search.trials) / result.search.space
             watch.result(result)
             yield result
         short = sorted(coverage, key=lambda number: coverage[number])
-        starved = sum(covered < 0.0 for covered in coverage.values())
+        # What was to be searched anew, and was not, is so now; the others have been.
         again = dataclasses.replace(options, force=False)
-        for done, number in enumerate(short):
-            undecided = done < starved
-            left = deadline - now()
-            share = left / ((starved if undecided else len(short)) - done)
-            if not undecided and left < _WORTH_MORE * options.budget:
-                return
-            # Of one that was starved its first turn tells nothing.
-            others = min(beside.values(), default=0.0)
-            if share < _WORTH_STARTING * (others if undecided else beside[number]):
-                continue
-            # What was to be searched anew, and was not, is so now.
-            how = options if undecided else again
-            result = turn(number, now() + share, how, more=True)
-            if result.best is not None and not result.starved:
-                watch.result(result)
-                yield result
+        # Of one that was starved its first turn does not tell what another takes.
+        least = dict.fromkeys(starved, min(beside.values(), default=0.0))
+        for numbers, how, worth, takes in (
+            (starved, options, 0.0, least),
+            (short, again, _WORTH_MORE * options.budget, beside),
+        ):
+            for done, number in enumerate(numbers):
+                left = deadline - now()
+                share = left / (len(numbers) - done)
+                if left < worth or share < _WORTH_STARTING * takes[number]:
+                    continue
+                result = turn(number, now() + share, how, more=True)
+                if result.best is not None and not result.starved:
+                    watch.result(result)
+                    yield result
     except _Interrupted as interrupted:
         yield interrupted.result
         raise KeyboardInterrupt from None

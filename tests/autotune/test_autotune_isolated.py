@@ -223,7 +223,7 @@ def test_no_problem_pays_for_the_start_of_the_processes(
     processes.warm_up()
     processes.get_ready([PROBLEM], None)
     assert asked == [PROBLEM]
-    assert started[0].up
+    assert started[0].answers_within(0.0)
     assert processes.take(fresh=False) is started[0]
     started[0].close()
 
@@ -247,7 +247,9 @@ def test_a_first_process_that_cannot_start_is_no_end_of_the_run(
     monkeypatch.setattr("flashmoe.autotune.isolated.searched_backends", lambda *_: [])
     processes.warm_up()
     processes.get_ready([PROBLEM], None)
-    assert refusing.answers_within(0.0)  # closed
+    with pytest.raises(ValueError, match="not here"):
+        processes.take(fresh=False)
+    assert refusing._process.poll() is not None
     child = processes.take(fresh=False)
     assert child.up
     child.close()

@@ -324,7 +324,7 @@ def test_a_problem_that_was_starved_is_decided_with_what_the_others_leave() -> N
 
 
 class SlowStart(SimulatedBench):
-    """Whose fresh process number `slow` takes `seconds` more than anyone could know."""
+    """Whose fresh process number `slow` takes `late` seconds more than anyone could know."""
 
     slow, late = 0, 0.0
 
