@@ -57,6 +57,14 @@ def searched_backends(problem: Problem, device: torch.device, backend: str | Non
     ]
 
 
+def space(problem: Problem, device: torch.device, backends: Sequence[str]) -> list[Tile]:
+    """The tiles that these backends may try, and the default of each."""
+    here = arch(device)
+    tried = [tile for name in backends for tile in BACKENDS[name].tiles(problem, here)]
+    defaults = [BACKENDS[name].default_tile(problem, here) for name in backends]
+    return [*dict.fromkeys([*tried, *filter(None, defaults)])]
+
+
 @dataclass(frozen=True, slots=True)
 class Legality:
     """How many tiles of how many may be tried, and how often each reason kept one out."""

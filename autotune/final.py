@@ -39,9 +39,11 @@ def hold(
     *,
     rounds: int = ROUNDS,
     processes: int = PROCESSES,
+    grace: float = 0.0,
 ) -> Final:
     """Time the anchor (twice), what is in place and the rivals, interleaved, in fresh `processes`
-    (0: in the one that runs). AnchorFailed when the anchor cannot be timed."""
+    (0: in the one that runs). Where the first one comes up late, it has `grace` seconds, but ends
+    no more than that past the deadline. AnchorFailed when the anchor cannot be timed."""
     field = {AGAIN: anchor, str(anchor): anchor}
     field |= {str(candidate): candidate for candidate in (*filter(None, [in_place]), *rivals)}
     parts: list[Samples] = []
@@ -55,7 +57,10 @@ def hold(
             field,
             rounds=-(-rounds // max(processes, 1)),
             warmup=WARMUP,
-            max_seconds=_share(bench, deadline, max(processes, 1) - part),
+            max_seconds=max(
+                _share(bench, deadline, max(processes, 1) - part),
+                0.0 if parts else min(grace, deadline + grace - bench.now()),
+            ),
         )
         for name in (str(anchor), AGAIN):
             if measured[name].status != "ok":

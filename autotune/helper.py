@@ -36,7 +36,7 @@ class Helper:
         processes = Processes(place.device, workers=workers)
         processes.warm_up()
         try:
-            processes.get_ready((group.main for group in groups), options.backend)
+            processes.get_ready(groups, options.backend)
             for _ in tune(
                 groups,
                 place,

@@ -6,13 +6,20 @@ import collections
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from flashmoe.autotune.bench import DeviceRunner, GroupRunner, Runner
-from flashmoe.autotune.candidate import Candidate, searched_backends
+from flashmoe.autotune.candidate import (
+    SDPA,
+    Candidate,
+    default_candidate,
+    runs,
+    searched_backends,
+)
+from flashmoe.autotune.final import PROCESSES
 from flashmoe.autotune.process import Child, ChildFailed, Steps
 from flashmoe.autotune.suite import Group
 from flashmoe.backends import BACKENDS
@@ -79,7 +86,7 @@ class Session:
 
 class Processes:
     """The children of one tuning run on one device, which shares the cores with other `workers`.
-    On a GPU the next one is started ahead, for device time does not notice."""
+    On a GPU those of the next final start ahead, for device time does not notice."""
 
     def __init__(
         self,
@@ -89,10 +96,10 @@ class Processes:
     ) -> None:
         self.device = device
         self._session = session
-        self._spare: Child | None = None
+        # Each with when it was started.
+        self._spares: collections.deque[tuple[Child, float]] = collections.deque()
         self._used: Child | None = None
-        # Since when the spare one is starting, and what that took before; 0: nobody knows yet.
-        self._spare_since = 0.0
+        # What starting one took that had to be waited for; 0: nobody knows yet.
         self._start_seconds = 0.0
         # What opening a problem in a fresh one takes, with the first calls there.
         self.open_seconds = 0.0
@@ -104,23 +111,46 @@ class Processes:
     def warm_up(self) -> None:
         """Start on a GPU what a search will want at once, while something else is done."""
         if self.device.type == "cuda":
-            if self._spare is None:
-                self._start_spare()
+            self._start_spares()
             self.compilers.warm_up()
 
-    def get_ready(self, problems: Iterable[Problem], backend: str | None) -> None:
-        """Wait for the first of those, and find out meanwhile which tiles are legal, which is
-        remembered: all this takes seconds, and would be the first problem's."""
-        for problem in problems:
-            searched_backends(problem, self.device, backend)
-        self._await_spare()
+    def get_ready(self, groups: Sequence[Group], backend: str | None) -> None:
+        """Find out which tiles are legal, which is remembered, and what a fresh process takes: this
+        lasts seconds, and would be the first problem's, whose final would not know."""
+        for group in groups:
+            searched_backends(group.main, self.device, backend)
+        if self.device.type == "cuda" and groups:
+            self._rehearse(min(groups, key=lambda group: group.cost))
+
+    def _rehearse(self, group: Group) -> None:
+        """Do in a fresh process what a final begins with. What fails here is told where the
+        problem is tuned, or comes out right in another process."""
+        try:
+            child = self.take(fresh=True)
+        except Exception:  # noqa: BLE001
+            return
+        start = time.perf_counter()
+        try:
+            field = {"default": default_candidate(group.main, self.device)}
+            if all(runs(SDPA, problem, self.device) for problem in group.problems):
+                field["sdpa"] = SDPA
+            child.request("open", group, 0, 0, reference=False, patience=_START_PATIENCE)
+            child.request("measure", field, rounds=1, warmup=0, patience=_START_PATIENCE)
+        except Exception:  # noqa: BLE001
+            child.close()
+            return
+        self.open_seconds = time.perf_counter() - start
+        self.give_back(child)
 
     @property
     def wait_seconds(self) -> float:
         """How long a fresh one would have to be waited for now, as far as one can tell."""
-        if self._spare is None or self._spare.up or self._spare.answers_within(0.0):
+        if not self._spares:
             return 0.0
-        elapsed = time.perf_counter() - self._spare_since
+        child, since = self._spares[0]
+        if child.up or child.answers_within(0.0):
+            return 0.0
+        elapsed = time.perf_counter() - since
         # As long again where it takes longer than any did.
         return self._start_seconds - elapsed if elapsed < self._start_seconds else elapsed
 
@@ -130,16 +160,18 @@ class Processes:
         if self._used is not None and not fresh:
             used, self._used = self._used, None
             return used
-        self._await_spare()
-        child = self._spare or self._start()
-        self._spare = None
+        child, since = self._spares.popleft() if self._spares else (self._start(), None)
         try:
+            if since is not None and not child.answers_within(0.0):
+                child.answers_within(_START_PATIENCE)
+                self._start_seconds = time.perf_counter() - since
             child.wait_until_up(_START_PATIENCE)
         except Exception:
             child.close()
             raise
-        if self.device.type == "cuda":
-            self._start_spare()
+        finally:
+            if self.device.type == "cuda":
+                self._start_spares()
         return child
 
     def give_back(self, child: Child) -> None:
@@ -150,23 +182,19 @@ class Processes:
 
     def close(self) -> None:
         self.compilers.close()
-        for child in filter(None, (self._spare, self._used)):
+        if self._used is not None:
+            self._used.close()
+        for child, _ in self._spares:
             child.close()
-        self._spare = self._used = None
+        self._used = None
+        self._spares.clear()
 
     def _start(self) -> Child:
         return Child(self._session, (self.device,))
 
-    def _start_spare(self) -> None:
-        self._spare = self._start()
-        self._spare_since = time.perf_counter()
-
-    def _await_spare(self) -> None:
-        """Until the spare one, if any, is up or has failed, which whoever takes it is told; that it
-        had to be waited for tells what one takes."""
-        if self._spare is not None and not self._spare.answers_within(0.0):
-            self._spare.answers_within(_START_PATIENCE)
-            self._start_seconds = time.perf_counter() - self._spare_since
+    def _start_spares(self) -> None:
+        while len(self._spares) < PROCESSES:
+            self._spares.append((self._start(), time.perf_counter()))
 
     def _start_compiler(self) -> Child:
         # The processes that time, or start to, need their cores when they need them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -55,6 +56,20 @@ class Result:
     search_seconds: float = 0.0
     group: tuple[tuple[Problem, float], ...] = ()
     starved: bool = False
+
+    def after(self, first: Result) -> Result:
+        """As the outcome of both turns, where `first` was an earlier one of the same run."""
+        search = self.search
+        if search is not None and first.search is not None:
+            search = dataclasses.replace(
+                search,
+                tried=first.search.tried + search.tried,
+                seconds=first.search.seconds + search.seconds,
+            )
+        both = dataclasses.replace(self, search=search, elapsed=first.elapsed + self.elapsed)
+        if (first.status, self.status, self.best) == ("tuned", "kept", first.best):
+            return dataclasses.replace(both, status="tuned", reason=first.reason)
+        return both
 
     def rejected(self) -> list[Trial]:
         """The tiles that computed wrong numbers or failed."""

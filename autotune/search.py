@@ -170,7 +170,7 @@ class _Walk:
             if wanted != name:
                 name = wanted
                 self._sampler = self._record.use(name, self._first, self._seed, self._related)
-            if name not in ("brute", "grid") and self._stale():
+            if name not in ("brute", "grid") and self._stale() and self._first_done():
                 return "no better tile for long"
             if not self._ask():
                 return "all tiles tried or in flight"
@@ -369,6 +369,9 @@ class _Walk:
         if compiled is None:
             return False  # nobody knows yet
         return max(prepare + look, compiled * len(rest) / self._bench.compilers) <= left
+
+    def _first_done(self) -> bool:
+        return all(tile in self._known for tile in self._first)
 
     def _stale(self) -> bool:
         """Whether the last many tiles brought no gain."""

@@ -6,17 +6,21 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flashmoe.autotune.bench import Bench
+from flashmoe.autotune.candidate import searched_backends, space
 from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.race import AnchorFailed
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import Group
-from flashmoe.autotune.trials import best_so_far
-from flashmoe.autotune.tuning import Starved, Tuning, Unmeasurable
-from flashmoe.database import Entry
+from flashmoe.autotune.trials import TRIALS_REACHED, Search, best_so_far
+from flashmoe.autotune.tuning import TRANSFERRED, Starved, Tuning, Unmeasurable, winners
+from flashmoe.database import Entry, nearest
 
 # A second turn is worth its while with this share of the budget, and with so many times what it
 # takes besides its search.
 _WORTH_MORE, _WORTH_STARTING = 0.1, 2.0
+# What is kept back for second turns where there are several groups, and of the rest the share that
+# is divided by what a call of a problem costs.
+_KEPT_BACK, _BY_COST = 0.1, 0.25
 
 MakeBench = Callable[[Group], Bench]
 
@@ -31,9 +35,10 @@ def tune(
     spent: float = 0.0,
 ) -> Iterator[Result]:
     """Results as they come, the cheapest group first: the time it leaves goes to the others, and
-    its winner is tried early by them. Time that is left in the end goes to those that had too
-    little, those that could not be decided first; their result then comes a second time. `now` is
-    the clock of the budget, of which `spent` seconds are gone already."""
+    its winner is tried early by them. What is kept back and what is left in the end goes to second
+    turns, whose result then comes a second time: of those that had too little to be decided, then
+    of those that have not tried what won in a neighbouring bucket later, then of those whose search
+    was cut short. `now` is the clock of the budget, of which `spent` seconds are gone already."""
     deadline = now() + options.budget - spent
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
@@ -49,46 +54,80 @@ def tune(
             found[group.main.bucket] = result.entry(place.fingerprint, "")
         return dataclasses.replace(result, elapsed=now() - start)
 
+    first: list[Result] = []
     starved: list[int] = []
-    # Of searches that should go on, how much of their space they have seen.
-    coverage: dict[int, float] = {}
+    searched: dict[int, Search] = {}
     # What a turn took besides its search.
     beside: dict[int, float] = {}
+    kept_back = _KEPT_BACK * (deadline - now()) if len(order) > 1 else 0.0
     try:
         for number, group in enumerate(order):
-            # Half of the time by what they cost, half to all alike, for all start processes.
+            # A part of the time by what they cost, the rest to all alike: all compile as many
+            # tiles, and start processes.
             rest = order[number:]
-            share = (group.cost / sum(other.cost for other in rest) + 1 / len(rest)) / 2
-            result = turn(number, now() + (deadline - now()) * share, options)
+            by_cost = group.cost / sum(other.cost for other in rest)
+            share = _BY_COST * by_cost + (1 - _BY_COST) / len(rest)
+            left = max(deadline - kept_back - now(), 0.0)
+            result = turn(number, now() + left * share, options)
+            first.append(result)
             if result.search is not None:
                 beside[number] = result.elapsed - result.search.seconds
             if result.starved:
                 starved.append(number)
-            elif result.store and result.search is not None and result.search.cut_short:
-                coverage[number] = len(result.search.trials) / result.search.space
+            elif result.store and result.search is not None:
+                searched[number] = result.search
             watch.result(result)
             yield result
-        short = sorted(coverage, key=lambda number: coverage[number])
         # What was to be searched anew, and was not, is so now; the others have been.
         again = dataclasses.replace(options, force=False)
         # Of one that was starved its first turn does not tell what another takes.
         least = dict.fromkeys(starved, min(beside.values(), default=0.0))
+        promising = _promising(order, searched, found, place, options.backend)
+        short = [n for n, search in searched.items() if search.cut_short and n not in promising]
+        short.sort(key=lambda n: len(searched[n].trials) / searched[n].space)
         for numbers, how, worth, takes in (
             (starved, options, 0.0, least),
+            (promising, again, 0.0, beside),
             (short, again, _WORTH_MORE * options.budget, beside),
         ):
             for done, number in enumerate(numbers):
-                left = deadline - now()
-                share = left / (len(numbers) - done)
-                if left < worth or share < _WORTH_STARTING * takes[number]:
+                left, needed = deadline - now(), _WORTH_STARTING * takes[number]
+                # The first ones have what they need, if the last ones then have nothing.
+                share = max(left / (len(numbers) - done), needed)
+                if left < max(worth, needed):
                     continue
                 result = turn(number, now() + share, how, more=True)
                 if result.best is not None and not result.starved:
                     watch.result(result)
-                    yield result
+                    yield result.after(first[number])
     except _Interrupted as interrupted:
         yield interrupted.result
         raise KeyboardInterrupt from None
+
+
+def _promising(
+    order: Sequence[Group],
+    searched: Mapping[int, Search],
+    found: Mapping[str, Entry],
+    place: Place,
+    backend: str | None,
+) -> list[int]:
+    """Those that have not tried a tile that won in a neighbouring bucket, which was searched after
+    them; where it won by most comes first."""
+    gains: dict[int, float] = {}
+    for number, search in searched.items():
+        problem, tried = order[number].main, {trial.tile for trial in search.trials}
+        new = {
+            tile: 1.0 - entry.over_default.get(str(tile), 1.0)
+            for entry in nearest(found, problem)[:TRANSFERRED]
+            for tile in winners([entry])
+            if tile not in tried
+        }
+        if new and search.ended != TRIALS_REACHED:
+            names = searched_backends(problem, place.device, backend)
+            known = new.keys() & set(space(problem, place.device, names))
+            gains[number] = max((new[tile] for tile in known), default=0.0)
+    return sorted((n for n in gains if gains[n] > 0), key=lambda number: -gains[number])
 
 
 class _Interrupted(Exception):

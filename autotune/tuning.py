@@ -15,6 +15,7 @@ from flashmoe.autotune.candidate import (
     legality,
     runs,
     searched_backends,
+    space,
 )
 from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, speedup
 from flashmoe.autotune.final import Final
@@ -35,10 +36,12 @@ from flashmoe.timing import Measurement
 
 # Of a problem's time, the largest share that is left to the final.
 _FINAL_SHARE = 0.35
+# What a final that comes up late may take beyond it.
+_GRACE_SHARE = 0.05
 _CONFIRM_ROUNDS = 100
 _CONFIRM_SECONDS = 6.0
 # How many winners of other buckets, and how many of other devices, are tried first.
-_TRANSFERRED = 4
+TRANSFERRED = 4
 # A search that was cut short goes on where it has so many times the time that it had, or had tried
 # fewer than so many tiles.
 _MUCH_MORE, _FEW_TILES = 2.0, 12
@@ -79,7 +82,8 @@ class Tuning:
         self._found = found
         self._bench = bench
         self._deadline = deadline
-        self._sample_seconds = 0.0
+        # What there was when it began, and what a sample takes.
+        self._seconds = self._sample_seconds = 0.0
         # What the last check of odd sizes took.
         self._verify_seconds = 0.0
         self._late: dict[Tile, Measurement] = {}
@@ -99,6 +103,7 @@ class Tuning:
         self._searched = dict(entry.search) if entry is not None and self._current else {}
 
     def run(self) -> Result:
+        self._seconds = self._left()
         self._require_time()
         fresh = self._began if self._options.force else None
         if self._options.helping is not None:
@@ -135,7 +140,10 @@ class Tuning:
 
     def _wants_more(self) -> bool:
         """Whether the search that the stored result comes from was cut short, and this run can do
-        clearly more: it has much more time, or is to try more tiles, or hardly any were tried."""
+        clearly more: it has much more time, or is to try more tiles, or hardly any were tried. A
+        second turn is there for that."""
+        if self._more:
+            return True
         searched = self._searched
         tried, ended = int(searched.get("tried", 0)), searched.get("ended")
         if ended == TRIALS_REACHED:
@@ -144,7 +152,7 @@ class Tuning:
             return False
         seconds = self._left() * (1 - _FINAL_SHARE)
         few = tried < min(_FEW_TILES, int(searched["of"]))
-        return self._more or few or seconds > _MUCH_MORE * float(searched["seconds"])
+        return few or seconds > _MUCH_MORE * float(searched["seconds"])
 
     def _everywhere(self, candidate: Candidate) -> bool:
         """Whether every problem of the group can run it here."""
@@ -204,12 +212,11 @@ class Tuning:
     def _search(self, seconds: float, fresh: float | None) -> Search:
         here = arch(self._device)
         backends = [BACKENDS[name] for name in self._backends]
-        tiles = [tile for backend in backends for tile in backend.tiles(self._problem, here)]
         defaults = [backend.default_tile(self._problem, here) for backend in backends]
         # A backend's tiles are legal for the main problem; there may be thousands.
         legal = dict.fromkeys(
             tile
-            for tile in [*tiles, *filter(None, defaults)]
+            for tile in space(self._problem, self._device, self._backends)
             if len(self._group.problems) == 1 or self._everywhere(Candidate.of_tile(tile))
         )
         # What is compiled in costs no compiler, and won somewhere.
@@ -229,10 +236,10 @@ class Tuning:
             {**facts, "problem": self._problem.to_json(), "anchor": str(self._anchor)},
             fresh=fresh,
         )
-        space = Space(legal)
-        self._record = Record(study, space)
+        tiles = Space(legal)
+        self._record = Record(study, tiles)
         return search(
-            space,
+            tiles,
             self._bench,
             self._anchor,
             first,
@@ -255,12 +262,7 @@ class Tuning:
         if self._stored is not None and self._stored.tile is not None:
             yield self._stored.tile
         for entries in (self._related_here(), self._related_elsewhere()):
-            names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in entries)
-            for name in list(filter(None, names))[:_TRANSFERRED]:
-                try:
-                    yield Tile.parse(name)
-                except ValueError:
-                    continue  # of another version
+            yield from winners(entries)
 
     def _related(self) -> list[Entry]:
         """Entries of this device, then of others, each the nearest buckets first."""
@@ -298,8 +300,20 @@ class Tuning:
         while processes and processes * (self._bench.fresh_seconds + least / 2) > self._left():
             processes -= 1
         return final.hold(
-            self._bench, self._anchor, self._stored, rivals, self._deadline, processes=processes
+            self._bench,
+            self._anchor,
+            self._stored,
+            rivals,
+            self._deadline,
+            processes=processes,
+            grace=self._grace(others + len(rivals)),
         )
+
+    def _grace(self, candidates: int) -> float:
+        """What one process's rounds take, up to a small share of the problem's time: with less, a
+        slow start would lose what was searched."""
+        rounds = final.ROUNDS / final.PROCESSES + final.WARMUP
+        return min(self._sample_seconds * candidates * rounds, _GRACE_SHARE * self._seconds)
 
     def _finalists(self, found: Search, count: int) -> list[Candidate]:
         """The fastest contenders that also pass the check with odd sizes and guarded memory, up to
@@ -383,6 +397,18 @@ class Tuning:
             group=self._group.shares,
             starved=starved,
         )
+
+
+def winners(entries: Sequence[Entry]) -> list[Tile]:
+    """The best tiles of the first few of these entries that differ."""
+    names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in entries)
+    found = []
+    for name in list(filter(None, names))[:TRANSFERRED]:
+        try:
+            found.append(Tile.parse(name))
+        except ValueError:
+            continue  # of another version
+    return found
 
 
 def _ratios(entry: Entry) -> dict[Tile, float]:

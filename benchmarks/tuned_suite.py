@@ -39,7 +39,7 @@ from flashmoe.database import Entry
 from flashmoe.stats import Interval, paired_ratio
 from flashmoe.tiles import Tile
 
-PROCESSES = 2
+PROCESSES = 3
 PATIENCE = 60.0
 # Of one problem in one process.
 MAX_SECONDS = 1.5
@@ -277,7 +277,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--judged", type=Path, nargs="+", metavar="FILE", default=[], help="what measure wrote"
     )
-    parser.add_argument("--rounds", type=int, default=60, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=150, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(words)

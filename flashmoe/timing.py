@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flashmoe.instruction_cache import evictor
+
 STATUSES = ("ok", "illegal", "wrong", "failed", "timeout")
-# Larger than any L2 (H200: 60 MB), zeroed before every timed call so that none starts warm.
+# Larger than any L2 (H200: 60 MB), zeroed before every timed call so that none finds its data.
 _FLUSH_BYTES = 256 << 20
 # About 0.3 ms of idle GPU work, so that the host has enqueued the call before it starts.
 _SLEEP_CYCLES = 500_000
@@ -72,18 +74,18 @@ def measure(
 ) -> dict[str, Measurement]:
     """Time every candidate once a round, in an order shuffled each round.
 
-    On CUDA a sample is device time between events around one call, with L2 flushed and the host
-    running ahead; on a CPU it is wall time. A candidate that raises is `failed` from then on and
-    the others go on. `max_seconds` ends the rounds early (after at least one), for all candidates
-    alike, so samples stay paired by round. `before_sample` is told whose turn it is, and
-    `after_round` is called after each timed round. Raises DeviceLost when a failure left the device
-    unusable.
+    On CUDA a sample is device time between events around one call, with L2 flushed, none of its
+    code in an instruction cache, and the host running ahead; on a CPU it is wall time. A candidate
+    that raises is `failed` from then on and the others go on. `max_seconds` ends the rounds early
+    (after at least one), for all candidates alike, so samples stay paired by round. `before_sample`
+    is told whose turn it is, and `after_round` is called after each timed round. Raises DeviceLost
+    when a failure left the device unusable.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup}")
-    sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
+    sample = cuda_sampler(device) if device.type == "cuda" else _cpu_sample
     running = {name: _Candidate(call) for name, call in candidates.items()}
     rng = random.Random(seed)
     deadline = None if max_seconds is None else time.perf_counter() + max_seconds
@@ -119,14 +121,21 @@ def _cpu_sample(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def cuda_sampler(
+    device: torch.device, *, evict_code: bool = True
+) -> Callable[[Callable[[], object]], float]:
+    """What times one call on `device`, in seconds, as `measure` does; without `evict_code` a call
+    may find its code in the instruction caches."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    evict = evictor(flush.device)
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def sample(call: Callable[[], object]) -> float:
         with torch.cuda.device(device):
             flush.zero_()
+            if evict_code:
+                evict()
             torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
             start.record()
             call()

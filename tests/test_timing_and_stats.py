@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmoe.instruction_cache import INSTRUCTIONS, ptx
 from flashmoe.stats import median_interval, paired_ratio
 from flashmoe.timing import Limits, Measurement, measure, measure_limits
 
@@ -98,3 +104,19 @@ def test_ratio_errors():
         paired_ratio([], [1.0])
     with pytest.raises(ValueError, match="denominator must be finite and positive"):
         paired_ratio([1.0], [0.0])
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is not in PATH")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_the_kernel_that_evicts_code_is_as_long_as_it_says(tmp_path: Path, arch: str) -> None:
+    """A compiler that saw through it would leave it short."""
+    source, code = tmp_path / "evict.ptx", tmp_path / "evict.cubin"
+    source.write_text(ptx())
+    told = subprocess.run(
+        ["ptxas", f"-arch={arch}", "-v", source, "-o", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert len(code.read_bytes()) > 16 * INSTRUCTIONS > 128 << 10
+    assert not re.search(r"[1-9]\d* bytes (stack|spill)", told)

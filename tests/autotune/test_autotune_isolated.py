@@ -16,6 +16,7 @@ from autotune_faulty import CRASHES, CRASHES_LATER, HANGS, LOSES, WRONG
 from flashmoe.autotune import helper
 from flashmoe.autotune.bench import GroupRunner
 from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.final import PROCESSES
 from flashmoe.autotune.isolated import IsolatedBench, Processes
 from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.process import Child, ChildFailed
@@ -198,9 +199,12 @@ def test_a_fresh_process_is_as_dear_as_what_has_to_be_waited_for(
     monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
     processes.warm_up()
     assert bench.fresh_seconds > processes.open_seconds > 0
-    assert processes.take(fresh=True).up
-    # That it was not up when it was wanted told how long one takes.
+    taken = [processes.take(fresh=True) for _ in range(PROCESSES)]
+    assert all(child.up for child in taken)
+    # That the first was not up when it was wanted told how long one takes.
     assert processes.wait_seconds > 0.1
+    for child in taken:
+        child.close()
     bench.close()
 
 
@@ -220,10 +224,14 @@ def test_no_problem_pays_for_the_start_of_the_processes(
     monkeypatch.setattr(
         "flashmoe.autotune.isolated.searched_backends", lambda problem, *_: asked.append(problem)
     )
+    monkeypatch.setattr("flashmoe.autotune.isolated.default_candidate", lambda *_: GOOD)
+    monkeypatch.setattr("flashmoe.autotune.isolated.runs", lambda *_: False)
     processes.warm_up()
-    processes.get_ready([PROBLEM], None)
+    processes.get_ready([Group((PROBLEM,), (1.0,))], None)
     assert asked == [PROBLEM]
-    assert started[0].answers_within(0.0)
+    # What a final's process takes was found out, too.
+    assert processes.open_seconds > 0
+    assert started[0].up
     assert processes.take(fresh=False) is started[0]
     started[0].close()
 
@@ -241,14 +249,13 @@ def test_a_first_process_that_cannot_start_is_no_end_of_the_run(
 ) -> None:
     processes.device = torch.device("cuda")
     refusing = Child("autotune_faulty:Refusing", ())
-    started = iter([refusing, *(Child("autotune_faulty:FaultySession", (CPU,)) for _ in "12")])
+    others = (Child("autotune_faulty:FaultySession", (CPU,)) for _ in range(PROCESSES + 1))
+    started = iter([refusing, *others])
     monkeypatch.setattr(processes, "_start", lambda: next(started))
     monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
     monkeypatch.setattr("flashmoe.autotune.isolated.searched_backends", lambda *_: [])
     processes.warm_up()
-    processes.get_ready([PROBLEM], None)
-    with pytest.raises(ValueError, match="not here"):
-        processes.take(fresh=False)
+    processes.get_ready([Group((PROBLEM,), (1.0,))], None)
     assert refusing._process.poll() is not None
     child = processes.take(fresh=False)
     assert child.up

@@ -14,7 +14,8 @@ from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import CPU_SUITE, Group, grouped
-from flashmoe.autotune.tune import tune
+from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
+from flashmoe.autotune.tune import _promising, tune
 from flashmoe.database import Entry
 from flashmoe.device import fingerprint
 from flashmoe.tiles import Tile
@@ -359,9 +360,19 @@ def test_a_final_that_was_starved_is_held_again(force: bool, trials: int | None)
     assert bench.clock <= 66.0
 
 
+def test_a_final_that_comes_up_late_is_held_all_the_same() -> None:
+    bench = SlowStart(bowl(BEST))
+    bench.late = 10.0
+    options = Options(budget=10.0, trials=2)
+    group = Group((CPU_SUITE[0],), (1.0,))
+    (result,) = tune([group], Place(CPU, HERE), options, Watch(), bench.now, lambda _: bench)
+    assert not result.starved
+    assert 10.0 < bench.clock <= 10.6
+
+
 def test_the_starved_come_before_all_others_however_little_is_left() -> None:
     bench = SlowStart(bowl(BEST, floor=5e-4))
-    bench.late = 5.0
+    bench.late = 6.0
     groups = grouped((problem, 1.0) for problem in CPU_SUITE[:2])
     options = Options(budget=100.0, trials=2)
     # Of the ten seconds that there are, less than a tenth of the budget.
@@ -372,14 +383,16 @@ def test_the_starved_come_before_all_others_however_little_is_left() -> None:
     assert results[2].problem == results[0].problem
 
 
-def uneven(bench: SimulatedBench) -> tuple[list[Group], Callable[[Group], SimulatedBench]]:
+def uneven(
+    bench: SimulatedBench, seconds: float = 1.0
+) -> tuple[list[Group], Callable[[Group], SimulatedBench]]:
     """Two problems, and their bench: the first one's tiles take too long to check for its share,
     the second one leaves most of its own."""
     groups = sorted(grouped((problem, 1.0) for problem in CPU_SUITE[:2]), key=lambda g: g.cost)
 
     def make_bench(group: Group) -> SimulatedBench:
         bench.prepared.clear()
-        bench.prepare_seconds = 1.0 if group is groups[0] else 0.0
+        bench.prepare_seconds = seconds if group is groups[0] else 0.0
         return bench
 
     return groups, make_bench
@@ -405,3 +418,58 @@ def test_no_second_turn_that_its_own_start_would_take(fresh: float, turns: int) 
     assert len(results) == turns
     # Or a second turn would have been worth its while.
     assert turns == 3 or bench.clock < 0.9 * options.budget
+
+
+@pytest.mark.parametrize(
+    ("tried", "ended", "winner", "turns"),
+    [
+        ([DEFAULT], "no better tile for long", BEST, [0]),
+        ([DEFAULT], BUDGET_REACHED, BEST, [0]),
+        ([DEFAULT, BEST], "no better tile for long", BEST, []),
+        ([DEFAULT], TRIALS_REACHED, BEST, []),
+        # Not of the space: it would never be tried.
+        ([DEFAULT], BUDGET_REACHED, Tile("cpu", 999, 256), []),
+        # Won nothing.
+        ([GRID[0]], BUDGET_REACHED, DEFAULT, []),
+    ],
+)
+def test_what_won_next_door_later_is_worth_a_second_turn(
+    tried: list[Tile], ended: str, winner: Tile, turns: list[int]
+) -> None:
+    order = sorted(grouped((problem, 1.0) for problem in CPU_SUITE[:2]), key=lambda g: g.cost)
+    early, late = (group.main for group in order)
+    own = Search(tuple(Trial(tile, "ok") for tile in tried), (), "", len(GRID), ended=ended)
+    ratio = {str(winner): 1.0 if winner == DEFAULT else 0.9}
+    found = {
+        early.bucket: Entry(early, "cpu", str(DEFAULT), str(DEFAULT)),
+        late.bucket: Entry(late, "cpu", str(winner), str(DEFAULT), over_default=ratio),
+    }
+    assert _promising(order, {0: own}, found, Place(CPU, HERE), None) == turns
+
+
+def test_a_second_turn_tries_what_won_next_door_and_tells_both_turns_as_one() -> None:
+    bench = SimulatedBench(bowl(BEST))
+    groups, make_bench = uneven(bench, seconds=2.0)
+    options = Options(budget=40.0, sampler="random", seed=1)
+    results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, make_bench))
+    first, other, again = results
+    assert other.best is not None
+    assert other.best.tile == BEST
+    assert first.search is not None
+    assert again.search is not None
+    count = len(first.search.trials)
+    assert BEST not in [trial.tile for trial in first.search.trials]
+    assert again.search.trials[count].tile == BEST
+    assert (again.problem, again.status) == (first.problem, "tuned")
+    assert again.best == other.best
+    assert again.search.tried == len(again.search.trials) > count
+    assert again.elapsed > first.elapsed
+
+
+def test_a_second_turn_that_changes_nothing_leaves_a_problem_tuned() -> None:
+    best = Candidate.of_tile(BEST)
+    first = Result(PROBLEM, "tuned", "is faster", best=best, elapsed=3.0)
+    again = Result(PROBLEM, "kept", "nothing beats it", best=best, elapsed=2.0)
+    assert again.after(first) == dataclasses.replace(first, elapsed=5.0)
+    other = dataclasses.replace(again, status="tuned", best=Candidate.of_tile(DEFAULT))
+    assert other.after(first) == dataclasses.replace(other, elapsed=5.0)
