@@ -29,6 +29,8 @@ from flashmoe.timing import Measurement
 
 # Starting a process with torch, and computing a reference, may take so long on a slow machine.
 _START_PATIENCE = 300.0
+# What the first calls of a process may take.
+_FIRST_PATIENCE = 60.0
 # Each imports torch, and takes memory; more than so many are never all at work.
 _MOST_COMPILERS = 32
 # How often to look at them while waiting.
@@ -134,8 +136,8 @@ class Processes:
             field = {"default": default_candidate(group.main, self.device)}
             if all(runs(SDPA, problem, self.device) for problem in group.problems):
                 field["sdpa"] = SDPA
-            child.request("open", group, 0, 0, reference=False, patience=_START_PATIENCE)
-            child.request("measure", field, rounds=1, warmup=0, patience=_START_PATIENCE)
+            child.request("open", group, 0, 0, reference=False, patience=_FIRST_PATIENCE)
+            child.request("measure", field, rounds=1, warmup=0, patience=_FIRST_PATIENCE)
         except Exception:  # noqa: BLE001
             child.close()
             return

@@ -112,8 +112,8 @@ def _promising(
     place: Place,
     backend: str | None,
 ) -> list[int]:
-    """Those that have not tried a tile that won in a neighbouring bucket, which was searched after
-    them; where it won by most comes first."""
+    """Those that have not tried a tile that won in a neighbouring bucket, most often because that
+    was searched after them; where it won by most comes first."""
     gains: dict[int, float] = {}
     for number, search in searched.items():
         problem, tried = order[number].main, {trial.tile for trial in search.trials}

@@ -69,13 +69,17 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int, evict_code: bool)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=tuple(SUITES), nargs="+", default=["short", "rows"])
+    parser.add_argument("--suite", choices=tuple(SUITES), nargs="+", default=["short"])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     here = device.fingerprint(DEVICE)
     shipped = database.load(database.shipped_path(here.device))
-    rows = []
+    document: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/instruction_cache.py", *sys.argv[1:]]),
+        "fingerprint": here.to_json(),
+        "problems": [],
+    }
     for problem in (p for name in args.suite for p in SUITES[name]):
         calls = {str(c): call_of(problem, c) for c in candidates(problem, shipped)}
         if len(calls) < 2:
@@ -87,14 +91,10 @@ def main() -> None:
             for name, x in row[kind].items():
                 itself, another = median(x["after itself"]), median(x["after another"])
                 line.append(f"{kind}, {name}: {itself:.1f}, {another / itself - 1:+.1%}")
-        rows.append(row)
         print(problem.label, *line, sep="\n  ", flush=True)
-    document = {
-        "command": shlex.join(["python", "benchmarks/instruction_cache.py", *sys.argv[1:]]),
-        "fingerprint": here.to_json(),
-        "problems": rows,
-    }
-    args.output.write_text(json.dumps(document) + "\n")
+        # At once, so that an interruption loses only the problem at hand.
+        document["problems"].append(row)
+        args.output.write_text(json.dumps(document) + "\n")
 
 
 if __name__ == "__main__":

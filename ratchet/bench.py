@@ -18,7 +18,7 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Answer, Process, Source, answers
 from flashmoe.ratchet.results import CaseResult, PlanUsed, Results, Series, Telemetry
 from flashmoe.ratchet.suite import Case
-from flashmoe.timing import Limits
+from flashmoe.timing import HOW, Limits
 
 # A process's share of disturbed rounds (see `quiet`) from which another one is asked as well.
 _DISTURBED = 0.2
@@ -268,6 +268,7 @@ def _results(
     assert run.fingerprint is not None, "a process that starts tells its fingerprint"
     told = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
     told["budget"] = None if math.isinf(settings.budget) else settings.budget
+    told["timing"] = HOW["cpu" if settings.device.startswith("cpu") else "cuda"]
     cases = tuple(c.result(settings.least) for c in run.collected.values())
     return Results(
         uuid.uuid4().hex,

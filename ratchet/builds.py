@@ -25,7 +25,15 @@ from flashmoe.ratchet.revision import git
 
 # The harness is the same for both sides, whatever their own was: all that times, and tells what was
 # timed on what.
-_HARNESS = ("ratchet", "timing.py", "quiet.py", "device.py", "stats.py", "nvml.py")
+_HARNESS = (
+    "ratchet",
+    "timing.py",
+    "instruction_cache.py",
+    "quiet.py",
+    "device.py",
+    "stats.py",
+    "nvml.py",
+)
 _PACKAGE = Path(flashmoe.__file__).resolve().parent
 
 

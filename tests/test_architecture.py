@@ -17,8 +17,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"cache", "nvml", "problem", "reference", "stats", "timing", "tuned"},
-            {"quiet", "tiles"},
+            {"cache", "instruction_cache", "nvml", "problem", "reference", "stats", "tuned"},
+            {"tiles", "timing"},
+            {"quiet"},
             {"_extension"},
             {"device"},
             {"backends", "database", "shapes"},

@@ -107,7 +107,7 @@ def test_ratio_errors():
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is not in PATH")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100"])
 def test_the_kernel_that_evicts_code_is_as_long_as_it_says(tmp_path: Path, arch: str) -> None:
     """A compiler that saw through it would leave it short."""
     source, code = tmp_path / "evict.ptx", tmp_path / "evict.cubin"

@@ -26,7 +26,7 @@ from flashmoe.ratchet.sota import (
     conclusion,
 )
 from flashmoe.ratchet.suite import select
-from flashmoe.timing import Limits, measure_limits
+from flashmoe.timing import HOW, Limits, measure_limits
 
 HELP = "compare with every implementation of attention that is installed, and write it up"
 DESCRIPTION = """Measure flashmoe and every other implementation found (SDPA's four backends,
@@ -104,13 +104,14 @@ def document(
 ) -> str:
     """Markdown."""
     names = [n for n in versions if any(c.row(n).samples for c in measured)]
+    how = HOW["cpu" if prints.threads else "cuda"]
     lines = [
         "# Performance",
         "",
         f"{prints.device}, driver {prints.driver or 'none'}, CUDA {prints.cuda or 'none'}, torch "
         f"{prints.torch}, {started[:10]}. Each case: all implementations in one process, "
         f"interleaved in an order drawn anew each round, {len(measured[0].row(OURS).samples)} "
-        "rounds, device time, L2 flushed, random data, results compared. Repeat it with",
+        f"rounds, {how}, random data, results compared. Repeat it with",
         "",
         f"```sh\n{command}\n```",
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import ratchet_synthetic as synthetic
 import torch
 
+import flashmoe
 from flashmoe.backends import BACKENDS
 from flashmoe.device import arch
 from flashmoe.plan import Plan
@@ -181,6 +183,17 @@ def test_ab_decides_as_the_gate_does(
     cost = "took 25 s of the machine: 0.0250 at 3.6 an hour"
     assert cost in capsys.readouterr().out
     assert cost in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("module", ["timing", "quiet", "instruction_cache", "stats", "nvml"])
+def test_the_harness_is_all_that_its_timing_needs(module: str) -> None:
+    """An older build has none of what was added since."""
+    text = (Path(flashmoe.__file__).parent / f"{module}.py").read_text()
+    needed = set(
+        re.findall(r"^from flashmoe\.(\w+) import|^from flashmoe import (\w+)", text, re.M)
+    )
+    names = {one or other for one, other in needed}
+    assert {f"{name}.py" for name in names} <= {*builds._HARNESS}
 
 
 def test_builds_are_taken_along(

@@ -22,6 +22,7 @@ from flashmoe.ratchet.gate import (
 from flashmoe.ratchet.integrity import COMPARED
 from flashmoe.ratchet.results import Origin, Results, Series, Telemetry, slowed
 from flashmoe.ratchet.thresholds import DEFAULTS, Thresholds, percent, with_cases
+from flashmoe.timing import HOW
 
 NAME = synthetic.NAMES[0]
 
@@ -299,6 +300,21 @@ def test_foreign_fingerprints_are_4(field: str) -> None:
     decision = gate(replace(synthetic.results(), fingerprint=foreign))
     assert decision.exit_code == 4
     assert f"fingerprint: {field}: {other!r} here" in decision.integrity[0]
+
+
+def test_times_that_were_taken_otherwise_are_4() -> None:
+    def timed(how: str) -> Results:
+        run = replace(synthetic.results(), fingerprint=gpu)
+        return replace(run, settings={**run.settings, "timing": how} if how else run.settings)
+
+    gpu = replace(synthetic.FINGERPRINT, threads=0)
+    decision = gate(timed(HOW["cuda"]), timed(""))
+    assert decision.exit_code == 4
+    assert decision.integrity == (
+        "fingerprint: timing: 'device time, L2 flushed, code evicted' here, "
+        "'device time, L2 flushed' there",
+    )
+    assert gate(timed(HOW["cuda"]), timed(HOW["cuda"])).exit_code == 0
 
 
 def test_other_kernels_and_power_limits_compare() -> None:
