@@ -88,7 +88,7 @@ def run(words: Sequence[str]) -> int:
             limits = _limits(target, {group.main.dtype for group in groups})
             if searched:
                 watch.stage("starting processes")
-                processes.get_ready(searched, args.backend)
+                processes.get_ready(searched, args.backend, patience)
             for result in tune(
                 groups,
                 place,

@@ -42,8 +42,8 @@ def hold(
     grace: float = 0.0,
 ) -> Final:
     """Time the anchor (twice), what is in place and the rivals, interleaved, in fresh `processes`
-    (0: in the one that runs). Where the first one comes up late, it has `grace` seconds, but ends
-    no more than that past the deadline. AnchorFailed when the anchor cannot be timed."""
+    (0: in the one that runs). Where too little is left for the first one, it has `grace` seconds,
+    but ends no more than that past the deadline. AnchorFailed when the anchor cannot be timed."""
     field = {AGAIN: anchor, str(anchor): anchor}
     field |= {str(candidate): candidate for candidate in (*filter(None, [in_place]), *rivals)}
     parts: list[Samples] = []

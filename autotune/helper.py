@@ -36,7 +36,7 @@ class Helper:
         processes = Processes(place.device, workers=workers)
         processes.warm_up()
         try:
-            processes.get_ready(groups, options.backend)
+            processes.get_ready(groups, options.backend, patience)
             for _ in tune(
                 groups,
                 place,

@@ -29,8 +29,6 @@ from flashmoe.timing import Measurement
 
 # Starting a process with torch, and computing a reference, may take so long on a slow machine.
 _START_PATIENCE = 300.0
-# What the first calls of a process may take.
-_FIRST_PATIENCE = 60.0
 # Each imports torch, and takes memory; more than so many are never all at work.
 _MOST_COMPILERS = 32
 # How often to look at them while waiting.
@@ -116,31 +114,36 @@ class Processes:
             self._start_spares()
             self.compilers.warm_up()
 
-    def get_ready(self, groups: Sequence[Group], backend: str | None) -> None:
+    def get_ready(self, groups: Sequence[Group], backend: str | None, patience: float) -> None:
         """Find out which tiles are legal, which is remembered, and what a fresh process takes: this
-        lasts seconds, and would be the first problem's, whose final would not know."""
+        lasts seconds, and would be the first problem's, whose final would not know. A step that
+        takes longer than `patience` seconds is a hang."""
         for group in groups:
             searched_backends(group.main, self.device, backend)
         if self.device.type == "cuda" and groups:
-            self._rehearse(min(groups, key=lambda group: group.cost))
+            self._rehearse(min(groups, key=lambda group: group.cost), patience)
 
-    def _rehearse(self, group: Group) -> None:
+    def _rehearse(self, group: Group, patience: float) -> None:
         """Do in a fresh process what a final begins with. What fails here is told where the
         problem is tuned, or comes out right in another process."""
         try:
             child = self.take(fresh=True)
         except Exception:  # noqa: BLE001
             return
-        start = time.perf_counter()
         try:
             field = {"default": default_candidate(group.main, self.device)}
             if all(runs(SDPA, problem, self.device) for problem in group.problems):
                 field["sdpa"] = SDPA
-            child.request("open", group, 0, 0, reference=False, patience=_FIRST_PATIENCE)
-            child.request("measure", field, rounds=1, warmup=0, patience=_FIRST_PATIENCE)
-        except Exception:  # noqa: BLE001
+            # In a final everything is compiled.
+            child.request("precompile", group.main, field["default"], patience=patience)
+            start = time.perf_counter()
+            child.request("open", group, 0, 0, reference=False, patience=patience)
+            child.request("measure", field, rounds=1, warmup=0, patience=patience)
+        except BaseException as error:
             child.close()
-            return
+            if isinstance(error, Exception):
+                return
+            raise
         self.open_seconds = time.perf_counter() - start
         self.give_back(child)
 
@@ -168,12 +171,14 @@ class Processes:
                 child.answers_within(_START_PATIENCE)
                 self._start_seconds = time.perf_counter() - since
             child.wait_until_up(_START_PATIENCE)
-        except Exception:
+        except BaseException as error:
             child.close()
-            raise
-        finally:
-            if self.device.type == "cuda":
+            # Whoever asks next may have better luck.
+            if isinstance(error, Exception) and self.device.type == "cuda":
                 self._start_spares()
+            raise
+        if self.device.type == "cuda":
+            self._start_spares()
         return child
 
     def give_back(self, child: Child) -> None:

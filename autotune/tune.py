@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flashmoe.autotune.bench import Bench
-from flashmoe.autotune.candidate import searched_backends, space
+from flashmoe.autotune.candidate import Candidate, runs, searched_backends, space
 from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.race import AnchorFailed
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.trials import TRIALS_REACHED, Search, best_so_far
-from flashmoe.autotune.tuning import TRANSFERRED, Starved, Tuning, Unmeasurable, winners
+from flashmoe.autotune.tuning import Starved, Tuning, Unmeasurable, winners
 from flashmoe.database import Entry, nearest
 
 # A second turn is worth its while with this share of the budget, and with so many times what it
@@ -59,6 +59,21 @@ def tune(
     searched: dict[int, Search] = {}
     # What a turn took besides its search.
     beside: dict[int, float] = {}
+
+    def second_turns(
+        numbers: Sequence[int], options: Options, takes: Mapping[int, float], *, more: bool
+    ) -> Iterator[Result]:
+        for done, number in enumerate(numbers):
+            left, needed = deadline - now(), _WORTH_STARTING * takes[number]
+            if left < needed:
+                continue
+            # The first ones have what they need, if the last ones then have nothing.
+            share = max(left / (len(numbers) - done), needed)
+            result = turn(number, now() + share, options, more=more)
+            if result.best is not None and not result.starved:
+                watch.result(result)
+                yield result.after(first[number])
+
     kept_back = _KEPT_BACK * (deadline - now()) if len(order) > 1 else 0.0
     try:
         for number, group in enumerate(order):
@@ -78,28 +93,17 @@ def tune(
                 searched[number] = result.search
             watch.result(result)
             yield result
-        # What was to be searched anew, and was not, is so now; the others have been.
-        again = dataclasses.replace(options, force=False)
         # Of one that was starved its first turn does not tell what another takes.
         least = dict.fromkeys(starved, min(beside.values(), default=0.0))
+        yield from second_turns(starved, options, least, more=False)
+        # What was to be searched anew, and was not, is so now; the others have been.
+        again = dataclasses.replace(options, force=False)
         promising = _promising(order, searched, found, place, options.backend)
+        yield from second_turns(promising, again, beside, more=True)
         short = [n for n, search in searched.items() if search.cut_short and n not in promising]
         short.sort(key=lambda n: len(searched[n].trials) / searched[n].space)
-        for numbers, how, worth, takes in (
-            (starved, options, 0.0, least),
-            (promising, again, 0.0, beside),
-            (short, again, _WORTH_MORE * options.budget, beside),
-        ):
-            for done, number in enumerate(numbers):
-                left, needed = deadline - now(), _WORTH_STARTING * takes[number]
-                # The first ones have what they need, if the last ones then have nothing.
-                share = max(left / (len(numbers) - done), needed)
-                if left < max(worth, needed):
-                    continue
-                result = turn(number, now() + share, how, more=True)
-                if result.best is not None and not result.starved:
-                    watch.result(result)
-                    yield result.after(first[number])
+        if kept_back or deadline - now() >= _WORTH_MORE * options.budget:
+            yield from second_turns(short, again, beside, more=True)
     except _Interrupted as interrupted:
         yield interrupted.result
         raise KeyboardInterrupt from None
@@ -116,17 +120,21 @@ def _promising(
     was searched after them; where it won by most comes first."""
     gains: dict[int, float] = {}
     for number, search in searched.items():
-        problem, tried = order[number].main, {trial.tile for trial in search.trials}
+        group, tried = order[number], {trial.tile for trial in search.trials}
+        # As the search chooses what it tries first.
+        near = nearest(found, group.main)
+        new = {tile for tile in winners(near) if tile not in tried}
+        if not new or search.ended == TRIALS_REACHED:
+            continue
+        names = searched_backends(group.main, place.device, backend)
+        new &= set(space(group.main, place.device, names))
         new = {
-            tile: 1.0 - entry.over_default.get(str(tile), 1.0)
-            for entry in nearest(found, problem)[:TRANSFERRED]
-            for tile in winners([entry])
-            if tile not in tried
+            tile
+            for tile in new
+            if all(runs(Candidate.of_tile(tile), p, place.device) for p in group.problems)
         }
-        if new and search.ended != TRIALS_REACHED:
-            names = searched_backends(problem, place.device, backend)
-            known = new.keys() & set(space(problem, place.device, names))
-            gains[number] = max((new[tile] for tile in known), default=0.0)
+        ratios = [entry.over_default.get(str(tile), 1.0) for entry in near for tile in new]
+        gains[number] = 1.0 - min(ratios, default=1.0)
     return sorted((n for n in gains if gains[n] > 0), key=lambda number: -gains[number])
 
 

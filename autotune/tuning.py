@@ -32,7 +32,7 @@ from flashmoe.database import Entry, nearest
 from flashmoe.device import arch
 from flashmoe.stats import Interval, median_interval
 from flashmoe.tiles import Tile
-from flashmoe.timing import Measurement
+from flashmoe.timing import HOW, Measurement
 
 # Of a problem's time, the largest share that is left to the final.
 _FINAL_SHARE = 0.35
@@ -41,7 +41,7 @@ _GRACE_SHARE = 0.05
 _CONFIRM_ROUNDS = 100
 _CONFIRM_SECONDS = 6.0
 # How many winners of other buckets, and how many of other devices, are tried first.
-TRANSFERRED = 4
+_TRANSFERRED = 4
 # A search that was cut short goes on where it has so many times the time that it had, or had tried
 # fewer than so many tiles.
 _MUCH_MORE, _FEW_TILES = 2.0, 12
@@ -226,6 +226,7 @@ class Tuning:
             return Search((), (), "", 0)
         self._watch.stage(f"searching: {legality(self._problem, self._device, self._backends)}")
         facts = {name: getattr(self._place.fingerprint, name) for name in FINGERPRINT_FIELDS}
+        facts["timing"] = HOW[self._device.type]
         label = self._problem.label
         if shares := self._group.shares:
             label += f" and {len(shares) - 1} more"
@@ -403,7 +404,7 @@ def winners(entries: Sequence[Entry]) -> list[Tile]:
     """The best tiles of the first few of these entries that differ."""
     names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in entries)
     found = []
-    for name in list(filter(None, names))[:TRANSFERRED]:
+    for name in list(filter(None, names))[:_TRANSFERRED]:
         try:
             found.append(Tile.parse(name))
         except ValueError:

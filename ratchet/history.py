@@ -11,14 +11,15 @@ from typing import Any
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.fields import get, positive
-from flashmoe.ratchet.integrity import COMPARED
+from flashmoe.ratchet.integrity import COMPARED, FORMERLY, how_timed
 from flashmoe.ratchet.results import Results
 from flashmoe.stats import Interval
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One run: when, of which source, where, and each case's speedup over SDPA."""
+    """One run: when, of which source, where and how it was timed, and each case's speedup over
+    SDPA."""
 
     run: str
     started: str
@@ -29,7 +30,9 @@ class Entry:
     @property
     def environment(self) -> tuple[Any, ...]:
         """What has to be the same for two entries to be compared."""
-        return tuple(self.fingerprint.get(name) for name in COMPARED)
+        kind = "cpu" if self.fingerprint.get("threads") else "cuda"
+        timing = self.fingerprint.get("timing", FORMERLY[kind])
+        return (*(self.fingerprint.get(name) for name in COMPARED), timing)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -48,7 +51,7 @@ def entry(results: Results) -> Entry:
         for case in results.cases
         if case.ok
     }
-    fingerprint = results.fingerprint.to_json()
+    fingerprint = {**results.fingerprint.to_json(), "timing": how_timed(results)}
     return Entry(results.run, results.started, results.commit, fingerprint, speedups)
 
 

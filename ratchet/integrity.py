@@ -12,11 +12,15 @@ from flashmoe.timing import HOW
 # power limit follow from the device or show in SDPA's time as well.
 COMPARED = ("device", "capability", "torch", "cuda", "driver", "triton", "threads")
 # How runs were timed that do not tell: before code was evicted.
-_FORMERLY = {**HOW, "cuda": "device time, L2 flushed"}
+FORMERLY = {**HOW, "cuda": "device time, L2 flushed"}
 # Share of a case's rounds in which the GPU slowed itself down (heat, or power from outside).
 MOST_THROTTLED = 0.2
 # From which likeness of names a missing and an extra case are taken for one that was renamed.
 _RENAMED = 0.8
+
+
+def how_timed(run: Results) -> str:
+    return str(run.settings.get("timing", FORMERLY[run.kind]))
 
 
 def of_runs(current: Results, baseline: Results) -> list[str]:
@@ -25,7 +29,7 @@ def of_runs(current: Results, baseline: Results) -> list[str]:
     if current.run == baseline.run:
         same = [f"both are the same run ({current.run[:12]}): nothing can differ from itself"]
     differences = current.fingerprint.differences(baseline.fingerprint.to_json(), COMPARED)
-    here, there = (run.settings.get("timing", _FORMERLY[run.kind]) for run in (current, baseline))
+    here, there = (how_timed(run) for run in (current, baseline))
     if here != there:
         differences = [*differences, f"timing: {here!r} here, {there!r} there"]
     return same + [f"fingerprint: {difference}" for difference in differences]

@@ -227,7 +227,7 @@ def test_no_problem_pays_for_the_start_of_the_processes(
     monkeypatch.setattr("flashmoe.autotune.isolated.default_candidate", lambda *_: GOOD)
     monkeypatch.setattr("flashmoe.autotune.isolated.runs", lambda *_: False)
     processes.warm_up()
-    processes.get_ready([Group((PROBLEM,), (1.0,))], None)
+    processes.get_ready([Group((PROBLEM,), (1.0,))], None, patience=60.0)
     assert asked == [PROBLEM]
     # What a final's process takes was found out, too.
     assert processes.open_seconds > 0
@@ -255,7 +255,7 @@ def test_a_first_process_that_cannot_start_is_no_end_of_the_run(
     monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
     monkeypatch.setattr("flashmoe.autotune.isolated.searched_backends", lambda *_: [])
     processes.warm_up()
-    processes.get_ready([Group((PROBLEM,), (1.0,))], None)
+    processes.get_ready([Group((PROBLEM,), (1.0,))], None, patience=60.0)
     assert refusing._process.poll() is not None
     child = processes.take(fresh=False)
     assert child.up

@@ -445,6 +445,63 @@ def test_what_won_next_door_later_is_worth_a_second_turn(
         late.bucket: Entry(late, "cpu", str(winner), str(DEFAULT), over_default=ratio),
     }
     assert _promising(order, {0: own}, found, Place(CPU, HERE), None) == turns
+    # What the database had before counts as well.
+    assert _promising(order, {0: own}, {}, Place(CPU, HERE, found), None) == turns
+
+
+def test_what_is_kept_back_goes_to_searches_that_were_cut_short() -> None:
+    # The default wins, which nobody has yet to try.
+    bench = SimulatedBench(bowl(DEFAULT), prepare_seconds=1.5)
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    # What is left of these forty seconds in the end is less than a tenth of the budget.
+    results = list(
+        tune(
+            groups,
+            Place(CPU, HERE),
+            Options(budget=80.0),
+            Watch(),
+            bench.now,
+            lambda _: bench,
+            spent=40.0,
+        )
+    )
+    assert len(results) > len(groups)
+    again = results[len(groups)]
+    (first,) = (r for r in results[: len(groups)] if r.problem == again.problem)
+    assert first.search is not None
+    assert first.search.cut_short
+    assert again.search is not None
+    assert len(again.search.trials) > len(first.search.trials)
+
+
+def test_a_starved_problem_that_is_stored_is_confirmed_in_its_second_turn() -> None:
+    bench = SimulatedBench(bowl(BEST))
+    groups = sorted(grouped((p, 1.0) for p in CPU_SUITE[:3]), key=lambda group: group.cost)
+    stored = {
+        p.bucket: Entry(
+            p,
+            "cpu",
+            str(BEST),
+            str(DEFAULT),
+            fingerprint=HERE.to_json(),
+            search={"tried": 9, "of": 99, "seconds": 5.0, "ended": "no better tile for long"},
+        )
+        for p in CPU_SUITE[:3]
+    }
+    made: list[Group] = []
+
+    def make_bench(group: Group) -> SimulatedBench:
+        made.append(group)
+        if len(made) == 1:
+            bench.clock += 20.0  # a slow start, of more than its share
+        return bench
+
+    place, options = Place(CPU, HERE, stored), Options(budget=45.0)
+    results = list(tune(groups, place, options, Watch(), bench.now, make_bench))
+    assert [result.starved for result in results] == [True, False, False, False]
+    assert results[-1].problem == results[0].problem
+    assert [result.status for result in results[1:]] == ["confirmed"] * 3
+    assert not any(result.store for result in results)
 
 
 def test_a_second_turn_tries_what_won_next_door_and_tells_both_turns_as_one() -> None:

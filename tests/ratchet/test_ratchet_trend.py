@@ -17,6 +17,7 @@ from flashmoe.ratchet.files import save
 from flashmoe.ratchet.results import slowed
 from flashmoe.ratchet.trend import all_series, change_points, sparkline, sparklines
 from flashmoe.stats import Interval
+from flashmoe.timing import HOW
 
 NAME = synthetic.NAMES[0]
 
@@ -109,6 +110,16 @@ def test_nothing_is_compared_across_environments() -> None:
     series = all_series(entries)[0]
     assert (series.breaks, series.changes) == ((3,), ())
     assert [p.segment for p in series.points()] == [0, 0, 0, 1, 1, 1]
+
+
+def test_an_entry_that_does_not_tell_was_timed_as_runs_were_before() -> None:
+    gpu = replace(synthetic.results(), fingerprint=replace(synthetic.FINGERPRINT, threads=0))
+    today = history.entry(replace(gpu, settings={**gpu.settings, "timing": HOW["cuda"]}))
+    silent = history.entry(gpu)
+    old = replace(
+        silent, fingerprint={k: v for k, v in silent.fingerprint.items() if k != "timing"}
+    )
+    assert old.environment == silent.environment != today.environment
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
