@@ -122,7 +122,7 @@ def _promising(
     for number, search in searched.items():
         group, tried = order[number], {trial.tile for trial in search.trials}
         # As the search chooses what it tries first.
-        near = nearest(found, group.main)
+        near = nearest({**place.stored, **found}, group.main)
         new = {tile for tile in winners(near) if tile not in tried}
         if not new or search.ended == TRIALS_REACHED:
             continue
