@@ -6,7 +6,7 @@ import collections
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +19,17 @@ from flashmoe.autotune.candidate import (
     runs,
     searched_backends,
 )
+from flashmoe.autotune.compilers import Compilers
 from flashmoe.autotune.final import PROCESSES
-from flashmoe.autotune.process import Child, ChildFailed, Steps
+from flashmoe.autotune.process import START_PATIENCE, Child, ChildFailed, Steps
 from flashmoe.autotune.suite import Group
 from flashmoe.backends import BACKENDS
 from flashmoe.backends.base import Precompiles
 from flashmoe.problem import Problem
 from flashmoe.timing import Measurement
 
-# Starting a process with torch, and computing a reference, may take so long on a slow machine.
-_START_PATIENCE = 300.0
 # Each imports torch, and takes memory; more than so many are never all at work.
 _MOST_COMPILERS = 32
-# How often to look at them while waiting.
-_TURN_SECONDS = 0.01
-_Job = tuple[Problem, Candidate]
 
 
 class Session:
@@ -168,9 +164,9 @@ class Processes:
         child, since = self._spares.popleft() if self._spares else (self._start(), None)
         try:
             if since is not None and not child.answers_within(0.0):
-                child.answers_within(_START_PATIENCE)
+                child.answers_within(START_PATIENCE)
                 self._start_seconds = time.perf_counter() - since
-            child.wait_until_up(_START_PATIENCE)
+            child.wait_until_up(START_PATIENCE)
         except BaseException as error:
             child.close()
             # Whoever asks next may have better luck.
@@ -206,106 +202,6 @@ class Processes:
     def _start_compiler(self) -> Child:
         # The processes that time, or start to, need their cores when they need them.
         return Child(self._session, (self.device, False), nice=10)
-
-
-class Compilers:
-    """Children that compile ahead, beside the one that times. What fails here is nobody's fault
-    yet: the candidate is compiled again where it is checked, and blamed there. One that takes
-    longer than `patience` seconds is to blame, for it would hang there, too."""
-
-    def __init__(self, start: Callable[[], Child], count: int, patience: float = 60.0) -> None:
-        self._start = start
-        self._patience = patience
-        self.count = count
-        # What one took on average; None: none is done yet.
-        self.seconds: float | None = None
-        self._done = 0
-        self._waiting: collections.deque[_Job] = collections.deque()
-        # What each child is at, and since when: None for one that has yet to start.
-        self._children: dict[Child, tuple[_Job | None, float | None]] = {}
-        self._late: dict[_Job, str] = {}
-
-    def warm_up(self) -> None:
-        """Start the children: that takes seconds."""
-        while len(self._children) < self.count:
-            self._children[self._start()] = (None, None)
-
-    def submit(self, problem: Problem, candidate: Candidate) -> None:
-        job = (problem, candidate)
-        if not self._is_open(job):
-            self._waiting.append(job)
-        self._turn()
-
-    def late(self, problem: Problem, candidate: Candidate) -> str:
-        """Why a candidate's compilation was given up; empty when it was not."""
-        return self._late.get((problem, candidate), "")
-
-    def wait_for(self, problem: Problem, candidate: Candidate, until: float) -> bool:
-        """Until it is compiled or given up, if it was submitted, but not past `until`
-        (time.perf_counter). Whether that was enough."""
-        job = (problem, candidate)
-        while True:
-            self._turn()
-            if not self._is_open(job):
-                return True
-            left = until - time.perf_counter()
-            if left <= 0:
-                return False
-            time.sleep(min(left, _TURN_SECONDS))
-
-    def cancel(self) -> None:
-        """Forget what no child has begun."""
-        self._waiting.clear()
-
-    def close(self) -> None:
-        self.cancel()
-        for child in self._children:
-            child.close()
-        self._children.clear()
-
-    def _is_open(self, job: _Job) -> bool:
-        return job in self._waiting or any(job == busy for busy, _ in self._children.values())
-
-    def _turn(self) -> None:
-        """Take what children have answered, and give them what waits."""
-        for child, (job, since) in list(self._children.items()):
-            if job is not None:
-                self._look_after(child, job, since)
-        idle = [child for child, (job, _) in self._children.items() if job is None]
-        while self._waiting and (idle or len(self._children) < self.count):
-            child = idle.pop() if idle else self._start()
-            job = self._waiting.popleft()
-            child.send("precompile", *job)
-            self._children[child] = (job, time.perf_counter() if child.up else None)
-
-    def _look_after(self, child: Child, job: _Job, since: float | None) -> None:
-        now = time.perf_counter()
-        try:
-            if since is None:
-                if not child.answers_within(0.0):
-                    return
-                child.wait_until_up(_START_PATIENCE)
-                self._children[child] = (job, since := now)
-            if child.answers_within(0.0):
-                self._receive(child)
-                self._done += 1
-                before = self.seconds or 0.0
-                self.seconds = before + (now - since - before) / self._done
-                self._children[child] = (None, None)
-            elif now - since > self._patience:
-                self._late[job] = f"compiling took longer than {self._patience:.0f} s"
-                child.close()
-                del self._children[child]
-        except ChildFailed:
-            del self._children[child]
-
-    def _receive(self, child: Child) -> None:
-        try:
-            child.receive(self._patience)
-        except ChildFailed:
-            raise
-        except Exception:  # noqa: BLE001 - told where the candidate is checked
-            pass
 
 
 class IsolatedBench:
@@ -447,7 +343,7 @@ class IsolatedBench:
                 # Far enough apart that no two processes repeat an order of timing.
                 self._started * 1_000_003,
                 reference=reference,
-                patience=_START_PATIENCE,
+                patience=START_PATIENCE,
             )
         except BaseException:
             self._end()

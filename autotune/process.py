@@ -25,6 +25,8 @@ from typing import Any
 
 from flashmoe.timing import DeviceLost
 
+# Starting a process with torch, and computing a reference, may take so long on a slow machine.
+START_PATIENCE = 300.0
 # Between looks whether the child still makes progress, in seconds.
 _LOOK_SECONDS = 0.25
 # What a process that closed its connection may take to end.

@@ -61,6 +61,11 @@ class Fingerprint:
     threads: int
     kernels: str
 
+    @property
+    def kind(self) -> str:
+        """The kind of device: cpu or cuda."""
+        return "cpu" if self.threads else "cuda"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -268,7 +268,7 @@ def _results(
     assert run.fingerprint is not None, "a process that starts tells its fingerprint"
     told = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
     told["budget"] = None if math.isinf(settings.budget) else settings.budget
-    told["timing"] = HOW["cpu" if settings.device.startswith("cpu") else "cuda"]
+    told["timing"] = HOW[run.fingerprint.kind]
     cases = tuple(c.result(settings.least) for c in run.collected.values())
     return Results(
         uuid.uuid4().hex,

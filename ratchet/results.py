@@ -128,7 +128,7 @@ class Results:
     @property
     def kind(self) -> str:
         """The kind of device: cpu or cuda."""
-        return "cpu" if self.fingerprint.threads else "cuda"
+        return self.fingerprint.kind
 
     def by_name(self) -> dict[str, CaseResult]:
         return {case.name: case for case in self.cases}

@@ -104,14 +104,13 @@ def document(
 ) -> str:
     """Markdown."""
     names = [n for n in versions if any(c.row(n).samples for c in measured)]
-    how = HOW["cpu" if prints.threads else "cuda"]
     lines = [
         "# Performance",
         "",
         f"{prints.device}, driver {prints.driver or 'none'}, CUDA {prints.cuda or 'none'}, torch "
         f"{prints.torch}, {started[:10]}. Each case: all implementations in one process, "
         f"interleaved in an order drawn anew each round, {len(measured[0].row(OURS).samples)} "
-        f"rounds, {how}, random data, results compared. Repeat it with",
+        f"rounds, {HOW[prints.kind]}, random data, results compared. Repeat it with",
         "",
         f"```sh\n{command}\n```",
         "",
