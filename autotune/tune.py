@@ -15,9 +15,8 @@ from flashmoe.autotune.trials import TRIALS_REACHED, Search, best_so_far
 from flashmoe.autotune.tuning import Starved, Tuning, Unmeasurable, winners
 from flashmoe.database import Entry, nearest
 
-# A second turn is worth its while with this share of the budget, and with so many times what it
-# takes besides its search.
-_WORTH_MORE, _WORTH_STARTING = 0.1, 2.0
+# A second turn is worth its while with so many times what it takes besides its search.
+_WORTH_STARTING = 2.0
 # What is kept back for second turns where there are several groups, and of the rest the share that
 # is divided by what a call of a problem costs.
 _KEPT_BACK, _BY_COST = 0.1, 0.25
@@ -80,6 +79,8 @@ def tune(
             # A part of the time by what they cost, the rest to all alike: all compile as many
             # tiles, and start processes.
             rest = order[number:]
+            if kept_back < _WORTH_STARTING * min(beside.values(), default=0.0):
+                kept_back = 0.0  # it pays for no second turn
             by_cost = group.cost / sum(other.cost for other in rest)
             share = _BY_COST * by_cost + (1 - _BY_COST) / len(rest)
             left = max(deadline - kept_back - now(), 0.0)
@@ -102,8 +103,7 @@ def tune(
         yield from second_turns(promising, again, beside, more=True)
         short = [n for n, search in searched.items() if search.cut_short and n not in promising]
         short.sort(key=lambda n: len(searched[n].trials) / searched[n].space)
-        if kept_back or deadline - now() >= _WORTH_MORE * options.budget:
-            yield from second_turns(short, again, beside, more=True)
+        yield from second_turns(short, again, beside, more=True)
     except _Interrupted as interrupted:
         yield interrupted.result
         raise KeyboardInterrupt from None

@@ -177,20 +177,29 @@ def test_what_won_next_door_later_is_worth_a_second_turn(
     assert _promising(order, {0: own}, {}, Place(CPU, HERE, found), None) == turns
 
 
+def test_what_pays_for_no_second_turn_is_not_kept_back() -> None:
+    bench = SimulatedBench(bowl(DEFAULT), fresh=2.0, prepare_seconds=3.0)
+    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    options = Options(budget=60.0)
+    results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, lambda _: bench))
+    assert len(results) == len(groups)
+    assert 57.0 < bench.clock < 66.0
+
+
 def test_what_is_kept_back_goes_to_searches_that_were_cut_short() -> None:
     # The default wins, which nobody has yet to try.
-    bench = SimulatedBench(bowl(DEFAULT), prepare_seconds=1.5)
+    bench = SimulatedBench(bowl(DEFAULT), prepare_seconds=3.0)
     groups = grouped((problem, 1.0) for problem in CPU_SUITE)
-    # What is left of these forty seconds in the end is less than a tenth of the budget.
+    # What is left of these eighty seconds in the end is less than a tenth of the budget.
     results = list(
         tune(
             groups,
             Place(CPU, HERE),
-            Options(budget=80.0),
+            Options(budget=160.0),
             Watch(),
             bench.now,
             lambda _: bench,
-            spent=40.0,
+            spent=80.0,
         )
     )
     assert len(results) > len(groups)
