@@ -15,6 +15,12 @@ def _ceil_pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length() if n > 0 else 0
 
 
+def _require_integer(name: str, value: object, least: int) -> None:
+    # True is an int to Python; sizes are 64 bits wide to torch.
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise ValueError(f"{name} must be an integer from {least} to 2**63 - 1, got {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One attention problem: q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv,
@@ -35,14 +41,10 @@ class Problem:
     direction: str = "fwd"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seqlen_q", "seqlen_kv"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        for name in ("batch", "seqlen_q", "seqlen_kv", "head_dim"):
+            _require_integer(name, getattr(self, name), 0)
         for name in ("heads_q", "heads_kv"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            _require_integer(name, getattr(self, name), 1)
         if self.heads_q % self.heads_kv:
             raise ValueError(
                 f"heads_q must be a multiple of heads_kv ({self.heads_kv}), got {self.heads_q}"
@@ -51,7 +53,9 @@ class Problem:
             raise ValueError(
                 f"head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM}, got {self.head_dim}"
             )
-        if self.dtype not in DTYPE_BYTES:
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"causal must be true or false, got {self.causal!r}")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         if self.direction not in DIRECTIONS:
             raise ValueError(

@@ -47,14 +47,19 @@ def test_flops_and_bytes():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("batch", -1, "batch must be an integer of at least 0, got -1"),
-        ("heads_q", 0, "heads_q must be an integer of at least 1, got 0"),
+        ("batch", -1, r"batch must be an integer from 0 to 2\*\*63 - 1, got -1"),
+        ("heads_q", 0, r"heads_q must be an integer from 1 to 2\*\*63 - 1, got 0"),
         ("heads_kv", 3, r"heads_q must be a multiple of heads_kv \(3\), got 8"),
         ("head_dim", 12, "head_dim must be a multiple of 8 and at most 256, got 12"),
         ("head_dim", 264, "head_dim must be a multiple of 8 and at most 256, got 264"),
         ("dtype", "float64", "dtype must be one of float32, float16, bfloat16, got 'float64'"),
         ("direction", "sideways", "direction must be one of fwd, bwd, got 'sideways'"),
         ("seqlen_q", 1.5, "seqlen_q must be an integer"),
+        ("seqlen_kv", 2**63, r"seqlen_kv must be an integer from 0 to 2\*\*63 - 1, got 92233"),
+        ("batch", True, "batch must be an integer .*, got True"),
+        ("head_dim", 64.0, "head_dim must be an integer .*, got 64.0"),
+        ("causal", "false", "causal must be true or false, got 'false'"),
+        ("dtype", ["float32"], r"dtype must be one of .*, got \['float32'\]"),
     ],
 )
 def test_problem_errors(field, value, message):
