@@ -60,7 +60,7 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.results import CaseResult, Results
 from flashmoe.ratchet.thresholds import Thresholds, percent
 from flashmoe.ratchet.yardstick import Moved
-from flashmoe.stats import Interval
+from flashmoe.stats import Interval, factor
 
 ALPHA = 0.005
 MIN_PROCESSES = 3
@@ -279,6 +279,6 @@ def _decide_case(
         c.sdpa.ratio,
         p_slower,
         p_faster,
-        stats.factor(stats.detectable(c.change, ALPHA / family)),
+        factor(stats.detectable(c.change, ALPHA / family)),
         environment,
     )

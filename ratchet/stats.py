@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from flashmoe.stats import RESAMPLES, Interval
+from flashmoe.stats import RESAMPLES, Array, Interval, factor, spread
 
 Samples = Sequence[Sequence[float]]
-Array = npt.NDArray[np.float64]
 # Of one file: the samples of ours and of SDPA.
 Sides = tuple[Samples, Samples]
 # Of the processes of one file: the logarithms of SDPA's times and of ours.
@@ -32,8 +31,6 @@ _DRAWS = 1000
 _CALM, _CALM_ROUNDS = 1.1, 4
 # Below this a standard error (in log units, so relative) says more about the clock than about us.
 _LEAST_ERROR = 1e-5
-# Logarithm of a ratio beyond which a float does not hold it or its inverse.
-_MOST_LOG = 700.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +161,6 @@ def change(current: Array, baseline: Array, *, shared: float = 0.0) -> Change:
     return Change(ratio, below, above, error, freedom, shared)
 
 
-def factor(logarithm: float) -> float:
-    """Its exponential, as far as a float holds that: a few processes that differ by orders of
-    magnitude bound nothing."""
-    return math.exp(min(max(logarithm, -_MOST_LOG), _MOST_LOG))
-
-
 def _quantile(freedom: float, probability: float) -> float:
     """Of Student's t distribution. (scipy.stats.t costs a hundred times as much a call.)"""
     return float(special.stdtrit(freedom, probability))
@@ -196,9 +187,7 @@ def rounds_wanted(ours: Sequence[float], sdpa: Sequence[float], error: float) ->
     """How many rounds of one process it takes for their median log speedup to have the standard
     error `error`, judged by the spread of these rounds. The median's standard error is that of a
     normal distribution, sqrt(pi / 2) times the mean's."""
-    logs = np.log(np.asarray(sdpa) / np.asarray(ours))
-    low, high = np.quantile(logs, (0.25, 0.75))
-    sigma = float(high - low) / (2 * float(special.ndtri(0.75)))
+    sigma = spread(np.log(np.asarray(sdpa) / np.asarray(ours)))
     return math.ceil(math.pi / 2 * (sigma / error) ** 2)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe.ratchet import stats
+from flashmoe.stats import factor
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 7), (10, 10), (3, 4)])
@@ -258,4 +259,4 @@ def test_processes_that_differ_by_orders_of_magnitude_overflow_nothing() -> None
     wild = stats.change(np.array([0.0, 0.0, 900.0]), np.zeros(3))
     assert 0 < wild.ratio.low < 1 < wild.ratio.high < math.inf
     assert math.isfinite(1 / wild.ratio.low)
-    assert stats.factor(stats.detectable(wild, 0.005)) < math.inf
+    assert factor(stats.detectable(wild, 0.005)) < math.inf
