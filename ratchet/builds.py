@@ -21,6 +21,7 @@ import flashmoe
 from flashmoe.ratchet.cubins import compiler
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Source
+from flashmoe.ratchet.programs import captured
 from flashmoe.ratchet.revision import git
 
 # The harness is the same for both sides, whatever their own was: all that times, and tells what was
@@ -117,7 +118,7 @@ def _name(commit: str) -> str:
 
 def _tools() -> str:
     """Eight digits for all that makes another build of the same source."""
-    wishes = sorted(x for x in os.environ.items() if x[0].startswith("FLASHMOE_CUDA"))
+    wishes = sorted(x for x in os.environ.items() if x[0].startswith("FLASHMOE_CUDA") and x[1])
     parts = (torch.__version__, platform.python_version(), _nvcc(), repr(wishes))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
@@ -130,9 +131,7 @@ def _nvcc() -> str:
     found = found or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
         return ""
-    return subprocess.run(
-        [found, "--version"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    return captured([found, "--version"]).stdout.strip()
 
 
 def _export(commit: str, target: Path) -> Path:
@@ -149,13 +148,8 @@ def _export(commit: str, target: Path) -> Path:
 
 def _install(source: Path, site: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-    done = subprocess.run(
-        [*pip, "--target", str(site), str(source)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = captured([*pip, "--target", str(site), str(source)], environment=quiet)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
         errors = [line.strip() for line in lines if "error" in line.lower()] or lines[-3:]

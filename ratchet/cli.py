@@ -12,13 +12,18 @@ from types import ModuleType
 from flashmoe.ratchet.commands.common import PROGRAM
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate import EXIT_BAD_INPUT
+from flashmoe.ratchet.terminal import lenient
 
 COMMANDS = ("bench", "gate", "ab", "static", "selftest", "trend", "profile", "sota")
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with lenient():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments, argv)

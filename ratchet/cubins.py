@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.programs import captured
 
 # Counted by the first part of the name: HMMA.16816.F32 is HMMA.
 INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU", "LDL", "STL")
@@ -91,9 +91,7 @@ def shared_operands(code: Path) -> dict[str, list[int]]:
 
 
 def _dump(extension: Path, what: str) -> str:
-    done = subprocess.run(
-        [str(find_cuobjdump()), what, str(extension)], capture_output=True, text=True, check=False
-    )
+    done = captured([str(find_cuobjdump()), what, str(extension)])
     if done.returncode:
         raise UserError(f"cuobjdump {what} {extension}: {done.stderr.strip() or 'failed'}")
     return done.stdout
@@ -151,7 +149,5 @@ def demangled(names: list[str]) -> dict[str, str]:
     tool = shutil.which("c++filt")
     if tool is None:
         return {name: name for name in names}
-    done = subprocess.run(
-        [tool, "--no-params"], input="\n".join(names), capture_output=True, text=True, check=True
-    )
+    done = captured([tool, "--no-params"], told="\n".join(names))
     return dict(zip(names, done.stdout.splitlines(), strict=True))

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         running = False
         print("would ask:", *table["ask"])
     else:
-        asked = subprocess.run(table["ask"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(table["ask"], capture_output=True, encoding="utf-8", check=False)
         if asked.returncode:
             print(asked.stderr, file=sys.stderr)
             return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashmoe.ratchet.processes import Source
+from flashmoe.ratchet.programs import captured
 
 # What is reported, and ncu's name for it. Summed over the kernels of a call where `total`, else the
 # mean weighted by their time.
@@ -109,13 +109,10 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
     python = [source.command[0], "-m", "flashmoe.ratchet.profiled", case]
-    return subprocess.run(
+    return captured(
         [tool, *options, "--metrics", ",".join(metrics), "--target-processes", "all", *python],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=source.folder or folder,
-        env={**os.environ, **source.environment},
+        folder=source.folder or folder,
+        environment=source.environment,
     )
 
 

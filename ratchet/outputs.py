@@ -22,6 +22,12 @@ def add_reports(parser: argparse.ArgumentParser) -> None:
     add("--html", type=Path, metavar="FILE", help="write a self-contained HTML report here")
     add("--json", type=Path, metavar="FILE", help="write the decision here")
     add("--junit", type=Path, metavar="FILE", help="write the decision here as JUnit XML")
+    add(
+        "--profile-targets",
+        type=Path,
+        metavar="FILE",
+        help="write the names of regressed and much improved cases here",
+    )
 
 
 def write_reports(
@@ -46,3 +52,6 @@ def write_reports(
         write_json(arguments.json, report.as_json(decision, current, baseline))
     if arguments.junit:
         write_text(arguments.junit, junit(decision))
+    if arguments.profile_targets:
+        targets = report.profile_targets(decision)
+        write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))

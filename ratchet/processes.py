@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from flashmoe.ratchet.errors import UserError
 
@@ -37,13 +38,14 @@ class Process:
     """A worker that has started; it imports, then waits to be told what to measure."""
 
     def __init__(self, source: Source, debug: bool = False) -> None:
-        self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self._process = subprocess.Popen(
             source.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if debug else self._log,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             cwd=source.folder,
             env={**os.environ, **source.environment},
         )
@@ -59,10 +61,8 @@ class Process:
         except BrokenPipeError:
             return  # it ended before it could be told anything; `end` says how
         while True:
-            timer = threading.Timer(_SILENCE, self._give_up)
-            timer.start()
-            line = self._process.stdout.readline()
-            timer.cancel()
+            with self._patience():
+                line = self._process.stdout.readline()
             # One that dies while it writes leaves a part of a line.
             if not line.endswith("\n"):
                 return
@@ -78,7 +78,7 @@ class Process:
             self._process.kill()
             code = self._process.wait()
         self._log.seek(0)
-        lines = self._log.read().strip().splitlines()
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
         self._log.close()
         if code == 0:
             return ""
@@ -94,6 +94,18 @@ class Process:
         """Without waiting for what it does."""
         self._process.kill()
         self.end()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Ends a worker that says nothing for too long."""
+        timer = threading.Timer(_SILENCE, self._give_up)
+        # An interrupt may leave it running, which must not keep this process from ending.
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _give_up(self) -> None:
         self.silent = True

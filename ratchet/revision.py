@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.programs import captured
 
 
 def git(*arguments: str, folder: Path | None = None) -> str:
     """git's answer. Raises UserError with git's own words."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
+        done = captured(["git", *arguments], folder=folder)
     except OSError as error:
         raise UserError(f"git cannot be run: {error.strerror}") from None
     if done.returncode:

@@ -49,7 +49,8 @@ def run_command(command: Sequence[str], environment: dict[str, str]) -> tuple[in
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         env={**os.environ, **environment},
     )
     assert process.stdout is not None

@@ -14,10 +14,9 @@ from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.commands.bench import add_budget, settings
 from flashmoe.ratchet.commands.gate import show
 from flashmoe.ratchet.cost import cost_line
-from flashmoe.ratchet.files import save, write_text
+from flashmoe.ratchet.files import save
 from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION, decide
 from flashmoe.ratchet.outputs import add_reports, write_reports
-from flashmoe.ratchet.report import profile_targets
 from flashmoe.ratchet.suite import select
 
 HELP = "build two commits, measure both in turns on one device, and compare them"
@@ -40,7 +39,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_budget(parser)
     common.add_thresholds(parser)
     add_reports(parser)
-    add("--profile-targets", type=Path, help="write regressed and much improved cases here")
     add(
         "--output",
         type=Path,
@@ -101,11 +99,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     for name, results in (("base", old), ("head", new)):
         save(results, arguments.output / f"{name}.json")
     decision = decide(new, old, thresholds)
-    show(decision)
     seconds = old.duration + new.duration
     write_reports(arguments, decision, new, old, seconds)
-    if arguments.profile_targets:
-        targets = profile_targets(decision)
-        write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))
+    show(decision)
     print(cost_line(seconds, arguments.price_per_hour))
     return decision.exit_code

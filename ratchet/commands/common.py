@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -112,8 +113,12 @@ def portable(argument: str) -> str:
 
 
 def stdout() -> Console:
-    wide = None if sys.stdout.isatty() else _FILE_WIDTH
-    return Console(width=wide, highlight=False)
+    return _console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+
+
+def _console(**options: Any) -> Console:
+    """Shows text as it is: what comes from files and exceptions may look like markup."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 @contextmanager
@@ -123,9 +128,9 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=_console(stderr=True)) as bar:
         task = bar.add_task("starting", total=total)
         begun = 0
 

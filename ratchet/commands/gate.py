@@ -11,10 +11,9 @@ from flashmoe.ratchet import baseline as baselines
 from flashmoe.ratchet import console
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import load, save, write_text
+from flashmoe.ratchet.files import load, save
 from flashmoe.ratchet.gate import EXIT_BAD_INPUT, EXIT_INTEGRITY, IMPROVED, Decision, decide
 from flashmoe.ratchet.outputs import add_reports, write_reports
-from flashmoe.ratchet.report import profile_targets
 from flashmoe.ratchet.results import Results
 from flashmoe.ratchet.thresholds import Thresholds
 
@@ -38,7 +37,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     common.add_thresholds(parser)
     add_reports(parser)
-    add("--profile-targets", type=Path, help="write regressed and much improved cases here")
     add(
         "--update",
         action="store_true",
@@ -69,11 +67,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"created baseline {path} with {len(current.cases)} cases")
     baseline = load(path)
     decision = decide(current, baseline, thresholds, created=created)
-    show(decision)
     write_reports(arguments, decision, current, baseline, current.duration)
-    if arguments.profile_targets:
-        targets = profile_targets(decision)
-        write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))
+    show(decision)
     if arguments.update:
         print(updated(path, baseline, current, decision, thresholds, arguments.confirm))
     return decision.exit_code
@@ -91,9 +86,9 @@ def show(decision: Decision) -> None:
     out = common.stdout()
     out.print(console.decision_table(decision))
     for problem in decision.problems:
-        out.print(f"not comparable: {problem}", markup=False)
+        out.print(f"not comparable: {problem}")
     for note in decision.environment:
-        out.print(f"environment, not the kernel: {note}", markup=False)
+        out.print(f"environment, not the kernel: {note}")
 
 
 def updated(

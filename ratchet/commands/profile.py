@@ -41,10 +41,10 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         text, code = "nothing to profile: no case regressed or improved much", EXIT_PASS
     else:
         text, code = _profiled(names, arguments)
-    print(text)
     if arguments.report:
         old = arguments.report.read_text(encoding="utf-8") if arguments.report.exists() else ""
         write_text(arguments.report, f"{old}\n{text}\n" if old else f"{text}\n")
+    print(text)
     return code
 
 

@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"created baseline {path} with {len(now.kernels)} kernels")
     before = load(path)
     comparison = compare(now, before)
-    _show(comparison)
     if arguments.report:
         write_text(arguments.report, markdown(comparison))
+    _show(comparison)
     if arguments.update and (comparison.changes or comparison.problems):
         if any(change.verdict == FAIL for change in comparison.changes):
             print(f"baseline {path} stays: it takes no kernel that got worse")
@@ -88,4 +88,4 @@ def _show(comparison: Comparison) -> None:
     else:
         out.print(f"static ratchet {comparison.summary}")
     for problem in comparison.problems:
-        out.print(f"not comparable: {problem}", markup=False)
+        out.print(f"not comparable: {problem}")

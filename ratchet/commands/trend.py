@@ -37,13 +37,13 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"{'added' if added else 'has already'} run {new.run[:12]} of {new.started}")
     entries = history.load(arguments.history)
     found = all_series(entries)
-    for series in found:
-        for line in changes(series):
-            print(f"{series.name}: {line}")
     if arguments.svg:
         write_text(arguments.svg, svg.document(svg.grid([_drawn(s) for s in found])))
     if arguments.html:
         write_text(arguments.html, _page(found, len(entries)))
+    for series in found:
+        for line in changes(series):
+            print(f"{series.name}: {line}")
     return 0
 
 

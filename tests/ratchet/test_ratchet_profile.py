@@ -76,7 +76,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, code: int, *texts: str) -> list[lis
         return subprocess.CompletedProcess(command, code, texts[(len(calls) - 1) % len(texts)], "")
 
     monkeypatch.setattr(ncu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(ncu.subprocess, "run", run)
+    monkeypatch.setattr(ncu, "captured", run)
     return calls
 
 
@@ -153,7 +153,7 @@ def test_a_metric_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch)
         return subprocess.CompletedProcess(command, int(bool(missing)), told or BASE, "")
 
     monkeypatch.setattr(ncu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(ncu.subprocess, "run", run)
+    monkeypatch.setattr(ncu, "captured", run)
     assert ncu.profile(CASE, Source("this")).kernels == ("fwd_kernel<64>",)
     assert len(asked) == 3
     assert asked[-1].split(",") == [m for m in ncu.METRICS.values() if m not in (BYTES, SHARED)]

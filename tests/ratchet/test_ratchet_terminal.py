@@ -1,0 +1,194 @@
+"""A command's files and exit code do not depend on who reads what it shows, or in which locale."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ratchet_synthetic as synthetic
+
+from flashmoe.ratchet import cli, console, processes
+from flashmoe.ratchet.commands import common
+from flashmoe.ratchet.files import save
+from flashmoe.ratchet.results import Results, Series, slowed
+
+NAME = synthetic.NAMES[0]
+RATCHET = Path(cli.__file__).parent
+# A traceback's text, as a failed case's reason has it: markup of rich's, and no ASCII.
+WORDS = "RuntimeError: [/path/to/kernel] took 5 µs [bold] :smile: 🔴"
+
+
+def failed(reason: str) -> Results:
+    run = synthetic.results(seed=9)
+    broken = replace(run.cases[0], ours=Series("failed", (), reason))
+    return replace(run, cases=(broken, *run.cases[1:]))
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[Results], list[str]]:
+    """The arguments that gate `current`, with its report in tmp_path/report.md."""
+
+    def command(current: Results) -> list[str]:
+        paths = {name: tmp_path / f"{name}.json" for name in ("current", "baseline")}
+        save(current, paths["current"])
+        save(synthetic.results(), paths["baseline"])
+        report = ["--report", str(tmp_path / "report.md")]
+        return ["gate", str(paths["current"]), "--baseline", str(paths["baseline"]), *report]
+
+    return command
+
+
+def pipe_without_a_reader() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_disk() -> int:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("opened", [pipe_without_a_reader, full_disk])
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.2, 1)])
+def test_what_nobody_reads_changes_no_code(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gate: Callable[[Results], list[str]],
+    opened: Callable[[], int],
+    factor: float,
+    code: int,
+) -> None:
+    command = gate(slowed(synthetic.results(seed=9), NAME, factor))
+    with os.fdopen(opened(), "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(command) == code
+    assert NAME in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_closed_streams_change_no_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gate: Callable[[Results], list[str]]
+) -> None:
+    """Python has None for what was closed when it started."""
+    command = gate(failed(WORDS))
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(command) == 1
+    assert cli.main(["gate", "absent.json", "--baseline", "x"]) == 2
+    assert (tmp_path / "report.md").exists()
+
+
+def test_the_shell_gets_the_code(gate: Callable[[Results], list[str]]) -> None:
+    """`gate … | head -1`, whose reader is gone before the first line comes."""
+    command = [sys.executable, "-m", "flashmoe.ratchet", *gate(synthetic.results(seed=9))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (0, b"")
+
+
+def test_a_reason_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], gate: Callable[[Results], list[str]]
+) -> None:
+    assert cli.main(gate(failed(WORDS))) == 1
+    assert set(WORDS.split()) <= set(capsys.readouterr().out.split())
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert WORDS in report.replace("\\", "")
+
+
+def test_results_and_progress_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    common.stdout().print(console.results_table(failed(WORDS)))
+    assert set(WORDS.split()) <= set(capsys.readouterr().out.split())
+    with common.progress(1) as step:
+        step(WORDS)
+
+
+def test_a_locale_without_utf8_ends_nothing(
+    tmp_path: Path, gate: Callable[[Results], list[str]]
+) -> None:
+    more = ["--html", str(tmp_path / "report.html"), "--junit", str(tmp_path / "junit.xml")]
+    command = [sys.executable, "-m", "flashmoe.ratchet", *gate(failed(WORDS)), *more]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env={**os.environ, **locale}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert b"took 5 ?s" in done.stdout
+    for name in ("report.md", "report.html", "junit.xml"):
+        assert "took 5 µs" in (tmp_path / name).read_text(encoding="utf-8").replace("\\", "")
+
+
+# In every process with this folder on its path: a worker interrupts who started it, as Ctrl-C does
+# that reaches nobody else, and then says nothing.
+INTERRUPTING = """
+import os, signal, sys
+if "flashmoe.ratchet.worker" in sys.orig_argv:
+    os.kill(os.getppid(), signal.SIGINT)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("command", ["bench", "ab", "selftest"])
+def test_an_interrupt_ends_it_at_once(tmp_path: Path, command: str) -> None:
+    """Not when the time is over that a worker may say nothing, which is longer than this waits."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING, encoding="utf-8")
+    build = f"{'c' * 40}-{'0' * 8}"
+    (tmp_path / "build/ab" / build / "site/flashmoe").mkdir(parents=True)
+    (tmp_path / "build/ab" / build / "built").touch()
+    words = [command, "--device", "cpu", "--case", "fwd-b1-h1-s16-d16-float32"]
+    words += ["--base", build, "--head", build] if command == "ab" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "flashmoe.ratchet", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=processes._SILENCE / 2,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def by_the_locale(call: ast.Call) -> bool:
+    """Whether a call reads or writes text without saying in which encoding."""
+    given = {keyword.arg for keyword in call.keywords}
+    if "encoding" in given:
+        return False
+    modes = [x.value for x in call.args if isinstance(x, ast.Constant)]
+    texts = {str(mode) for mode in modes if re.fullmatch("[rwax]\\+?t?", str(mode))}
+    match call.func:
+        case ast.Attribute(attr="read_text" | "write_text"):
+            return True
+        case ast.Name(id="open") if not modes:
+            return True
+    return bool(texts) or "text" in given
+
+
+def test_no_file_or_process_is_read_by_the_locale() -> None:
+    """Its encoding may not know what a compiler or another machine wrote."""
+    planted = (
+        "open(p); open(p, 'w'); p.open('a'); p.read_text(); run(c, text=True); os.fdopen(1, 'r')"
+    )
+    assert all(by_the_locale(call) for call in calls(planted))
+    fine = "open(p, 'rb'); p.open('a+b'); p.read_text(encoding='utf-8'); TemporaryFile(); run(c)"
+    assert not any(by_the_locale(call) for call in calls(fine))
+    found = [
+        f"{path.name}:{call.lineno}"
+        for path in sorted(RATCHET.rglob("*.py"))
+        for call in calls(path.read_text(encoding="utf-8"))
+        if by_the_locale(call)
+    ]
+    assert found == []
+
+
+def calls(source: str) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
