@@ -11,6 +11,7 @@ from types import ModuleType
 
 from flashmoe.ratchet.commands.common import PROGRAM
 from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.files import check_writable
 from flashmoe.ratchet.gate import EXIT_BAD_INPUT
 from flashmoe.ratchet.terminal import lenient
 
@@ -24,16 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    arguments = parser().parse_args(argv)
+    debug = "--debug" in argv
     try:
+        arguments = parser().parse_args(argv)
+        check_writable(*arguments.writes(arguments))
         code: int = arguments.run(arguments, argv)
     except KeyboardInterrupt:
         return INTERRUPTED
     except UserError as error:
-        return _failed(str(error), arguments.debug)
+        return _failed(str(error), debug)
     except Exception as error:  # noqa: BLE001 - Python would exit with 1, which is a regression
         why = f"unexpected {type(error).__name__}: {error}; --debug shows where"
-        return _failed(why, arguments.debug)
+        return _failed(why, debug)
     return code
 
 
@@ -60,5 +63,5 @@ def parser() -> argparse.ArgumentParser:
             name, help=module.HELP, description=module.DESCRIPTION, epilog=module.EPILOG
         )
         module.add(one)
-        one.set_defaults(run=module.run)
+        one.set_defaults(run=module.run, writes=module.writes)
     return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -37,9 +38,28 @@ def save(results: Results, path: Path) -> None:
     write_json(path, to_json(results))
 
 
+def check_writable(*paths: Path) -> None:
+    """Raises UserError where `write_text` would, for want of a place: to be told before minutes of
+    measuring, not after them. Makes the folders, which it would make as well."""
+    for path in paths:
+        temporary = _temporary(path)
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            temporary.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically. Raises UserError when the place cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")

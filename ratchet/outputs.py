@@ -30,6 +30,12 @@ def add_reports(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def reports(arguments: argparse.Namespace) -> list[Path]:
+    """The files that `write_reports` will write."""
+    names = ("report", "html", "json", "junit", "profile_targets")
+    return [path for name in names if (path := getattr(arguments, name))]
+
+
 def write_reports(
     arguments: argparse.Namespace,
     decision: Decision,

@@ -16,7 +16,7 @@ from flashmoe.ratchet.commands.gate import show
 from flashmoe.ratchet.cost import cost_line
 from flashmoe.ratchet.files import save
 from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION, decide
-from flashmoe.ratchet.outputs import add_reports, write_reports
+from flashmoe.ratchet.outputs import add_reports, reports, write_reports
 from flashmoe.ratchet.suite import select
 
 HELP = "build two commits, measure both in turns on one device, and compare them"
@@ -25,6 +25,8 @@ take turns in random order, each with SDPA as the yardstick. No baseline, no oth
 machine: the strongest comparison there is."""
 EPILOG = """Exit codes: 0 pass; 1 a regression, or --head does not build; 2 bad usage, or --base
 does not build; 3 inconclusive; 4 not comparable."""
+
+SIDES = ("base", "head")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +66,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add_debug(parser)
 
 
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    return [*(arguments.output / f"{side}.json" for side in SIDES), *reports(arguments)]
+
+
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = common.device(arguments.device)
     kind = torch.device(device).type
@@ -85,7 +91,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         builds.require_cuda(base, base_site)
         builds.require_cuda(head, head_site)
     # One build for one commit: the same against itself has to pass.
-    sources = (builds.source("base", base_site), builds.source("head", head_site))
+    sites = (base_site, head_site)
+    sources = [builds.source(side, site) for side, site in zip(SIDES, sites, strict=True)]
     with common.progress(2 * len(cases) * chosen.least) as step:
         old, new = bench(
             cases,
@@ -96,8 +103,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             commits=(builds.commit_of(base), builds.commit_of(head)),
             debug=arguments.debug,
         )
-    for name, results in (("base", old), ("head", new)):
-        save(results, arguments.output / f"{name}.json")
+    for side, results in zip(SIDES, (old, new), strict=True):
+        save(results, arguments.output / f"{side}.json")
     decision = decide(new, old, thresholds)
     seconds = old.duration + new.duration
     write_reports(arguments, decision, new, old, seconds)

@@ -119,6 +119,10 @@ def settings(
     )
 
 
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    return [arguments.output]
+
+
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = common.device(arguments.device)
     cases = select(arguments.suite, torch.device(device).type, arguments.case)

@@ -13,7 +13,7 @@ from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import load, save
 from flashmoe.ratchet.gate import EXIT_BAD_INPUT, EXIT_INTEGRITY, IMPROVED, Decision, decide
-from flashmoe.ratchet.outputs import add_reports, write_reports
+from flashmoe.ratchet.outputs import add_reports, reports, write_reports
 from flashmoe.ratchet.results import Results
 from flashmoe.ratchet.thresholds import Thresholds
 
@@ -51,6 +51,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     common.add_price(parser)
     common.add_debug(parser)
+
+
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    return reports(arguments)
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:

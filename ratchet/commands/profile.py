@@ -34,6 +34,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add_debug(parser)
 
 
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    return [arguments.report] if arguments.report else []
+
+
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     names = [*arguments.case, *(targets(arguments.targets) if arguments.targets else [])]
     names = [parse(name).name for name in dict.fromkeys(names)]

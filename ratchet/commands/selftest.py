@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +124,10 @@ class Outcome:
             what = ", ".join(self.missed) or "same against same"
             return f"too noisy for this threshold and budget: {what} is inconclusive"
         return "the runs are not comparable"
+
+
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    return []
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:

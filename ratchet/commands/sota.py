@@ -51,6 +51,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add_debug(parser)
 
 
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    """The document, and what is beside it is in a folder that is one."""
+    return [arguments.output, arguments.output.with_suffix("") / "figures"]
+
+
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.rounds < 10:
         raise UserError(f"rounds must be at least 10, got {arguments.rounds}")

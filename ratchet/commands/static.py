@@ -39,6 +39,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add_debug(parser)
 
 
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    baseline = [arguments.baseline] if arguments.update else []
+    return [*baseline, *([arguments.report] if arguments.report else [])]
+
+
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     extension = arguments.extension or installed()
     common.existing(extension, "extension")

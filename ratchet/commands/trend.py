@@ -30,6 +30,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add_debug(parser)
 
 
+def writes(arguments: argparse.Namespace) -> list[Path]:
+    history = [arguments.history] if arguments.append else []
+    return [*history, *(path for path in (arguments.html, arguments.svg) if path)]
+
+
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.append:
         new = history.entry(load(arguments.append))

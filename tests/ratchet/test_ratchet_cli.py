@@ -13,7 +13,7 @@ import ratchet_synthetic as synthetic
 
 from flashmoe.ratchet import cli
 from flashmoe.ratchet.commands import common
-from flashmoe.ratchet.files import load, save
+from flashmoe.ratchet.files import check_writable, load, save
 from flashmoe.ratchet.results import Results, slowed
 
 # The exit codes that each command's help documents.
@@ -227,6 +227,55 @@ def test_a_folder_of_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        "bench --output FILE",
+        "gate current.json --baseline current.json --report FILE",
+        "gate current.json --baseline current.json --html FILE",
+        "gate current.json --baseline current.json --json FILE",
+        "gate current.json --baseline current.json --junit FILE",
+        "gate current.json --baseline current.json --profile-targets FILE",
+        "ab --base HEAD --output FILE",
+        "ab --base HEAD --report FILE",
+        "ab --base HEAD --profile-targets FILE",
+        "static --extension current.json --report FILE",
+        "static --extension current.json --baseline FILE --update",
+        "profile --case fwd-b1-h1-s16-d16-float32 --report FILE",
+        "trend --history FILE --append current.json",
+        "trend --history current.json --html FILE",
+        "trend --history current.json --svg FILE",
+        "sota --output FILE",
+    ],
+)
+@pytest.mark.parametrize("place", ["current.json/below.json", "folder"])
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    place: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("current.json").write_text("", encoding="utf-8")
+    Path("folder", "base.json").mkdir(parents=True)
+    words = command.replace("FILE", place).split()
+    monkeypatch.setattr(cli.command(words[0]), "run", lambda *_: pytest.fail("it runs"))
+    code, out, err = call(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"flashmoe.ratchet: error: cannot write {place}")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "current.json"]
+
+
+def test_a_check_of_a_place_leaves_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    check_writable(path)
+    assert list(path.parent.iterdir()) == []
+    path.write_text("before", encoding="utf-8")
+    check_writable(path)
+    assert path.read_text(encoding="utf-8") == "before"
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["bench", "--rounds", "0"], "rounds must be at least 1, got 0"),
@@ -272,6 +321,46 @@ def test_what_nobody_expected_is_no_regression(
     code, _, err = call(capsys, "bench", "--debug")
     assert code == 2
     assert "in <lambda>" in err
+
+
+# As `python -m flashmoe.ratchet --help` where `BROKEN` has been done.
+WITHOUT = """
+import runpy, sys
+BROKEN
+sys.argv[1:] = ["--help"]
+runpy.run_module("flashmoe.ratchet", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            "sys.modules.update(scipy=None, rich=None)",
+            "not installed: rich, scipy; pip install rich scipy",
+        ),
+        ("sys.modules.update(scipy=None)", "not installed: scipy; pip install scipy"),
+        (
+            "sys.modules['rich.console'] = None",
+            "it cannot be imported: ModuleNotFoundError: import of rich.console halted; None in "
+            "sys.modules",
+        ),
+        (
+            "sys.modules['scipy.stats'] = None",
+            "unexpected ModuleNotFoundError: import of scipy.stats halted; None in sys.modules; "
+            "--debug shows where",
+        ),
+    ],
+)
+def test_packages_that_are_missing_are_named(broken: str, message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.replace("BROKEN", broken)],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"flashmoe.ratchet: error: {message}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["measure"], ["bench", "--suite", "huge"], ["gate"]])
