@@ -24,16 +24,15 @@ from flashmoe.ratchet.processes import Source
 from flashmoe.ratchet.programs import captured
 from flashmoe.ratchet.revision import git
 
-# The harness is the same for both sides, whatever their own was: all that times, and tells what was
-# timed on what.
+# The harness is this one, whatever the build's own was: all that times and judges. What attention
+# itself needs is no part of it, and stays the build's.
 _HARNESS = (
     "ratchet",
     "timing.py",
     "instruction_cache.py",
     "quiet.py",
-    "device.py",
     "stats.py",
-    "nvml.py",
+    "reference.py",
 )
 _PACKAGE = Path(flashmoe.__file__).resolve().parent
 
@@ -61,9 +60,10 @@ def commit_of(name: str) -> str:
     return name.partition("-")[0]
 
 
-def build(name: str, folder: Path) -> Path:
+def build(name: str, folder: Path, debug: bool = False) -> Path:
     """The folder with the commit's package and this harness in it, built now unless it was before:
-    folder/NAME/site. FLASHMOE_CUDA and its kind apply as to any build.
+    folder/NAME/site. FLASHMOE_CUDA and its kind apply as to any build. `debug` shows what the
+    compilers say.
 
     Raises BuildError when it does not build.
     """
@@ -74,7 +74,8 @@ def build(name: str, folder: Path) -> Path:
             raise UserError(f"there is no build {place}, and the tools here would make another")
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        _install(_export(commit_of(name), place / "source"), site)
+        _install(_export(commit_of(name), place / "source"), site, debug)
+        shutil.rmtree(place / "source")
         (place / "built").touch()
     for part in _HARNESS:
         _overlay(_harness(part), site / "flashmoe" / part)
@@ -146,12 +147,15 @@ def _export(commit: str, target: Path) -> Path:
     return target
 
 
-def _install(source: Path, site: Path) -> None:
+def _install(source: Path, site: Path, debug: bool) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = captured([*pip, "--target", str(site), str(source)], environment=quiet)
+    log = done.stdout + done.stderr
+    if debug:
+        print(log, file=sys.stderr)
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()
+        lines = log.strip().splitlines()
         errors = [line.strip() for line in lines if "error" in line.lower()] or lines[-3:]
         commit = commit_of(source.parent.name)[:12]
         raise BuildError(f"{commit} does not build: {' / '.join(errors[:3])}")

@@ -1,6 +1,10 @@
 """What CI runners do with one commit. Standard library only, since the package is not there yet:
 `python3 -I ratchet/runner.py (gate|baseline|static) --baseline FOLDER --output FOLDER`.
 
+What is measured is the commit that is checked out where this runs. What measures and judges it is
+the checkout that this script lies in, with the versions of its .ci/gpu-requirements.txt; for a pull
+request that is its base's, so that nothing it changes of the ratchet has a say in its own case.
+
 gate      build, measure, compare with the baseline. A build that fails is a failed check. Its
           report says so, with the compiler's words, and SDPA is measured all the same: whether the
           machine is well is on record for that commit, too.
@@ -9,17 +13,17 @@ baseline  build, measure twice, and move the baseline where both agree; the new 
           else keeps them from being compared, the new file is the first run, if the second one
           passes against it.
 static    build with the CUDA toolkit of .ci/cuda-toolkit.txt, and compare the machine code with
-          static.json in the baseline folder; no GPU needed.
+          static.json in the baseline folder; no GPU needed. All of it is the script's checkout.
 
 Exit codes: those of the ratchet's commands, but for gate 3 (inconclusive, also after a second
-measurement with twice the budget) is a warning and 0; 1 also for a build that fails. gate and
-baseline install the versions of .ci/gpu-requirements.txt, and know no tuned plans but those that
-the package ships.
+measurement with twice the budget) is a warning and 0; 1 also for a build that fails; 2 where what
+measures cannot be installed. No plans are known but those that the measured commit ships.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -34,6 +38,8 @@ from typing import Any
 REPORT = "ratchet_report.md"
 HISTORY = "history.jsonl"
 REQUIREMENTS = ".ci/gpu-requirements.txt"
+# The checkout whose ratchet measures and judges.
+HARNESS = Path(__file__).resolve().parents[1]
 _DECISION = "decision.json"
 _TARGETS = "profile_targets.txt"
 _BAD_INPUT, _INCONCLUSIVE, _NOT_COMPARABLE = 2, 3, 4
@@ -42,28 +48,34 @@ _LINES = 30
 Run = Callable[[Sequence[str], dict[str, str]], tuple[int, str]]
 
 
-def run_command(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Runs it in sight of the log."""
-    print("$", *command, flush=True)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, **environment},
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        sys.stdout.write(line)
-        lines.append(line)
-    return process.wait(), "".join(lines)
+def running_in(folder: Path) -> Run:
+    """Runs commands in `folder`, in sight of the log. Not in a checkout: `python -m flashmoe.…`
+    would take the folder `flashmoe` there for the installed package."""
+
+    def run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+        print("$", *command, flush=True)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            cwd=folder,
+            env={**os.environ, **environment},
+        )
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            sys.stdout.write(line)
+            lines.append(line)
+        return process.wait(), "".join(lines)
+
+    return run
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Folders, and the commands of the environment in the output folder."""
+    """Folders, absolute, and the commands of the environment in the output folder."""
 
     baseline: Path
     output: Path
@@ -78,35 +90,47 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of what measures: no plan that was tuned on the machine by someone else."""
-        return {"FLASHMOE_CACHE_DIR": str(self.output.resolve() / "cache")}
+        """Of what builds and measures: no plan that was tuned on the machine by someone else."""
+        return {"FLASHMOE_CACHE_DIR": str(self.output / "cache"), "FLASHMOE_CUDA": "on"}
 
     @property
     def ratchet(self) -> list[str]:
         return [self.python, "-m", "flashmoe.ratchet"]
 
+    @property
+    def builds(self) -> list[str]:
+        return ["--build-folder", str(self.output / "builds")]
+
+    def bench(self, suite: str, name: str) -> list[str]:
+        """Measures the commit that is checked out, into the file NAME.json."""
+        target = ["--output", str(self.output / f"{name}.json")]
+        return [*self.ratchet, "bench", "--build", "HEAD", *self.builds, "--suite", suite, *target]
+
 
 def prepare(run: Run, place: Place) -> int:
     """An environment of its own, in the output folder."""
-    place.output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(place.output / "cache", ignore_errors=True)
+    for name in ("cache", "builds"):
+        shutil.rmtree(place.output / name, ignore_errors=True)
     code, _ = run([sys.executable, "-m", "venv", str(place.output / "venv")], {})
-    return code
+    return _BAD_INPUT if code else 0
 
 
 def gate(run: Run, place: Place, suite: str, price: float | None) -> int:
     """Build, bench, gate; reports in the output folder."""
-    output, ratchet = place.output, place.ratchet
-    code, log = _install(run, place, "on")
-    if code:
-        return _failed_build(run, place, log, suite)
-    for attempt, budget in (("current", []), ("again", ["--budget", "110"])):
-        current = output / f"{attempt}.json"
-        bench = [*ratchet, "bench", "--suite", suite, *budget, "--output", str(current)]
-        code, log = run([*bench, *_price(price)], place.environment)
+    output = place.output
+    if code := _ready(run, place):
+        if code == 1:
+            reason = ["--yardstick", "the build failed"]
+            target = ["--output", str(output / "current.json")]
+            run([*place.ratchet, "bench", "--suite", suite, *reason, *target], place.environment)
+        return code
+    for name, budget in (("current", []), ("again", ["--budget", "110"])):
+        current = output / f"{name}.json"
+        bench = [*place.bench(suite, name), *budget, *_price(price)]
+        _, log = run(bench, place.environment)
         if not current.exists():
             _write_failure(output, "the measurement failed", log)
-            return code or 1
+            return _BAD_INPUT
         for stale in (REPORT, _TARGETS, _DECISION):
             (output / stale).unlink(missing_ok=True)
         code, log = run([*_gate(place, current), *_price(price)], place.environment)
@@ -122,14 +146,12 @@ def gate(run: Run, place: Place, suite: str, price: float | None) -> int:
 def baseline(run: Run, place: Place, suite: str) -> int:
     """Build, bench twice, and move a copy of the baseline; moved.md tells what moved. A run that
     the gate accepts is added to the history beside it."""
-    code, log = _install(run, place, "on")
+    code = _ready(run, place)
     moved = place.output / "baselines"
     shutil.copytree(place.baseline, moved, ignore=shutil.ignore_patterns("static.json"))
     before = {path.name: path.read_bytes() for path in moved.iterdir()}
     for name in ("current", "confirm"):
-        target = ["--output", str(place.output / f"{name}.json")]
-        bench = [*place.ratchet, "bench", "--suite", suite, *target]
-        code = code or run(bench, place.environment)[0]
+        code = code or run(place.bench(suite, name), place.environment)[0]
     if code:
         return code
     files = [str(place.output / f"{name}.json") for name in ("current", "confirm")]
@@ -192,13 +214,14 @@ def _decision(place: Place) -> dict[str, Any]:
 
 def static(run: Run, place: Place) -> int:
     """Build with CUDA from the package index, and compare the machine code."""
-    requirements = ["-r", ".ci/cuda-toolkit.txt"]
-    code, log = run([*place.pip, *requirements], {})
+    code, log = run([*place.pip, "-r", str(HARNESS / ".ci" / "cuda-toolkit.txt")], {})
     home = next(place.output.glob("venv/lib/python3*/site-packages/nvidia/cu*"), None)
     if code or home is None:
         _write_failure(place.output, "the CUDA toolkit could not be installed", log)
-        return code or 2
-    code, log = run([*place.pip, "."], {"FLASHMOE_CUDA": "on", "CUDA_HOME": str(home.resolve())})
+        return _BAD_INPUT
+    code, log = run(
+        [*place.pip, str(HARNESS)], {"FLASHMOE_CUDA": "on", "CUDA_HOME": str(home.resolve())}
+    )
     if code:
         _write_failure(place.output, "the build failed", log)
         return 1
@@ -229,35 +252,34 @@ def _profile(run: Run, place: Place) -> None:
         return
     report = ["--report", str(place.output / REPORT)]
     profile = [*place.ratchet, "profile", "--targets", str(targets), *report]
+    profile += ["--head", "HEAD", *place.builds]
     commit = _decision(place).get("commits", {}).get("baseline", "")
     if re.fullmatch(r"[0-9a-f]{40}", commit):
-        found, _ = run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], {})
-        environment = {**place.environment, "FLASHMOE_CUDA": "on"}
-        folder = ["--build-folder", str(place.output / "ab")]
-        if not found:
-            code, _ = run([*profile, "--base", commit, *folder], environment)
+        absent, _ = run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], {})
+        if not absent:
+            code, _ = run([*profile, "--base", commit], place.environment)
             if code != _BAD_INPUT:
                 return
     run(profile, place.environment)
 
 
-def _install(run: Run, place: Place, cuda: str) -> tuple[int, str]:
-    """The package, with the versions that baselines are measured with."""
-    return run([*place.pip, "-r", REQUIREMENTS, "."], {"FLASHMOE_CUDA": cuda})
+def _ready(run: Run, place: Place) -> int:
+    """Installs what measures, with the baselines' versions, and builds what is measured. Where the
+    latter does not build, 1; the report tells what failed."""
+    for wanted in (["-r", str(HARNESS / REQUIREMENTS)], ["--no-build-isolation", str(HARNESS)]):
+        code, log = run([*place.pip, *wanted], {"FLASHMOE_CUDA": "off"})
+        if code:
+            _write_failure(place.output, "what measures could not be installed", log)
+            return _BAD_INPUT
+    build = [*place.ratchet, "bench", "--build", "HEAD", *place.builds, "--build-only", "--debug"]
+    code, log = run(build, place.environment)
+    if code:
+        _write_failure(place.output, "the build failed", log)
+    return code
 
 
 def _price(price: float | None) -> list[str]:
     return ["--price-per-hour", f"{price:g}"] if price else []
-
-
-def _failed_build(run: Run, place: Place, log: str, suite: str) -> int:
-    _write_failure(place.output, "the build failed", log)
-    code, _ = _install(run, place, "off")
-    if code == 0:
-        reason = ["--yardstick", "the build failed"]
-        target = ["--output", str(place.output / "current.json")]
-        run([*place.ratchet, "bench", "--suite", suite, *reason, *target], place.environment)
-    return 1
 
 
 def _write_failure(output: Path, what: str, log: str) -> None:
@@ -279,15 +301,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", default="quick", help="default: %(default)s")
     parser.add_argument("--price-per-hour", type=float, help="of the machine: tells the cost")
     arguments = parser.parse_args(argv)
-    place = Place(arguments.baseline, arguments.output)
-    code = prepare(run_command, place)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a compiler may write what the locale lacks
+    place = Place(arguments.baseline.resolve(), arguments.output.resolve())
+    place.output.mkdir(parents=True, exist_ok=True)
+    run = running_in(place.output)
+    code = prepare(run, place)
     if code == 0 and arguments.action == "gate":
-        code = gate(run_command, place, arguments.suite, arguments.price_per_hour)
+        code = gate(run, place, arguments.suite, arguments.price_per_hour)
     elif code == 0 and arguments.action == "baseline":
-        code = baseline(run_command, place, arguments.suite)
+        code = baseline(run, place, arguments.suite)
     elif code == 0:
-        code = static(run_command, place)
-    summary, report = os.environ.get("GITHUB_STEP_SUMMARY"), arguments.output / REPORT
+        code = static(run, place)
+    summary, report = os.environ.get("GITHUB_STEP_SUMMARY"), place.output / REPORT
     if summary and report.exists():
         with open(summary, "a", encoding="utf-8") as opened:
             opened.write(report.read_text(encoding="utf-8"))

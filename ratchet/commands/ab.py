@@ -48,19 +48,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for base.json and head.json (default: %(default)s)",
     )
-    add(
-        "--build-folder",
-        type=Path,
-        default=Path("build/ab"),
-        metavar="FOLDER",
-        help="builds, kept by commit and tools (default: %(default)s)",
-    )
-    add(
-        "--build-only",
-        action="store_true",
-        help="build both and tell the builds' names; where there is no compiler or repository, ab "
-        "then takes those names as --base and --head, from a copy of the build folder",
-    )
+    common.add_build_folder(parser)
+    common.add_build_only(parser)
     common.add_price(parser)
     common.add_device(parser)
     common.add_debug(parser)
@@ -78,9 +67,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     thresholds.check(case.name for case in cases)
     base = builds.resolve(arguments.base)
     head = builds.resolve(arguments.head) if arguments.head else builds.working_tree()
-    base_site = builds.build(base, arguments.build_folder)
+    base_site = builds.build(base, arguments.build_folder, arguments.debug)
     try:
-        head_site = builds.build(head, arguments.build_folder)
+        head_site = builds.build(head, arguments.build_folder, arguments.debug)
     except builds.BuildError as error:
         print(f"ratchet failed: {' '.join(str(error).split())}")
         return EXIT_REGRESSION

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.ratchet import console
+from flashmoe.ratchet import builds, console
 from flashmoe.ratchet.bench import Settings, bench
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.cost import cost_line
+from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import save
 from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION
 from flashmoe.ratchet.processes import Source
@@ -24,7 +25,7 @@ DESCRIPTION = """Measure flash_attn_func as a user calls it against
 torch.nn.functional.scaled_dot_product_attention, interleaved, in several fresh processes, each case
 checked for correctness first."""
 EPILOG = """Exit codes: 0 every case measured; 1 a case gave wrong results or did not run (the file
-says why); 2 bad usage."""
+says why), or --build does not build; 2 bad usage."""
 
 
 # What disturbs a CPU lasts for tenths of a second: on a virtual machine with 2 cores the speedup of
@@ -43,17 +44,27 @@ _BUDGET = {"cpu": 150.0, "cuda": 55.0}
 
 def add(parser: argparse.ArgumentParser) -> None:
     common.add_cases(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--output",
         type=Path,
         default=Path("results/current.json"),
         help="default: %(default)s",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--build",
+        metavar="REF",
+        help="build this commit and measure it, by the ratchet that is installed here (default: "
+        "measure what is installed)",
+    )
+    what.add_argument(
         "--yardstick",
         metavar="REASON",
         help="measure SDPA alone, once, and note for every case that ours did not run for REASON",
     )
+    common.add_build_folder(parser)
+    common.add_build_only(parser)
     add_budget(parser)
     common.add_price(parser)
     common.add_device(parser)
@@ -125,9 +136,27 @@ def writes(arguments: argparse.Namespace) -> list[Path]:
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = common.device(arguments.device)
-    cases = select(arguments.suite, torch.device(device).type, arguments.case)
+    kind = torch.device(device).type
+    cases = select(arguments.suite, kind, arguments.case)
     chosen = settings(arguments, device)
-    source = Source("this", job={"yardstick": arguments.yardstick} if arguments.yardstick else {})
+    if arguments.build_only and not arguments.build:
+        raise UserError("--build-only goes with --build")
+    if arguments.build:
+        name = builds.resolve(arguments.build)
+        try:
+            site = builds.build(name, arguments.build_folder, arguments.debug)
+        except builds.BuildError as error:
+            print(f"nothing to measure: {' '.join(str(error).split())}")
+            return EXIT_REGRESSION
+        if arguments.build_only:
+            print(f"--build {name}")
+            return EXIT_PASS
+        if kind == "cuda":
+            builds.require_cuda(name, site)
+        source, revision = builds.source("this", site), builds.commit_of(name)
+    else:
+        job = {"yardstick": arguments.yardstick} if arguments.yardstick else {}
+        source, revision = Source("this", job=job), commit()
     with common.progress(len(cases) * chosen.least) as step:
         (results,) = bench(
             cases,
@@ -135,7 +164,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             common.command(argv),
             step,
             sources=(source,),
-            commits=(commit(),),
+            commits=(revision,),
             debug=arguments.debug,
         )
     save(results, arguments.output)

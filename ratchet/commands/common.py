@@ -44,8 +44,28 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of inputs and orders (default: %(default)s)")
 
 
+def add_build_folder(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--build-folder",
+        type=Path,
+        default=Path("build/ab"),
+        metavar="FOLDER",
+        help="builds, kept by commit and tools (default: %(default)s)",
+    )
+
+
+def add_build_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--build-only",
+        action="store_true",
+        help="build, and tell the builds' names: where there is no compiler or repository, a name "
+        "stands for its REF, with a copy of the build folder",
+    )
+
+
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    help = "show tracebacks, and the workers' own output"
+    help = "show tracebacks, and what compilers and workers say"
     parser.add_argument("--debug", action="store_true", help=help)
 
 

@@ -28,8 +28,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--targets", type=Path, metavar="FILE", help="profile_targets.txt of gate or ab")
     add("--case", nargs="+", action="extend", default=[], metavar="NAME", help="these as well")
     add("--base", metavar="REF", help="what to compare with")
-    add("--head", metavar="REF", help="default: the working tree")
-    add("--build-folder", type=Path, default=Path("build/ab"), help="default: %(default)s")
+    add(
+        "--head",
+        metavar="REF",
+        help="what to profile (default: with --base the working tree, else what is installed)",
+    )
+    common.add_build_folder(parser)
     add("--report", type=Path, metavar="FILE", help="add the findings to this Markdown report")
     common.add_debug(parser)
 
@@ -60,15 +64,16 @@ def targets(path: Path) -> list[str]:
 
 
 def _profiled(names: Sequence[str], arguments: argparse.Namespace) -> tuple[str, int]:
-    head, base = THIS, None
-    if arguments.base:
-        folder = arguments.build_folder
-        new = builds.resolve(arguments.head) if arguments.head else builds.working_tree()
-        before = builds.resolve(arguments.base)
-        sites = {name: builds.build(name, folder) for name in (before, new)}
-        for name, site in sites.items():
-            builds.require_cuda(name, site)
-        base, head = builds.source("base", sites[before]), builds.source("head", sites[new])
+    refs = {"base": arguments.base, "head": arguments.head}
+    names_of = {side: builds.resolve(ref) for side, ref in refs.items() if ref}
+    if names_of.keys() == {"base"}:
+        names_of["head"] = builds.working_tree()
+    built = {}
+    for side, build in names_of.items():
+        site = builds.build(build, arguments.build_folder, arguments.debug)
+        builds.require_cuda(build, site)
+        built[side] = builds.source(side, site)
+    base, head = built.get("base"), built.get("head", THIS)
     parts: list[str] = []
     failed: dict[str, list[str]] = {}
     for name in names:

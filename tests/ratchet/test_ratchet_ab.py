@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import ratchet_synthetic as synthetic
 import torch
+from test_architecture import LAYER_OF, ROOT, TOOLS, imported, modules, unit_of
 
-import flashmoe
 from flashmoe.backends import BACKENDS
 from flashmoe.device import arch
 from flashmoe.plan import Plan
 from flashmoe.ratchet import builds, cli, slow, worse
 from flashmoe.ratchet.commands import ab, common, selftest
+from flashmoe.ratchet.commands import bench as command_bench
 from flashmoe.ratchet.commands.selftest import Outcome
 from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.files import load
 from flashmoe.ratchet.gate import decide
 from flashmoe.ratchet.results import Results, slowed
 from flashmoe.ratchet.suite import parse
@@ -58,7 +60,7 @@ def test_the_working_tree_is_built_without_touching_it(
 ) -> None:
     installed: list[str] = []
 
-    def install(source: Path, site: Path) -> None:
+    def install(source: Path, site: Path, debug: bool) -> None:
         installed.append((source / "file").read_text())
         (site / "flashmoe").mkdir(parents=True)
 
@@ -74,8 +76,9 @@ def test_the_working_tree_is_built_without_touching_it(
     for site in sites:
         # The harness is this one, whatever the commit's own was.
         assert (site / "flashmoe" / "ratchet" / "gate.py").exists()
-        for name in ("timing.py", "quiet.py", "device.py"):
+        for name in ("timing.py", "quiet.py", "reference.py"):
             assert (site / "flashmoe" / name).exists()
+        assert not (site.parent / "source").exists()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "libraries", str(tmp_path)]))
     source = builds.source("base", sites[0])
     assert source.folder == str(sites[0])
@@ -109,6 +112,8 @@ def test_other_tools_make_another_build(
         names.append(builds.resolve("main"))
     assert len(set(names)) == len(names)
     assert {builds.commit_of(name) for name in names} == {builds.commit_of(names[0])}
+    monkeypatch.setenv("FLASHMOE_CUDA_KIND", "")  # as good as not set
+    assert builds.resolve("main") == names[-1]
     with pytest.raises(UserError, match=r"there is no build .*, and the tools here would make"):
         builds.build(names[0], tmp_path)
 
@@ -139,9 +144,12 @@ class Fake:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, *runs: Results) -> None:
         self.sources: Sequence[Any] = ()
+        self.commits: Sequence[str] = ()
 
-        def bench(*_: Any, sources: Sequence[Any], **__: Any) -> tuple[Results, ...]:
-            self.sources = sources
+        def bench(
+            *_: Any, sources: Sequence[Any], commits: Sequence[str], **__: Any
+        ) -> tuple[Results, ...]:
+            self.sources, self.commits = sources, commits
             return runs
 
         monkeypatch.setattr(module, "bench", bench)
@@ -151,7 +159,7 @@ class Fake:
 def no_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(builds, "resolve", lambda ref: ref)
     monkeypatch.setattr(builds, "working_tree", lambda: "tree")
-    monkeypatch.setattr(builds, "build", lambda commit, folder: tmp_path / commit / "site")
+    monkeypatch.setattr(builds, "build", lambda commit, folder, debug: tmp_path / commit / "site")
 
 
 @pytest.mark.parametrize(
@@ -185,18 +193,16 @@ def test_ab_decides_as_the_gate_does(
     assert cost in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("module", ["timing", "quiet", "instruction_cache", "stats", "nvml"])
-def test_the_harness_is_all_that_its_timing_needs(module: str) -> None:
-    """An older build has none of what was added since."""
-    text = (Path(flashmoe.__file__).parent / f"{module}.py").read_text()
-    needed = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashmoe"):
-            below = (node.module or "").split(".")[1:]
-            needed |= {below[0]} if below else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("flashmoe") for alias in node.names)
-    assert {f"{name}.py" for name in needed} <= {*builds._HARNESS}
+def test_the_harness_is_apart_from_what_it_measures() -> None:
+    """It needs nothing of the library that an older build lacks, and puts nothing of its own below
+    the library's feet."""
+    harness = {part.removesuffix(".py") for part in builds._HARNESS}
+    for module, path in modules(ROOT):
+        unit = unit_of(module)
+        if unit in TOOLS:
+            continue
+        needed = {unit_of(name) for _, name in imported(module, path)} & set(LAYER_OF)
+        assert needed <= harness if unit in harness else not needed & harness, path
 
 
 def test_builds_are_taken_along(
@@ -207,7 +213,7 @@ def test_builds_are_taken_along(
 ) -> None:
     """Built here, measured where there is neither a compiler nor a repository."""
     monkeypatch.setattr(
-        builds, "_install", lambda source, site: (site / "flashmoe").mkdir(parents=True)
+        builds, "_install", lambda source, site, debug: (site / "flashmoe").mkdir(parents=True)
     )
     command = ["ab", "--device", "cpu", "--build-folder", str(tmp_path / "ab")]
     assert cli.main([*command, "--base", "main~1", "--head", "main", "--build-only"]) == 0
@@ -228,7 +234,7 @@ def test_a_head_that_does_not_build_fails_and_a_base_is_bad_input(
     broken: str,
     code: int,
 ) -> None:
-    def build(commit: str, folder: Path) -> Path:
+    def build(commit: str, folder: Path, debug: bool) -> Path:
         if commit == broken:
             raise builds.BuildError(f"{commit} does not build: error: x")
         return folder
@@ -237,6 +243,35 @@ def test_a_head_that_does_not_build_fails_and_a_base_is_bad_input(
     assert cli.main(["ab", "--base", "main", "--device", "cpu"]) == code
     captured = capsys.readouterr()
     assert f"{broken} does not build: error: x" in captured.out + captured.err
+
+
+def test_bench_measures_a_commits_build(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    no_builds: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commit = "c" * 40
+    build, output = f"{commit}-{'0' * 8}", tmp_path / "current.json"
+    command = ["bench", "--device", "cpu", "--build", build, "--output", str(output)]
+    monkeypatch.setattr(command_bench, "bench", lambda *_, **__: pytest.fail("it measures"))
+    assert cli.main([*command, "--build-only"]) == 0
+    assert capsys.readouterr().out == f"--build {build}\n"
+    fake = Fake(monkeypatch, command_bench, replace(synthetic.results(), commit=commit))
+    assert cli.main(command) == 0
+    assert [source.folder for source in fake.sources] == [str(tmp_path / build / "site")]
+    assert fake.commits == (commit,)
+    assert load(output).commit == commit
+    for wrong in (["--build-only"], ["--build", build, "--yardstick", "x"]):
+        with contextlib.suppress(SystemExit):
+            assert cli.main(["bench", "--device", "cpu", *wrong]) == 2
+
+    def breaks(name: str, folder: Path, debug: bool) -> Path:
+        raise builds.BuildError(f"{name} does not build: error: x")
+
+    monkeypatch.setattr(builds, "build", breaks)
+    assert cli.main(command) == 1
+    assert "does not build: error: x" in capsys.readouterr().out
 
 
 def outcome(same: Results, slow_run: Results, *expected: str) -> Outcome:

@@ -103,11 +103,19 @@ def test_two_commits_are_compared(
     builds = "flashmoe.ratchet.commands.profile.builds"
     monkeypatch.setattr(f"{builds}.resolve", lambda ref: f"commit-{ref}")
     monkeypatch.setattr(f"{builds}.require_cuda", lambda name, site: None)
-    monkeypatch.setattr(f"{builds}.build", lambda commit, folder: tmp_path / commit / "site")
+    monkeypatch.setattr(f"{builds}.build", lambda name, folder, debug: tmp_path / name / "site")
     assert cli.main(["profile", "--case", CASE, "--base", "main", "--head", "mine"]) == 0
     out = capsys.readouterr().out
     assert "| time (us) | 1000 | 1200 | +20 % |" in out
     assert "Kernels: `fwd_kernel<64>`, `add`; in the base `fwd_kernel<64>`\n" in out
+    # Alone, a build is what is profiled, not what is installed.
+    sources: list[Source] = []
+    monkeypatch.setattr(
+        "flashmoe.ratchet.commands.profile.profile",
+        lambda case, source: sources.append(source) or ncu.parse(BASE),
+    )
+    assert cli.main(["profile", "--case", CASE, "--head", "mine"]) == 0
+    assert [source.folder for source in sources] == [str(tmp_path / "commit-mine" / "site")]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Pretend:
         if "flashmoe.ratchet" in command:
             words = list(command[command.index("flashmoe.ratchet") + 1 :])
             arguments = cli.parser().parse_args(words)
-            if words[0] == "bench":
+            if words[0] == "bench" and not arguments.build_only:
                 arguments.output.write_text("{}")
             if words[0] == "gate" and self.gates:
                 for option, text in self.gates.pop(0).items():
@@ -47,7 +47,7 @@ class Pretend:
         return 0, ""
 
     def called(self, word: str) -> list[list[str]]:
-        return [command for command in self.commands if word in command]
+        return [c for c in self.commands if word in c and "--build-only" not in c]
 
 
 @pytest.fixture
@@ -63,24 +63,66 @@ def test_the_gates_code_is_the_checks(place: runner.Place, code: int) -> None:
     assert runner.gate(run, place, "quick", 3.5) == code
     assert len(run.called("bench")) == len(run.called("gate")) == 1
     assert run.called("bench")[0][-2:] == ["--price-per-hour", "3.5"]
-    assert run.environments[0] == {"FLASHMOE_CUDA": "on"}
-    requirements = run.commands[0][run.commands[0].index("-r") + 1]
-    assert requirements == ".ci/gpu-requirements.txt"
+
+
+@pytest.mark.parametrize("action", [runner.gate, runner.baseline])
+def test_what_judges_is_the_scripts_and_what_is_judged_is_the_commit_here(
+    place: runner.Place, action: Callable[..., int]
+) -> None:
+    """Its ratchet, suite, thresholds, versions and baselines: nothing of them is the commit's."""
+    run = Pretend()
+    assert action(run, place, *(("quick", None) if action is runner.gate else ("quick",))) == 0
+    requirements, package, build, *rest = run.commands
+    assert requirements[-2:] == ["-r", str(ROOT / runner.REQUIREMENTS)]
+    assert package[-1] == str(ROOT)
+    assert [environment["FLASHMOE_CUDA"] for environment in run.environments[:3]] == [
+        "off",
+        "off",
+        "on",
+    ]
+    assert "--build-only" in build
+    for command in (build, *run.called("bench")):
+        assert command[command.index("--build") + 1] == "HEAD"
+    # The same build, and nothing else that is installed.
+    folders = {c[c.index("--build-folder") + 1] for c in (build, *run.called("bench"))}
+    assert folders == {str(place.output / "builds")}
+    assert not [command for command in rest if "pip" in command]
+
+
+def test_commands_run_where_no_checkout_is_taken_for_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m flashmoe.ratchet` takes a folder `flashmoe` in the current one for the package."""
+    folders: list[Path] = []
+    running_in = runner.running_in
+    monkeypatch.setattr(
+        runner, "running_in", lambda folder: folders.append(folder) or (lambda *_: (1, ""))
+    )
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "results"
+    words = ["--baseline", "baselines", "--output", str(output)]
+    assert runner.main(["gate", *words]) == 2
+    assert folders == [output]
+    where = "import os, sys; print(os.getcwd()); sys.stdout.buffer.write(bytes([0xb5]))"
+    code, log = running_in(output)([sys.executable, "-c", where], {})
+    assert (code, log) == (0, f"{output}\n\N{REPLACEMENT CHARACTER}")
 
 
 @pytest.mark.parametrize("action", [runner.gate, runner.baseline])
 def test_no_plan_of_the_machine_has_a_say(place: runner.Place, action: Callable[..., int]) -> None:
     cache = place.output / "cache"
     (cache / "tuned").mkdir(parents=True)
+    (place.output / "builds" / "cache").mkdir(parents=True)
     run = Pretend()
     assert runner.prepare(run, place) == 0
     assert not cache.exists()
+    assert not (place.output / "builds").exists()
     more = ("quick", None) if action is runner.gate else ("quick",)
     assert action(run, place, *more) == 0
     ours = zip(run.commands, run.environments, strict=True)
     measured = [env for command, env in ours if {"bench", "gate"} & set(command)]
     assert measured
-    assert all(env == {"FLASHMOE_CACHE_DIR": str(cache.resolve())} for env in measured)
+    assert {env["FLASHMOE_CACHE_DIR"] for env in measured} == {str(cache)}
 
 
 def test_the_pins_are_those_of_the_baselines() -> None:
@@ -115,26 +157,34 @@ def test_an_inconclusive_gate_is_measured_again_with_more(
 
 def test_a_failed_build_is_a_failed_check_with_sdpa_on_record(place: runner.Place) -> None:
     log = "compiling\nfwd.cuh(12): error: no such thing\n```\n@someone\n1 error detected\n"
-    run = Pretend(("install", 1, log))
+    run = Pretend(("--build-only", 1, log))
     assert runner.gate(run, place, "quick", None) == 1
     text = (place.output / runner.REPORT).read_text()
     assert text.startswith("### 🔴 flashmoe ratchet: the build failed\n\n    fwd.cuh(12): error")
     assert all(line.startswith("    ") for line in text.splitlines()[2:])
     (bench,) = run.called("bench")
     assert bench[bench.index("--yardstick") + 1] == "the build failed"
-    assert run.environments[1] == {"FLASHMOE_CUDA": "off"}
     assert run.called("gate") == []
+    assert runner.baseline(Pretend(("--build-only", 1, log)), place, "quick") == 1
 
 
-def test_without_a_build_at_all_nothing_is_measured(place: runner.Place) -> None:
-    run = Pretend(("install", 1, "error: x"), ("install", 1, "error: y"))
-    assert runner.gate(run, place, "quick", None) == 1
+@pytest.mark.parametrize("action", [runner.gate, runner.baseline])
+def test_what_measures_and_cannot_be_installed_is_no_regression(
+    place: runner.Place, action: Callable[..., int]
+) -> None:
+    run = Pretend(("install", 1, "no network"))
+    assert action(run, place, *(("quick", None) if action is runner.gate else ("quick",))) == 2
     assert run.called("bench") == []
+    report = (place.output / runner.REPORT).read_text()
+    assert "what measures could not be installed\n\n    no network" in report
+    assert runner.prepare(Pretend(("venv", 1, "")), place) == 2
 
 
-def test_a_measurement_that_writes_nothing_is_told(place: runner.Place) -> None:
+@pytest.mark.parametrize("code", [0, 1, 2, -9])
+def test_a_measurement_that_writes_nothing_is_told(place: runner.Place, code: int) -> None:
     def run(command: Sequence[str], _: dict[str, str]) -> tuple[int, str]:
-        return (2, "no GPU\n") if "bench" in command else (0, "")
+        measures = "bench" in command and "--build-only" not in command
+        return (code, "no GPU\n") if measures else (0, "")
 
     assert runner.gate(run, place, "quick", None) == 2
     assert "the measurement failed\n\n    no GPU" in (place.output / runner.REPORT).read_text()
@@ -164,7 +214,11 @@ def test_an_accepted_run_is_added_to_the_history(place: runner.Place) -> None:
     run = Pretend()
     assert runner.baseline(run, place, "quick") == 0
     (trend,) = run.called("trend")
-    assert trend[trend.index("--append") + 1] == run.called("bench")[0][-1]
+    assert (
+        trend[trend.index("--append") + 1]
+        == run.called("bench")[0][-1]
+        == str(place.output / "current.json")
+    )
     refused = Pretend(("gate", 1, ""))
     (place.output / "baselines").rmdir()
     assert runner.baseline(refused, place, "quick") == 1
@@ -212,6 +266,7 @@ def test_a_profile_is_beside_the_baselines_commit_where_that_is_here(
     assert runner.gate(run, place, "quick", None) == 1
     profiles = run.called("profile")
     assert ["--base" in command for command in profiles] == bases
+    assert all(command[command.index("--head") + 1] == "HEAD" for command in profiles)
     assert [commit in command for command in profiles] == bases
 
 
@@ -285,11 +340,11 @@ def test_static_builds_with_the_toolkit_of_the_index(place: runner.Place) -> Non
     run = Pretend(("static", 1, ""))
     assert runner.static(run, place) == 1
     assert run.environments[1] == {"FLASHMOE_CUDA": "on", "CUDA_HOME": str(home)}
-    assert ".ci/cuda-toolkit.txt" in run.commands[0]
+    assert str(ROOT / ".ci/cuda-toolkit.txt") in run.commands[0]
 
 
 def test_static_without_a_toolkit_says_so(place: runner.Place) -> None:
-    assert runner.static(Pretend(("install", 1, "no network")), place) == 1
+    assert runner.static(Pretend(("install", 1, "no network")), place) == 2
     assert "toolkit could not be installed" in (place.output / runner.REPORT).read_text()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_architecture import modules, unit_of
 
 from flashmoe.ratchet import github, machine, runner
 
@@ -27,20 +28,16 @@ WRITES = {
     "wake": {"id-token"},
     "wheels": {"contents"},
 }
-# What may change a figure.
-MEASURED = {
+# What may change a figure: the kernels, all that runs or times them, and what builds them.
+MEASURED = [
     "csrc/**",
-    "flashmoe/backends/**",
-    "flashmoe/tiles/**",
-    "flashmoe/tuned/**",
-    "flashmoe/api.py",
-    "flashmoe/ops.py",
-    "flashmoe/plan.py",
+    "flashmoe/**",
     "ratchet/**",
     "setup.py",
     "pyproject.toml",
+    "CMakeLists.txt",
     runner.REQUIREMENTS,
-}
+]
 SCRIPTS = {"github.py": github, "machine.py": machine, "runner.py": runner}
 
 
@@ -110,7 +107,7 @@ def test_scripts_are_ours_and_take_these_arguments() -> None:
             words = shlex.split(step.get("run", ""))
             if "-I" not in words:
                 continue
-            script = Path(words[words.index("-I") + 1])
+            script = Path(words[words.index("-I") + 1].removeprefix("results/base/"))
             found.add(script.name)
             help = subprocess.run(
                 [sys.executable, "-I", str(ROOT / script), "--help"],
@@ -140,11 +137,17 @@ def test_the_comment_checks_out_nothing_of_the_pull_request() -> None:
                 assert not {"ref", "repository"} & set(step["with"])
 
 
-def test_changes_of_kernels_are_measured_and_kept() -> None:
-    workflow = load("gpu-ratchet")
-    for on in (workflow[True]["pull_request"], workflow[True]["push"]):
-        assert set(on["paths"]) >= MEASURED
-    assert set(load("baseline")[True]["push"]["paths"]) >= MEASURED
+def test_what_may_change_a_figure_is_measured() -> None:
+    """One list, which covers every module that the ratchet imports or may import."""
+    events = [on for name in ("gpu-ratchet", "baseline") for on in load(name)[True].values() if on]
+    assert [on["paths"] for on in events] == [MEASURED] * 3
+    folders = tuple(pattern.removesuffix("**") for pattern in MEASURED if pattern.endswith("/**"))
+    for module, path in modules(ROOT):
+        if unit_of(module) != "autotune":
+            assert path.relative_to(ROOT).as_posix().startswith(folders), path
+
+
+def test_what_was_measured_is_kept() -> None:
     (upload,) = (s for s in steps("gpu-ratchet") if s.get("uses", "").startswith("actions/upload"))
     assert upload["with"]["retention-days"] == 90
     assert upload["with"]["name"] == github.ARTIFACT
@@ -153,14 +156,26 @@ def test_changes_of_kernels_are_measured_and_kept() -> None:
     assert set(machine.WORKFLOWS) == {"gpu-ratchet.yml", "baseline.yml"}
 
 
-@pytest.mark.parametrize("name", ["gpu-ratchet", "baseline"])
-def test_every_path_that_is_watched_is_there(name: str) -> None:
-    events = [on for on in load(name)[True].values() if on and "paths" in on]
-    assert events
-    for on in events:
-        assert on["paths"] == events[0]["paths"]
-        for pattern in on["paths"]:
-            assert (ROOT / pattern.removesuffix("/**")).exists(), pattern
+@pytest.mark.parametrize("pattern", MEASURED)
+def test_every_path_that_is_watched_is_there(pattern: str) -> None:
+    assert (ROOT / pattern.removesuffix("/**")).exists()
+
+
+def test_a_pull_request_is_judged_by_its_base() -> None:
+    """Script and baselines are of the base's checkout, all of it; the pull request's is what lies
+    where the script runs, with the history that its build is taken from."""
+    (job,) = jobs("gpu-ratchet")
+    own, base = (s["with"] for s in job["steps"] if "actions/checkout@" in s.get("uses", ""))
+    assert base["ref"] == "${{ github.event.pull_request.base.sha || github.sha }}"
+    assert "sparse-checkout" not in base
+    assert not {"ref", "path", "repository"} & set(own)
+    assert own["fetch-depth"] == 0
+    (words,) = (shlex.split(step["run"]) for step in job["steps"] if "run" in step)
+    script = words[words.index("-I") + 1]
+    assert script == f"{base['path']}/ratchet/runner.py"
+    assert words[words.index("--baseline") + 1] == f"{base['path']}/baselines"
+    # Below the folder that its commands run in, which git finds the pull request from.
+    assert Path(base["path"]).parent == Path(words[words.index("--output") + 1])
 
 
 def test_a_baseline_is_proposed_by_what_it_was_measured_against() -> None:
