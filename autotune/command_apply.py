@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> int:
     for kernel, tiles in winners.items():
         path = args.instances / f"{kernel}.txt"
         try:
-            before = path.read_text()
+            before = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(
                 f"--instances must be the folder of {path.name}, got {str(args.instances)!r}: "
@@ -58,7 +58,7 @@ def run(words: Sequence[str]) -> int:
             print(f"{path}: as it should be")
             continue
         if not args.dry_run:
-            path.write_text(after)
+            path.write_text(after, encoding="utf-8")
         old = set(before.splitlines())
         changed = [line for line in after.splitlines() if line not in old]
         print(f"{path}: {'would move or add' if args.dry_run else 'moved or added'} winners")
@@ -71,9 +71,8 @@ def winning_tiles(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, 
     """By kernel and head dimension of its instances, the tiles that won, most frequent first."""
     counts: dict[str, dict[int, dict[Tile, int]]] = {}
     for entry in entries.values():
-        text = entry.tile or entry.tile_with_lse
         try:
-            tile = Tile.parse(text)
+            tile = Tile.parse(entry.best_tile)
         except ValueError:
             continue  # sdpa without a tile, or of another version
         if tile.kernel not in instances.COLUMNS:

@@ -41,16 +41,17 @@ def show(words: Sequence[str]) -> int:
     for column in ("problem", "bucket", "runs", "runner-up", "time", "over default", "over SDPA"):
         table.add_column(column, overflow="fold")
     table.add_column("from")
+    kernels = [device.kernel_hash(kind) for kind in ("cpu", "cuda")]
     for source, entry in rows:
         table.add_row(
             entry.problem.label,
             entry.problem.bucket,
-            entry.tile or entry.backend,
+            f"the default, {entry.default} then" if entry.kept else entry.tile or entry.backend,
             entry.runner_up or "-",
             duration(entry.seconds[0]) if entry.seconds else "-",
             _triple(entry.speedup_default),
             _triple(entry.speedup_sdpa),
-            source,
+            source if entry.judged in kernels else f"{source}, of other kernels: not used",
         )
     console = Console()
     (console if console.is_terminal else Console(width=_WIDTH)).print(table)
@@ -72,7 +73,7 @@ def export(words: Sequence[str]) -> int:
         print(text, end="")
         return DONE
     try:
-        args.file.write_text(text)
+        args.file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"file must be one that can be written, got {str(args.file)!r}: {error.strerror}"
@@ -94,12 +95,12 @@ def import_(words: Sequence[str]) -> int:
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     try:
-        entries = database.parse(args.file.read_text())
+        entries = database.parse(args.file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"file must be one that can be read, got {str(args.file)!r}: {error.strerror}"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, database.NewerDatabase) as error:
+    except (ValueError, database.NewerDatabase) as error:
         raise UsageError(f"file must be one that export wrote, got {args.file}: {error}") from None
     devices: dict[str, dict[str, database.Entry]] = {}
     for bucket, entry in entries.items():

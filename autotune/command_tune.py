@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 from optuna.storages import InMemoryStorage
 from rich.console import Console
 
-from flashmoe import api, database, device, shapes
+from flashmoe import api, cache, database, device, shapes
 from flashmoe.autotune import arguments, dry_run, helper, report, report_html, storage
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
@@ -29,6 +28,7 @@ from flashmoe.autotune.result import Result
 from flashmoe.autotune.suite import Group, default_suite, grouped, named_problem
 from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
+from flashmoe.environment import variable
 from flashmoe.problem import Problem
 from flashmoe.timing import Limits, measure_limits
 
@@ -61,9 +61,10 @@ def run(words: Sequence[str]) -> int:
         finally:
             processes.close()
         return DONE
+    cache.require_writable()
     folder = _output_folder(args.output)
     for name in ("FLASHMOE_BACKEND", "FLASHMOE_TILE"):
-        if os.environ.get(name):
+        if variable(name):
             warn(f"{name} is set and overrides what is tuned here")
 
     here = device.fingerprint(target)
@@ -118,9 +119,11 @@ def run(words: Sequence[str]) -> int:
     suggestions = None
     if any(result.best for result in results):
         suggestions = folder / "suggestions.md"
-        suggestions.write_text(report.suggestions_text(results, here, path, command))
+        suggestions.write_text(
+            report.suggestions_text(results, here, path, command), encoding="utf-8"
+        )
         page = report_html.html(results, here, limits, command=command, database=str(path))
-        (folder / "report.html").write_text(page)
+        (folder / "report.html").write_text(page, encoding="utf-8")
     for line in report.rejections(results):
         warn(line)
     seconds = time.perf_counter() - start
@@ -173,8 +176,13 @@ def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
 
 
 def _place(target: torch.device, here: device.Fingerprint, path: Path, where: str) -> Place:
-    stored = {**_load(database.shipped_path(here.device)), **_load(path)}
-    elsewhere = [
+    shipped, mine = _load(database.shipped_path(here.device)), _load(path)
+    # As plans see it: what was judged with other kernels is not in place, and is tried like what
+    # won on other devices.
+    both = [*shipped.items(), *mine.items()]
+    stored = {bucket: entry for bucket, entry in both if entry.judged == here.kernels}
+    outdated = [entry for _, entry in reversed(both) if entry.judged != here.kernels]
+    elsewhere = outdated + [
         entry
         for folder in (path.parent, database.shipped_path(here.device).parent)
         for other in sorted(folder.glob("*.json"))

@@ -11,7 +11,7 @@ from typing import Any
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.decide import AGAIN
 from flashmoe.autotune.trials import Search, Trial
-from flashmoe.database import Entry
+from flashmoe.database import DEFAULT, Entry
 from flashmoe.device import Fingerprint
 from flashmoe.problem import Problem
 from flashmoe.stats import Interval
@@ -79,10 +79,11 @@ class Result:
         """As the database stores it. Raises ValueError for an unmeasured result."""
         if self.best is None:
             raise ValueError(f"result must be measured, got {self.status} ({self.reason})")
+        kept = self.best == self.default
         return Entry(
             self.problem,
-            self.best.backend,
-            str(self.best.tile or ""),
+            DEFAULT if kept else self.best.backend,
+            "" if kept else str(self.best.tile or ""),
             str(self.default),
             self.samples,
             _triple(self.speedup_default),
@@ -98,6 +99,7 @@ class Result:
             tuple(sorted(self.verified)),
             self._searched(),
             self.group,
+            fingerprint.kernels,
         )
 
     def _searched(self) -> dict[str, Any]:

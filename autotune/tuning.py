@@ -170,11 +170,13 @@ class Tuning:
         """What the database has for this bucket, if it can run and is right."""
         if entry is None:
             return None
-        try:
-            tile = Tile.parse(entry.tile) if entry.tile else None
-        except ValueError:
-            return None
-        stored = Candidate(entry.backend, tile)
+        if entry.kept:
+            stored = self._default
+        else:
+            try:
+                stored = Candidate(entry.backend, Tile.parse(entry.tile) if entry.tile else None)
+            except ValueError:
+                return None
         if not self._everywhere(stored):
             return None
         return stored if self._checked(stored).status == "ok" else None
@@ -402,7 +404,7 @@ class Tuning:
 
 def winners(entries: Sequence[Entry]) -> list[Tile]:
     """The best tiles of the first few of these entries that differ."""
-    names = dict.fromkeys(entry.tile or entry.tile_with_lse for entry in entries)
+    names = dict.fromkeys(entry.best_tile for entry in entries)
     found = []
     for name in list(filter(None, names))[:_TRANSFERRED]:
         try:

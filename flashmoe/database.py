@@ -12,20 +12,23 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from flashmoe.cache import cache_dir, set_aside
+from flashmoe.cache import cache_dir, make_folder, set_aside
 from flashmoe.device import slug
 from flashmoe.problem import Problem
 
-SCHEMA = 3
-# Earlier ones lacked fields that have defaults.
-_READABLE = (1, 2, SCHEMA)
+SCHEMA = 4
+# Earlier ones lacked fields that have defaults, and named a kept default by its tile.
+_READABLE = (1, 2, 3, SCHEMA)
+_FIRST_WITH_JUDGED = 4
 SDPA = "sdpa"
+# The backend of an entry whose search kept the default: that of today, whatever it was then.
+DEFAULT = "default"
 
 
 class DamagedDatabase(UserWarning):
@@ -39,14 +42,18 @@ class NewerDatabase(UserWarning):
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A tuned result: `backend` and `tile` (text form, empty for a backend without tiles) won
-    `problem`.
+    `problem`; backend DEFAULT, without a tile, where nothing beat the default.
+
+    `default` names what ran untuned then, and `judged` is the hash of the kernels with which the
+    winner was compared with it: an entry of other kernels says nothing about these. All else is
+    optional, and not written where there is none.
 
     `samples` are the final's raw seconds by candidate name, paired by round; `seconds` and the
     speed-ups over the default and over SDPA are [value, low, high]. `runner_up` names the second of
-    the final, `default` what runs untuned. `tile_with_lse` is the best tile where the winner has
-    none: for calls that need softmax_lse, training's among them. `over_default` is the time over
-    the default's of everything that was measured, for lookups between buckets and for searches of
-    related problems. `study` and `storage` tell where the trials are.
+    the final. `tile_with_lse` is the best tile where the winner has none: for calls that need
+    softmax_lse, training's among them. `over_default` is the time over the default's of everything
+    that was measured, for lookups between buckets and for searches of related problems. `study` and
+    `storage` tell where the trials are.
 
     `verified` names what passed the check of odd sizes and guarded memory, which the search alone
     does not make. `search` tells how many tiles were tried of how many, in how many seconds over
@@ -72,13 +79,31 @@ class Entry:
     verified: tuple[str, ...] | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
     group: tuple[tuple[Problem, float], ...] = ()
+    judged: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the default won."""
+        return self.backend == DEFAULT
+
+    @property
+    def best_tile(self) -> str:
+        """The fastest tile when it was measured; empty where none was."""
+        default = self.default if self.kept and self.default != SDPA else ""
+        return self.tile or default or self.tile_with_lse
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        bare = Entry(self.problem, self.backend, self.tile, self.default)
+        empty = {f.name for f in fields(self) if getattr(self, f.name) == getattr(bare, f.name)}
+        return {k: v for k, v in asdict(self).items() if k in _REQUIRED or k not in empty}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
+        """Raises ValueError, KeyError, TypeError, AttributeError or OverflowError."""
         data = dict(data)
+        for name in _TEXTS & data.keys():
+            if not isinstance(data[name], str):
+                raise ValueError(f"{name} must be text, got {data[name]!r}")
         data["problem"] = Problem.from_json(data["problem"])
         data["samples"] = {k: tuple(map(float, v)) for k, v in data.get("samples", {}).items()}
         for name in ("speedup_default", "speedup_sdpa", "seconds"):
@@ -89,7 +114,8 @@ class Entry:
         data["over_default"] = {str(k): float(v) for k, v in over_default.items()}
         if data.get("verified") is not None:
             data["verified"] = tuple(map(str, data["verified"]))
-        data["search"] = dict(data.get("search", {}))
+        for name in ("fingerprint", "search"):
+            data[name] = dict(data.get(name, {}))
         data["group"] = tuple((Problem.from_json(p), float(w)) for p, w in data.get("group", ()))
         return cls(**data)
 
@@ -99,9 +125,13 @@ class Entry:
         return {
             name: ratio
             for name, ratio in self.over_default.items()
-            # Entries before schema 3 do not say.
+            # Entries before schema 3, and shipped ones, do not say.
             if self.verified is None or name in self.verified or name == SDPA
         }
+
+
+_TEXTS = {f.name for f in fields(Entry) if f.type == "str"}
+_REQUIRED = {"problem", "backend", "tile", "default"}
 
 
 def between(entries: Mapping[str, Entry], problem: Problem) -> tuple[list[str], str]:
@@ -216,7 +246,7 @@ def _parsed(path: Path) -> dict[str, Entry]:
         return parse(content.decode())
     except NewerDatabase:
         raise NewerDatabase(f"{path} was written by a newer flashmoe and is not used") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise _Damaged(str(error)) from error
 
 
@@ -236,12 +266,12 @@ def update(path: Path, entries: Mapping[str, Entry], *, replace: bool = True) ->
     nothing and a reader never sees half a file. Without `replace`, what is there stays. Returns how
     many entries were taken over. Raises OSError, and NewerDatabase for a file of a newer flashmoe.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with _lock(path):
         there = _parsed_or_set_aside(path)
         taken = {k: e for k, e in entries.items() if replace or k not in there}
         temporary = path.with_suffix(f".tmp-{os.getpid()}")
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text_of({**there, **taken}))
             file.flush()
             os.fsync(file.fileno())
@@ -257,11 +287,25 @@ def text_of(entries: Mapping[str, Entry]) -> str:
 
 
 def parse(text: str) -> dict[str, Entry]:
-    """The entries of a database's text. Raises ValueError, KeyError, TypeError or AttributeError
-    for any other text, NewerDatabase for that of a newer flashmoe."""
-    data = json.loads(text)
-    if isinstance(data["schema"], int) and data["schema"] > SCHEMA:
-        raise NewerDatabase(f"schema {data['schema']} is newer than {SCHEMA}, this flashmoe's")
-    if data["schema"] not in _READABLE:
-        raise ValueError(f"schema must be one of {_READABLE}, got {data['schema']!r}")
-    return {bucket: Entry.from_json(entry) for bucket, entry in data["entries"].items()}
+    """The entries of a database's text. Raises ValueError for any other text, NewerDatabase for
+    that of a newer flashmoe."""
+    try:
+        data = json.loads(text)
+        schema = data["schema"]
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise NewerDatabase(f"schema {schema} is newer than {SCHEMA}, this flashmoe's")
+        if schema not in _READABLE:
+            raise ValueError(f"schema must be one of {_READABLE}, got {schema!r}")
+        read = Entry.from_json if schema >= _FIRST_WITH_JUDGED else _older
+        return {bucket: read(entry) for bucket, entry in data["entries"].items()}
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _older(data: dict[str, Any]) -> Entry:
+    """An entry of a schema in which a kept default was named by its tile."""
+    entry = Entry.from_json(data)
+    judged = str(entry.fingerprint.get("kernels", ""))
+    kept = entry.default == (entry.tile or entry.backend)
+    backend, tile = (DEFAULT, "") if kept else (entry.backend, entry.tile)
+    return replace(entry, backend=backend, tile=tile, judged=judged)

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from flashmoe import _extension, nvml
+from flashmoe import nvml
+from flashmoe._extension import kernel_hash as kernel_hash
 from flashmoe.tiles import Arch
 
 
 def cpu_name() -> str:
     """The processor's model name as the operating system gives it."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or platform.machine()
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -95,7 +96,7 @@ def fingerprint(device: torch.device) -> Fingerprint:
         torch=torch.__version__,
         triton=_version("triton"),
         threads=0 if cuda else torch.get_num_threads(),
-        kernels=_extension.kernel_hash(here.kind),
+        kernels=kernel_hash(here.kind),
     )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from flashmoe import database
+from flashmoe import _extension, database
 from flashmoe.backends import BACKENDS
+from flashmoe.cache import NoCacheFolder
 from flashmoe.device import arch
+from flashmoe.environment import variable
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -69,23 +70,22 @@ def make_plan(
         if need_lse and chosen.backend == "sdpa":
             raise ValueError("backend must be one that returns softmax_lse here, got 'sdpa'")
         return chosen
-    here = arch(device)
-    for source, entries in _databases(here.name):
-        stored = _stored(entries.get(problem.bucket), need_lse, source)
-        if stored is not None and _runs(stored.backend, stored.tile, problem, device):
-            if BACKENDS[stored.backend].ready(stored.tile, problem, here):
-                return stored
-            # Nobody waits for a compiler who did not ask to.
-            source = f"heuristic: {stored.tile} of the {source} is not compiled yet"
-            return replace(heuristic(problem, device, need_lse), source=source)
-    for source, entries in _databases(here.name):
-        if problem.bucket not in entries:
-            for plan in _between(entries, problem, need_lse, source):
-                if _runs(plan.backend, plan.tile, problem, device) and BACKENDS[plan.backend].ready(
-                    plan.tile, problem, here
-                ):
+    databases = _databases(arch(device))
+    passed_over = ""
+    for known in databases:
+        stored = _stored(known, problem, device, need_lse)
+        if isinstance(stored, Plan):
+            return stored
+        passed_over = passed_over or stored
+    for known in databases:
+        if problem.bucket not in known.entries:
+            for plan in _between(known, problem, need_lse):
+                if not _refusal(plan, problem, device):
                     return plan
-    return heuristic(problem, device, need_lse)
+    untuned = heuristic(problem, device, need_lse)
+    if passed_over:
+        return replace(untuned, source=f"{untuned.source}: {passed_over}")
+    return untuned
 
 
 # What `make_plan` said, until `api.forget_plans`: planning takes tens of microseconds, and hundreds
@@ -152,16 +152,34 @@ def _has_sm90(problem: Problem, here: Arch) -> bool:
     return tile is not None and tile.kernel == "sm90"
 
 
+@dataclass(frozen=True, slots=True)
+class _Database:
+    """A tuned database as plans see it: the entries of today's kernels by bucket, and the buckets
+    of the others."""
+
+    source: str
+    entries: Mapping[str, database.Entry]
+    outdated: frozenset[str]
+
+
 @functools.cache
-def _databases(device_name: str) -> tuple[tuple[str, dict[str, database.Entry]], ...]:
-    return (
-        ("user database", _loaded(database.user_path(device_name))),
-        ("shipped database", _loaded(database.shipped_path(device_name))),
-    )
+def _databases(here: Arch) -> tuple[_Database, ...]:
+    kernels = _extension.kernel_hash(here.kind)
+    found = []
+    for source, path_of in (("user", database.user_path), ("shipped", database.shipped_path)):
+        every = _loaded(path_of, here.name)
+        current = {bucket: entry for bucket, entry in every.items() if entry.judged == kernels}
+        outdated = frozenset(every.keys() - current.keys())
+        found.append(_Database(f"{source} database", current, outdated))
+    return tuple(found)
 
 
-def _loaded(path: Path) -> dict[str, database.Entry]:
+def _loaded(path_of: Callable[[str], Path], device_name: str) -> dict[str, database.Entry]:
     """A call does not fail for a file that only makes it faster."""
+    try:
+        path = path_of(device_name)
+    except NoCacheFolder:
+        return {}  # nor can a tuner have written one
     try:
         return database.load(path)
     except OSError as error:
@@ -169,47 +187,60 @@ def _loaded(path: Path) -> dict[str, database.Entry]:
         return {}
 
 
-def _stored(entry: database.Entry | None, need_lse: bool, source: str) -> Plan | None:
-    """The plan that a tuned entry holds; None without one for this use."""
+def _stored(known: _Database, problem: Problem, device: torch.device, need_lse: bool) -> Plan | str:
+    """The plan that a tuned entry holds for this use; without one, what to tell about that."""
+    entry = known.entries.get(problem.bucket)
     if entry is None:
-        return None
-    without_lse = need_lse and entry.backend == "sdpa"
-    text = entry.tile_with_lse if without_lse else entry.tile
-    if without_lse and not text:
-        return None
+        outdated = problem.bucket in known.outdated
+        return f"the entry of the {known.source} is of other kernels" if outdated else ""
+    without_tile = need_lse and (entry.kept or entry.backend == database.SDPA)
+    text = entry.tile_with_lse if without_tile else entry.tile
+    if entry.kept and not text:
+        return replace(heuristic(problem, device, need_lse), source=known.source)
+    if without_tile and not text:
+        return ""
     try:
         tile = Tile.parse(text) if text else None
     except ValueError as error:
         warnings.warn(
-            f"{source}: entry {entry.problem.bucket} is skipped: {error}",
+            f"{known.source}: entry {entry.problem.bucket} is skipped: {error}",
             database.DamagedDatabase,
             stacklevel=2,
         )
-        return None
-    return Plan(tile.backend if tile and without_lse else entry.backend, tile, source)
+        return ""
+    plan = Plan(tile.backend if tile and without_tile else entry.backend, tile, known.source)
+    if why := _refusal(plan, problem, device):
+        return f"{plan.tile or plan.backend} of the {known.source}: {why}"
+    return plan
 
 
-def _between(
-    entries: dict[str, database.Entry], problem: Problem, need_lse: bool, source: str
-) -> Iterator[Plan]:
+def _refusal(plan: Plan, problem: Problem, device: torch.device) -> str:
+    """Why a stored plan does not run here and now; empty when it does."""
+    if plan.backend not in BACKENDS:
+        return "no such backend"
+    if why := why_not(plan.backend, problem, device):
+        return why
+    backend, here = BACKENDS[plan.backend], arch(device)
+    # Nobody waits for a compiler who did not ask to. Asked first, for `rejects` may look whether
+    # there is a compiler, which takes long.
+    if not backend.ready(plan.tile, problem, here):
+        return "not compiled here"
+    return backend.rejects(plan.tile, problem, here)
+
+
+def _between(known: _Database, problem: Problem, need_lse: bool) -> Iterator[Plan]:
     """Plans that were measured to be faster than the default on both sides of this problem."""
-    names, buckets = database.between(entries, problem)
+    names, buckets = database.between(known.entries, problem)
     for name in names:
         if name == database.SDPA:
             if not need_lse:
-                yield Plan(name, None, f"{source}, {buckets}")
+                yield Plan(name, None, f"{known.source}, {buckets}")
             continue
         try:
             tile = Tile.parse(name)
         except ValueError:
             continue  # of another version; the others are as good as they were
-        yield Plan(tile.backend, tile, f"{source}, {buckets}")
-
-
-def _runs(backend: str, tile: Tile | None, problem: Problem, device: torch.device) -> bool:
-    if backend not in BACKENDS or why_not(backend, problem, device):
-        return False
-    return not BACKENDS[backend].rejects(tile, problem, arch(device))
+        yield Plan(tile.backend, tile, f"{known.source}, {buckets}")
 
 
 def _override(
@@ -217,7 +248,7 @@ def _override(
 ) -> Plan | None:
     source = "argument"
     if not backend and not tile:
-        backend, tile = os.environ.get("FLASHMOE_BACKEND"), os.environ.get("FLASHMOE_TILE")
+        backend, tile = variable("FLASHMOE_BACKEND"), variable("FLASHMOE_TILE")
         source = "environment"
     if not backend and not tile:
         return None

@@ -17,6 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
+            {"environment"},
             {"cache", "instruction_cache", "nvml", "problem", "reference", "stats", "tuned"},
             {"tiles", "timing"},
             {"quiet"},

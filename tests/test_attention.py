@@ -19,7 +19,7 @@ from support import (
 import flashmoe
 from flashmoe import Problem, Tile, database, flash_attn_func
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
+from flashmoe.device import arch, kernel_hash
 from flashmoe.plan import why_not
 
 PROBLEM = Problem(1, 1, 1, 16, 16, 64, "bfloat16")
@@ -266,7 +266,7 @@ def test_forget_plans_reads_what_a_tuner_wrote(tmp_path, monkeypatch):
     problem = Problem(1, 2, 2, 21, 21, 24, "float32")
     flashmoe.api.forget_plans()
     assert flashmoe.make_plan(problem, cpu).source == "heuristic"
-    entry = database.Entry(problem, "cpu", "cpu:64x64", "")
+    entry = database.Entry(problem, "cpu", "cpu:64x64", "", judged=kernel_hash("cpu"))
     database.update(database.user_path(arch(cpu).name), {problem.bucket: entry})
     assert flashmoe.make_plan(problem, cpu).source == "heuristic"
     flashmoe.api.forget_plans()

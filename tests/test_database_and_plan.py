@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import re
 
 import pytest
 import torch
 
 import flashmoe
 from flashmoe import database, shapes
+from flashmoe.backends import BACKENDS
 from flashmoe.device import arch, fingerprint, slug
-from flashmoe.plan import make_plan, reload_databases
+from flashmoe.plan import Plan, make_plan, reload_databases
 from flashmoe.problem import Problem
-from flashmoe.tiles import Arch
+from flashmoe.tiles import Arch, Tile
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(1, 8, 8, 1024, 1024, 64, "float32")
@@ -40,7 +42,14 @@ def entry(tile="cpu:48x160", backend="cpu", problem=PROBLEM):
         speedup_default=(2.0, 1.9, 2.1),
         fingerprint=fingerprint(CPU).to_json(),
         command="python -m flashmoe.autotune",
+        judged=fingerprint(CPU).kernels,
     )
+
+
+def text_of(bucket, **changes):
+    """A database of one entry, some of whose fields are other JSON."""
+    data = {**entry().to_json(), **changes}
+    return json.dumps({"schema": database.SCHEMA, "entries": {bucket: data}})
 
 
 def test_entries_survive_the_file(user_database):
@@ -54,7 +63,29 @@ def test_missing_file_is_empty(user_database):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b'{"schema": 0}', b'{"schema": 1, "entries": {"x": {}}}', b'{"\xff": 1}'],
+    [
+        *(
+            b"",
+            b"{",
+            b"[]",
+            b'{"schema": 0}',
+            b'{"schema": 1, "entries": {"x": {}}}',
+            b'{"\xff": 1}',
+        ),
+        b"[" * 100_000,
+        *(
+            text_of(PROBLEM.bucket, **change).encode()
+            for change in (
+                {"tile": 5},
+                {"backend": []},
+                {"judged": None},
+                {"problem": {**PROBLEM.to_json(), "batch": 10**400}},
+                {"over_default": {"cpu:64x64": 10**400}},
+                {"group": 5},
+            )
+        ),
+    ],
+    ids=lambda text: text[:20] + text[-20:],
 )
 def test_damaged_file_is_set_aside_and_named(user_database, text):
     user_database.parent.mkdir(parents=True)
@@ -153,11 +184,102 @@ def test_plan_prefers_the_user_database(user_database):
     assert make_plan(neighbour, CPU).source == "heuristic"
 
 
-def test_plan_ignores_what_cannot_run(user_database):
-    for bad in (entry(tile="sm80:128x64-stages2-warps4", backend="cuda"), entry(backend="gone")):
-        database.update(user_database, {PROBLEM.bucket: bad})
-        reload_databases()
-        assert make_plan(PROBLEM, CPU).source == "heuristic"
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"tile": "sm80:128x64", "backend": "cuda"}, r"sm80:128x64\S* of the .*: needs a CUDA dev"),
+        ({"backend": "gone"}, r"cpu:48x160\S* of the user database: no such backend"),
+        ({"tile": ""}, "cpu of the user database: it needs a tile"),
+        ({"tile": "cpu:5000x64"}, r"cpu:5000x64\S* of the user database: .*block_m"),
+        ({"backend": "sdpa"}, "of the user database: backend 'sdpa' has no tiles"),
+    ],
+)
+def test_plan_ignores_what_cannot_run_and_tells_why(user_database, bad, why):
+    database.update(user_database, {PROBLEM.bucket: entry(**bad)})
+    source = make_plan(PROBLEM, CPU).source
+    assert re.fullmatch(f"heuristic: .*{why}.*", source), source
+
+
+def test_what_a_search_kept_is_the_default_of_today(user_database, monkeypatch):
+    kept = entry(backend=database.DEFAULT, tile="")
+    assert kept.kept
+    database.update(user_database, {PROBLEM.bucket: kept})
+    for today in (Tile("cpu", 16, 16), Tile("cpu", 32, 64)):
+        monkeypatch.setattr(BACKENDS["cpu"], "default_tile", lambda *_, today=today: today)
+        assert make_plan(PROBLEM, CPU) == Plan("cpu", today, "user database")
+    monkeypatch.setattr(flashmoe.plan, "_cpu_decodes", lambda _: True)
+    assert make_plan(PROBLEM, CPU).backend == "sdpa"
+    assert make_plan(PROBLEM, CPU, need_lse=True).backend == "cpu"
+    lse = dataclasses.replace(kept, default="sdpa", tile_with_lse="cpu:48x160")
+    database.update(user_database, {PROBLEM.bucket: lse})
+    reload_databases()
+    assert str(make_plan(PROBLEM, CPU, need_lse=True).tile) == "cpu:48x160-stages1-warps1"
+    assert make_plan(PROBLEM, CPU).backend == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("won", "default", "backend", "tile"),
+    [
+        (("cpu", "cpu:64x128"), "cpu:64x128", database.DEFAULT, ""),
+        (("sdpa", ""), "sdpa", database.DEFAULT, ""),
+        (("sdpa", ""), "", "sdpa", ""),
+        (("cpu", "cpu:48x160"), "cpu:64x128", "cpu", "cpu:48x160"),
+    ],
+)
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_what_earlier_schemas_kept_by_its_tile_is_the_default(schema, won, default, backend, tile):
+    old = entry(backend=won[0], tile=won[1]).to_json() | {"default": default}
+    del old["judged"]
+    (read,) = database.parse(json.dumps({"schema": schema, "entries": {"x": old}})).values()
+    assert (read.backend, read.tile) == (backend, tile)
+    assert read.judged == fingerprint(CPU).kernels
+
+
+def test_an_entry_of_other_kernels_overrides_no_default(user_database):
+    old = dataclasses.replace(entry(), judged="another hash")
+    neighbours = {**tuned(512, {"cpu:64x64": 0.5}), **tuned(2048, {"cpu:64x64": 0.5})}
+    outdated = {k: dataclasses.replace(e, judged="another hash") for k, e in neighbours.items()}
+    database.update(user_database, {PROBLEM.bucket: old, **outdated})
+    plan = make_plan(PROBLEM, CPU)
+    assert plan.tile == BACKENDS["cpu"].default_tile(PROBLEM, arch(CPU))
+    assert plan.source == "heuristic: the entry of the user database is of other kernels"
+    # Between two of these kernels it is as if there were none.
+    database.update(user_database, neighbours)
+    reload_databases()
+    assert make_plan(PROBLEM, CPU).source.startswith("user database, between ")
+    # Judged again, it counts.
+    database.update(user_database, {PROBLEM.bucket: entry()})
+    reload_databases()
+    assert make_plan(PROBLEM, CPU).source == "user database"
+
+
+def test_only_what_there_is_is_written():
+    bare = database.Entry(PROBLEM, database.DEFAULT, "", "sdpa", judged="x")
+    assert bare.to_json() == {
+        "problem": PROBLEM.to_json(),
+        "backend": "default",
+        "tile": "",
+        "default": "sdpa",
+        "judged": "x",
+    }
+    assert database.Entry.from_json(bare.to_json()) == bare
+
+
+@pytest.mark.parametrize(
+    ("changes", "tile"),
+    [
+        ({"tile": "cpu:48x160"}, "cpu:48x160"),
+        ({"backend": "default", "tile": "", "default": "cpu:64x128"}, "cpu:64x128"),
+        (
+            {"backend": "default", "tile": "", "default": "sdpa", "tile_with_lse": "cpu:8x8"},
+            "cpu:8x8",
+        ),
+        ({"backend": "sdpa", "tile": "", "tile_with_lse": "cpu:8x8"}, "cpu:8x8"),
+        ({"backend": "sdpa", "tile": ""}, ""),
+    ],
+)
+def test_the_best_tile_of_an_entry(changes, tile):
+    assert dataclasses.replace(entry(), **changes).best_tile == tile
 
 
 def test_plan_skips_an_entry_of_an_unknown_kind_and_says_so(user_database):
@@ -282,8 +404,7 @@ def test_nothing_is_extrapolated_and_other_kinds_are_no_neighbours(user_database
 
 def test_a_database_of_the_first_schema_is_read(user_database):
     old = entry().to_json()
-    for name in ("runner_up", "seconds", "over_default", "study", "storage"):
-        del old[name]
+    del old["judged"]  # the fingerprint says it
     user_database.parent.mkdir(parents=True)
     user_database.write_text(json.dumps({"schema": 1, "entries": {PROBLEM.bucket: old}}))
     assert database.load(user_database) == {PROBLEM.bucket: entry()}

@@ -42,7 +42,7 @@ class Backend(Protocol):
         return []
 
     def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
-        """Whether `tile`, which is not rejected, runs `problem` without waiting for a compiler that
+        """Whether `tile`, unless it is rejected, runs `problem` without waiting for a compiler that
         can be done without."""
         return True
 

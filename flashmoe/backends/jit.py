@@ -21,7 +21,8 @@ from typing import NamedTuple, Protocol
 
 from flashmoe import _extension
 from flashmoe._extension import KERNEL_SOURCES
-from flashmoe.cache import cache_dir, set_aside
+from flashmoe.cache import NoCacheFolder, cache_dir, make_folder, not_ours, read_ours, set_aside
+from flashmoe.environment import variable
 from flashmoe.tiles import Tile
 
 _ARCH = "sm_90a"
@@ -42,6 +43,7 @@ extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_s
 }}
 """
 _DIGEST_BYTES = 32
+_INSTALL = "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime"
 _compiler_lock = threading.Lock()
 
 
@@ -65,6 +67,10 @@ class DamagedKernel(UserWarning):
     """A cached kernel is not what was written; the message names it and where it was moved."""
 
 
+class UnusedCache(UserWarning):
+    """Kernels are not kept, or kept ones are not loaded; the message says why and what to do."""
+
+
 def unavailable() -> str:
     """Why nothing can be compiled here, in one line that says what to do; empty when it can."""
     try:
@@ -80,8 +86,8 @@ def compiler() -> str:
 
 
 def is_cached(target: Target) -> bool:
-    """Whether the cache holds the kernel, from any compiler."""
-    return any(_cached_paths(target))
+    """Whether the cache holds the kernel, undamaged, from any compiler."""
+    return _cached(target) is not None
 
 
 def cubin(target: Target) -> bytes:
@@ -89,21 +95,28 @@ def cubin(target: Target) -> bytes:
 
     Raises CompilerUnavailable and CompilationFailed.
     """
-    for path in _cached_paths(target):
-        code = _read(path)
-        if code is not None:
-            return code
-    return _compile(target)
+    code = _cached(target)
+    if code is None:
+        chosen = _chosen_compiler()
+        code = chosen.compile(source(target))
+        try:
+            _keep(code, _path(target, chosen))
+        except OSError as error:
+            text = f"a kernel is compiled again in each process: {error}"
+            warnings.warn(text, UnusedCache, stacklevel=2)
+    return code
 
 
 def precompile(target: Target) -> None:
     """Compile the kernel into the cache unless the present compiler has done so before. Any number
     of threads and processes may.
 
-    Raises CompilerUnavailable and CompilationFailed.
+    Raises CompilerUnavailable, CompilationFailed, and OSError where it cannot be kept.
     """
-    if _read(_path(target, _chosen_compiler())) is None:
-        _compile(target)
+    chosen = _chosen_compiler()
+    path = _path(target, chosen)
+    if _read(path) is None:
+        _keep(chosen.compile(source(target)), path)
 
 
 def source(target: Target) -> str:
@@ -131,8 +144,8 @@ class _Nvrtc:
     def __init__(self) -> None:
         if importlib.util.find_spec("cuda") is None or not importlib.util.find_spec("cuda.core"):
             raise CompilerUnavailable(
-                "cuda.core is not installed (pip install 'flashmoe[tune]'); or set "
-                "FLASHMOE_COMPILER=nvcc where the CUDA toolkit is installed"
+                f"cuda.core is not installed ({_INSTALL}); or set FLASHMOE_COMPILER=nvcc where "
+                "the CUDA toolkit is installed"
             )
         try:
             from cuda.bindings import nvrtc
@@ -142,12 +155,10 @@ class _Nvrtc:
             error, major, minor = nvrtc.nvrtcVersion()
             headers = find_nvidia_header_directory("cudart")
         except (ImportError, RuntimeError) as missing:
-            raise CompilerUnavailable(
-                f"NVRTC does not load ({missing}); pip install 'flashmoe[tune]'"
-            ) from None
+            raise CompilerUnavailable(f"NVRTC does not load ({missing}); {_INSTALL}") from None
         if error or headers is None:
             raise CompilerUnavailable(
-                "CUDA's headers were not found (pip install 'flashmoe[tune]', or set CUDA_HOME)"
+                f"CUDA's headers were not found ({_INSTALL}, or set CUDA_HOME)"
             )
         self.identity = f"nvrtc-{major}.{minor}"
         self._program, self._options = Program, ProgramOptions
@@ -169,13 +180,16 @@ class _Nvcc:
     """The toolkit's compiler, by CUDA_HOME or PATH."""
 
     def __init__(self) -> None:
-        home = os.environ.get("CUDA_HOME")
+        home = variable("CUDA_HOME")
         found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
         if found is None:
             raise CompilerUnavailable(
                 f"FLASHMOE_COMPILER=nvcc, but nvcc is not in {home + '/bin' if home else 'PATH'}"
             )
-        text = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+        command = [found, "--version"]
+        text = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace"
+        ).stdout
         version = re.search(r"V(\d+\.\d+\.\d+)", text)
         if version is None:
             raise CompilerUnavailable(f"{found} did not tell its version")
@@ -185,10 +199,10 @@ class _Nvcc:
     def compile(self, text: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             unit, output = Path(folder, "attention.cu"), Path(folder, "attention.cubin")
-            unit.write_text(text)
+            unit.write_text(text, encoding="utf-8")
             command = [self._nvcc, *NVCC_OPTIONS, f"-I{KERNEL_SOURCES}"]
             command += ["-o", str(output), str(unit)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 # The first error is the cause; others follow from it, at any length.
                 raise CompilationFailed(f"{self.identity}: {done.stderr[:2000].strip()}")
@@ -201,7 +215,7 @@ _COMPILERS: dict[str, type[_Nvrtc] | type[_Nvcc]] = {"nvrtc": _Nvrtc, "nvcc": _N
 def _chosen_compiler() -> _Compiler:
     # cuda.core does not bear being imported by two threads at once.
     with _compiler_lock:
-        return _compiler(os.environ.get("FLASHMOE_COMPILER", "nvrtc"))
+        return _compiler(variable("FLASHMOE_COMPILER", "nvrtc"))
 
 
 @functools.cache
@@ -212,49 +226,75 @@ def _compiler(name: str) -> _Compiler:
     return _COMPILERS[name]()
 
 
-def _compile(target: Target) -> bytes:
-    chosen = _chosen_compiler()
-    code = chosen.compile(source(target))
-    path = _path(target, chosen)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: a reader sees all of it or nothing. Behind the code its digest, which
-    # readers of ELF files do not mind.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        try:
-            file.write(code + hashlib.sha256(code).digest())
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
-    return code
+def _cached(target: Target) -> bytes | None:
+    """The kernel's code, the newest from any compiler: running one takes none."""
+    try:
+        found = list(_folder().glob(f"{_stem(target)}-*.cubin"))
+    except NoCacheFolder:
+        return None
+    for path in sorted(found, key=_modified, reverse=True):
+        code = _read(path)
+        if code is not None:
+            return code
+    return None
 
 
 def _read(path: Path) -> bytes | None:
-    """The code in a cache file, None if there is none. A damaged file is set aside and named."""
+    """The code in a cache file; None without one, and for one that is damaged, which is set aside,
+    or that somebody else may have put there."""
     try:
-        content = path.read_bytes()
+        if why := not_ours(path.parent):
+            raise PermissionError(why)
+        content = read_ours(path)
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        text = f"kernels in {path.parent} are not loaded: {error}"
+        warnings.warn(text, UnusedCache, stacklevel=2)
         return None
     code, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if hashlib.sha256(code).digest() == digest:
         return code
-    aside = set_aside(path)
-    warnings.warn(
-        f"{path} is damaged; it was set aside as {aside.name}", DamagedKernel, stacklevel=2
-    )
+    try:
+        fate = f"it was set aside as {set_aside(path).name}"
+    except OSError as error:  # another process was faster, or nobody may write there
+        fate = f"it is not used, and stays where it is ({error})"
+    warnings.warn(f"{path} is damaged; {fate}", DamagedKernel, stacklevel=2)
     return None
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:  # set aside meanwhile
+        return 0.0
+
+
+def _keep(code: bytes, path: Path) -> None:
+    """Write a cache file. Raises OSError, which says what to do."""
+    try:
+        make_folder(path.parent)
+        if why := not_ours(path.parent):
+            raise PermissionError(why)
+        # Renamed when complete: a reader sees all of it or nothing. Behind the code its digest,
+        # which readers of ELF files do not mind.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+            try:
+                file.write(code + hashlib.sha256(code).digest())
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise OSError(
+            f"it cannot be kept ({error}); FLASHMOE_CACHE_DIR names another folder"
+        ) from None
 
 
 def _path(target: Target, chosen: _Compiler) -> Path:
     return _folder() / f"{_stem(target)}-{chosen.identity}.cubin"
-
-
-def _cached_paths(target: Target) -> list[Path]:
-    """The kernel's files from any compiler, the newest first: running one takes no compiler."""
-    found = _folder().glob(f"{_stem(target)}-*.cubin")
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _folder() -> Path:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe import database
+from flashmoe import database, device
 from flashmoe.autotune.cli import main
 from flashmoe.device import cpu_name
 
@@ -184,12 +184,22 @@ def test_a_database_that_cannot_be_written_is_code_1_with_the_report(home: Path)
 
 
 def test_a_database_that_cannot_be_read_is_code_1_at_once(home: Path) -> None:
+    path = database.user_path(cpu_name())
+    path.mkdir(parents=True)
+    done = autotune(*TINY)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"flashmoe.autotune: error: {path} could not be read")
+
+
+def test_a_cache_that_cannot_be_written_is_code_1_at_once_and_named(home: Path) -> None:
     (home / "cache").write_text("a file where the folder should be")
     done = autotune(*TINY)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("flashmoe.autotune: error: ")
-    assert "could not be read" in line
+    assert line.startswith(f"flashmoe.autotune: error: {home / 'cache'} cannot be written")
+    assert "set FLASHMOE_CACHE_DIR" in line
+    assert "--storage" not in line
 
 
 def test_help_documents_defaults_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,11 +274,14 @@ def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
 
 
 def test_where_sdpa_won_a_call_that_needs_lse_gets_the_best_tile(home: Path) -> None:
-    entry = database.Entry(PROBLEM, "sdpa", "", "", tile_with_lse="cpu:96x32-stages1-warps1")
+    tile = "cpu:96x32-stages1-warps1"
+    entry = database.Entry(
+        PROBLEM, "sdpa", "", "", tile_with_lse=tile, judged=device.kernel_hash("cpu")
+    )
     database.update(database.user_path(cpu_name()), {PROBLEM.bucket: entry})
     flashmoe.plan.reload_databases()
     cpu = torch.device("cpu")
     assert flashmoe.make_plan(PROBLEM, cpu).backend == "sdpa"
     planned = flashmoe.make_plan(PROBLEM, cpu, need_lse=True)
-    assert (planned.backend, str(planned.tile)) == ("cpu", "cpu:96x32-stages1-warps1")
+    assert (planned.backend, str(planned.tile)) == ("cpu", tile)
     assert planned.source == "user database"
