@@ -31,7 +31,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
-from plane_problems import RANDOM, Case, cases
+from plane_problems import Case, cases
 from plane_tiles import HOPPER, INSTANCES, Kernel, kernels_at, kernels_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,7 +76,7 @@ def compile_kernels(pool: ThreadPoolExecutor) -> list[str]:
 
 
 def has_triton(number: int, case: Case) -> bool:
-    return not case.name.startswith("random") or number % TRITON_EVERY == 0
+    return not case.name.startswith(("random", "train")) or number % TRITON_EVERY == 0
 
 
 def _compile_triton(problem: Problem) -> None:
@@ -247,7 +247,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="the file to write, lines of JSON")
     parser.add_argument("--seconds", type=float, default=420.0, help="when no more is begun")
     parser.add_argument("--first", type=int, default=0, help="the problem to begin with")
-    parser.add_argument("--random", type=int, default=RANDOM, help="how many random problems")
+    parser.add_argument("--sets", default=",".join(cases()), help="default: %(default)s")
     parser.add_argument("--no-triton", action="store_true", help="leave Triton out")
     parser.add_argument("--compile-only", action="store_true", help="needs no GPU")
     parser.add_argument("--dry-run", action="store_true", help="invent the times; needs no GPU")
@@ -261,7 +261,8 @@ def main() -> int:
         return 1 if errors else 0
     if args.output is None:
         parser.error("--output is required")
-    everything = list(enumerate(cases(args.random)))[args.first :]
+    chosen = [case for name in args.sets.split(",") for case in cases()[name]]
+    everything = list(enumerate(chosen))[args.first :]
     with args.output.open("w") as file, torch.no_grad():
         head: dict[str, Any] = {"schema": SCHEMA, "command": shlex.join(["python", *sys.argv])}
         waiting: dict[int, Future[None]] = {}

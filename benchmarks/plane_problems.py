@@ -12,8 +12,9 @@ from typing import NamedTuple
 from flashmoe.problem import MAX_HEAD_DIM, Problem
 
 sys.path.insert(0, str(Path(__file__).parent / "hopper"))
-from rows import ROWS
+from rows import ROWS, UNEVEN
 
+# Those that judge, and as many more that only teach.
 RANDOM = 400
 _SEQLENS, _PAIRS = (16, 65536), (1, 65536)
 _HEADS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 128)
@@ -108,9 +109,19 @@ def random_problems(count: int, seed: int = 0) -> list[Problem]:
     return list(found)
 
 
-def cases(count: int = RANDOM) -> list[Case]:
-    """All problems in the order in which they are measured."""
-    named = [Case(f"row {i}", row.problem) for i, row in enumerate(ROWS)]
-    named += [Case(f"table {i}", problem) for i, problem in enumerate(TABLE)]
-    named += [Case(f"short {i}", problem) for i, problem in enumerate(SHORT)]
-    return named + [Case(f"random {i}", p) for i, p in enumerate(random_problems(count))]
+def cases() -> dict[str, list[Case]]:
+    """All problems by set, each in the order in which it is measured."""
+    drawn = random_problems(2 * RANDOM)
+    uneven = dict.fromkeys(problem for pair in UNEVEN for problem in pair)
+    sets = {
+        "row": [row.problem for row in ROWS],
+        "table": TABLE,
+        "short": SHORT,
+        "random": drawn[:RANDOM],
+        "uneven": [p for p in uneven if p.bytes <= _MAX_BYTES],
+        "train": drawn[RANDOM:],
+    }
+    return {
+        name: [Case(f"{name} {i}", problem) for i, problem in enumerate(problems)]
+        for name, problems in sets.items()
+    }
