@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flashmoe.problem import MAX_HEAD_DIM, Problem
 
-sys.path.insert(0, str(Path(__file__).parent / "hopper"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "hopper"))
 from rows import ROWS, UNEVEN
 
 # Those that judge, and as many more that only teach.
