@@ -75,8 +75,10 @@ def _padded(size: int) -> int:
 
 def expected_seconds(problem: Problem) -> float:
     """About what the problem takes on an H200."""
-    work = problem.flops / max(problem.seqlen_q * problem.seqlen_kv, 1)
+    work = 4.0 * problem.batch * problem.heads_q * problem.head_dim
     work *= _padded(problem.seqlen_q) * _padded(problem.seqlen_kv)
+    if problem.causal:  # what a row sees in the mean, where there are no more queries than keys
+        work *= 1 - (problem.seqlen_q - 1) / (2 * problem.seqlen_kv)
     return _LAUNCH + max(work / _FLOPS, problem.bytes / _BYTES_PER_SECOND)
 
 
