@@ -22,7 +22,7 @@ from flashmoe.timing import Limits, measure
 
 OURS = "flashmoe"
 ALPHA = 0.05
-# A ratio this close to 1 may be the process's: all rounds are one's, and speedups of an H100's
+# A ratio this close to 1 may be the process's: all rounds are one's, and speedups of an H200's
 # processes differ by 0.1 to 0.7 %.
 SAME = 0.01
 

@@ -32,8 +32,8 @@ from flashmoe.timing import measure, measure_limits
 
 Emit = Callable[[dict[str, Any]], None]
 
-# What the rounds of a process may leave uncertain of its figure, as a logarithm: processes of one
-# GPU differ by 0.2 to 0.6 % (H100). A kernel of 11 us scatters by 6 % from round to round.
+# What the rounds of a process may leave uncertain of its figure, as a logarithm: 36 processes of an
+# H200 differed by 0.1 to 0.7 %. A kernel of 10 us scattered by 8 % from round to round.
 _ROUNDS_ERROR = 0.004
 _MOST_ROUNDS = 10  # times those asked for
 

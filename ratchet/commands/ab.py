@@ -56,7 +56,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:
-    return [*(arguments.output / f"{side}.json" for side in SIDES), *reports(arguments)]
+    results = [arguments.output / f"{side}.json" for side in SIDES]
+    return [] if arguments.build_only else [*results, *reports(arguments)]
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:

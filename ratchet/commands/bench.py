@@ -131,7 +131,7 @@ def settings(
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:
-    return [arguments.output]
+    return [] if arguments.build_only else [arguments.output]
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
