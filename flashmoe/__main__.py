@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ import flashmoe
 from flashmoe import _extension, database
 from flashmoe.backends import BACKENDS, jit
 from flashmoe.device import arch, fingerprint
+from flashmoe.environment import print_anything
 
 
 def describe(device: torch.device) -> list[str]:
@@ -28,12 +31,21 @@ def describe(device: torch.device) -> list[str]:
     for name, backend in BACKENDS.items():
         reason = backend.unavailable(device)
         lines.append(f"  {name:8} {'no: ' + reason if reason else 'yes'}")
-    for label, path in (
-        ("yours", database.user_path(here.name)),
-        ("shipped", database.shipped_path(here.name)),
-    ):
-        lines.append(f"  tuned ({label}): {len(database.load(path))} problems, {path}")
+    for label, path_of in (("yours", database.user_path), ("shipped", database.shipped_path)):
+        lines.append(f"  tuned ({label}): {_tuned(path_of, here.name, prints.kernels)}")
     return lines
+
+
+def _tuned(path_of: Callable[[str], Path], device_name: str, kernels: str) -> str:
+    """How many problems a tuned database has, and where it is."""
+    try:
+        path = path_of(device_name)
+        entries = database.load(path)
+    except OSError as error:
+        return f"none: {error}"
+    outdated = sum(entry.judged != kernels for entry in entries.values())
+    unused = f" ({outdated} of other kernels, which are not used)" if outdated else ""
+    return f"{len(entries)} problems{unused}, {path}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Exit code: 0; 2 for bad usage.",
     )
     parser.parse_args(arguments)
+    print_anything()
     info = _extension.load()
     cuda = f"CUDA {info.cuda_version} kernels for sm_{', sm_'.join(info.cuda_archs)}"
     print(f"flashmoe {flashmoe.__version__}, torch {torch.__version__}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import importlib.util
+import os
 import shutil
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +141,77 @@ def test_a_damaged_kernel_is_set_aside_named_and_compiled_again(cache, compiler,
     assert path.read_bytes().startswith(code)
 
 
+def test_a_damaged_kernel_that_cannot_be_set_aside_is_not_used(cache, compiler, monkeypatch):
+    code = jit.cubin(TARGET)
+    (path,) = cache.iterdir()
+    path.write_bytes(b"x")
+
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(jit, "set_aside", read_only)
+    with pytest.warns(jit.DamagedKernel, match=r"stays where it is \(.*Read-only"):
+        assert jit.cubin(TARGET) == code
+
+
+def open_folder(path):
+    path.parent.chmod(0o777)
+
+
+def open_file(path):
+    path.chmod(0o666)
+
+
+def link(path):
+    path.rename(path.with_suffix(".real"))
+    path.symlink_to(path.with_suffix(".real"))
+
+
+def give_away(path):
+    if os.geteuid():
+        pytest.skip("only root gives files away")
+    os.chown(path, 65534, 65534)
+
+
+@pytest.mark.parametrize("spoil", [open_folder, open_file, link, give_away])
+def test_what_others_may_have_written_is_never_loaded(cache, compiler, spoil):
+    code = jit.cubin(TARGET)
+    (path,) = cache.iterdir()
+    evil = b"evil code"
+    path.write_bytes(evil + hashlib.sha256(evil).digest())
+    assert jit.cubin(TARGET) == evil
+    spoil(path)
+    with pytest.warns(jit.UnusedCache, match=f"kernels in {cache} are not loaded: {cache}"):
+        assert not jit.is_cached(TARGET)
+    with pytest.warns(jit.UnusedCache):
+        assert jit.cubin(TARGET) == code
+
+
+def test_a_kernel_that_cannot_be_kept_runs_and_the_variable_is_named(cache, compiler, monkeypatch):
+    cache.mkdir(mode=0o700)
+    cache.chmod(0o770)
+    for _ in range(2):
+        with pytest.warns(jit.UnusedCache, match=rf"chmod go-w {cache}.*FLASHMOE_CACHE_DIR"):
+            assert jit.cubin(TARGET)
+    with pytest.raises(OSError, match="FLASHMOE_CACHE_DIR names another folder"):
+        jit.precompile(TARGET)
+    assert len(compiler.compiled) == 2
+    assert not list(cache.iterdir())
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", "~no-such-user/cache")
+    with pytest.warns(jit.UnusedCache, match="set FLASHMOE_CACHE_DIR"):
+        assert jit.cubin(TARGET)
+
+
+def test_kernels_are_kept_for_the_user_alone(cache, compiler):
+    before = os.umask(0)
+    try:
+        jit.cubin(TARGET)
+    finally:
+        os.umask(before)
+    (path,) = cache.iterdir()
+    assert [stat.S_IMODE(x.stat().st_mode) for x in (cache, path)] == [0o700, 0o600]
+
+
 def test_what_a_compiler_refuses_is_not_kept(cache, compiler):
     target = jit.Target(Tile("sm90", 64, 32), 64, "float16")
     for attempt in (jit.precompile, jit.cubin):
@@ -223,6 +298,33 @@ def test_a_cached_tile_runs_without_a_compiler(hopper, compiler, monkeypatch):
 
     monkeypatch.setattr(jit, "_compiler", missing)
     assert plan.make_plan(PROBLEM, DEVICE).tile == SMALL
+
+
+def test_a_damaged_kernel_without_a_compiler_leaves_the_default(
+    hopper, cache, compiler, monkeypatch
+):
+    store(SMALL)
+    CUDA.precompile(SMALL, PROBLEM, DEVICE)
+    (path,) = cache.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+
+    def missing(name):
+        raise jit.CompilerUnavailable("gone")
+
+    monkeypatch.setattr(jit, "_compiler", missing)
+    with pytest.warns(jit.DamagedKernel, match=str(path)):
+        planned = plan.make_plan(PROBLEM, DEVICE)
+    assert planned.tile == CUDA.default_tile(PROBLEM, H200)
+    assert planned.source == f"heuristic: {SMALL} of the user database: not compiled here"
+
+
+def test_a_plan_looks_for_no_compiler(hopper, monkeypatch):
+    def looked(name):
+        pytest.fail("it takes long")
+
+    store(SMALL)
+    monkeypatch.setattr(jit, "_compiler", looked)
+    assert plan.make_plan(PROBLEM, DEVICE).tile == CUDA.default_tile(PROBLEM, H200)
 
 
 def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):

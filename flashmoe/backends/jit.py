@@ -115,6 +115,7 @@ def precompile(target: Target) -> None:
     """
     chosen = _chosen_compiler()
     path = _path(target, chosen)
+    _make_ours(path.parent)
     if _read(path) is None:
         _keep(chosen.compile(source(target)), path)
 
@@ -270,27 +271,32 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _keep(code: bytes, path: Path) -> None:
-    """Write a cache file. Raises OSError, which says what to do."""
+def _make_ours(folder: Path) -> None:
+    """Make the folder that kernels are kept in. Raises OSError, which says what to do, where it
+    cannot be made or others may write there."""
     try:
-        make_folder(path.parent)
-        if why := not_ours(path.parent):
+        make_folder(folder)
+        if why := not_ours(folder):
             raise PermissionError(why)
-        # Renamed when complete: a reader sees all of it or nothing. Behind the code its digest,
-        # which readers of ELF files do not mind.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-            try:
-                file.write(code + hashlib.sha256(code).digest())
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
     except OSError as error:
-        raise OSError(
-            f"it cannot be kept ({error}); FLASHMOE_CACHE_DIR names another folder"
-        ) from None
+        text = f"it cannot be kept ({error}); FLASHMOE_CACHE_DIR names another folder"
+        raise OSError(text) from error
+
+
+def _keep(code: bytes, path: Path) -> None:
+    """Write a cache file. Raises OSError."""
+    _make_ours(path.parent)
+    # Renamed when complete: a reader sees all of it or nothing. Behind the code its digest, which
+    # readers of ELF files do not mind.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        try:
+            file.write(code + hashlib.sha256(code).digest())
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise
 
 
 def _path(target: Target, chosen: _Compiler) -> Path:
