@@ -63,12 +63,20 @@ class Problem:
             )
 
     @property
-    def flops(self) -> float:
-        """Forward 4*B*Hq*Sq*Skv*D, half of it when causal; backward 2.5 times that."""
-        forward = 4.0 * self.batch * self.heads_q * self.seqlen_q * self.seqlen_kv * self.head_dim
-        if self.causal:
-            forward /= 2
-        return forward * (2.5 if self.direction == "bwd" else 1.0)
+    def visible_pairs(self) -> int:
+        """How many (query, key) pairs the mask of one head lets through."""
+        if not self.causal:
+            return self.seqlen_q * self.seqlen_kv
+        # The last rows see all keys, all but one, ...; rows before the first key see none.
+        rows = min(self.seqlen_q, self.seqlen_kv)
+        return rows * self.seqlen_kv - rows * (rows - 1) // 2
+
+    @property
+    def flops(self) -> int:
+        """4 * head_dim for each visible (query, key) pair of each query head; backward 2.5 times
+        that."""
+        each = 4 if self.direction == "fwd" else 10
+        return each * self.batch * self.heads_q * self.visible_pairs * self.head_dim
 
     @property
     def bytes(self) -> float:

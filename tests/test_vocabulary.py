@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_flops_and_bytes():
     assert PROBLEM.flops == 4 * 32 * 8 * 512 * 512 * 64
-    assert replace(PROBLEM, causal=True).flops == PROBLEM.flops / 2
+    assert replace(PROBLEM, causal=True).flops == 4 * 32 * 8 * (512 * 513 // 2) * 64
     assert replace(PROBLEM, direction="bwd").flops == PROBLEM.flops * 2.5
     tensor = 32 * 512 * 8 * 64 * 2
     assert PROBLEM.bytes == 4 * tensor + 32 * 8 * 512 * 4
@@ -79,6 +79,24 @@ problems = st.builds(
     causal=st.booleans(),
     direction=st.sampled_from(["fwd", "bwd"]),
 )
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.booleans())
+def test_flops_count_what_each_query_sees(seqlen_q, seqlen_kv, causal):
+    pairs = sum(
+        not causal or j <= i + seqlen_kv - seqlen_q
+        for i in range(seqlen_q)
+        for j in range(seqlen_kv)
+    )
+    problem = Problem(3, 4, 2, seqlen_q, seqlen_kv, 8, "float32", causal)
+    assert problem.flops == 4 * 3 * 4 * 8 * pairs
+    assert replace(problem, direction="bwd").flops == 10 * 3 * 4 * 8 * pairs
+
+
+@given(problems)
+def test_only_empty_problems_have_no_flops(problem):
+    assert bool(problem.flops) == bool(problem.batch and problem.seqlen_q and problem.seqlen_kv)
+    assert isinstance(problem.flops, int)
 
 
 @given(problems)
