@@ -162,3 +162,15 @@ def reject_illegal(tile: Tile | None, problem: Problem, arch: Arch) -> str:
 def last_contiguous(x: Tensor) -> Tensor:
     """x, copied only when its last dimension is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matmuls on x's device are as exact as float32 holds: float64 where torch
+    was told to round float32 operands (torch.set_float32_matmul_precision, allow_tf32). The
+    operands of TF32 hold 16-bit x exactly, and what is computed from x as exactly as x."""
+    if x.is_cuda:
+        rounds = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    else:
+        precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        rounds = precision in ("bf16", "tf32")
+    return torch.float64 if rounds else torch.float32

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmoe.backends.base import Backend, reject_without_tiles
+from flashmoe.backends.base import Backend, matmul_dtype, reject_without_tiles
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -56,35 +56,29 @@ class BlockedBackend(Backend):
         causal: bool,
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _attention_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal)
+        # A block has whole rows, so it needs neither out nor softmax_lse.
+        return _attention_backward(dout, q, k, v, softmax_scale, causal)
 
 
 def _attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    softmax_scale: float,
-    causal: bool,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the inputs' dtype, computed in float32.
+    """dq, dk, dv in the inputs' dtype, computed in float32. Deterministic.
 
-    P is recomputed from softmax_lse (FlashAttention, arXiv:2205.14135). Deterministic.
+    P is the softmax of the row and not exp(scores - softmax_lse), and delta the sum of P * dP and
+    not of out * dout: of scores beyond 2**24, softmax_lse keeps too few digits for an exponent.
     """
+    if not (q.numel() and k.numel()):
+        return _zeros(q), _zeros(k), _zeros(v)
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
-    group = heads_q // heads_kv
+    dtype = matmul_dtype(q)
     # (batch, heads_kv, group, seqlen_q, head_dim): a KV head broadcasts over its group of queries.
-    grouped = (batch, seqlen_q, heads_kv, group, head_dim)
-    qh, oh, doh = (x.float().reshape(grouped).permute(0, 2, 3, 1, 4) for x in (q, out, dout))
-    kh, vh = (x.float().permute(0, 2, 1, 3).unsqueeze(2) for x in (k, v))
-    lse = softmax_lse.reshape(batch, heads_kv, group, seqlen_q)
-    delta = (oh * doh).sum(-1)
-    dq = torch.zeros_like(qh, memory_format=torch.contiguous_format)
-    dk = torch.zeros(batch, heads_kv, seqlen_kv, head_dim, device=q.device)
-    dv = torch.zeros_like(dk)
+    grouped = (batch, seqlen_q, heads_kv, heads_q // heads_kv, head_dim)
+    qh, doh = (x.to(dtype).reshape(grouped).permute(0, 2, 3, 1, 4) for x in (q, dout))
+    kh, vh = (x.to(dtype).permute(0, 2, 1, 3).unsqueeze(2) for x in (k, v))
+    dq = _zeros(qh)
+    dk, dv = (x.new_zeros(batch, heads_kv, seqlen_kv, head_dim) for x in (kh, vh))
     for start in range(0, seqlen_q, _BLOCK_M):
         stop = min(start + _BLOCK_M, seqlen_q)
         # Keys past the last one that the block's last row sees add nothing.
@@ -92,27 +86,32 @@ def _attention_backward(
         if seen == 0:
             continue
         keys, values = kh[..., :seen, :], vh[..., :seen, :]
-        rows = slice(start, stop)
-        scores = qh[..., rows, :] @ keys.transpose(-1, -2) * softmax_scale
-        # A row that sees nothing has lse -inf; +inf makes its P exactly 0.
-        row_lse = lse[..., rows]
-        row_lse = row_lse.masked_fill(row_lse == float("-inf"), float("inf"))
-        p = torch.exp(scores - row_lse.unsqueeze(-1))
+        qb, do = qh[..., start:stop, :], doh[..., start:stop, :]
+        scores = qb @ keys.transpose(-1, -2)
         if causal:
             i = torch.arange(start, stop, device=q.device).unsqueeze(1)
             j = torch.arange(seen, device=q.device)
-            p = p.masked_fill(j > i + (seqlen_kv - seqlen_q), 0.0)
-        do = doh[..., rows, :]
-        dp = do @ values.transpose(-1, -2)
-        ds = p * (dp - delta[..., rows].unsqueeze(-1)) * softmax_scale
-        dq[..., rows, :] = ds @ keys
+            hidden = j > i + (seqlen_kv - seqlen_q)
+            scores.masked_fill_(hidden, float("-inf"))
+        # Less the maximum before they are scaled: scaled, they may be more than float32 holds.
+        scores -= scores.amax(-1, keepdim=True)
+        p = torch.softmax(scores.mul_(softmax_scale), dim=-1)
+        if causal:
+            p.masked_fill_(hidden, 0.0)  # a row that sees nothing has no softmax
+        ds = p * (do @ values.transpose(-1, -2))
+        ds -= p * ds.sum(-1, keepdim=True)
+        dq[..., start:stop, :] = ds @ keys
         # Sum over the group: fold it into the contracted dimension.
-        dk[..., :seen, :] += _fold(ds).transpose(-1, -2) @ _fold(qh[..., rows, :])
+        dk[..., :seen, :] += _fold(ds).transpose(-1, -2) @ _fold(qb)
         dv[..., :seen, :] += _fold(p).transpose(-1, -2) @ _fold(do)
-    dq = dq.permute(0, 3, 1, 2, 4).reshape(q.shape)
-    dk, dv = dk.transpose(1, 2), dv.transpose(1, 2)
+    dq = (dq * softmax_scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    dk, dv = (dk * softmax_scale).transpose(1, 2), dv.transpose(1, 2)
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
 def _fold(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], x.shape[1], -1, x.shape[-1])
+    return x.flatten(2, 3)
