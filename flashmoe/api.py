@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -16,6 +15,7 @@ from torch.autograd import forward_ad
 
 from flashmoe import ops, shapes
 from flashmoe.backends import BACKENDS
+from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.plan import make_plan, reload_databases
 from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
@@ -62,7 +62,7 @@ def flash_attn_func(
             of 8, at most 256. Any strides; without a contiguous last dimension it is copied.
         k, v: (batch, seqlen_kv, heads_kv, head_dim); heads_q must be a multiple of heads_kv, and
             query head h uses head h // (heads_q // heads_kv).
-        softmax_scale: finite and positive; default 1 / sqrt(head_dim).
+        softmax_scale: positive and at most 2.3e38; default 1 / sqrt(head_dim).
         causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
         deterministic: gradients are bitwise repeatable with every backend of today, so this changes
             nothing; it is there for flash-attn's signature. Only `backend="sdpa"`, whose gradients
@@ -71,8 +71,9 @@ def flash_attn_func(
         backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
 
     Returns:
-        out, shaped and typed as q. softmax_lse is (batch, heads_q, seqlen_q) float32, natural
-        logarithm, not differentiable. A row that sees no key has out 0 and softmax_lse -inf.
+        out, shaped and typed as q, contiguous. softmax_lse is (batch, heads_q, seqlen_q) float32,
+        natural logarithm, not differentiable. A row that sees no key has out 0 and softmax_lse
+        -inf.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what is allowed.
@@ -102,12 +103,13 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention's signature, layout and meaning.
+    """torch.nn.functional.scaled_dot_product_attention's signature, layout and meaning; may take
+    its place there.
 
     query (batch, heads_q, seqlen_q, head_dim), key and value (batch, heads_kv, seqlen_kv,
     head_dim); is_causal is aligned top-left: query i sees keys j <= i. What our kernels do not
-    compute goes to torch's own: an attn_mask, dropout, a scale that is not finite and positive in
-    float32, other ranks, dtypes and head dimensions, value's head_dim differing from query's, a
+    compute goes to torch's own: an attn_mask, dropout, a scale that flash_attn_func refuses, other
+    ranks, dtypes and head dimensions, value's head_dim differing from query's, a
     causal query longer than its keys, subclasses of Tensor (nested, distributed, fake), and what
     runs under torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
     """
@@ -116,7 +118,7 @@ def scaled_dot_product_attention(
         or dropout_p != 0.0
         or not _ours(query, key, value, scale, is_causal, enable_gqa)
     ):
-        return F.scaled_dot_product_attention(
+        return torch_sdpa(
             query,
             key,
             value,

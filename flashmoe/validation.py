@@ -12,12 +12,13 @@ from flashmoe.backends import BACKENDS
 from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
 
-# Kernels take softmax_scale as float32: below its smallest normal number it may become 0.
-_MIN_SCALE, _MAX_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+# Kernels take softmax_scale as float32, below whose smallest normal number it may become 0, and
+# multiply it by log2(e), 1.44.
+_MIN_SCALE, _MAX_SCALE = torch.finfo(torch.float32).tiny, 2.3e38
 
 
 def is_normal(scale: float | numbers.Real) -> bool:
-    """Whether scale is positive and a normal number in float32."""
+    """Whether scale, and scale * log2(e), is positive and a normal number in float32."""
     try:
         # float, because NumPy compares in the precision of its own side.
         return _MIN_SCALE <= float(scale) <= _MAX_SCALE
@@ -104,6 +105,6 @@ def validate(
         raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
     if not is_normal(softmax_scale):
         raise ValueError(
-            f"softmax_scale must be finite and positive in float32, got {softmax_scale}"
+            f"softmax_scale must be from {_MIN_SCALE:.3g} to {_MAX_SCALE:.3g}, got {softmax_scale}"
         )
     return float(softmax_scale)

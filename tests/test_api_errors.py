@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import Problem, Tile, flash_attn_func
+from flashmoe import Problem, Tile, flash_attn_func, validation
 
 
 def qkv(**overrides: torch.Tensor) -> list[torch.Tensor]:
@@ -47,10 +52,27 @@ def test_heads_must_be_a_multiple():
         flash_attn_func(*qkv(k=k, v=v))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-60, 1e60, float("nan"), float("inf")])
-def test_softmax_scale_must_be_positive(scale):
-    with pytest.raises(ValueError, match="softmax_scale must be finite and positive in float32"):
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-60, 3e38, 1e60, float("nan"), float("inf")])
+def test_softmax_scale_must_be_what_kernels_can_hold(scale):
+    message = rf"softmax_scale must be from 1\.18e-38 to 2\.3e\+38, got {re.escape(str(scale))}"
+    with pytest.raises(ValueError, match=message):
         flash_attn_func(*qkv(), softmax_scale=scale)
+
+
+@given(st.floats(1e-40, 1e40))
+def test_a_scale_that_is_taken_can_be_multiplied_by_log2_e_in_float32(scale):
+    product = torch.tensor(scale, dtype=torch.float32) * math.log2(math.e)
+    if validation.is_normal(scale):
+        assert torch.finfo(torch.float32).tiny <= product < math.inf
+    else:  # not far from what is allowed
+        assert product < 1.8e-38 or product > 3.3e38
+
+
+@pytest.mark.parametrize("scale", [2e-38, 2.3e38])
+def test_extreme_scales_of_scores_that_are_zero(scale):
+    _, k, v = qkv()
+    out = flash_attn_func(torch.zeros(2, 5, 4, 32), k, v, softmax_scale=scale)
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(1.0), np.ones(()), [1.0], "1"])

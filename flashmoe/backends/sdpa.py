@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashmoe.backends.base import Backend, reject_without_tiles
+from flashmoe.backends.base import Backend, matmul_dtype, reject_without_tiles
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
+
+# Not by torch.nn.functional, whose name users give to our own function.
+torch_sdpa = torch._C._nn.scaled_dot_product_attention
+
+# Grids of its CUDA kernels have batch and heads in y and z.
+_MAX_GRID_YZ = 65535
+# Its CUDA kernels read so many bytes at a time.
+_READ_BYTES = 16
 
 
 class SdpaBackend(Backend):
@@ -22,6 +29,8 @@ class SdpaBackend(Backend):
             return "its backward belongs to its own autograd graph"
         if problem.causal and problem.seqlen_q != problem.seqlen_kv:
             return "its causal mask is aligned top-left when seqlen_q differs from seqlen_kv"
+        if arch.kind == "cuda" and max(problem.batch, problem.heads_q) > _MAX_GRID_YZ:
+            return f"its kernels cannot launch more than {_MAX_GRID_YZ} sequences or heads"
         return ""
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
@@ -43,15 +52,9 @@ class SdpaBackend(Backend):
         tile: Tile | None,
     ) -> tuple[Tensor, None]:
         """Differentiable by torch's own autograd. Does not tell softmax_lse."""
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=causal,
-            scale=softmax_scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return out.transpose(1, 2), None
+        attend = _on_cuda if q.is_cuda else _on_cpu
+        # Its kernels lay out their results each in its own way.
+        return attend(q, k, v, softmax_scale, causal).contiguous(), None
 
     def backward(
         self,
@@ -66,3 +69,65 @@ class SdpaBackend(Backend):
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError("the sdpa backend is differentiated by torch's autograd")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+    return torch_sdpa(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        is_causal=causal,
+        scale=softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
+
+
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+    # torch.compile cannot ask how exact matmuls are.
+    if q.dtype == torch.float32 and not torch.compiler.is_compiling():
+        exact = matmul_dtype(q)
+        q, k, v = (x.to(exact) for x in (q, k, v))
+        return _attend(q, k, v, softmax_scale, causal).float()
+    return _attend(q, k, v, softmax_scale, causal)
+
+
+def _on_cuda(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+    """SDPA of what its kernels can read, and by none whose memory is quadratic in seqlen."""
+    q, k, v = (readable(x) for x in (q, k, v))
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    heads_kv = k.shape[2]
+    group = heads_q // heads_kv
+    if group == 1 or _flash_runs(q):
+        return _attend(q, k, v, softmax_scale, causal)
+    # The others take no groups, but for the one that materializes the scores.
+    if causal:
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        return _attend(q, k, v, softmax_scale, causal)
+    # Without a mask the queries of a group are rows of one head: no copy of K and V, nor of a
+    # single query.
+    rows = q.reshape(batch, seqlen_q, heads_kv, group, head_dim).transpose(2, 3).flatten(1, 2)
+    out = _attend(rows, k, v, softmax_scale, causal)
+    return out.reshape(batch, seqlen_q, group, heads_kv, head_dim).transpose(2, 3).flatten(2, 3)
+
+
+def _flash_runs(q: Tensor) -> bool:
+    """Whether SDPA's flash kernel runs on q's GPU and in its dtype."""
+    return q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, copied unless SDPA's CUDA kernels can read it where it lies: they check neither address
+    nor strides, and a fault takes the CUDA context with it."""
+    if not torch.compiler.is_compiling() and _is_aligned(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    batch, row, head, last = x.stride()
+    if last != 1 or (batch | row | head) * x.element_size() % _READ_BYTES:
+        return False
+    try:
+        return x.data_ptr() % _READ_BYTES == 0
+    except RuntimeError:  # what is fake or batched has no address
+        return False
