@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 
-# What the ratchet needs and attention does not: modules, and the packages that bring them.
-PACKAGES = {"pynvml": "nvidia-ml-py", "rich": "rich", "scipy": "scipy"}
+from flashmoe.environment import missing_packages
+
 BAD_INPUT = 2
 
 
 def main() -> int:
-    missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
-    if missing:
-        told = f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}"
-        print(f"flashmoe.ratchet: error: {told}", file=sys.stderr)
+    if missing := missing_packages("pynvml", "rich", "scipy"):
+        print(f"flashmoe.ratchet: error: {missing}", file=sys.stderr)
         return BAD_INPUT
     try:
         from flashmoe.ratchet import cli

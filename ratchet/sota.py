@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from flashmoe.device import Fingerprint
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.providers import PROVIDERS, Provider
-from flashmoe.ratchet.suite import Case
+from flashmoe.ratchet.suite import Case, parse
 from flashmoe.ratchet.telemetry import Watch
 from flashmoe.ratchet.workload import Workload
 from flashmoe.reference import error_bound
@@ -56,6 +57,20 @@ class Compared:
     def row(self, provider: str) -> Row:
         found = (row for row in self.rows if row.provider == provider)
         return next(found, Row(provider, (), "not compared"))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One run: what was compared, how (`timing` is one of timing.HOW), and where."""
+
+    started: str
+    command: str
+    commit: str
+    timing: str
+    fingerprint: Fingerprint
+    versions: Mapping[str, str]
+    limits: Mapping[str, Limits]
+    measured: Sequence[Compared]
 
 
 def compare(
@@ -166,25 +181,65 @@ def conclusion(row: Row) -> str:
     return "same"
 
 
-def as_json(measured: Sequence[Compared]) -> list[dict[str, Any]]:
+def to_json(comparison: Comparison) -> dict[str, Any]:
     """With raw samples, six digits each."""
-    return [
-        {
-            "name": compared.case.name,
-            "flops": compared.case.flops,
-            "bytes": compared.case.bytes,
-            "floor": compared.floor,
-            "watts": compared.watts,
-            "providers": {
-                row.provider: {
-                    "reason": row.reason,
-                    "ratio": row.ratio.to_json() if row.ratio else None,
-                    "p": row.p,
-                    "conclusion": conclusion(row),
-                    "samples": [float(f"{x:.6g}") for x in row.samples],
-                }
-                for row in compared.rows
-            },
-        }
-        for compared in measured
-    ]
+    return {
+        "started": comparison.started,
+        "command": comparison.command,
+        "commit": comparison.commit,
+        "timing": comparison.timing,
+        "fingerprint": comparison.fingerprint.to_json(),
+        "versions": dict(comparison.versions),
+        "limits": {dtype: asdict(x) for dtype, x in comparison.limits.items()},
+        "cases": [
+            {
+                "name": compared.case.name,
+                "flops": compared.case.flops,
+                "bytes": compared.case.bytes,
+                "floor": compared.floor,
+                "watts": compared.watts,
+                "providers": {
+                    row.provider: {
+                        "reason": row.reason,
+                        "ratio": row.ratio.to_json() if row.ratio else None,
+                        "p": row.p,
+                        "conclusion": conclusion(row),
+                        "samples": [float(f"{x:.6g}") for x in row.samples],
+                    }
+                    for row in compared.rows
+                },
+            }
+            for compared in comparison.measured
+        ],
+    }
+
+
+def from_json(data: Any) -> Comparison:
+    """What `to_json` told; what follows from a case is computed anew. Raises ValueError, KeyError,
+    TypeError, AttributeError or UserError where it is something else."""
+    limits = {dtype: Limits(**rates) for dtype, rates in data["limits"].items()}
+    measured = []
+    for told in data["cases"]:
+        case = parse(told["name"])
+        rows = tuple(
+            Row(
+                name,
+                tuple(map(float, row["samples"])),
+                str(row["reason"]),
+                Interval(*map(float, row["ratio"])) if row["ratio"] else None,
+                float(row["p"]),
+            )
+            for name, row in told["providers"].items()
+        )
+        floor = limits[case.problem.dtype].floor(case.flops, case.bytes)
+        measured.append(Compared(case, rows, floor, told["watts"]))
+    return Comparison(
+        started=str(data["started"]),
+        command=str(data["command"]),
+        commit=str(data["commit"]),
+        timing=str(data["timing"]),
+        fingerprint=Fingerprint(**data["fingerprint"]),
+        versions={name: str(version) for name, version in data["versions"].items()},
+        limits=limits,
+        measured=tuple(measured),
+    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import json
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import geometric_mean
 
 import torch
 
-from flashmoe.device import Fingerprint, fingerprint, slug
+from flashmoe.device import fingerprint, slug
 from flashmoe.ratchet import figures, providers, svg
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
@@ -21,9 +21,11 @@ from flashmoe.ratchet.sota import (
     OURS,
     SAME,
     Compared,
-    as_json,
+    Comparison,
     compare,
     conclusion,
+    from_json,
+    to_json,
 )
 from flashmoe.ratchet.suite import select
 from flashmoe.timing import HOW, Limits, measure_limits
@@ -32,7 +34,7 @@ HELP = "compare with every implementation of attention that is installed, and wr
 DESCRIPTION = """Measure flashmoe and every other implementation found (SDPA's four backends,
 FlexAttention, flash-attn 2, 3 and 4, xFormers, FlashInfer) in the same process, interleaved, and
 write a document with tables, figures, raw samples and the command that repeats it."""
-EPILOG = "Exit codes: 0 done; 2 bad usage."
+EPILOG = "Exit codes: 0 done; 2 bad usage, or a damaged file."
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="the document; figures and JSON go into a folder of the same name "
         "(default: %(default)s)",
     )
+    add(
+        "--from",
+        dest="earlier",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: write the document anew from the JSON of an earlier run",
+    )
     common.add_device(parser)
     common.add_debug(parser)
 
@@ -59,38 +68,51 @@ def writes(arguments: argparse.Namespace) -> list[Path]:
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.rounds < 10:
         raise UserError(f"rounds must be at least 10, got {arguments.rounds}")
+    earlier = arguments.earlier
+    comparison = _read(earlier) if earlier else _measure(arguments, common.command(argv))
+    folder = arguments.output.with_suffix("")
+    name = slug(comparison.fingerprint.device)
+    write_json(folder / f"{name}.json", to_json(comparison))
+    drawn = {"rates": figures.bars(comparison.measured)}
+    for dtype, limit in comparison.limits.items():
+        if some := [c for c in comparison.measured if c.case.problem.dtype == dtype]:
+            drawn[f"roofline-{dtype}"] = figures.roofline(some, limit)
+    for title, text in drawn.items():
+        write_text(folder / f"{name}-{title}.svg", svg.document(text))
+    text = document(comparison, [f"{folder.name}/{name}-{title}.svg" for title in drawn])
+    write_text(arguments.output, text)
+    print(text)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, command: str) -> Comparison:
     device = torch.device(common.device(arguments.device))
     cases = select(arguments.suite, device.type, arguments.case)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     limits = _limits(sorted({case.problem.dtype for case in cases}), device)
     with common.progress(len(cases)) as step:
         measured = compare(cases, device, limits, arguments.rounds, step)
-    prints, versions = fingerprint(device), providers.found()
-    folder = arguments.output.with_suffix("")
-    name = slug(prints.device)
-    write_json(
-        folder / f"{name}.json",
-        {
-            "started": started,
-            "command": common.command(argv),
-            "commit": commit(),
-            "fingerprint": prints.to_json(),
-            "versions": dict(versions),
-            "limits": {dtype: asdict(x) for dtype, x in limits.items()},
-            "cases": as_json(measured),
-        },
+    prints = fingerprint(device)
+    return Comparison(
+        started,
+        command,
+        commit(),
+        HOW[prints.kind],
+        prints,
+        providers.found(),
+        limits,
+        measured,
     )
-    drawn = {"rates": figures.bars(measured)}
-    for dtype, limit in limits.items():
-        if some := [c for c in measured if c.case.problem.dtype == dtype]:
-            drawn[f"roofline-{dtype}"] = figures.roofline(some, limit)
-    for title, text in drawn.items():
-        write_text(folder / f"{name}-{title}.svg", svg.document(text))
-    links = [f"{folder.name}/{name}-{title}.svg" for title in drawn]
-    text = document(measured, prints, versions, started, common.command(argv), links)
-    write_text(arguments.output, text)
-    print(text)
-    return 0
+
+
+def _read(path: Path) -> Comparison:
+    """Raises UserError when it is not a file that this command wrote."""
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _limits(dtypes: Sequence[str], device: torch.device) -> dict[str, Limits]:
@@ -99,41 +121,38 @@ def _limits(dtypes: Sequence[str], device: torch.device) -> dict[str, Limits]:
     return {dtype: measure_limits(device, getattr(torch, dtype)) for dtype in dtypes}
 
 
-def document(
-    measured: Sequence[Compared],
-    prints: Fingerprint,
-    versions: Mapping[str, str],
-    started: str,
-    command: str,
-    links: Sequence[str],
-) -> str:
+def document(comparison: Comparison, links: Sequence[str]) -> str:
     """Markdown."""
+    here, versions, measured = comparison.fingerprint, comparison.versions, comparison.measured
     names = [n for n in versions if any(c.row(n).samples for c in measured)]
     lines = [
         "# Performance",
         "",
-        f"{prints.device}, driver {prints.driver or 'none'}, CUDA {prints.cuda or 'none'}, torch "
-        f"{prints.torch}, {started[:10]}. Each case: all implementations in one process, "
+        f"{here.device}, driver {here.driver or 'none'}, CUDA {here.cuda or 'none'}, torch "
+        f"{here.torch}, {comparison.started[:10]}. Each case: all implementations in one process, "
         f"interleaved in an order drawn anew each round, {len(measured[0].row(OURS).samples)} "
-        f"rounds, {HOW[prints.kind]}, random data, results compared. Repeat it with",
+        f"rounds, {comparison.timing}, random data, results compared. Repeat it with",
         "",
-        f"```sh\n{command}\n```",
+        f"```sh\n{comparison.command}\n```",
         "",
         "Raw samples are in the JSON file beside the figures.",
         "",
         *(f"![{Path(link).stem}]({link})\n" for link in links),
         "## Summary",
         "",
-        "| | version | cases | flashmoe is faster | same | slower | speedup, geometric mean |",
-        "|:--|:--|--:|--:|--:|--:|--:|",
+        "| | version | | cases | flashmoe is faster | same | slower | speedup, geometric mean |",
+        "|:--|:--|:--|--:|--:|--:|--:|--:|",
     ]
     for name in names:
-        rows = [c.row(name) for c in measured]
-        told = [conclusion(row) for row in rows if row.ratio]
-        if told:
+        # Kernels of their own: one mean over both would say nothing of either.
+        for what, backward in (("forward", False), ("training", True)):
+            rows = [c.row(name) for c in measured if c.case.backward == backward]
+            if not (told := [conclusion(row) for row in rows if row.ratio]):
+                continue
             mean = geometric_mean([row.ratio.value for row in rows if row.ratio])
             counts = " | ".join(str(told.count(word)) for word in ("faster", "same", "slower"))
-            lines.append(f"| {name} | {versions[name]} | {len(told)} | {counts} | {mean:.2f} |")
+            cells = f"{name} | {versions[name]} | {what} | {len(told)} | {counts} | {mean:.2f}"
+            lines.append(f"| {cells} |")
     absent = [n for n in versions if not versions[n]]
     if absent:
         lines += ["", f"Not installed here: {', '.join(absent)}."]

@@ -16,6 +16,7 @@ from flashmoe.ratchet.sota import OURS, Compared, Row, conclusion, with_signific
 from flashmoe.ratchet.suite import SUITES, parse
 from flashmoe.timing import Limits
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = ("fwd-b1-h2-s64-d16-float32-causal", "fwdbwd-b1-h4k2-s40-d24-float32")
 
 
@@ -139,6 +140,52 @@ def test_the_command(
     for link in text.split("](")[1:]:
         assert (document.parent / link.partition(")")[0]).exists()
     assert cli.main(["sota", "--rounds", "9"]) == 2
+
+
+def test_the_committed_document_is_what_its_data_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed = ROOT / "docs"
+    document = tmp_path / "performance.md"
+    monkeypatch.setattr("flashmoe.ratchet.commands.sota.compare", lambda *_: pytest.fail("it runs"))
+    for data in (committed / "performance").glob("*.json"):
+        assert cli.main(["sota", "--from", str(data), "--output", str(document)]) == 0
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
+    assert len(written) >= 4
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (committed / path).read_bytes(), path
+
+
+def test_forward_and_training_are_not_averaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads((ROOT / "docs/performance/nvidia-h200.json").read_text(encoding="utf-8"))
+    cases = {case["name"]: case for case in data["cases"]}
+    for name, case in cases.items():
+        case["providers"]["flex"]["ratio"] = [0.5] * 3 if name.startswith("fwdbwd") else [2.0] * 3
+    (tmp_path / "data.json").write_text(json.dumps(data), encoding="utf-8")
+    again = ["sota", "--from", str(tmp_path / "data.json"), "--output", str(tmp_path / "x.md")]
+    assert cli.main(again) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| flex ")]
+    training = sum(name.startswith("fwdbwd") for name in cases)
+    assert [[*line.split(" | ")[2:4], line.split(" | ")[-1]] for line in lines] == [
+        ["forward", str(len(cases) - training), "2.00 |"],
+        ["training", str(training), "0.50 |"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"limits": 1}', "[]"])
+def test_a_damaged_file_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    again = ["sota", "--from", str(path), "--output", str(tmp_path / "x.md")]
+    assert cli.main(again) == 2
+    assert f"{path} is damaged: " in capsys.readouterr().err
+    path.unlink()
+    assert cli.main(again) == 2
+    assert f"cannot read {path}: " in capsys.readouterr().err
 
 
 def test_flex_is_compiled_for_every_shape() -> None:
