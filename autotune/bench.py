@@ -57,6 +57,8 @@ class Bench(Protocol):
     compiles_ahead: bool
     # How many candidates are compiled at the same time.
     compilers: int
+    # The number of the process that runs candidates now; a fresh one has another.
+    process: int
 
     @property
     def fresh_seconds(self) -> float:

@@ -1,8 +1,8 @@
 """Who wins, from the finalists' samples: pure functions, no clock and no device.
 
-A challenger replaces what is in place only if the interval of their paired ratio excludes 1 and the
-gain exceeds the noise floor, which is what timing the default against itself shows in the same
-rounds. Ties change nothing.
+A challenger replaces what is in place only if the interval of their ratio, with the process as the
+unit, excludes 1, and the gain exceeds the noise floor: MIN_GAIN, and what timing the default
+against itself shows in the same rounds. Ties change nothing.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from flashmoe.autotune.candidate import SDPA, Candidate
-from flashmoe.stats import Interval, paired_ratio
+from flashmoe.stats import Interval, Processes, ratio_by_process
 
 # The name under which the default is timed a second time in every round.
 AGAIN = "default again"
-# A bootstrap over fewer rounds than this finds significance in noise.
+# Medians of fewer rounds than this, all processes together, say nothing.
 MIN_ROUNDS = 8
+# What differs by less is not different.
+MIN_GAIN = 0.005
 CONFIDENCE = 0.95
 
-Samples = Mapping[str, Sequence[float]]
+# Seconds[process][round] by candidate name, paired by round.
+Samples = Mapping[str, Processes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,38 +43,34 @@ class Decision:
         return self.winner != self.base
 
 
-def noise_floor(samples: Samples, default: Candidate, parts: Sequence[Samples] = ()) -> float:
-    """The largest gain that the default shows over itself: the far end of the interval, and in any
-    single process, whose samples are `parts`, the point."""
-    ratio = paired_ratio(samples[str(default)], samples[AGAIN], CONFIDENCE)
-    points = [_gain(part, AGAIN, str(default)) for part in parts]
-    return max(ratio.high - 1.0, 1.0 / ratio.low - 1.0, *map(abs, points))
+def noise_floor(samples: Samples, default: Candidate) -> float:
+    """The largest gain that the default may show over itself, and MIN_GAIN at least."""
+    ratio = ratio_by_process(samples[str(default)], samples[AGAIN], CONFIDENCE)
+    return max(ratio.high - 1.0, 1.0 / ratio.low - 1.0, MIN_GAIN)
 
 
-def _gain(samples: Samples, name: str, over: str) -> float:
-    return float(np.median(samples[over]) / np.median(samples[name])) - 1.0
+def speedup(
+    samples: Samples, candidate: Candidate, over: Candidate, confidence: float = CONFIDENCE
+) -> Interval:
+    """How many times faster `candidate` is than `over`."""
+    return ratio_by_process(samples[str(over)], samples[str(candidate)], confidence)
 
 
-def speedup(samples: Samples, candidate: Candidate, over: Candidate) -> Interval:
-    """How many times faster `candidate` is than `over`, with its 95 % interval."""
-    return paired_ratio(samples[str(over)], samples[str(candidate)])
+def rounds_of(samples: Samples) -> int:
+    """Rounds of all processes together."""
+    return sum(len(process) for process in samples[AGAIN])
 
 
 def decide(
-    samples: Samples,
-    base: Candidate,
-    default: Candidate,
-    challengers: Sequence[Candidate],
-    parts: Sequence[Samples] = (),
+    samples: Samples, base: Candidate, default: Candidate, challengers: Sequence[Candidate]
 ) -> Decision:
     """The winner among `base`, which is in place, and the challengers, SDPA among them.
 
-    `samples` are seconds by candidate name, paired by round, and hold AGAIN. The fastest tile
-    must beat base, and SDPA must beat the outcome of that, to be chosen. `parts` are the same
-    samples by process: who wins must be faster in every one of them.
+    `samples` hold AGAIN. The fastest tile must beat base, and SDPA must beat the outcome of that,
+    to be chosen.
     """
-    noise = noise_floor(samples, default, parts)
-    rounds = len(samples[str(base)])
+    noise = noise_floor(samples, default)
+    rounds = rounds_of(samples)
     everyone = dict.fromkeys([base, default, *challengers])
     rivals = [candidate for candidate in everyone if candidate != base]
     tiles = [candidate for candidate in everyone if candidate != SDPA]
@@ -85,12 +82,11 @@ def decide(
         return Decision(base, base, in_place, noise, "nothing else was left to compare")
 
     def beats(challenger: Candidate, holder: Candidate, confidence: float) -> bool:
-        ratio = paired_ratio(samples[str(holder)], samples[str(challenger)], confidence)
-        everywhere = all(_gain(part, str(challenger), str(holder)) > 0 for part in parts)
-        return ratio.low > 1.0 and ratio.value - 1.0 > noise and everywhere
+        ratio = speedup(samples, challenger, holder, confidence)
+        return ratio.low > 1.0 and ratio.value - 1.0 > noise
 
-    # speedup(base, c) is smallest for the fastest.
-    fastest = min(tiles, key=lambda c: speedup(samples, base, c).value, default=None)
+    gains = {candidate: speedup(samples, candidate, base).value for candidate in everyone}
+    fastest = max(tiles, key=gains.__getitem__, default=None)
     # Each tile had its chance to look fast by luck: the confidence is shared among them.
     shared = 1 - (1 - CONFIDENCE) / max(len(tiles), 1)
     best_tile = in_place
@@ -101,13 +97,12 @@ def decide(
         winner = best_tile
     if SDPA in rivals and beats(SDPA, winner, CONFIDENCE):
         winner = SDPA
-    best_other = min(rivals, key=lambda c: speedup(samples, base, c).value)
+    best_other = max(rivals, key=gains.__getitem__)
     gain = speedup(samples, winner if winner != base else best_other, base)
     interval = f"{gain.value:.3f}x [{gain.low:.3f}, {gain.high:.3f}]"
     if winner != base:
         reason = f"{winner} is {interval} as fast as {base}; noise floor {noise:.1%}"
     else:
         reason = f"nothing beats {base}: best other {interval}; noise floor {noise:.1%}"
-    others = [candidate for candidate in everyone if candidate != winner]
-    second = min(others, key=lambda c: float(np.median(samples[str(c)])), default=None)
+    second = max((c for c in everyone if c != winner), key=gains.__getitem__, default=None)
     return Decision(winner, base, best_tile, noise, reason, second)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashmoe.autotune.bench import Bench
 from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, Decision, decide
+from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, Decision, Samples, decide
 from flashmoe.autotune.race import AnchorFailed
 
 ROUNDS = 300
 # Beside the first call, which refresh makes.
 WARMUP = 1
-# The process is what varies most: a winner must win in each of so many.
+# The process is what varies most: so many decide, where there is time for them.
 PROCESSES = 2
 # Of the time that is left, the least that one of them is worth being started for.
 _LEAST_SHARE = 0.25
 
-Samples = Mapping[str, tuple[float, ...]]
-
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """The decision, with the samples it rests on: seconds by candidate name, paired by round, those
-    of all processes one after the other."""
+    """The decision, with the samples it rests on."""
 
     decision: Decision
     samples: Samples
@@ -46,7 +43,7 @@ def hold(
     but ends no more than that past the deadline. AnchorFailed when the anchor cannot be timed."""
     field = {AGAIN: anchor, str(anchor): anchor}
     field |= {str(candidate): candidate for candidate in (*filter(None, [in_place]), *rivals)}
-    parts: list[Samples] = []
+    parts: list[dict[str, tuple[float, ...]]] = []
     for part in range(max(processes, 1)):
         if processes:
             # The first one told what another one takes.
@@ -68,11 +65,10 @@ def hold(
         field = {name: c for name, c in field.items() if measured[name].status == "ok"}
         # To the nanosecond: the database need not carry more.
         parts.append({name: tuple(round(x, 9) for x in measured[name].samples) for name in field})
-    samples = {name: tuple(x for part in parts for x in part[name]) for name in field}
-    parts = [{name: part[name] for name in field} for part in parts]
+    samples = {name: tuple(part[name] for part in parts) for name in field}
     base = in_place if in_place is not None and str(in_place) in samples else anchor
     alive = [c for c in (anchor, *rivals) if str(c) in samples]
-    return Final(decide(samples, base, anchor, alive, parts if len(parts) > 1 else ()), samples)
+    return Final(decide(samples, base, anchor, alive), samples)
 
 
 def _share(bench: Bench, deadline: float, parts: int) -> float:

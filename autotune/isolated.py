@@ -212,7 +212,7 @@ class IsolatedBench:
         self._processes = processes
         self._seed = seed
         self._patience = patience
-        self._started = 0
+        self.process = 0
         self._child: Child | None = None
         self._prepared: dict[Candidate, Measurement] = {}
         # A CPU that compiles is no CPU to time on.
@@ -334,14 +334,14 @@ class IsolatedBench:
         self._child = self._processes.take(fresh=fresh)
         if self._processes.device.type == "cuda":
             start = self.now()  # the next one is started ahead
-        self._started += 1
+        self.process += 1
         try:
             once: float = self._child.request(
                 "open",
                 self._group,
                 self._seed,
                 # Far enough apart that no two processes repeat an order of timing.
-                self._started * 1_000_003,
+                self.process * 1_000_003,
                 reference=reference,
                 patience=START_PATIENCE,
             )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from flashmoe.autotune.bench import Bench
 from flashmoe.autotune.candidate import Candidate
-from flashmoe.stats import Interval, paired_ratio
+from flashmoe.stats import Interval, ratio_by_process
 from flashmoe.timing import Measurement
 
 _ANCHOR = "anchor"
@@ -28,7 +29,8 @@ class Race:
     def __init__(self, bench: Bench, anchor: Candidate) -> None:
         self._bench = bench
         self._anchor = anchor
-        self._pairs: dict[Candidate, list[tuple[float, float]]] = {}
+        # By the process that took them: Bench.process, below 0 where that is another's.
+        self._pairs: dict[Candidate, dict[int, list[tuple[float, float]]]] = {}
         self._ratios: dict[Candidate, Interval] = {}
         # What one sample costs on the clock, with what surrounds it; as of the last look.
         self.sample_seconds = 0.0
@@ -59,7 +61,7 @@ class Race:
         if self._anchor in candidates:
             results[self._anchor] = anchor
         for candidate, measurement in results.items():
-            self._add(candidate, measurement, anchor)
+            self._add(candidate, measurement, anchor, self._bench.process)
         return results
 
     def ratio(self, candidate: Candidate) -> Interval:
@@ -68,14 +70,16 @@ class Race:
 
     def samples(self, candidate: Candidate) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Seconds of the candidate, and of the anchor in the same rounds."""
-        times, anchor_times = zip(*self._pairs[candidate], strict=True)
+        taken = self._pairs[candidate]
+        times, anchor_times = zip(*chain(*taken.values()), strict=True)
         return times, anchor_times
 
     def recall(
         self, candidate: Candidate, samples: Sequence[float], anchor: Sequence[float]
     ) -> None:
         """Take over samples that another process, or an earlier run, has taken."""
-        self._add(candidate, Measurement("ok", tuple(samples)), Measurement("ok", tuple(anchor)))
+        mine, theirs = Measurement("ok", tuple(samples)), Measurement("ok", tuple(anchor))
+        self._add(candidate, mine, theirs, -1 - len(self._pairs.get(candidate, ())))
 
     def behind(self, candidate: Candidate) -> bool:
         """Whether it is clearly behind the fastest so far."""
@@ -96,12 +100,15 @@ class Race:
         """All that were timed, fastest first."""
         return sorted(self._ratios, key=lambda candidate: self._ratios[candidate].value)
 
-    def _add(self, candidate: Candidate, measurement: Measurement, anchor: Measurement) -> None:
+    def _add(
+        self, candidate: Candidate, measurement: Measurement, anchor: Measurement, process: int
+    ) -> None:
         if measurement.status != "ok":
             self._pairs.pop(candidate, None)
             self._ratios.pop(candidate, None)
             return
-        pairs = self._pairs.setdefault(candidate, [])
-        pairs.extend(zip(measurement.samples, anchor.samples, strict=True))
-        times, anchor_times = zip(*pairs, strict=True)
-        self._ratios[candidate] = paired_ratio(times, anchor_times)
+        taken = self._pairs.setdefault(candidate, {})
+        pairs = zip(measurement.samples, anchor.samples, strict=True)
+        taken.setdefault(process, []).extend(pairs)
+        times, anchor_times = zip(*(zip(*x, strict=True) for x in taken.values()), strict=True)
+        self._ratios[candidate] = ratio_by_process(times, anchor_times)

@@ -16,7 +16,7 @@ from flashmoe.device import Fingerprint
 from flashmoe.stats import Interval
 from flashmoe.tiles import Tile
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def outcome(result: Result) -> str:
@@ -213,7 +213,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "noise": result.noise,
         "stored": result.store,
         "elapsed": result.elapsed,
-        "samples": {name: list(samples) for name, samples in result.samples.items()},
+        "samples": {name: [*map(list, runs)] for name, runs in result.samples.items()},
         "sampler": None if search is None else search.sampler,
         "space": None if search is None else search.space,
         "tried": 0 if search is None else search.tried,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import chain
 
 from flashmoe.autotune import charts
 from flashmoe.autotune.decide import AGAIN
@@ -12,7 +13,7 @@ from flashmoe.autotune.result import Result
 from flashmoe.autotune.sensitivity import steps
 from flashmoe.autotune.trials import Trial
 from flashmoe.device import Fingerprint
-from flashmoe.stats import median_interval
+from flashmoe.stats import median_by_process
 from flashmoe.timing import Limits
 
 _STYLE = """
@@ -140,10 +141,11 @@ def _final(result: Result) -> str:
     for name, samples in result.samples.items():
         if name == AGAIN:
             continue
-        scaled = [seconds * 1e6 for seconds in samples]
-        middle = median_interval(scaled)
+        ticks = [seconds * 1e6 for seconds in chain(*samples)]
+        middle = median_by_process(samples)
         role = " (default)" if name == str(result.default) else ""
-        rows.append((name + role, scaled, middle.value, middle.low, middle.high))
+        low, high = middle.low * 1e6, middle.high * 1e6
+        rows.append((name + role, ticks, middle.value * 1e6, low, high))
     if not rows:
         return ""
     rows.sort(key=lambda row: row[2])
@@ -182,7 +184,7 @@ def _roofline(result: Result, limits: Limits | None) -> str:
     for role, candidate in (("best", result.best), ("default", result.default), ("sdpa", "sdpa")):
         samples = result.samples.get(str(candidate))
         if samples and (role == "best" or str(candidate) != str(result.best)):
-            points.append((role, intensity, problem.flops / median_interval(samples).value))
+            points.append((role, intensity, problem.flops / median_by_process(samples).value))
     floor = limits.floor(problem.flops, problem.bytes)
     share = floor / result.seconds.value
     chart = charts.roofline(points, limits.matmul_flops, limits.copy_bytes)

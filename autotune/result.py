@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from itertools import chain
 from typing import Any
 
 from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.decide import AGAIN
+from flashmoe.autotune.decide import AGAIN, Samples
 from flashmoe.autotune.trials import Search, Trial
 from flashmoe.database import DEFAULT, Entry
 from flashmoe.device import Fingerprint
 from flashmoe.problem import Problem
-from flashmoe.stats import Interval
+from flashmoe.stats import Interval, ratio_by_process
 
 # Statuses of a result, in words for the report.
 STATUSES = {
@@ -27,13 +27,12 @@ STATUSES = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One problem's outcome. `samples` are the final's, seconds by candidate name, and `seconds`
-    the winner's median. `tile_with_lse` names the best tile where the winner has none; `store`
-    says whether the database shall have the result. Speed-ups are None where the other could not
-    run; `weight` says how often the problem runs. `verified` names what passed the check of odd
-    sizes, `search_seconds` is what the search has taken, earlier runs included, and `group` as in
-    database.Entry. `starved`: there was too little time to decide. An `unmeasured` result has a
-    `reason` and nothing else."""
+    """One problem's outcome. `samples` are the final's, and `seconds` is the winner's median.
+    `tile_with_lse` names the best tile where the winner has none; `store` says whether the database
+    shall have the result. Speed-ups are None where the other could not run; `weight` says how often
+    the problem runs. `verified` names what passed the check of odd sizes, `search_seconds` is what
+    the search has taken, earlier runs included, and `group` as in database.Entry. `starved`: there
+    was too little time to decide. An `unmeasured` result has a `reason` and nothing else."""
 
     problem: Problem
     status: str
@@ -45,7 +44,7 @@ class Result:
     speedup_sdpa: Interval | None = None
     noise: float = 0.0
     tile_with_lse: str = ""
-    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
     search: Search | None = None
     store: bool = False
     elapsed: float = 0.0
@@ -85,7 +84,7 @@ class Result:
             DEFAULT if kept else self.best.backend,
             "" if kept else str(self.best.tile or ""),
             str(self.default),
-            self.samples,
+            {name: tuple(chain(*processes)) for name, processes in self.samples.items()},
             _triple(self.speedup_default),
             _triple(self.speedup_sdpa),
             fingerprint.to_json(),
@@ -119,10 +118,10 @@ class Result:
             for trial in (self.search.trials if self.search else ())
             if trial.ratio is not None
         }
-        if str(self.default) in self.samples:
-            default = median(self.samples[str(self.default)])
+        default = self.samples.get(str(self.default))
+        if default is not None:
             found |= {
-                name: median(samples) / default
+                name: ratio_by_process(samples, default).value
                 for name, samples in self.samples.items()
                 if name != AGAIN
             }

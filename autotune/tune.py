@@ -38,7 +38,7 @@ def tune(
     turns, whose result then comes a second time: of those that had too little to be decided, then
     of those that have not tried what won in a neighbouring bucket later, then of those whose search
     was cut short. `now` is the clock of the budget, of which `spent` seconds are gone already."""
-    deadline = now() + options.budget - spent
+    deadline = now() + (options.budget - spent)
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
     found: dict[str, Entry] = {}

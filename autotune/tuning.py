@@ -17,7 +17,7 @@ from flashmoe.autotune.candidate import (
     searched_backends,
     space,
 )
-from flashmoe.autotune.decide import AGAIN, MIN_ROUNDS, speedup
+from flashmoe.autotune.decide import MIN_ROUNDS, rounds_of, speedup
 from flashmoe.autotune.final import Final
 from flashmoe.autotune.place import FINGERPRINT_FIELDS, Options, Place
 from flashmoe.autotune.race import AnchorFailed
@@ -30,7 +30,7 @@ from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Tri
 from flashmoe.backends import BACKENDS
 from flashmoe.database import Entry, nearest
 from flashmoe.device import arch
-from flashmoe.stats import Interval, median_interval
+from flashmoe.stats import Interval, median_by_process
 from flashmoe.tiles import Tile
 from flashmoe.timing import HOW, Measurement
 
@@ -366,7 +366,7 @@ class Tuning:
         decision, samples = held.decision, held.samples
         best = decision.winner
         # Too few rounds decide nothing that is worth keeping.
-        starved = len(samples[AGAIN]) < MIN_ROUNDS
+        starved = rounds_of(samples) < MIN_ROUNDS
         if found is not None:
             trials = [
                 Trial(t.tile, late.status, None, late.reason) if late else t
@@ -380,7 +380,7 @@ class Tuning:
             reason=decision.reason,
             default=self._default,
             best=best,
-            seconds=median_interval(samples[str(best)]),
+            seconds=median_by_process(samples[str(best)]),
             speedup_default=(
                 speedup(samples, best, self._default) if str(self._default) in samples else None
             ),

@@ -114,7 +114,7 @@ def _by_process(logs: Sequence[Array], times: Processes, confidence: float) -> I
     medians = np.array([np.median(x) for x in logs])
     # What the rounds of one process leave open.
     errors = np.array([_MEDIAN_ERROR * spread(x) / math.sqrt(len(x)) for x in logs])
-    seconds = float(np.median([np.median(x) for x in times]))
+    seconds = float(np.median(np.concatenate([*times])))
     assumed = _ASSUMED_SPREAD**2 + (_ASSUMED_SECONDS / seconds) ** 2 + np.mean(errors**2)
     mean = float(medians.mean())
     freedom = _ASSUMED_FREEDOM + len(logs) - 1

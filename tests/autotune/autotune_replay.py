@@ -103,6 +103,7 @@ class ReplayBench:
     compiles_ahead = False
     compilers = 1
     fresh_seconds = 0.0
+    process = 0
 
     def __init__(
         self, grid: Grid, seed: int, overhead: float = 5e-4, compile_seconds: float = 0.3

@@ -72,6 +72,7 @@ class SimulatedBench:
         self.timed: dict[str, int] = {}
         self.drift = 1.0
         self.fresh_processes = 0
+        self.process = 0
         self.submitted: list[str] = []
         self.compiles_ahead = compiles_ahead
         self.compilers = compilers
@@ -101,6 +102,7 @@ class SimulatedBench:
 
     def refresh(self, candidates: Mapping[str, Candidate]) -> None:
         self.fresh_processes += 1
+        self.process += 1
         self.clock += self.fresh_seconds
         self.measure(candidates, rounds=1, warmup=0)
 
