@@ -42,6 +42,13 @@ def arch(device: torch.device) -> Arch:
         (properties.major, properties.minor),
         properties.multi_processor_count,
         int(properties.shared_memory_per_block_optin),  # type: ignore[attr-defined]
+        getattr(properties, "clock_rate", 0),
+        # Bits, at both edges of the clock.
+        getattr(properties, "memory_clock_rate", 0)
+        * 1e3
+        * 2
+        / 8
+        * getattr(properties, "memory_bus_width", 0),
     )
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,8 @@ from flashmoe.tiles import Arch, Tile
 # mma.sync: at 3e10 FLOP a forward takes about 0.1 ms on an H200, which is what one launch costs the
 # host (85 to 130 us, the cuda kernel 15 us).
 _TRITON_FLOPS = 3e10
+# What is predicted to take so much longer than another takes as long.
+_AS_LONG = 1.01
 # Below so many queries a block of rows is mostly empty, and no kernel of ours splits the keys over
 # blocks yet: at (16, 32 heads over 8, 1 x 8192, 128) sm80 takes 0.74 ms on an H200, SDPA 0.13.
 _DECODE_SEQLEN_Q = 16
@@ -44,6 +47,14 @@ class Plan:
     backend: str
     tile: Tile | None
     source: str
+
+
+class Candidate(NamedTuple):
+    """What may run an untuned problem, and the time that this is predicted to take."""
+
+    backend: str
+    tile: Tile | None
+    microseconds: float | None = None
 
 
 def why_not(backend: str, problem: Problem, device: torch.device) -> str:
@@ -94,14 +105,37 @@ remembered_plan = functools.lru_cache(maxsize=4096)(make_plan)
 
 
 def heuristic(problem: Problem, device: torch.device, need_lse: bool = False) -> Plan:
-    """The plan for `problem` when nothing was tuned and nothing is overridden: the first backend
-    that runs it, with its default tile. Raises NotImplementedError when there is none."""
-    for name in _preference(problem, arch(device)):
-        if (need_lse and name == "sdpa") or why_not(name, problem, device):
-            continue
-        return Plan(name, BACKENDS[name].default_tile(problem, arch(device)), "heuristic")
+    """The plan for `problem` when nothing was tuned and nothing is overridden: the first of
+    `candidates`. Raises NotImplementedError when there is none."""
+    for first in candidates(problem, device, need_lse):
+        source = "heuristic" if first.microseconds is None else "predicted"
+        return Plan(first.backend, first.tile, source)
     reasons = "; ".join(f"{name}: {why_not(name, problem, device)}" for name in BACKENDS)
     raise NotImplementedError(f"no backend runs {problem.label} on {device}: {reasons}")
+
+
+def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -> list[Candidate]:
+    """What may run an untuned `problem`, in the order in which it is chosen: what is predicted to
+    be fastest (the first listed of what takes about as long), then backends of which nothing is
+    predicted, in the order of preference."""
+    here = arch(device)
+    known: list[tuple[float, Candidate]] = []
+    unknown: list[Candidate] = []
+    for name in _preference(problem, here):
+        if (need_lse and name == "sdpa") or why_not(name, problem, device):
+            continue
+        backend = BACKENDS[name]
+        tiles = [] if _decodes(problem) else backend.compiled_in(problem, here) or [None]
+        times = [(tile, backend.predicted(tile, problem, here)) for tile in tiles]
+        found = [(time, Candidate(name, tile, time)) for tile, time in times if time is not None]
+        known += found
+        if not found:
+            unknown.append(Candidate(name, backend.default_tile(problem, here)))
+    if known:
+        limit = min(time for time, _ in known) * _AS_LONG
+        first = next(candidate for time, candidate in known if time <= limit)
+        known.sort(key=lambda pair: (pair[1] is not first, pair[0]))
+    return [candidate for _, candidate in known] + unknown
 
 
 def reload_databases() -> None:
@@ -115,11 +149,10 @@ def _preference(problem: Problem, here: Arch) -> list[str]:
     if here.kind == "cpu":
         names = [name for name in BACKENDS if name != "triton"]  # interpreted, for tests only
         return sorted(names, key=lambda name: name != "sdpa") if _cpu_decodes(problem) else names
-    decodes = problem.seqlen_q < _DECODE_SEQLEN_Q < problem.seqlen_kv
     # In float32 only triton's forward is left, at 16 to 49 % of SDPA's speed in five problems of
     # 128 to 2048 tokens, causal or not, head_dim 64 and 128 (H100, benchmarks/results/
     # tuned-nvidia-h100.json).
-    if problem.direction == "fwd" and (decodes or problem.dtype == "float32"):
+    if problem.direction == "fwd" and (_decodes(problem) or problem.dtype == "float32"):
         return sorted(BACKENDS, key=lambda name: name != "sdpa")
     if (
         here.capability >= (9, 0)
@@ -128,6 +161,10 @@ def _preference(problem: Problem, here: Arch) -> list[str]:
     ):
         return sorted(BACKENDS, key=lambda name: name != "triton")
     return list(BACKENDS)
+
+
+def _decodes(problem: Problem) -> bool:
+    return problem.seqlen_q < _DECODE_SEQLEN_Q < problem.seqlen_kv
 
 
 def _cpu_decodes(problem: Problem) -> bool:

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"tiles", "timing"},
             {"quiet"},
             {"_extension"},
-            {"device"},
+            {"device", "planning"},
             {"backends", "database", "shapes"},
             {"plan", "validation"},
             {"ops"},

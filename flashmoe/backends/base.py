@@ -41,6 +41,10 @@ class Backend(Protocol):
         """The legal tiles that the package brings compiled."""
         return []
 
+    def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
+        """Microseconds that `problem` is predicted to take with `tile`; None where nobody knows."""
+        return None
+
     def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
         """Whether `tile`, unless it is rejected, runs `problem` without waiting for a compiler that
         can be done without."""

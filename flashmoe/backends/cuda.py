@@ -10,45 +10,15 @@ from torch import Tensor
 
 from flashmoe import _extension
 from flashmoe.backends import jit
-from flashmoe.backends.base import Backend, Default, Forward, first_default
+from flashmoe.backends.base import Backend, Forward
 from flashmoe.environment import variable
+from flashmoe.planning import costs
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile, grid, sm90_head_dim
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
 
-# The first entry that applies is the default on Hopper, by measurement (docs/hopper-forward.md).
-# All are compiled in (csrc/instances/generate.py).
-_SM90_DEFAULTS = tuple(
-    Default(head_dim, Tile.parse(f"sm90:{tile}"), causal, min_seqlen_q)
-    for head_dim, tile, causal, min_seqlen_q in (
-        (64, "192x128-stages2-q1-pingpong", None, 2561),
-        (64, "256x64-stages4-q1-pingpong", True, 1281),
-        (64, "128x64-stages3-q1-ctas2-serial", True, 129),
-        (64, "256x64-stages4-q2-pingpong", False, 769),
-        (64, "256x64-stages4-q2-serial", False, 129),
-        (64, "128x128-stages2-q2-pingpong", None, 0),
-        (80, "256x64-stages4-q1-serial", True, 129),
-        (80, "256x64-stages4-q1-serial", False, 4097),
-        (80, "256x64-stages3-q2-pingpong-serial", False, 193),
-        (80, "192x112-stages3-q1-pingpong", None, 0),
-        (96, "192x112-stages2-q1-pingpong", True, 6145),
-        (96, "256x64-stages4-q1-serial", True, 129),
-        (96, "256x64-stages3-q2-pingpong-serial", False, 193),
-        (96, "128x128-stages2-q2-pingpong", None, 0),
-        (112, "192x96-stages2-q1-pingpong", True, 3073),
-        (112, "192x96-stages2-q2-pingpong", False, 1025),
-        (112, "192x64-stages4-q1-qreg-serial", True, 129),
-        (112, "128x128-stages2-q2-pingpong-qreg", None, 0),
-        (128, "192x64-stages4-q1", True, 1281),
-        (128, "128x128-stages2-q2-pingpong-qreg", True, 769),
-        (128, "192x64-stages4-q1-qreg-serial", True, 129),
-        (128, "128x128-stages2-q2-pingpong-qreg", None, 0),
-        (192, "128x64-stages3-q1-pingpong-qreg", None, 0),
-        (256, "128x64-stages2-q1-pingpong", None, 0),
-    )
-)
 _SM90_SPACE = {
     "block_m": (64, 128, 192, 256),
     "block_n": tuple(range(32, 257, 16)),
@@ -81,11 +51,20 @@ class CudaBackend(Backend):
         return ""
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
-        """A compiled-in one: on Hopper by _SM90_DEFAULTS, elsewhere the first one listed in
-        csrc/instances for the head dimension that fits this GPU."""
+        """The compiled-in one that is predicted to be fastest; where nothing is predicted, the
+        first one listed in csrc/instances for the head dimension that fits this GPU."""
         compiled = _compiled_in(problem, arch)
-        default = first_default(_SM90_DEFAULTS, problem, arch)
-        return default if default in compiled else compiled[0]
+        times = {tile: self.predicted(tile, problem, arch) for tile in compiled}
+        known = {tile: time for tile, time in times.items() if time is not None}
+        return min(known, key=known.__getitem__) if known else compiled[0]
+
+    def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
+        if tile is None or problem.direction != "fwd":
+            return None
+        head_dim = _instance_head_dim(tile.kernel, problem.head_dim)
+        if (head_dim, tile) not in _extension.load().handles:
+            head_dim = sm90_head_dim(problem.head_dim)
+        return costs.tile_microseconds(tile, head_dim, problem, arch)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         """On Hopper every legal tile of its kernel where they can be compiled; otherwise those that

@@ -15,14 +15,17 @@ from flashmoe.tiles import cpu, sm80, sm90, triton
 
 @dataclass(frozen=True, slots=True)
 class Arch:
-    """What a tile must fit. `capability` is the CUDA compute capability, (0, 0) for a CPU;
-    `smem_per_block` is the opt-in shared memory of one thread block in bytes."""
+    """What a tile must fit, and how fast that is. `capability` is the CUDA compute capability,
+    (0, 0) for a CPU; `smem_per_block` is the opt-in shared memory of one thread block in bytes;
+    `clock` in kHz and `bandwidth` of memory in bytes a second are peaks, 0 where unknown."""
 
     kind: str
     name: str
     capability: tuple[int, int] = (0, 0)
     sm_count: int = 0
     smem_per_block: int = 0
+    clock: int = 0
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
