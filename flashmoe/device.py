@@ -43,13 +43,15 @@ def arch(device: torch.device) -> Arch:
         properties.multi_processor_count,
         int(properties.shared_memory_per_block_optin),  # type: ignore[attr-defined]
         getattr(properties, "clock_rate", 0),
-        # Bits, at both edges of the clock.
-        getattr(properties, "memory_clock_rate", 0)
-        * 1e3
-        * 2
-        / 8
-        * getattr(properties, "memory_bus_width", 0),
+        _bandwidth(properties),
     )
+
+
+def _bandwidth(properties: Any) -> float:
+    """Of its memory in bytes a second at peak, 0 where this torch does not tell: kHz times bits, at
+    both edges of the clock."""
+    clock = getattr(properties, "memory_clock_rate", 0)
+    return clock * 1e3 * 2 * getattr(properties, "memory_bus_width", 0) / 8
 
 
 @dataclass(frozen=True, slots=True)

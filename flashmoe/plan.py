@@ -182,11 +182,7 @@ def _cpu_decodes(problem: Problem) -> bool:
 
 
 def _has_sm90(problem: Problem, here: Arch) -> bool:
-    cuda = BACKENDS["cuda"]
-    if cuda.unsupported(problem, here):
-        return False
-    tile = cuda.default_tile(problem, here)
-    return tile is not None and tile.kernel == "sm90"
+    return any(tile.kernel == "sm90" for tile in BACKENDS["cuda"].compiled_in(problem, here))
 
 
 @dataclass(frozen=True, slots=True)

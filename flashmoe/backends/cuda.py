@@ -146,13 +146,22 @@ def _instance_head_dim(kernel: str, head_dim: int) -> int | None:
 def _compiled_in(problem: Problem, arch: Arch) -> list[Tile]:
     """The legal tiles in the binary, Hopper's first."""
     instances = _extension.load().instances
-    return [
-        tile
+    held = [
+        instances[kernel, head_dim]
         for kernel in ("sm90", "sm80")
         if (head_dim := _instance_head_dim(kernel, problem.head_dim)) is not None
-        for tile in instances[kernel, head_dim]
-        if not tile.violations(arch, problem)
     ]
+    kind = problem.head_dim, problem.dtype, problem.direction
+    return [tile for tiles in held for tile in _legal(tiles, *kind, arch)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _legal(
+    tiles: tuple[Tile, ...], head_dim: int, dtype: str, direction: str, arch: Arch
+) -> tuple[Tile, ...]:
+    """Those that can run; of a problem, their rules ask no more than this."""
+    problem = Problem(1, 1, 1, 1, 1, head_dim, dtype, direction=direction)
+    return tuple(tile for tile in tiles if not tile.violations(arch, problem))
 
 
 def _compiled_handle(tile: Tile, head_dim: int) -> int | None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe.backends.base import Backend, matmul_dtype, reject_without_tiles
+from flashmoe.device import arch
+from flashmoe.planning import costs, kernels
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -36,6 +42,11 @@ class SdpaBackend(Backend):
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         return None
 
+    def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
+        """Of the faster of its own choice and FlashAttention-2, which `forward` runs."""
+        times = costs.sdpa_microseconds(problem, arch)
+        return min(times.values(), default=None)
+
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         return []
 
@@ -53,8 +64,10 @@ class SdpaBackend(Backend):
     ) -> tuple[Tensor, None]:
         """Differentiable by torch's own autograd. Does not tell softmax_lse."""
         attend = _on_cuda if q.is_cuda else _on_cpu
+        with _choice(q, k, causal):
+            out = attend(q, k, v, softmax_scale, causal)
         # Its kernels lay out their results each in its own way.
-        return attend(q, k, v, softmax_scale, causal).contiguous(), None
+        return out.contiguous(), None
 
     def backward(
         self,
@@ -69,6 +82,29 @@ class SdpaBackend(Backend):
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError("the sdpa backend is differentiated by torch's autograd")
+
+
+def _choice(q: Tensor, k: Tensor, causal: bool) -> AbstractContextManager[None]:
+    """Has SDPA run FlashAttention-2 where that is predicted to be faster than what it chooses."""
+    if (
+        q.is_cuda
+        and not torch.compiler.is_compiling()
+        and _flash_is_faster(q.device, q.dtype, q.shape, k.shape, causal)
+    ):
+        return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    return nullcontext()
+
+
+@functools.lru_cache(maxsize=4096)
+def _flash_is_faster(
+    device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, causal: bool
+) -> bool:
+    batch, seqlen_q, heads_q, head_dim = q
+    problem = Problem(
+        *(batch, heads_q, k[2], seqlen_q, k[1], head_dim), str(dtype).removeprefix("torch."), causal
+    )
+    times = costs.sdpa_microseconds(problem, arch(device))
+    return bool(times) and min(times, key=times.__getitem__) != kernels.SDPA
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:

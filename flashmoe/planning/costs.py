@@ -101,18 +101,23 @@ def table(arch: Arch) -> Table | None:
     )
 
 
+@functools.lru_cache(maxsize=65536)
+def _tile_costs(tile: Tile, head_dim: int, arch: Arch) -> Costs | None:
+    known = table(arch)
+    return None if known is None else known.of_tile(tile, head_dim)
+
+
 def tile_microseconds(tile: Tile, head_dim: int, problem: Problem, arch: Arch) -> float | None:
     """The predicted time of a tile that is compiled for head_dim; None where nothing tells it."""
-    known = table(arch)
-    costs = known and known.of_tile(tile, head_dim)
+    costs = _tile_costs(tile, head_dim, arch)
     work = kernels.tile_work(tile, problem, arch.sm_count)
     return microseconds(work, costs) if costs and work else None
 
 
 def sdpa_microseconds(problem: Problem, arch: Arch) -> dict[str, float]:
-    """The predicted times of SDPA's kernels."""
+    """The predicted times of SDPA's kernels that run the problem; empty where nothing tells it."""
     known = table(arch)
-    if known is None:
+    if known is None or problem.direction != "fwd" or problem.dtype == "float32":
         return {}
     named = {
         kernel: (work, known.named(kernels.sdpa_name(kernel, problem.head_dim)))

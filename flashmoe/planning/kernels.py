@@ -12,6 +12,7 @@ from flashmoe.tiles import Tile
 
 # SDPA's kernels by what they are called here; each is fitted for head dimensions up to these.
 SDPA, SDPA_FLASH, SDPA_SPLIT = "sdpa", "sdpa-flash", "sdpa-split"
+_FEWEST_QUERIES = 16
 _SDPA_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
 
@@ -56,7 +57,10 @@ _TILES: dict[str, Callable[[Tile, Problem, int], Work]] = {
 
 def sdpa_works(problem: Problem, sm_count: int) -> dict[str, Work]:
     """The Work of SDPA's kernels that run the problem: of the one it chooses itself (cuDNN's on
-    Hopper), and of FlashAttention-2, which splits the keys where rows are few."""
+    Hopper), and of FlashAttention-2, which splits the keys where rows are few. For fewer queries
+    than were measured, and other kernels, there are none."""
+    if problem.seqlen_q < _FEWEST_QUERIES:
+        return {}
     wide, long = problem.head_dim > 64, problem.head_dim > 128
     chosen = tiled_work(problem, sm_count, 128, 64 if long else 128)
     block_n = 64 if long else 128 if wide else 256
