@@ -37,8 +37,10 @@ def attention_reference(
     scores = scores.masked_fill(~mask, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     empty = ~mask.any(-1)
-    # exp(-inf - -inf) is NaN; a row that sees nothing is 0 by definition.
-    weights = torch.exp(scores - lse.masked_fill(empty, 0.0).unsqueeze(-1))
+    # A row that sees nothing is 0 by definition, where softmax gives NaN. Not exp(scores - lse): a
+    # large lse is rounded by more than the logarithm of the number of keys.
+    empty = empty.unsqueeze(-1)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     return (weights @ vh).transpose(1, 2), lse
 
 

@@ -55,17 +55,18 @@ struct BlockForward {
 
   const long long v_stride;  // one line more than a column: columns must not share cache sets
 
-  float* q_t;        // [panel][head_dim][PANEL]
-  float* k_tile;     // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
-  float* v_tile;     // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
-  float* s_t;        // [block_n][PANEL] scores, then probabilities
-  float* o;          // [row][o_stride], not yet divided by row_sum
-  float* row_max;    // [row], of the scores before softmax_scale, which is positive
-  float* row_sum;    // [row]
-  float* alpha;      // [PANEL] exp2(old max - new max) of the current panel and tile
-  float* limit;      // [PANEL] visible keys of each row in the current tile
-  float* q_rows;     // [8][head_dim]
-  long long floats;  // scratch used
+  float* q_t;            // [panel][head_dim][PANEL]
+  float* k_tile;         // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
+  float* v_tile;         // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
+  float* s_t;            // [block_n][PANEL] scores, then probabilities
+  float* o;              // [row][o_stride], not yet divided by row_sum
+  float* row_max;        // [row], of the scores before softmax_scale, which is positive
+  float* row_sum;        // [row]
+  float* alpha;          // [PANEL] exp2(old max - new max) of the current panel and tile
+  float* limit;          // [PANEL] visible keys of each row in the current tile
+  float* q_rows;         // [8][head_dim]
+  long long floats;      // scratch used
+  float p_shift = 0.0f;  // P is this many powers of two smaller
 
   BlockForward(const AttentionParams& params, const CpuTask& task, long long block_m, int block_n,
                float* scratch)
@@ -205,7 +206,7 @@ struct BlockForward {
       auto sum = Vec::set1(0.0f);
       for (n = 0; n < keys; ++n) {
         const auto difference = Vec::sub(Vec::load(s + n * PANEL), m_used);
-        const auto p = exp2_nonpositive<Vec>(Vec::mul(difference, scale));
+        const auto p = exp2_nonpositive<Vec>(Vec::mul(difference, scale), p_shift);
         Vec::store(s + n * PANEL, p);
         sum = Vec::add(sum, p);
       }
@@ -286,10 +287,34 @@ struct BlockForward {
     const long long batch_head =
         static_cast<long long>(task.batch) * params.heads_q + query_head(row);
     params.softmax_lse[batch_head * params.seqlen_q + row / group] =
-        empty ? -__builtin_inff() : row_max[local] * params.softmax_scale + __builtin_logf(sum);
+        empty ? -__builtin_inff()
+              : row_max[local] * params.softmax_scale +
+                    __builtin_logf(sum * __builtin_ldexpf(1.0f, static_cast<int>(p_shift)));
+  }
+
+  bool o_is_finite() const {
+    for (long long row = 0; row < task.row_end - task.row_begin; ++row) {
+      if (row_sum[row] == 0.0f) continue;  // without keys: whatever the scratch held
+      for (int d = 0; d < head_dim; ++d) {
+        if (!(__builtin_fabsf(o[row * o_stride + d]) < __builtin_inff())) return false;
+      }
+    }
+    return true;
   }
 
   void run() {
+    add_keys();
+    if (!o_is_finite()) {
+      // The values may be so large that their sum overflows before it is divided. Not from the
+      // start: the smallest values would be lost.
+      p_shift = 24.0f;
+      add_keys();
+    }
+    for (long long row = task.row_begin; row < task.row_end; ++row) write_row(row);
+  }
+
+  // Sets O, the maxima and the sums of the task's rows.
+  void add_keys() {
     for (long long begin = task.row_begin; begin < task.row_end; begin += PANEL) {
       const long long local = begin - task.row_begin;
       const int rows = static_cast<int>(clamp<long long>(task.row_end - begin, 0, PANEL));
@@ -310,8 +335,6 @@ struct BlockForward {
         add_tile<PANEL / WIDTH>(begin, rows, n, keys);
       }
     }
-
-    for (long long row = task.row_begin; row < task.row_end; ++row) write_row(row);
   }
 };
 

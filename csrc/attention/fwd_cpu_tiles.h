@@ -12,14 +12,15 @@ namespace {
 // K is staged in groups of KEY_GROUP keys, the keys of a group interleaved: [group][head_dim][4].
 constexpr int KEY_GROUP = 4;
 
-// 2^x for x <= 0, within 3 * 2^-24 relative. Below -126.5 it is exactly 0 (-inf included); NaN
-// gives NaN. Polynomial: minimax for the relative error of 2^f on [-0.5, 0.5] with p(0) = 1.
+// 2^(x - shift) for x <= 0 and a whole shift, within 3 * 2^-24 relative. Below 2^-126.5 it is
+// exactly 0 (x of -inf included); NaN gives NaN. Polynomial: minimax for the relative error of 2^f
+// on [-0.5, 0.5] with p(0) = 1.
 template <class Vec>
-FLASHMOE_INLINE typename Vec::Reg exp2_nonpositive(typename Vec::Reg x) {
+FLASHMOE_INLINE typename Vec::Reg exp2_nonpositive(typename Vec::Reg x, float shift = 0.0f) {
   // Adding 1.5 * 2^23 rounds to an integer; the extra 127 leaves the biased exponent in the low
   // bits.
-  const auto magic = Vec::set1(12582912.0f + 127.0f);
-  x = Vec::max(Vec::set1(-127.0f), x);
+  const auto magic = Vec::set1(12582912.0f + 127.0f - shift);
+  x = Vec::max(Vec::set1(shift - 127.0f), x);
   const auto biased = Vec::add(x, magic);
   const auto f = Vec::sub(x, Vec::sub(biased, magic));
   auto p = Vec::set1(0x1.5bba14p-10f);

@@ -83,6 +83,11 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   // O and the row sum are rescaled only when a row's maximum grew by more than this (log2 units);
   // until then P may exceed 1, by at most 2^8, which float16 and the float32 sums hold easily.
   constexpr float LAZY_RESCALE = 8.f;
+  // Taken from the exponents of bfloat16's P: O stays finite over 2^16 keys of the largest values,
+  // and the smallest values survive.
+  constexpr float MAX_SHIFT = ptx::IS_BFLOAT16<T> ? 16.f : 0.f;
+  // From here on the rounding of a row's scaled maximum can exceed the exponent's range.
+  constexpr float COARSE_MAXIMUM = 0x1p24f;
 
   extern __shared__ __align__(128) unsigned char smem[];
   const unsigned Q_smem = ptx::smem_address(smem);
@@ -180,6 +185,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
 
   const float scale_log2 = params.softmax_scale * LOG2_E;
   int stage = 0;
+  bool coarse = false;  // whether the maximum of a row of this warp is
 
   auto step = [&](int n_tile, auto masked) {
     // K of this tile has arrived, and every warp is done with V of the previous one.
@@ -250,6 +256,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
       }
     }
     if (__any_sync(0xffffffff, grew)) {
+      float largest = 0.f;
 #pragma unroll
       for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -259,6 +266,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
               ptx::ex2_approx_ftz((row_max[m][half] - finite_max(new_max)) * scale_log2);
           row_max[m][half] = new_max;
           row_sum[m][half] *= rescale;
+          largest = fmaxf(largest, fabsf(finite_max(new_max)));
 #pragma unroll
           for (int d = 0; d < D_TILES; ++d) {
             O_rmem[m][d][2 * half] *= rescale;
@@ -266,6 +274,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
           }
         }
       }
+      coarse = __any_sync(0xffffffff, largest * scale_log2 >= COARSE_MAXIMUM);
     }
 
     // P = exp2(S - max), packed to 16 bit: the accumulator layout of two neighbouring S tiles is
@@ -275,7 +284,17 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float max_log2 = finite_max(row_max[m][half]) * scale_log2;
+        float max_log2 = fmaf(finite_max(row_max[m][half]), scale_log2, MAX_SHIFT);
+        if (coarse) {
+          // The difference is scaled, not the scores: that would round by their own magnitude.
+          const float max = finite_max(row_max[m][half]);
+#pragma unroll
+          for (int n = 0; n < N_TILES; ++n) {
+            S_rmem[m][n][2 * half] -= max;
+            S_rmem[m][n][2 * half + 1] -= max;
+          }
+          max_log2 = MAX_SHIFT;
+        }
 #pragma unroll
         for (int n = 0; n < N_TILES; ++n) {
           const float p0 = ptx::ex2_approx_ftz(S_rmem[m][n][2 * half] * scale_log2 - max_log2);
@@ -330,8 +349,9 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
       const float inverse = empty ? 0.f : 1.f / sum;
       const int row = warp * Tile::WARP_M + m * 16 + half * 8 + lane / 4;
       if ((lane & 3) == 0 && m_start + row < params.seqlen_q) {
-        lse[m_start + row] =
-            empty ? -INFINITY : row_max[m][half] * params.softmax_scale + __log2f(sum) * LN_2;
+        lse[m_start + row] = empty ? -INFINITY
+                                   : row_max[m][half] * params.softmax_scale +
+                                         __log2f(sum * (1 << int(MAX_SHIFT))) * LN_2;
       }
 #pragma unroll
       for (int d = 0; d < D_TILES; ++d) {

@@ -61,7 +61,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   float S_rmem[BLOCK_N / 2];
   unsigned P_rmem[BLOCK_N / 16][4];
   unsigned Q_rmem[Q_FRAGMENTS][4];
-  Softmax<TILE> softmax{params};
+  Softmax<T, TILE> softmax{params};
   const Output<T, TILE> output{params, smem, w, warp, lane};
   Ring<TILE.q_stages> q_ring;
   Ring<TILE.num_stages> k_ring, v_ring;
@@ -179,15 +179,39 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   int skip = 0;                    // tiles before those, which this warpgroup does not see
   int n_tile = 0, n_unmasked = 0;  // tiles from n_tile down to 0, those from n_unmasked on masked
 
-  // At the end of a block of rows: computes again what a lagging maximum lost. What is left of O's
-  // matmuls adds nothing then.
-  auto mend = [&] {
-    if constexpr (MAXIMUM_MAY_LAG<T>) {
-      if (!softmax.went_too_far()) return;
-      const Recompute<T, TILE> again{params, smem, work_ring.stage()};
-      again.run(softmax, O_rmem);
+  // At the end of a block of rows: computes again what was lost. P of its last tile may not have
+  // been multiplied by V yet, which then adds nothing any more.
+  auto mend = [&](bool P_pending) {
+    if (!is_suspect<T>(softmax.minus_max, softmax.row_sum)) return;
+    Rows<HEAD_DIM> rows;
 #pragma unroll
-      for (int i = 0; i < BLOCK_N / 4; ++i) P_rmem[i / 4][i % 4] = 0;
+    for (int i = 0; i < HEAD_DIM / 2; ++i) rows.O[i / 4][i % 4] = O_rmem[i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows.minus_max[half] = softmax.minus_max[half];
+      rows.row_sum[half] = softmax.row_sum[half];
+    }
+    if (P_pending) {
+      unsigned P[BLOCK_N / 16][4];
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 4; ++i) {
+        P[i / 4][i % 4] = P_rmem[i / 4][i % 4];
+        P_rmem[i / 4][i % 4] = 0;
+      }
+      wait_V();
+      rows.template add<T, BLOCK_N>(P, smem.V + v_ring.stage() * S::KV_BYTES);
+    }
+    if (rows.are_lost()) {
+      const Work work = read_work(smem, work_ring.stage());
+      recompute_rows<T>(params, work.batch, work.head, work.m_start + w * 64 + warp * 16, rows);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = rows.O[i / 4][i % 4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      softmax.minus_max[half] = rows.minus_max[half];
+      softmax.row_sum[half] = rows.row_sum[half];
     }
   };
 
@@ -292,7 +316,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
           }
         }
         trace(12);
-        softmax.template exponentiate<T>(S_rmem, P_rmem);
+        softmax.exponentiate(S_rmem, P_rmem);
         trace(5);
         wait_V(V_there);
         start_O(V_desc);
@@ -306,7 +330,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
           step(IntConstant<false>{}, IntConstant<true>{});
         }
         for (; n_tile >= 0; --n_tile) step(IntConstant<false>{}, IntConstant<false>{});
-        mend();
+        mend(false);
         output.store(O_rmem, work, q_buffer(), softmax.minus_max, softmax.row_sum);
         staged = q_buffer();
       }
@@ -360,7 +384,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   finish_S(IntConstant<0>{}, true, n_tile == 0);
   if (n_tile >= n_unmasked) mask(n_tile);
   softmax.template update<true>(S_rmem, rescale);
-  softmax.template exponentiate<T>(S_rmem, P_rmem);
+  softmax.exponentiate(S_rmem, P_rmem);
   int staged = -1;  // buffer that the TMA may still read
   while (true) {
     if (n_tile > 0) wait_K();
@@ -394,14 +418,14 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         trace(7);
         if (grew) rescale_O<HEAD_DIM>(O_rmem, rescale);
       }
-      softmax.template exponentiate<T>(S_rmem, P_rmem);
+      softmax.exponentiate(S_rmem, P_rmem);
       trace(5);
       if (n_tile > 0) wait_K(K_there);
       trace(6);
     };
     for (--n_tile; n_tile >= n_unmasked; --n_tile) step(IntConstant<true>{});
     for (; n_tile >= 0; --n_tile) step(IntConstant<false>{});
-    mend();
+    mend(true);
     const Work done = read_work(smem, work_ring.stage());
     const int done_buffer = q_buffer();
     const float done_max[2] = {softmax.minus_max[0], softmax.minus_max[1]};
@@ -436,7 +460,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       skip_V();
       if (n_tile >= n_unmasked) mask(n_tile);
       softmax.template update<true>(S_rmem, rescale);
-      softmax.template exponentiate<T>(S_rmem, P_rmem);
+      softmax.exponentiate(S_rmem, P_rmem);
       continue;
     }
     // The last O of this block of rows runs beside the first S of the next.
@@ -462,7 +486,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     output.store(O_rmem, done, done_buffer, done_max, done_sum);
     staged = done_buffer;
     trace(10);
-    softmax.template exponentiate<T>(S_rmem, P_rmem);
+    softmax.exponentiate(S_rmem, P_rmem);
     trace(5);
   }
 }

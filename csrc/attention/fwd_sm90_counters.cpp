@@ -1,29 +1,30 @@
 #include "fwd_sm90_counters.h"
 
 #include <array>
-#include <atomic>
 #include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
 
 namespace flashmoe::sm90 {
 namespace {
 
-// Launches take the slots of a ring in turn: far more than can be queued on a device at once. A
-// launch that is captured into a graph may run at any later time, so its slot is never given away
-// again; a graph does not run twice at once, unless it was instantiated twice.
-constexpr unsigned RING = 1 << 14;
-constexpr unsigned CAPTURED = 1 << 16;
+// Launches of one stream follow one another, however long they wait for others: a counter for each
+// stream. A launch that is captured into a graph may run beside any other, so its counter is its
+// own; beside itself, where a graph was instantiated twice, it draws the same work from it.
+constexpr unsigned STREAMS = 1 << 12, CAPTURED = 1 << 16;
 
 struct Pool {
-  std::atomic<int*> memory{nullptr};
-  std::atomic<unsigned> launched{0}, captured{0};
-  std::mutex mutex;
+  std::shared_mutex mutex;
+  unsigned* memory = nullptr;
   bool failed = false;
+  std::unordered_map<unsigned long long, unsigned*> of_stream;  // by an id that is never used again
+  unsigned captured = 0;
 };
 
 // Zeroed memory, without a synchronization of the device and without disturbing a capture that
 // another thread has begun.
-int* allocate() {
-  constexpr size_t BYTES = (RING + CAPTURED) * sizeof(int);
+unsigned* allocate() {
+  constexpr size_t BYTES = (STREAMS + CAPTURED) * sizeof(unsigned);
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaThreadExchangeStreamCaptureMode(&mode);
   void* memory = nullptr;
@@ -36,7 +37,7 @@ int* allocate() {
     cudaStreamDestroy(stream);
   }
   cudaThreadExchangeStreamCaptureMode(&mode);
-  if (ok) return static_cast<int*>(memory);
+  if (ok) return static_cast<unsigned*>(memory);
   if (memory != nullptr) cudaFree(memory);
   cudaGetLastError();
   return nullptr;
@@ -44,7 +45,7 @@ int* allocate() {
 
 }  // namespace
 
-int* next_counter(int device, cudaStream_t stream) {
+unsigned* next_counter(int device, cudaStream_t stream) {
   static std::array<Pool, 64> pools;
   if (device < 0 || device >= static_cast<int>(pools.size())) return nullptr;
   Pool& pool = pools[device];
@@ -54,23 +55,36 @@ int* next_counter(int device, cudaStream_t stream) {
     return nullptr;
   }
   const bool capturing = status != cudaStreamCaptureStatusNone;
-  int* memory = pool.memory.load(std::memory_order_acquire);
-  if (memory == nullptr) {
-    if (capturing) return nullptr;
-    const std::lock_guard<std::mutex> lock(pool.mutex);
-    memory = pool.memory.load(std::memory_order_relaxed);
-    if (memory == nullptr && !pool.failed) {
-      memory = allocate();
-      pool.failed = memory == nullptr;
-      pool.memory.store(memory, std::memory_order_release);
+  unsigned long long id = 0;
+  if (!capturing) {
+    // Relaxed: to be asked for its id would end a capture that this or another thread has begun.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    const cudaError_t error = cudaStreamGetId(stream, &id);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return nullptr;
     }
-    if (memory == nullptr) return nullptr;
+    const std::shared_lock<std::shared_mutex> lock(pool.mutex);
+    const auto found = pool.of_stream.find(id);
+    if (found != pool.of_stream.end()) return found->second;
   }
-  if (!capturing) return memory + pool.launched.fetch_add(1, std::memory_order_relaxed) % RING;
-  const unsigned slot = pool.captured.fetch_add(1, std::memory_order_relaxed);
-  if (slot < CAPTURED) return memory + RING + slot;
-  pool.captured.store(CAPTURED, std::memory_order_relaxed);  // or else it would wrap around
-  return nullptr;
+  const std::unique_lock<std::shared_mutex> lock(pool.mutex);
+  if (pool.memory == nullptr) {
+    if (capturing || pool.failed) return nullptr;
+    pool.memory = allocate();
+    pool.failed = pool.memory == nullptr;
+    if (pool.failed) return nullptr;
+  }
+  if (capturing) {
+    return pool.captured < CAPTURED ? pool.memory + STREAMS + pool.captured++ : nullptr;
+  }
+  // Another thread may have launched on this stream meanwhile.
+  const auto found = pool.of_stream.find(id);
+  if (found != pool.of_stream.end()) return found->second;
+  if (pool.of_stream.size() == STREAMS) return nullptr;
+  return pool.of_stream[id] = pool.memory + pool.of_stream.size();
 }
 
 }  // namespace flashmoe::sm90

@@ -5,8 +5,8 @@
 
 namespace flashmoe::sm90 {
 
-// An int in `device`'s memory that is 0 and that no other launch will use while this one runs; null
-// when there is none to be had. Needs `device` to be the current one.
-int* next_counter(int device, cudaStream_t stream);
+// A number in `device`'s memory that is 0 and that no launch of other work will use while this one
+// runs; null when there is none to be had. Needs `device` to be the current one.
+unsigned* next_counter(int device, cudaStream_t stream);
 
 }  // namespace flashmoe::sm90

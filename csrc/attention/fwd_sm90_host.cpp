@@ -124,7 +124,7 @@ bool can_run(const AttentionParams& p) {
 }
 
 cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& a, DType dtype,
-                   int device, cudaStream_t stream, int* counter) {
+                   int device, cudaStream_t stream, unsigned* counter) {
   const long long batch_heads = static_cast<long long>(a.batch) * a.heads_q;
   const long long num_m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   const long long num_work = num_m_blocks * batch_heads;
@@ -138,8 +138,8 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   params.attention = a;
   params.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   params.inverse_scale_log2 = 1.f / params.scale_log2;
-  // P is at most 2^8 then: far from overflow in float16, and its precision does not depend on it.
-  params.slack = 8.f / params.scale_log2;
+  // P is at most 2^8 then, in float16: far from overflow, and its precision does not depend on it.
+  params.slack = (8.f - max_shift(dtype == DType::bfloat16)) / params.scale_log2;
   params.num_work = static_cast<int>(num_work);
   params.m_blocks = FastDivisor::of(static_cast<int>(num_m_blocks));
   params.heads_q = FastDivisor::of(a.heads_q);

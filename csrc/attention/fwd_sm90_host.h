@@ -17,6 +17,6 @@ bool can_run(const AttentionParams& params);
 // int in device memory that is 0, and left at 0; no other launch may use it meanwhile. With null,
 // blocks of rows are dealt in turn, and causal problems are less well balanced.
 cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& params,
-                   DType dtype, int device, cudaStream_t stream, int* counter);
+                   DType dtype, int device, cudaStream_t stream, unsigned* counter);
 
 }  // namespace flashmoe::sm90

@@ -5,6 +5,7 @@
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/mma.cuh"
+#include "fwd_sm90_softmax.cuh"
 #include "fwd_sm90_work.cuh"
 
 namespace flashmoe::sm90 {
@@ -43,7 +44,9 @@ struct Output {
       scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
       const int row = row_of(work, half);
       if ((lane & 3) == 0 && row < p.seqlen_q) {
-        lse[row] = empty ? -INFINITY : (ptx::lg2_approx_ftz(sum) - minus_max[half]) * LN_2;
+        // About 1 without the shift, where lg2.approx is at its best.
+        const float log2_sum = ptx::lg2_approx_ftz(sum * (1 << int(MAX_SHIFT<T>)));
+        lse[row] = empty ? -INFINITY : (log2_sum - (minus_max[half] + MAX_SHIFT<T>)) * LN_2;
       }
     }
   }

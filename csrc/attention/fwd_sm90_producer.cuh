@@ -32,10 +32,9 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
       index += gridDim.x;
       return;
     }
-    const int drawn = atomicAdd(params.counter, 1);
-    // Every thread block draws one number past the end: the last of all leaves the counter at 0.
-    if (drawn == params.num_work - 1) *params.counter = 0;
-    index = gridDim.x + drawn;
+    // Every thread block draws one number past the end: the last of all leaves the counter at 0,
+    // and so do two launches of the same work that draw from it at once.
+    index = gridDim.x + atomicInc(params.counter, params.num_work - 1);
   };
   auto decode = [&] {
     return index < params.num_work ? work_at<TILE>(params, index) : Work{NO_WORK, 0, 0, 0};

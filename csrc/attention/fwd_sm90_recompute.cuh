@@ -1,127 +1,161 @@
-// Rows whose scores grew further than a lagging maximum can follow, once more: by one warp, from
-// global memory, with their own maximum. Rare, so it is slow, and made to need few registers.
+// Rows of which the fast path lost something, once more: by one warp, from global memory, with
+// their own maximum. Rare, so it is slow, and its code short: it stands between the instructions of
+// the fast path, and is fetched with them. Hence loops over arrays in local memory.
+//
+// Lost is what overflowed, because scores grew further than a lagging maximum can follow or values
+// are large, or what was rounded by more than the exponent's range, because scores are large.
 #pragma once
 
+#include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
-#include "../ptx/registers.cuh"
 #include "fwd_sm90_softmax.cuh"
 #include "fwd_sm90_work.cuh"
 
 namespace flashmoe::sm90 {
 
-// 16 rows of O of one warp, 8 keys at a time. Threads hold S and O as mma_m16n8k16 leaves them.
-template <typename T, Sm90Tile TILE>
-struct Recompute {
-  const Sm90Params& params;
-  const Smem<TILE>& smem;
-  const int slot;  // of the block of rows
-  const AttentionParams& p = params.attention;
+// Whether the fast path may have lost something in a row of this warp, by the maxima of a thread's
+// two rows and its shares of their sums.
+template <typename T>
+__device__ __forceinline__ bool is_suspect(const float (&minus_max)[2], const float (&row_sum)[2]) {
+  const bool coarse = fmaxf(fabsf(minus_max[0]), fabsf(minus_max[1])) >= COARSE_MAXIMUM;
+  // Negated, for a sum of NaN.
+  const bool safe = row_sum[0] < SAFE_SUM<T> && row_sum[1] < SAFE_SUM<T>;
+  return __any_sync(0xffffffff, coarse || !safe);
+}
 
-  // Hidden: what follows from it would be kept in registers all the time.
-  __device__ __forceinline__ static int thread() {
-    unsigned x = threadIdx.x;
-    ptx::hide(x);
-    return int(x);
-  }
-  // The first row of this warp; warpgroup 0 is the producer.
-  __device__ __forceinline__ static int first_row(const Work& work, int thread) {
-    return work.m_start + (thread / 32 - 4) * 16;
-  }
-  // S of the keys from n on, -infinity where a row does not see a key.
-  __device__ __forceinline__ void scores(int n, float (&S)[4]) const {
-    const Work work = read_work(smem, slot);
-    const int thread_ = thread(), lane = thread_ % 32;
-    const int row = first_row(work, thread_) + lane / 4, key = n + lane / 4;
-    const T* q = static_cast<const T*>(p.q) + work.batch * p.q_batch_stride +
-                 work.head * p.q_head_stride + row * p.q_row_stride + lane % 4 * 2;
-    const T* k = static_cast<const T*>(p.k) + work.batch * p.k_batch_stride +
-                 params.group.divide(work.head) * p.k_head_stride + key * p.k_row_stride +
-                 lane % 4 * 2;
-    auto load = [](const T* x, bool there) {
-      return there ? *reinterpret_cast<const unsigned*>(x) : 0u;
-    };
-    for (int i = 0; i < 4; ++i) S[i] = 0.f;
-#pragma unroll 1
-    for (int d = 0; d < p.head_dim; d += 8) {
-      const unsigned a[2] = {load(q, row < p.seqlen_q),
-                             load(q + 8 * p.q_row_stride, row + 8 < p.seqlen_q)};
-      ptx::mma_m16n8k8<T>(S, a, load(k, key < p.seqlen_kv));
-      q += 8;
-      k += 8;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      int limit = p.seqlen_kv;
-      if (p.causal) limit = min(limit, row + e / 2 * 8 + p.seqlen_kv - p.seqlen_q + 1);
-      if (n + lane % 4 * 2 + e % 2 >= limit) S[e] = -INFINITY;
-    }
-  }
-  // O += P V of the keys from n on.
-  __device__ __forceinline__ void add(int n, const unsigned (&P)[2],
-                                      float (&O_rmem)[TILE.head_dim / 2]) const {
-    const Work work = read_work(smem, slot);
-    const int lane = thread() % 32;
-    const int key = n + lane % 4 * 2;
-    const unsigned short* v =
-        static_cast<const unsigned short*>(p.v) + work.batch * p.v_batch_stride +
-        params.group.divide(work.head) * p.v_head_stride + key * p.v_row_stride + lane / 4;
-#pragma unroll
-    for (int d = 0; d < TILE.head_dim / 8; ++d) {
-      auto load = [&](int i) -> unsigned {
-        return key + i < p.seqlen_kv && d * 8 < p.head_dim ? v[i * p.v_row_stride + d * 8] : 0;
-      };
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = O_rmem[4 * d + i];
-      ptx::mma_m16n8k8<T>(x, P, load(0) | load(1) << 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) O_rmem[4 * d + i] = x[i];
-      ptx::pmevent();  // or ptxas fetches far ahead, into registers that are not there
-    }
-  }
-  // O, with its maximum and sums.
-  __device__ __forceinline__ void run(Softmax<TILE>& softmax,
-                                      float (&O_rmem)[TILE.head_dim / 2]) const {
-    int n_end = p.seqlen_kv;
-    if (p.causal) {
-      n_end = min(n_end, first_row(read_work(smem, slot), thread()) + 16 + n_end - p.seqlen_q);
-    }
-    // Told that a warp agrees on it: ptxas would take the whole kernel for divergent.
-    n_end = __shfl_sync(0xffffffff, n_end, 0);
-    float S[4];
+// A thread's part of 16 rows of O, as mma_m16n8k16 leaves it, with their maxima and its shares of
+// their sums (see Softmax).
+template <int HEAD_DIM>
+struct Rows {
+  float O[HEAD_DIM / 8][4];
+  float minus_max[2], row_sum[2];
+
+  // Whether what a warp has of its rows is not what it should be.
+  __device__ __forceinline__ bool are_lost() const {
+    bool lost = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      softmax.minus_max[half] = NO_MAXIMUM;
-      softmax.row_sum[half] = 0.f;
-    }
-#pragma unroll
-    for (int i = 0; i < TILE.head_dim / 2; ++i) O_rmem[i] = 0.f;
-#pragma unroll 1
-    for (int n = 0; n < n_end; n += 8) {
-      scores(n, S);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        softmax.update_max(fmaxf(S[2 * half], S[2 * half + 1]), half);
-      }
+      lost |= fabsf(minus_max[half]) >= COARSE_MAXIMUM || !(row_sum[half] < TOO_LARGE);
     }
 #pragma unroll 1
-    for (int n = 0; n < n_end; n += 8) {
-      scores(n, S);
-      unsigned P[2];
+    for (int d = 0; d < HEAD_DIM / 8; ++d) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          x[i] = ptx::ex2_approx_ftz(
-              fmaf(S[2 * half + i], params.scale_log2, softmax.minus_max[half]));
-          softmax.row_sum[half] += x[i];
-        }
-        P[half] = ptx::cvt_rn_x2<T>(x[0], x[1]);
+      for (int i = 0; i < 4; ++i) lost |= !(fabsf(O[d][i]) < INFINITY);
+    }
+    return __any_sync(0xffffffff, lost);
+  }
+  // O += P V of a tile of V in shared memory.
+  template <typename T, int BLOCK_N>
+  __device__ __forceinline__ void add(const unsigned (&P)[BLOCK_N / 16][4], unsigned V_smem) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+      const int chunk = (d % 8 + lane / 16) ^ (lane & 7);
+      unsigned src = V_smem + d / 8 * BLOCK_N * 128 + lane % 16 * 128 + chunk * 16;
+#pragma unroll 1
+      for (int k = 0; k < BLOCK_N / 16; ++k, src += 2048) {
+        unsigned V_rmem[4];
+        ptx::ldmatrix_x4_trans(V_rmem, src);
+        ptx::mma_m16n8k16<T>(O[d], P[k], V_rmem[0], V_rmem[1]);
+        ptx::mma_m16n8k16<T>(O[d + 1], P[k], V_rmem[2], V_rmem[3]);
       }
-      add(n, P, O_rmem);
     }
   }
 };
+
+// S of 16 rows from `row` on and the 8 keys from `key` on, -infinity where a row does not see a
+// key.
+template <typename T>
+__device__ __forceinline__ void recompute_scores(const AttentionParams& p, const T* q, const T* k,
+                                                 int row, int key, float (&S)[4]) {
+  const int lane = threadIdx.x % 32;
+  const int my_row = row + lane / 4, my_key = key + lane / 4;
+  q += my_row * p.q_row_stride + lane % 4 * 2;
+  k += my_key * p.k_row_stride + lane % 4 * 2;
+  auto load = [](const T* x, bool there) {
+    return there ? *reinterpret_cast<const unsigned*>(x) : 0u;
+  };
+#pragma unroll
+  for (int e = 0; e < 4; ++e) S[e] = 0.f;
+#pragma unroll 1
+  for (int d = 0; d < p.head_dim; d += 8) {
+    const unsigned a[2] = {load(q + d, my_row < p.seqlen_q),
+                           load(q + 8 * p.q_row_stride + d, my_row + 8 < p.seqlen_q)};
+    ptx::mma_m16n8k8<T>(S, a, load(k + d, my_key < p.seqlen_kv));
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    int limit = p.seqlen_kv;
+    if (p.causal) limit = min(limit, my_row + e / 2 * 8 + p.seqlen_kv - p.seqlen_q + 1);
+    if (key + lane % 4 * 2 + e % 2 >= limit) S[e] = -INFINITY;
+  }
+}
+
+// The 16 rows of one warp from `row` on.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void recompute_rows(const Sm90Params& params, int batch, int head,
+                                               int row, Rows<HEAD_DIM>& rows) {
+  // Enough for O to stay finite over 2^24 keys of the largest values.
+  constexpr float SHIFT = ptx::IS_BFLOAT16<T> ? 24.f : 0.f;
+  const AttentionParams& p = params.attention;
+  const int lane = threadIdx.x % 32, head_kv = params.group.divide(head);
+  const T* q = static_cast<const T*>(p.q) + batch * p.q_batch_stride + head * p.q_head_stride;
+  const T* k = static_cast<const T*>(p.k) + batch * p.k_batch_stride + head_kv * p.k_head_stride;
+  const unsigned short* v = static_cast<const unsigned short*>(p.v) + batch * p.v_batch_stride +
+                            head_kv * p.v_head_stride + lane / 4;
+  int n_end = p.seqlen_kv;
+  if (p.causal) n_end = min(n_end, row + 16 + n_end - p.seqlen_q);
+  // Told that a warp agrees on it: ptxas would take the fast path for divergent, too.
+  n_end = __shfl_sync(0xffffffff, n_end, 0);
+#pragma unroll 1
+  for (auto& columns : rows.O) {
+    for (float& x : columns) x = 0.f;
+  }
+  float S[4], max[2] = {-INFINITY, -INFINITY};
+#pragma unroll 1
+  for (int n = 0; n < n_end; n += 8) {
+    recompute_scores(p, q, k, row, n, S);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      max[half] = fmaxf(max[half], fmaxf(S[2 * half], S[2 * half + 1]));
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    max[half] = fmaxf(max[half], __shfl_xor_sync(0xffffffff, max[half], 1));
+    max[half] = fmaxf(max[half], __shfl_xor_sync(0xffffffff, max[half], 2));
+    rows.minus_max[half] = NO_MAXIMUM;
+    rows.row_sum[half] = 0.f;
+    if (max[half] == -INFINITY) {
+      max[half] = 0.f;  // the difference of infinities is no number
+    } else {
+      rows.minus_max[half] = fmaf(-max[half], params.scale_log2, -SHIFT);
+    }
+  }
+#pragma unroll 1
+  for (int n = 0; n < n_end; n += 8) {
+    recompute_scores(p, q, k, row, n, S);
+    unsigned P[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // The difference is scaled, not the scores: that would round by their own magnitude.
+        x[i] = ptx::ex2_approx_ftz(fmaf(S[2 * half + i] - max[half], params.scale_log2, -SHIFT));
+        rows.row_sum[half] += x[i];
+      }
+      P[half] = ptx::cvt_rn_x2<T>(x[0], x[1]);
+    }
+    const int key = n + lane % 4 * 2;
+#pragma unroll 1
+    for (int d = 0; d < p.head_dim; d += 8) {
+      auto load = [&](int i) -> unsigned {
+        return key + i < p.seqlen_kv ? v[(key + i) * p.v_row_stride + d] : 0;
+      };
+      ptx::mma_m16n8k8<T>(rows.O[d / 8], P, load(0) | load(1) << 16);
+    }
+  }
+}
 
 }  // namespace flashmoe::sm90

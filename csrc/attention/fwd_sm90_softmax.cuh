@@ -7,35 +7,46 @@
 
 namespace flashmoe::sm90 {
 
-// Whether P of a tile that all rows see is computed beside the maximum of the tiles before, without
-// looking for its own. bfloat16 reaches as far as float32, so nothing is lost where P is large.
-// Rows whose sum is TOO_LARGE at the end are computed again, with their own maximum
-// (fwd_sm90_recompute.cuh); what is not leaves O far from overflow, for values of up to 2^44.
+// Whether P of a tile that all rows see is computed relative to the maximum of the tiles before,
+// without looking for its own. bfloat16 reaches as far as float32, so nothing is lost where P is
+// large: rows whose O overflowed are computed again, with their own maximum
+// (fwd_sm90_recompute.cuh).
 template <typename T>
-constexpr bool MAXIMUM_MAY_LAG = false;
-template <>
-inline constexpr bool MAXIMUM_MAY_LAG<__nv_bfloat16> = true;
-constexpr float TOO_LARGE = 0x1p80f;
+constexpr bool MAXIMUM_MAY_LAG = ptx::IS_BFLOAT16<T>;
+template <typename T>
+constexpr float MAX_SHIFT = max_shift(ptx::IS_BFLOAT16<T>);
+// A thread's share of a row's sum below which O, at most the sum times the largest value, is finite
+// whatever the values are: those of four threads make less than 1. From there on O is looked at,
+// which long rows can afford. float16's largest value is 2^16.
+template <typename T>
+constexpr float SAFE_SUM = MAXIMUM_MAY_LAG<T> ? 0x1p-3f : 0x1p100f;
+// From here on 2^(S - maximum) itself may have overflowed, or a clamped exponential been added.
+constexpr float TOO_LARGE = 0x1p100f;
+// From here on (in units of log 2) the rounding of a row's maximum can exceed the exponent's range:
+// it is a whole unit, and P in float16 has room for some eight.
+constexpr float COARSE_MAXIMUM = 0x1p24f;
 
-// 2^x without the MUFU; below -125 it stays at 2^-125, above 127 at 2^127. Cody-Waite split and the
-// minimax polynomial of degree 4 on [-1/2, 1/2], relative error 2.7e-6: one of degree 3 is off by
-// 7.5e-5, which shows in softmax_lse.
+// 2^x without the MUFU; 0 below -125, 2^127 from 127 on. Cody-Waite split and the minimax
+// polynomial of degree 4 on [-1/2, 1/2], relative error 2.7e-6: one of degree 3 is off by 7.5e-5,
+// which shows in softmax_lse.
 __device__ __forceinline__ float exp2_polynomial(float x) {
   constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = fminf(fmaxf(x, -125.f), 127.f);
-  const float rounded = x + ROUND;
-  const float f = x - (rounded - ROUND);
+  const float clamped = fminf(fmaxf(x, -125.f), 127.f);
+  const float rounded = clamped + ROUND;
+  const float f = clamped - (rounded - ROUND);
   float p = fmaf(0.00957010f, f, 0.05591786f);
   p = fmaf(fmaf(fmaf(p, f, 0.24024745f), f, 0.69312181f), f, 0.99999926f);
-  return ptx::add_to_exponent(p, rounded);
+  // A hidden key's value may be larger than 2^125.
+  return ptx::add_to_exponent(p, rounded, x, -125.f);
 }
 
 // The running maximum and sum of a thread's two rows, 8 apart. Of the maximum what is added to
-// scaled scores is kept: minus the maximum, scaled, or NO_MAXIMUM where all so far were -infinity.
-// Then the next such one gives a P of 0 still, and a finite one that is seen while the maximum lags
-// is TOO_LARGE. Thread t of a warpgroup holds of S (64 x BLOCK_N) what wgmma gives it: element
-// 4 * n + 2 * half + i is row t / 32 * 16 + t % 32 / 4 + 8 * half, column 8 * n + t % 4 * 2 + i.
-template <Sm90Tile TILE>
+// scaled scores is kept: minus the maximum, scaled, and minus MAX_SHIFT; or NO_MAXIMUM where all so
+// far were -infinity. Then the next such one gives a P of 0 still, and a finite one that is seen
+// while the maximum lags is TOO_LARGE. Thread t of a warpgroup holds of S (64 x BLOCK_N) what wgmma
+// gives it: element 4 * n + 2 * half + i is row t / 32 * 16 + t % 32 / 4 + 8 * half, column
+// 8 * n + t % 4 * 2 + i.
+template <typename T, Sm90Tile TILE>
 struct Softmax {
   static constexpr int BLOCK_N = TILE.block_n;
   // How the arithmetic is spread over chains of dependent instructions, where ptxas makes more of
@@ -99,7 +110,7 @@ struct Softmax {
     float x = mine;
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-    minus_max[half] = fminf(minus_max[half], -x * params.scale_log2);
+    minus_max[half] = fminf(minus_max[half], fmaf(-x, params.scale_log2, -MAX_SHIFT<T>));
   }
   __device__ __forceinline__ void update_max(const Scores& S_rmem, int half) {
     update_max(local_max(S_rmem, half), half);
@@ -141,7 +152,6 @@ struct Softmax {
   // nothing across a pmevent: between the exponentials of a chunk stand the FFMAs of the next one,
   // and the sums and conversions of the one LAG before. All of it fits into the time that the MUFU
   // leaves between two exponentials.
-  template <typename T>
   __device__ __forceinline__ void exponentiate(Scores& S_rmem,
                                                unsigned (&P_rmem)[BLOCK_N / 16][4]) {
     constexpr int CHUNK = 4, CHUNKS = BLOCK_N / 2 / CHUNK;
@@ -183,10 +193,6 @@ struct Softmax {
     }
     row_sum[0] += sum[0];
     row_sum[1] += sum[1];
-  }
-  // Whether a row of this warp went so far beyond its maximum that O may have overflowed.
-  __device__ __forceinline__ bool went_too_far() const {
-    return __any_sync(0xffffffff, fmaxf(row_sum[0], row_sum[1]) >= TOO_LARGE);
   }
 };
 

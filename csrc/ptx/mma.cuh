@@ -6,6 +6,11 @@
 
 namespace flashmoe::ptx {
 
+template <typename T>
+constexpr bool IS_BFLOAT16 = false;
+template <>
+inline constexpr bool IS_BFLOAT16<__nv_bfloat16> = true;
+
 // D += A B for one 16x8x16 tile. A row-major: a[0] rows 0-7 k 0-7, a[1] rows 8-15 k 0-7, a[2] and
 // a[3] the same for k 8-15. B column-major: b0 k 0-7, b1 k 8-15. d[0..1] row l/4, d[2..3] row
 // l/4 + 8, columns 2 * (l % 4) and the next.
@@ -36,6 +41,16 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
 // The same for one 16x8x8 tile: a[0] rows 0-7, a[1] rows 8-15.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const unsigned (&a)[2], unsigned b);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k8<__half>(float (&d)[4], const unsigned (&a)[2],
+                                                    unsigned b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
 
 template <>
 __device__ __forceinline__ void mma_m16n8k8<__nv_bfloat16>(float (&d)[4], const unsigned (&a)[2],

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashmoe.backends.triton_fwd import (
+    COARSE_MAXIMUM,
     LOG2_E,
     _dot,
     _head_base,
@@ -49,7 +50,9 @@ def _backward_prepare_kernel(
 ):  # fmt: skip
     """delta = rowsum(out * dout) and lse in log2, in rows_padded rows.
 
-    A row that sees no key has lse -inf, a padding row none: +inf makes their probabilities 0.
+    A row that sees no key has lse -inf, a padding row none: +inf makes their probabilities 0. An
+    lse so large that its rounding can exceed the exponent's range no longer tells probabilities:
+    rounded up, it makes none exceed 1.
     """
     num_tiles = rows_padded // BLOCK_M
     batch_head = tl.program_id(0) // num_tiles
@@ -67,6 +70,8 @@ def _backward_prepare_kernel(
     lse_row = batch_head.to(tl.int64) * seqlen_q
     lse = tl.load(lse_ptr + lse_row + rows, mask=rows < seqlen_q, other=float("-inf"))
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    magnitude = tl.abs(lse2)
+    lse2 += tl.where(magnitude >= COARSE_MAXIMUM, magnitude * 2.0**-22, 0.0)
     padded_row = batch_head.to(tl.int64) * rows_padded + start
     tl.store(lse2_ptr + padded_row + offs_m, lse2)
     tl.store(delta_ptr + padded_row + offs_m, delta)

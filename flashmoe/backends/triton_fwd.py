@@ -18,6 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# From here on (in units of log 2) the rounding of a row's maximum can exceed the exponent's range.
+COARSE_MAXIMUM = tl.constexpr(2.0**24)
+# Probabilities 2^24 times smaller have no sum above 1 over fewer than 2^24 keys.
+CAREFUL_SHIFT = tl.constexpr(24.0)
 
 _NO_GUARD = nullcontext()
 
@@ -135,11 +139,14 @@ def _attend(
     seqlen_kv, causal_limit, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M:
     tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N:
     tl.constexpr, POSITIVE_SCALE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
 
-    row_max is in units of log2: scale contains log2(e). Only a MASKED range looks at the causal
-    limit of each row (its last visible key) and at seqlen_kv.
+    row_max is in units of log2: scale contains log2(e). If CAREFUL it is in units of the scores,
+    whose differences are scaled, so that none is rounded by its own magnitude, and probabilities
+    are 2^CAREFUL_SHIFT times smaller, so that their sums with any values are finite. Only a MASKED
+    range looks at the causal limit of each row (its last visible key) and at seqlen_kv.
     """
     offs_n = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
@@ -160,11 +167,18 @@ def _attend(
             if not EVEN_N:
                 scores = tl.where((start + offs_n < seqlen_kv)[None, :], scores, float("-inf"))
         factor = scale if POSITIVE_SCALE else 1.0
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+        tile_max = tl.max(scores, 1)
+        new_max = tl.maximum(row_max, tile_max if CAREFUL else tile_max * factor)
         # A row that has seen no key yet keeps -inf as its maximum; -inf - (-inf) would be NaN.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        probs = tl.math.exp2(scores * factor - shift[:, None])
-        rescale = tl.math.exp2(row_max - shift)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+        if CAREFUL:
+            # float16 does not reach so low, nor so high that its values needed it.
+            shift = 0.0 if q.dtype == tl.float16 else CAREFUL_SHIFT
+            probs = tl.math.exp2((scores - base[:, None]) * factor - shift)
+            rescale = tl.math.exp2((row_max - base) * factor)
+        else:
+            probs = tl.math.exp2(scores * factor - base[:, None])
+            rescale = tl.math.exp2(row_max - base)
         row_sum = row_sum * rescale + tl.sum(probs, 1)
         row_max = new_max
         acc = acc * rescale[:, None]
@@ -173,6 +187,33 @@ def _attend(
             BLOCK_N, MASKED and not EVEN_N, USE_TMA,
         )  # fmt: skip
         acc = _dot(probs.to(v.dtype), v, acc, PRECISION)
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _attend_all(
+    q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, full_end, end, seqlen_kv,
+    causal_limit, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE:
+    tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The tile's output before normalization, its row sums and maxima, from all keys it sees."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+        0, full_end, seqlen_kv, causal_limit, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, EVEN_N, POSITIVE_SCALE,
+        USE_TMA, PRECISION, CAREFUL,
+    )  # fmt: skip
+    if CAUSAL or not EVEN_N:
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+            full_end, end, seqlen_kv, causal_limit, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, EVEN_N, POSITIVE_SCALE,
+            USE_TMA, PRECISION, CAREFUL,
+        )  # fmt: skip
     return acc, row_sum, row_max
 
 
@@ -210,22 +251,22 @@ def _attention_forward_kernel(
 
     causal_limit = rows + (seqlen_kv - seqlen_q)
     full_end, end = _visible_keys(start_m, seqlen_q, seqlen_kv, BLOCK_M, BLOCK_N, CAUSAL)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-        0, full_end, seqlen_kv, causal_limit, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, EVEN_N, POSITIVE_SCALE,
-        USE_TMA, PRECISION,
+    acc, row_sum, row_max = _attend_all(
+        q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, full_end, end, seqlen_kv,
+        causal_limit, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, EVEN_N, POSITIVE_SCALE,
+        USE_TMA, PRECISION, False,
     )  # fmt: skip
-    if CAUSAL or not EVEN_N:
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-            full_end, end, seqlen_kv, causal_limit, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, EVEN_N, POSITIVE_SCALE,
-            USE_TMA, PRECISION,
+    # What overflowed is not finite; a row that has seen no key keeps -inf as its maximum.
+    lost = (row_max != float("-inf")) & ~(tl.abs(row_max) < COARSE_MAXIMUM)
+    lost = tl.max((~(tl.abs(acc) < float("inf"))).to(tl.int32), 1) | lost.to(tl.int32)
+    if tl.max(lost, 0) > 0:
+        acc, row_sum, row_max = _attend_all(
+            q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, full_end, end, seqlen_kv,
+            causal_limit, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, EVEN_N,
+            POSITIVE_SCALE, USE_TMA, PRECISION, True,
         )  # fmt: skip
+        row_max = row_max * (scale if POSITIVE_SCALE else 1.0)
+        row_max += 0.0 if q.dtype == tl.float16 else CAREFUL_SHIFT
 
     # A row that saw no key has sum 0: its output is 0 and its log-sum-exp -inf.
     empty = row_sum == 0.0

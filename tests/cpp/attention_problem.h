@@ -86,6 +86,29 @@ inline Problem random_problem(int head_dim, int block_m, int block_n, std::mt199
   return x;
 }
 
+// Inputs at the edge of what the dtype holds, whose results are finite: scores that grow steadily
+// towards the first key (which is visited last) under large values, or equal scores so large that
+// one rounding of a score exceeds the exponent's range.
+inline void make_extreme(Tensor& q, Tensor& k, Tensor& v, float scale, std::mt19937_64& random) {
+  const bool wide = q.dtype == DType::bfloat16;
+  if (random() % 2 == 0) {
+    const double growth = static_cast<double>(random() % 100);
+    const double size = wide ? std::ldexp(1.0, static_cast<int>(random() % 126)) : 3e4;
+    const auto unit = [](Tensor& x, auto first) {
+      for (int b = 0; b < x.batch; ++b)
+        for (int s = 0; s < x.seqlen; ++s)
+          for (int h = 0; h < x.heads; ++h)
+            for (int d = 0; d < x.head_dim; ++d) x.set(b, s, h, d, d == 0 ? first(s) : 0);
+    };
+    unit(q, [](int) { return 1; });
+    unit(k, [&](int s) { return growth / scale * (k.seqlen - 1 - s) / std::max(k.seqlen - 1, 1); });
+    v.fill([&] { return size * (1 + (random() % 64) / 64.); });
+  } else {
+    const double size = wide ? 133120 : 65504;
+    for (Tensor* tensor : {&q, &k, &v}) tensor->fill([&] { return size; });
+  }
+}
+
 // Whether a problem comes out right: with tensors of the seed's, on a device of the seed's. Says
 // what does not. Rows of q, k and v are 16-byte aligned or not. `launch` returns what went wrong
 // there, or nothing.
@@ -100,6 +123,7 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
   Tensor k(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, pad, heads_first);
   Tensor v(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, pad, !heads_first);
   Tensor out(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, 8, heads_first);
+  const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
   std::normal_distribution<double> normal;
   // Some rows are large, so that maxima grow late and by much: by more than 2^80 where they are
   // very large, in bfloat16, whose P reaches so far.
@@ -123,9 +147,9 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
         for (int i = first; i < x.seqlen_kv; ++i) k.set(b, i, h, x.head_dim - 1, -INFINITY);
     }
   }
+  if (random() % 5 == 0) make_extreme(q, k, v, scale, random);
   std::fill(out.bytes.begin(), out.bytes.end(), POISON);
   std::vector<float> lse(static_cast<size_t>(x.batch) * x.heads_q * x.seqlen_q, NAN);
-  const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
 
   fake_device.sm_count = 1 + static_cast<int>(random() % 3);
   fake_device.seed = random();

@@ -31,8 +31,8 @@ struct Instance {
       fake_device.call = [entry](const void*, void** arguments) {
         entry(*static_cast<const Sm90Params*>(arguments[0]));
       };
-      int counter = 0;
-      int* const given = random() % 4 == 0 ? nullptr : &counter;
+      unsigned counter = 0;
+      unsigned* const given = random() % 4 == 0 ? nullptr : &counter;
       const cudaError_t error = sm90::launch(tile, reinterpret_cast<const void*>(entry), params,
                                              dtype, 0, nullptr, given);
       if (error == cudaSuccess && counter != 0) return std::string("the counter is not left at 0");

@@ -92,10 +92,10 @@ inline void __syncwarp() {
 }
 inline void __syncthreads() { emulator::syncthreads(); }
 
-inline int atomicAdd(int* address, int value) {
+inline unsigned atomicInc(unsigned* address, unsigned last) {
   emulator::preempt();
-  const int before = *address;
-  *address += value;
+  const unsigned before = *address;
+  *address = before >= last ? 0 : before + 1;
   return before;
 }
 inline float __frcp_rn(float x) { return 1 / x; }

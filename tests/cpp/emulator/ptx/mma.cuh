@@ -8,8 +8,9 @@
 namespace flashmoe::ptx {
 
 template <typename T>
-constexpr auto FORMAT =
-    std::is_same_v<T, __half> ? emulator::Format::float16 : emulator::Format::bfloat16;
+constexpr bool IS_BFLOAT16 = std::is_same_v<T, __nv_bfloat16>;
+template <typename T>
+constexpr auto FORMAT = IS_BFLOAT16<T> ? emulator::Format::bfloat16 : emulator::Format::float16;
 
 // One 16x8 tile of K columns of A: registers a[K / 4] and b[K / 8] of each lane.
 template <typename T, int K>
