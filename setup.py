@@ -31,7 +31,9 @@ def find_nvcc() -> tuple[Path, str] | str:
     nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return "nvcc was not found (set CUDA_HOME)"
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [nvcc, "--version"], capture_output=True, encoding="utf-8", check=True
+    ).stdout
     match = re.search(r"release (\d+)\.(\d+)", text)
     if match is None:
         return f"{nvcc} did not tell its version"
@@ -39,7 +41,9 @@ def find_nvcc() -> tuple[Path, str] | str:
         minimum = ".".join(map(str, build_config.MIN_NVCC))
         return f"nvcc {match[1]}.{match[2]} is older than {minimum}"
     # nvcc may be a wrapper script somewhere else; its dry run tells where it really lives.
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, encoding="utf-8"
+    )
     here = re.search(r"^#\$ _HERE_=(.+)$", dry.stderr, re.MULTILINE)
     binary = Path(here[1]) if here else Path(nvcc).resolve().parent
     return binary.parent, f"{match[1]}.{match[2]}"
@@ -89,7 +93,7 @@ def compile_kernels(
         for path in paths:
             objects.append(str(directory / f"{path.stem}.o"))
             lines += [f"build {objects[-1]}: nvcc {path}", f"  flags = {flags}"]
-    (directory / "build.ninja").write_text("\n".join([*lines, ""]))
+    (directory / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     subprocess.run(["ninja", "-C", str(directory), *jobs], check=True)
     return objects

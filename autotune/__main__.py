@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from flashmoe.autotune.cli import main
+from flashmoe.environment import TOOL_PACKAGES, missing_packages, print_anything
+
+# As in exits.py, which needs the packages.
+BAD_USAGE = 2
+
+
+def main() -> int:
+    if missing := missing_packages(*TOOL_PACKAGES):
+        print(f"flashmoe.autotune: error: {missing}", file=sys.stderr)
+        return BAD_USAGE
+    from flashmoe.autotune import cli
+
+    print_anything()
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -119,11 +119,9 @@ def run(words: Sequence[str]) -> int:
     suggestions = None
     if any(result.best for result in results):
         suggestions = folder / "suggestions.md"
-        suggestions.write_text(
-            report.suggestions_text(results, here, path, command), encoding="utf-8"
-        )
+        _write(suggestions, report.suggestions_text(results, here, path, command))
         page = report_html.html(results, here, limits, command=command, database=str(path))
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        _write(folder / "report.html", page)
     for line in report.rejections(results):
         warn(line)
     seconds = time.perf_counter() - start
@@ -236,6 +234,11 @@ def _output_folder(folder: Path) -> Path:
             f"--output must be a folder that can be written, got {str(folder)!r}: {error.strerror}"
         ) from None
     return folder
+
+
+def _write(path: Path, text: str) -> None:
+    # Names of files may hold bytes that are no text.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _load(path: Path) -> dict[str, database.Entry]:

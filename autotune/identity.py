@@ -37,7 +37,8 @@ def is_dead(worker: str, last_heard: float) -> bool:
 def _host() -> str:
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        parts.append(boot.strip()[:8])
     with contextlib.suppress(OSError):
         parts.append("".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid"))))
     return "+".join(parts)
@@ -58,7 +59,8 @@ def _start(pid: int) -> str:
     for one that is dead and only not yet reaped."""
     try:
         # The name in parentheses may hold spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = text.rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]

@@ -185,7 +185,7 @@ def main() -> None:
             "host_cost_us": host,
             "cases": cases,
         }
-        arguments.output.write_text(json.dumps(document) + "\n")
+        arguments.output.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

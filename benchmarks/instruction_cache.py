@@ -94,7 +94,7 @@ def main() -> None:
         print(problem.label, *line, sep="\n  ", flush=True)
         # At once, so that an interruption loses only the problem at hand.
         document["problems"].append(row)
-        args.output.write_text(json.dumps(document) + "\n")
+        args.output.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

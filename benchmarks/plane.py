@@ -263,7 +263,7 @@ def main() -> int:
         parser.error("--output is required")
     chosen = [case for name in args.sets.split(",") for case in cases()[name]]
     everything = list(enumerate(chosen))[args.first :]
-    with args.output.open("w") as file, torch.no_grad():
+    with args.output.open("w", encoding="utf-8") as file, torch.no_grad():
         head: dict[str, Any] = {"schema": SCHEMA, "command": shlex.join(["python", *sys.argv])}
         waiting: dict[int, Future[None]] = {}
         if not args.dry_run:

@@ -70,7 +70,7 @@ def instances() -> list[Instance]:
     found = []
     for kernel, names in INSTANCE_FIELDS.items():
         path = CSRC / "instances" / f"{kernel}.txt"
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             columns = line.partition("#")[0].split()
             if not columns:
                 continue
@@ -146,7 +146,7 @@ def copy_runtime_sources(generated: Path, target: Path) -> None:
         if path in found:
             continue
         found.add(path)
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith('#include "') and (header := line.split('"')[1]) != "wgmma.cuh":
                 seeds.append(path.parent / header)
     for path in found:
@@ -267,8 +267,8 @@ def _registry_source(
 
 
 def _write(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -7,16 +7,15 @@ import io
 import os
 import sys
 
-# What the command lines import and attention does not, each with the package that brings it. The
-# extra `tune` (pyproject.toml) lists the same packages.
+# Modules that the tools need and attention does not, and the packages that bring them: those of the
+# extra `tune` (pyproject.toml).
 TOOL_PACKAGES = {
-    "optuna": "optuna>=5",
+    "optuna": "'optuna>=5'",
     "pynvml": "nvidia-ml-py",
     "rich": "rich",
     "scipy": "scipy",
     "threadpoolctl": "threadpoolctl",
 }
-_BAD_USAGE = 2
 
 
 def variable(name: str, default: str = "") -> str:
@@ -31,14 +30,8 @@ def print_anything() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def require_tool_packages(program: str) -> None:
-    """Exit with code 2, naming them, where packages are missing that a command line needs."""
-    missing = [
-        package
-        for module, package in TOOL_PACKAGES.items()
-        if importlib.util.find_spec(module) is None
-    ]
-    if missing:
-        names = " ".join(f"'{name}'" if ">" in name else name for name in missing)
-        print(f"{program}: error: packages are missing: pip install {names}", file=sys.stderr)
-        raise SystemExit(_BAD_USAGE)
+def missing_packages(*modules: str) -> str:
+    """Which of these modules of TOOL_PACKAGES are not installed, in one line that says what to do;
+    empty when all are."""
+    names = [TOOL_PACKAGES[name] for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(names)}; pip install {' '.join(names)}" if names else ""

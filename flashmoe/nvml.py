@@ -1,25 +1,32 @@
-"""What the driver tells about a GPU (NVML): clocks, temperature, power, why it runs slower."""
+"""What the driver tells about a GPU (NVML): clocks, temperature, power, why it runs slower; nothing
+where nvidia-ml-py is not installed, which attention does not need."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
-import pynvml
 import torch
+
+pynvml: Any = None
+with contextlib.suppress(ImportError):
+    pynvml = importlib.import_module("pynvml")
 
 # Reasons for which a GPU slows itself down besides its ordinary power management (which caps clocks
 # under every heavy load, and so is part of the machine that is measured).
 THROTTLING = ("sw_thermal", "hw_slowdown", "hw_thermal", "hw_power_brake")
+# Bits of NVML's clocks event reasons.
 _REASONS = {
-    "power_cap": pynvml.nvmlClocksEventReasonSwPowerCap,
-    "applications_clocks": pynvml.nvmlClocksEventReasonApplicationsClocksSetting,
-    "sync_boost": pynvml.nvmlClocksEventReasonSyncBoost,
-    "sw_thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
-    "hw_slowdown": pynvml.nvmlClocksThrottleReasonHwSlowdown,
-    "hw_thermal": pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
-    "hw_power_brake": pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+    "applications_clocks": 0x02,
+    "power_cap": 0x04,
+    "hw_slowdown": 0x08,
+    "sync_boost": 0x10,
+    "sw_thermal": 0x20,
+    "hw_thermal": 0x40,
+    "hw_power_brake": 0x80,
 }
 
 
@@ -41,6 +48,8 @@ class Reading:
 @functools.cache
 def _handle(device: torch.device) -> Any:
     """NVML's handle of a CUDA device; None where the driver tells nothing (no NVML, MIG)."""
+    if pynvml is None:
+        return None
     try:
         pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(device).uuid)

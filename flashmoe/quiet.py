@@ -30,7 +30,7 @@ def run_delay() -> float | None:
     total, found = 0, False
     for path in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError, ValueError, IndexError):  # a thread may just have ended
-            total += int(path.read_text().split()[1])
+            total += int(path.read_text(encoding="utf-8").split()[1])
             found = True
     return total * 1e-9 if found else None
 

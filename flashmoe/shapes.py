@@ -13,6 +13,8 @@ from typing import Any
 from flashmoe.problem import Problem
 
 SCHEMA = 1
+# Sums of weights times FLOPs stay finite.
+MAX_WEIGHT = 1e18
 
 
 # Counts of the problems that run while record_problems is active; who runs one adds to it.
@@ -30,9 +32,11 @@ def record_problems(path: str | os.PathLike[str]) -> Iterator[None]:
         with flashmoe.record_problems("shapes.json"):
             model(x)
 
-    `python -m flashmoe.autotune --shapes shapes.json` then tunes for that model.
+    `python -m flashmoe.autotune --shapes shapes.json` then tunes for that model. Raises OSError at
+    once where the file cannot be written.
     """
     global recorder
+    _require_writable(Path(path))
     outer, recorder = recorder, Counter()
     try:
         yield
@@ -41,6 +45,15 @@ def record_problems(path: str | os.PathLike[str]) -> Iterator[None]:
         if recorder is not None:
             recorder.update(counts)
         write(Path(path), counts)
+
+
+def _require_writable(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("ab"):
+        pass
+    if new:
+        path.unlink()
 
 
 def write(path: Path, counts: Mapping[Problem, int]) -> None:
@@ -52,17 +65,17 @@ def write(path: Path, counts: Mapping[Problem, int]) -> None:
     ]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"schema": {SCHEMA}, "problems": [\n{lines}\n]}}\n')
+    path.write_text(f'{{"schema": {SCHEMA}, "problems": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def read(path: Path) -> list[tuple[Problem, float]]:
     """Problems with their weights. Raises OSError, and ShapesError for what is not understood."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema must be {SCHEMA}, got {data['schema']!r}")
         found = [(_problem(row), _weight(row)) for row in data["problems"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ShapesError(f"{path} is no file of problems: {text}") from None
     if not found:
@@ -80,6 +93,9 @@ def _problem(row: Mapping[str, Any]) -> Problem:
 
 def _weight(row: Mapping[str, object]) -> float:
     weight = row.get("weight", 1)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
-        raise ValueError(f"weight must be a positive number, got {weight!r}")
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 < weight <= MAX_WEIGHT:
+        raise ValueError(
+            f"weight must be a positive number of at most {MAX_WEIGHT:g}, got {weight!r}"
+        )
     return float(weight)

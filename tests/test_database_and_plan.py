@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe import database, shapes
+from flashmoe import database
 from flashmoe.backends import BACKENDS
 from flashmoe.device import arch, fingerprint, slug
 from flashmoe.plan import Plan, make_plan, reload_databases
@@ -408,39 +408,3 @@ def test_a_database_of_the_first_schema_is_read(user_database):
     user_database.parent.mkdir(parents=True)
     user_database.write_text(json.dumps({"schema": 1, "entries": {PROBLEM.bucket: old}}))
     assert database.load(user_database) == {PROBLEM.bucket: entry()}
-
-
-def test_record_problems_counts_what_a_model_runs(tmp_path):
-    path = tmp_path / "shapes.json"
-    short, long = torch.randn(1, 8, 2, 16), torch.randn(1, 24, 2, 16)
-    flashmoe.flash_attn_func(short, short, short)
-    with flashmoe.record_problems(path):
-        for _ in range(3):
-            flashmoe.flash_attn_func(long, long, long, causal=True)
-        flashmoe.flash_attn_func(short, long, long)
-        graded = short.clone().requires_grad_()
-        flashmoe.flash_attn_func(graded, short, short).sum().backward()
-    flashmoe.flash_attn_func(long, long, long)
-    found = {problem.label: weight for problem, weight in shapes.read(path)}
-    assert found == {
-        "fwd b1 h2 s24 d16 float32 causal": 3.0,
-        "fwd b1 h2 s8x24 d16 float32": 1.0,
-        "fwd b1 h2 s8 d16 float32": 1.0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("{", "Expecting"),
-        ('{"schema": 9}', "schema must be 1, got 9"),
-        ('{"schema": 1, "problems": []}', "holds no problems"),
-        ('{"schema": 1, "problems": [{"problem": {"batch": 1}}]}', "incomplete"),
-    ],
-)
-def test_a_bad_file_of_problems_is_named(tmp_path, text, part):
-    path = tmp_path / "shapes.json"
-    path.write_text(text)
-    with pytest.raises(shapes.ShapesError, match=part) as caught:
-        shapes.read(path)
-    assert str(path) in str(caught.value)

@@ -90,6 +90,27 @@ def test_without_a_driver_nothing_is_told(driver: Driver) -> None:
     assert watch.throttled_share() == 0
 
 
+def test_without_the_package_nothing_is_told(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvml, "pynvml", None)
+    assert nvml.read(GPU) is None
+    assert (nvml.driver(GPU), nvml.power_limit(GPU)) == ("", 0.0)
+
+
+def test_the_bits_are_nvmls() -> None:
+    names = {
+        "applications_clocks": "nvmlClocksEventReasonApplicationsClocksSetting",
+        "power_cap": "nvmlClocksEventReasonSwPowerCap",
+        "hw_slowdown": "nvmlClocksThrottleReasonHwSlowdown",
+        "sync_boost": "nvmlClocksEventReasonSyncBoost",
+        "sw_thermal": "nvmlClocksEventReasonSwThermalSlowdown",
+        "hw_thermal": "nvmlClocksThrottleReasonHwThermalSlowdown",
+        "hw_power_brake": "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
+    }
+    assert {x: getattr(nvml.pynvml, name) for x, name in names.items()} == nvml._REASONS
+
+
 def test_a_watch_marks_the_rounds_that_were_throttled(driver: Driver) -> None:
     driver.reasons = [4, 64, 0, 32]
     watch = Watch(GPU)

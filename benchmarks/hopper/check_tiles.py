@@ -95,11 +95,11 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
     nvcc = f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else "nvcc"
     with tempfile.TemporaryDirectory() as folder:
         unit = Path(folder, "attention.cu")
-        unit.write_text(text)
+        unit.write_text(text, encoding="utf-8")
         output = Path(folder, "attention.cubin")
         command = [nvcc, *jit.NVCC_OPTIONS, "-Xptxas=-v", f"-I{KERNEL_SOURCES}", "-o", output, unit]
         start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         seconds = time.perf_counter() - start
         shared = shared_operands(output) if done.returncode == 0 else {}
         code = sum(kernel.code for kernel in kernels(output)) if done.returncode == 0 else 0
@@ -187,7 +187,9 @@ def main() -> int:
         f"registers alone, {strict} of them clean"
     )
     if arguments.output:
-        arguments.output.write_text("".join(json.dumps(result) + "\n" for result in results))
+        arguments.output.write_text(
+            "".join(json.dumps(result) + "\n" for result in results), encoding="utf-8"
+        )
     return int(wrong > 0)
 
 

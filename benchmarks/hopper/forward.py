@@ -177,7 +177,7 @@ def main() -> None:
         "copy_bytes": limits.copy_bytes,
         "problems": samples,
     }
-    arguments.output.write_text(json.dumps(document) + "\n")
+    arguments.output.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 def print_rows(found: dict[Problem, dict[str, float]]) -> None:

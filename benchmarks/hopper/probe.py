@@ -127,12 +127,15 @@ def compile_tile(folder: Path, number: int, name: str, sources: Path) -> str:
     if variant := re.search(r"-variant=(\d+)", name):
         define += f"#define FLASHMOE_VARIANT {variant[1]}\n"
     source = folder / f"{number}.cu"
-    source.write_text(define + SOURCE.format(threads=threads, ctas=tile.ctas_per_sm, fields=fields))
+    source.write_text(
+        define + SOURCE.format(threads=threads, ctas=tile.ctas_per_sm, fields=fields),
+        encoding="utf-8",
+    )
     if tile_smem(tile) > 232448:
         return f"{name}: needs {tile_smem(tile)} bytes of shared memory"
     command = [*NVCC, f"-I{sources}", f"-I{folder}", "-gencode=arch=compute_90a,code=sm_90a"]
     command += ["-Xptxas=-v", "-cubin", "-o", folder / f"{number}.cubin", source]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode:
         return f"{name}: FAILED {done.stderr[:900]}"
     spills = re.search(r"(\d+) bytes spill stores", done.stderr)
@@ -146,7 +149,7 @@ def build(folder: Path, names: list[str]) -> None:
         numbered = enumerate(names)
         for line in pool.map(lambda x: compile_tile(folder, *x, ROOT / "csrc"), numbered):
             print(line, flush=True)
-    (folder / "tiles.json").write_text(json.dumps(names))
+    (folder / "tiles.json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def run(
@@ -166,7 +169,7 @@ def run(
     torch.zeros(1, device=device)
     library = ctypes.CDLL(str((folder / "launcher.so").resolve()))
     tiles: dict[str, tuple[Sm90Tile, ctypes.c_void_p]] = {}
-    for number, name in enumerate(json.loads((folder / "tiles.json").read_text())):
+    for number, name in enumerate(json.loads((folder / "tiles.json").read_text(encoding="utf-8"))):
         cubin = folder / f"{number}.cubin"
         if cubin.exists():
             kernel = ctypes.c_void_p()
@@ -201,7 +204,9 @@ def run(
 
     if trace:
         traces: dict[str, Any] = {}
-        for number, name in enumerate(json.loads((folder / "tiles.json").read_text())):
+        for number, name in enumerate(
+            json.loads((folder / "tiles.json").read_text(encoding="utf-8"))
+        ):
             if "-trace=1" not in name:
                 continue
             for problem in trace:
@@ -223,7 +228,7 @@ def run(
                 traces[f"{name} {problem}"] = [
                     [int(x) for x in data[4096 * w : 4096 * (w + 1)] if x] for w in range(4)
                 ]
-        output.with_name("trace.json").write_text(json.dumps(traces))
+        output.with_name("trace.json").write_text(json.dumps(traces), encoding="utf-8")
         tiles = {name: tile for name, tile in tiles.items() if "-trace=1" not in name}
 
     if profile:
@@ -328,7 +333,7 @@ def run(
             "copy_bytes": limits.copy_bytes,
             "microseconds": results,
         }
-        output.write_text(json.dumps(document) + "\n")
+        output.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 def main() -> None:

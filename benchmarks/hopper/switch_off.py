@@ -111,10 +111,10 @@ def build(folder: Path) -> None:
             shutil.copytree(probe.ROOT / "csrc", sources[off.technique])
             for file, old, new in off.edits:
                 path = sources[off.technique] / "attention" / file
-                text = path.read_text()
+                text = path.read_text(encoding="utf-8")
                 if old not in text:
                     raise SystemExit(f"{off.technique}: {file} does not say {old!r}")
-                path.write_text(text.replace(old, new))
+                path.write_text(text.replace(old, new), encoding="utf-8")
             print(number, off.technique)
         lines = pool.map(
             lambda item: probe.compile_tile(
@@ -134,7 +134,7 @@ def build(folder: Path) -> None:
             print(f"{name}: the same machine code as another, left out")
             cubin.unlink()
         seen.add(code)
-    (folder / "tiles.json").write_text(json.dumps([name for name, _ in work]))
+    (folder / "tiles.json").write_text(json.dumps([name for name, _ in work]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -140,10 +140,12 @@ def main() -> None:
     parser.add_argument("--clocks", type=int, default=6500)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    traces = json.loads(arguments.trace.read_text())
+    traces = json.loads(arguments.trace.read_text(encoding="utf-8"))
     name = arguments.name or next(iter(traces))
     title = name.replace("-trace=1", "")
-    arguments.output.write_text(draw(traces[name], title, arguments.first, arguments.clocks))
+    arguments.output.write_text(
+        draw(traces[name], title, arguments.first, arguments.clocks), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

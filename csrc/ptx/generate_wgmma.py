@@ -106,4 +106,4 @@ def source() -> str:
 
 
 if __name__ == "__main__":
-    (Path(sys.argv[1]) / "wgmma.cuh").write_text(source())
+    (Path(sys.argv[1]) / "wgmma.cuh").write_text(source(), encoding="utf-8")

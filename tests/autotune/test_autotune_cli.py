@@ -63,6 +63,20 @@ def test_a_run_ends_with_a_table_a_database_and_suggestions(home: Path) -> None:
     assert entry.fingerprint["torch"] == torch.__version__
 
 
+def test_a_locale_without_utf_8_loses_no_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = home / "Jürgen"
+    folder.mkdir()
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(folder / "cache"))
+    done = autotune(*TINY, "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert f"report: {home}/J\\udcc3\\udcbcrgen/report.html" in done.stdout
+    assert "µs" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "tuned/" in (folder / "suggestions.md").read_text(encoding="utf-8")
+    assert len(database.load(database.user_path(cpu_name()))) == 1
+
+
 def test_json_is_the_only_thing_on_stdout_and_a_second_run_confirms(home: Path) -> None:
     def run() -> dict[str, Any]:
         done = autotune(*TINY, "--json", "--output", "elsewhere")
