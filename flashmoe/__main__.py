@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import flashmoe
-from flashmoe import _extension, database
+from flashmoe import _extension, database, explain
 from flashmoe.backends import BACKENDS, jit
 from flashmoe.device import arch, fingerprint
 from flashmoe.environment import print_anything
@@ -55,8 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="See also: python -m flashmoe.autotune, python -m flashmoe.ratchet. "
         "Exit code: 0; 2 for bad usage.",
     )
-    parser.parse_args(arguments)
+    commands = parser.add_subparsers(dest="command", metavar="explain")
+    explain.add_arguments(
+        commands.add_parser("explain", help="why a problem runs what it runs", allow_abbrev=False)
+    )
+    given = parser.parse_args(arguments)
     print_anything()
+    if given.command == "explain":
+        return _explain(parser, given)
     info = _extension.load()
     cuda = f"CUDA {info.cuda_version} kernels for sm_{', sm_'.join(info.cuda_archs)}"
     print(f"flashmoe {flashmoe.__version__}, torch {torch.__version__}")
@@ -69,6 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in [*devices, torch.device("cpu")]:
         print("\n".join(describe(device)))
+    return 0
+
+
+def _explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    try:
+        print("\n".join(explain.lines(explain.problem_of(given), torch.device(given.device))))
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        parser.error(str(error))
     return 0
 
 

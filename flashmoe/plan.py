@@ -81,14 +81,14 @@ def make_plan(
         if need_lse and chosen.backend == "sdpa":
             raise ValueError("backend must be one that returns softmax_lse here, got 'sdpa'")
         return chosen
-    databases = _databases(arch(device))
+    here = arch(device)
     passed_over = ""
-    for known in databases:
+    for known in databases(here):
         stored = _stored(known, problem, device, need_lse)
         if isinstance(stored, Plan):
             return stored
         passed_over = passed_over or stored
-    for known in databases:
+    for known in databases(here):
         if problem.bucket not in known.entries:
             for plan in _between(known, problem, need_lse):
                 if not _refusal(plan, problem, device):
@@ -140,7 +140,7 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
 
 def reload_databases() -> None:
     """Forget the databases read so far, so that the next plan sees what a tuner wrote."""
-    _databases.cache_clear()
+    databases.cache_clear()
     remembered_plan.cache_clear()
 
 
@@ -186,7 +186,7 @@ def _has_sm90(problem: Problem, here: Arch) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Database:
+class Database:
     """A tuned database as plans see it: the entries of today's kernels by bucket, and the buckets
     of the others."""
 
@@ -196,14 +196,15 @@ class _Database:
 
 
 @functools.cache
-def _databases(here: Arch) -> tuple[_Database, ...]:
+def databases(here: Arch) -> tuple[Database, ...]:
+    """The user's and the shipped one."""
     kernels = _extension.kernel_hash(here.kind)
     found = []
     for source, path_of in (("user", database.user_path), ("shipped", database.shipped_path)):
         every = _loaded(path_of, here.name)
         current = {bucket: entry for bucket, entry in every.items() if entry.judged == kernels}
         outdated = frozenset(every.keys() - current.keys())
-        found.append(_Database(f"{source} database", current, outdated))
+        found.append(Database(f"{source} database", current, outdated))
     return tuple(found)
 
 
@@ -220,7 +221,7 @@ def _loaded(path_of: Callable[[str], Path], device_name: str) -> dict[str, datab
         return {}
 
 
-def _stored(known: _Database, problem: Problem, device: torch.device, need_lse: bool) -> Plan | str:
+def _stored(known: Database, problem: Problem, device: torch.device, need_lse: bool) -> Plan | str:
     """The plan that a tuned entry holds for this use; without one, what to tell about that."""
     entry = known.entries.get(problem.bucket)
     if entry is None:
@@ -261,7 +262,7 @@ def _refusal(plan: Plan, problem: Problem, device: torch.device) -> str:
     return backend.rejects(plan.tile, problem, here)
 
 
-def _between(known: _Database, problem: Problem, need_lse: bool) -> Iterator[Plan]:
+def _between(known: Database, problem: Problem, need_lse: bool) -> Iterator[Plan]:
     """Plans that were measured to be faster than the default on both sides of this problem."""
     names, buckets = database.between(known.entries, problem)
     for name in names:

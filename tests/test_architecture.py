@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"device", "planning"},
             {"backends", "database", "shapes"},
             {"plan", "validation"},
-            {"ops"},
+            {"explain", "ops"},
             {"api"},
             {"__init__"},
             {"__main__", "autotune", "ratchet"},

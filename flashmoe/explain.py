@@ -1,0 +1,84 @@
+"""Why a problem runs what it runs: candidates, their predicted and measured times, the choice."""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+import torch
+
+from flashmoe import plan
+from flashmoe.backends import BACKENDS
+from flashmoe.device import arch
+from flashmoe.problem import DTYPE_BYTES, Problem
+from flashmoe.tiles import Arch
+
+_LISTED = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that name a problem, as the tuner has them, and a device."""
+    for name in ("batch", "heads", "seqlen", "head-dim"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--kv-heads", type=int, help="default: as --heads")
+    parser.add_argument("--seqlen-kv", type=int, help="default: as --seqlen")
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def problem_of(arguments: argparse.Namespace) -> Problem:
+    """Raises ValueError for what is no problem."""
+    a = arguments
+    heads = a.heads, a.heads if a.kv_heads is None else a.kv_heads
+    seqlens = a.seqlen, a.seqlen if a.seqlen_kv is None else a.seqlen_kv
+    return Problem(a.batch, *heads, *seqlens, a.head_dim, a.dtype, a.causal)
+
+
+def lines(problem: Problem, device: torch.device) -> list[str]:
+    """What to print. Raises NotImplementedError where nothing runs the problem."""
+    chosen = plan.make_plan(problem, device)
+    here = arch(device)
+    measured = _measured(problem, here)
+    found = plan.candidates(problem, device)
+    listed = [(c.backend, c.tile, c.microseconds) for c in found]
+    if (chosen.backend, chosen.tile) not in [(b, t) for b, t, _ in listed]:
+        predicted = BACKENDS[chosen.backend].predicted(chosen.tile, problem, here)
+        listed.insert(0, (chosen.backend, chosen.tile, predicted))
+    table = []
+    for backend, tile, predicted in listed:
+        mark = "*" if (backend, tile) == (chosen.backend, chosen.tile) else " "
+        name = str(tile or backend)
+        table.append(f"{mark} {_us(predicted)}  {_us(measured.get(name))}  {backend:8} {name}")
+    out = [f"{problem.label} on {here.name}", f"  {'predicted':>12}  {'measured':>12}"]
+    out += [line for i, line in enumerate(table) if i < _LISTED or line[0] == "*"]
+    if len(table) > _LISTED:
+        out.append(f"  and {len(table) - _LISTED} more")
+    for name in BACKENDS:
+        if why := plan.why_not(name, problem, device):
+            out.append(f"  not {name}: {why}")
+    return [*out, f"* {_why(chosen.source)}"]
+
+
+def _us(value: float | None) -> str:
+    return f"{'-' if value is None else f'{value:.1f} us':>12}"
+
+
+def _why(source: str) -> str:
+    kind, _, rest = source.partition(":")
+    why = {
+        "predicted": "is predicted to take the least time, or within 1 % of it and listed before",
+        "heuristic": "is the first backend that runs it; nothing is predicted on this device",
+        "environment": "is what FLASHMOE_BACKEND and FLASHMOE_TILE ask for",
+    }.get(kind, f"was the fastest measured, says the {source}")
+    return f"{why} ({rest.strip()})" if rest and kind in ("predicted", "heuristic") else why
+
+
+def _measured(problem: Problem, here: Arch) -> dict[str, float]:
+    """Microseconds by candidate name, where the tuner measured just this problem with these
+    kernels."""
+    for known in plan.databases(here):
+        entry = known.entries.get(problem.bucket)
+        if entry is not None and entry.problem == problem:
+            return {name: median(times) * 1e6 for name, times in entry.samples.items() if times}
+    return {}
