@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flashmoe
 from flashmoe import _extension, flash_attn_func
+from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.device import fingerprint
 from flashmoe.ops import problem_of
 from flashmoe.stats import median_interval, paired_ratio
@@ -51,9 +51,7 @@ def qkv(shape: Shape, requires_grad: bool = False) -> list[Tensor]:
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal
-        )
+        return torch_sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
 
 
 def flex(causal: bool, seqlen: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -140,7 +138,7 @@ def host_cost(calls: int = 1000, repeats: int = 9) -> dict[str, list[float]]:
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     candidates = {
         "flashmoe": lambda: flash_attn_func(q, k, v),
-        "sdpa": lambda: F.scaled_dot_product_attention(*heads_first),
+        "sdpa": lambda: torch_sdpa(*heads_first),
     }
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():

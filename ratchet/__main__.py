@@ -10,16 +10,19 @@ BAD_INPUT = 2
 
 
 def main() -> int:
-    if missing := missing_packages("pynvml", "rich", "scipy"):
-        print(f"flashmoe.ratchet: error: {missing}", file=sys.stderr)
-        return BAD_INPUT
     try:
+        # Both before the command line, which needs them.
+        if missing := missing_packages("pynvml", "rich", "scipy"):
+            return failed(missing)
         from flashmoe.ratchet import cli
     except Exception as error:  # noqa: BLE001 - Python would exit with 1, which is a regression
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"flashmoe.ratchet: error: it cannot be imported: {why}", file=sys.stderr)
-        return BAD_INPUT
+        return failed(f"it cannot be imported: {type(error).__name__}: {error}")
     return cli.main()
+
+
+def failed(why: str) -> int:
+    print(f"flashmoe.ratchet: error: {' '.join(why.split())}", file=sys.stderr)
+    return BAD_INPUT
 
 
 if __name__ == "__main__":

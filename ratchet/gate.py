@@ -20,9 +20,9 @@ The rule, for each case:
 * PASS: the interval excludes a slowdown of the fail threshold (`thresholds.DEFAULTS`).
 * FAIL: it does not, and a slowdown is proven: the adjusted p-value of "did not get slower" is below
   ALPHA, and the change is larger than what same against same shows (`stats.effect_floor` of the
-  baseline's processes). A kernel slower by exactly the threshold so fails in 39 of 40 gates, where
-  asking for an estimate beyond the threshold would let every other one pass. A case that gave wrong
-  results or did not run fails, too.
+  baseline's processes). A kernel slower by exactly the threshold so fails in about 95 of 100 gates
+  (docs/ratchet.md), where asking for an estimate beyond the threshold would let every other one
+  pass. A case that gave wrong results or did not run fails, too.
 * INCONCLUSIVE: it does not, and none is proven; says how many processes would do.
 * IMPROVED: the estimate is faster by more than the improve threshold, and proven so in the same
   way.

@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     baseline.add_argument("--branch", required=True, help="to make")
     arguments = parser.parse_args(argv)
     github = GitHub(
-        os.environ.get("GITHUB_API_URL", "https://api.github.com"),
+        os.environ.get("GITHUB_API_URL") or "https://api.github.com",
         os.environ["GITHUB_REPOSITORY"],
         os.environ["GH_TOKEN"],
     )

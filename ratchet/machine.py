@@ -94,7 +94,7 @@ def work_of(get: Callable[[str, Mapping[str, str]], Any]) -> Work:
 
 
 def get_json(path: str, query: Mapping[str, str]) -> Any:
-    api = os.environ.get("GITHUB_API_URL", "https://api.github.com")
+    api = os.environ.get("GITHUB_API_URL") or "https://api.github.com"
     url = f"{api}/repos/{os.environ['GITHUB_REPOSITORY']}/{path}?{urllib.parse.urlencode(query)}"
     headers = {"Authorization": f"Bearer {os.environ['GH_TOKEN']}"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:

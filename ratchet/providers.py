@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe.ratchet.suite import Case
+from flashmoe.ratchet.workload import torch_sdpa
 
 # q, k, v in a provider's own layout to out, in that layout.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,9 +55,7 @@ def _sdpa(backend: SDPBackend) -> Callable[[Case], Attend]:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(
-                    q, k, v, is_causal=p.causal, enable_gqa=grouped
-                )
+                return torch_sdpa(q, k, v, is_causal=p.causal, enable_gqa=grouped)
 
         return attend
 

@@ -40,6 +40,7 @@ HISTORY = "history.jsonl"
 REQUIREMENTS = ".ci/gpu-requirements.txt"
 # The checkout whose ratchet measures and judges.
 HARNESS = Path(__file__).resolve().parents[1]
+PACKAGE = f"{HARNESS}[tune]"
 _DECISION = "decision.json"
 _TARGETS = "profile_targets.txt"
 _BAD_INPUT, _INCONCLUSIVE, _NOT_COMPARABLE = 2, 3, 4
@@ -220,7 +221,7 @@ def static(run: Run, place: Place) -> int:
         _write_failure(place.output, "the CUDA toolkit could not be installed", log)
         return _BAD_INPUT
     code, log = run(
-        [*place.pip, str(HARNESS)], {"FLASHMOE_CUDA": "on", "CUDA_HOME": str(home.resolve())}
+        [*place.pip, PACKAGE], {"FLASHMOE_CUDA": "on", "CUDA_HOME": str(home.resolve())}
     )
     if code:
         _write_failure(place.output, "the build failed", log)
@@ -266,7 +267,7 @@ def _profile(run: Run, place: Place) -> None:
 def _ready(run: Run, place: Place) -> int:
     """Installs what measures, with the baselines' versions, and builds what is measured. Where the
     latter does not build, 1; the report tells what failed."""
-    for wanted in (["-r", str(HARNESS / REQUIREMENTS)], ["--no-build-isolation", str(HARNESS)]):
+    for wanted in (["-r", str(HARNESS / REQUIREMENTS)], ["--no-build-isolation", PACKAGE]):
         code, log = run([*place.pip, *wanted], {"FLASHMOE_CUDA": "off"})
         if code:
             _write_failure(place.output, "what measures could not be installed", log)

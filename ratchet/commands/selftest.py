@@ -41,8 +41,8 @@ the first, and to fail exactly the slowed cases of the third."""
 EPILOG = """Exit codes: 0 the gate sees it; 1 it raised a false alarm or missed the slowdown; 2 bad
 usage; 3 too noisy here to tell; 4 not comparable (a throttled GPU, for one)."""
 
-# The default slowdown, as a multiple of the fail threshold: one of exactly the threshold fails in
-# 39 of 40 gates only.
+# The default slowdown, as a multiple of the fail threshold: of exactly the threshold, one of 20
+# gates does not fail on it.
 _INJECTED = 1.5
 # A CPU's noise comes and goes: a selftest asks for more processes until it can tell, for so long.
 _BUDGET = {"cpu": 450.0, "cuda": 55.0}

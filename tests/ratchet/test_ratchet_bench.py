@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flashmoe.device import Fingerprint
-from flashmoe.ratchet import files, processes, worker, workload
+from flashmoe.ratchet import files, processes, providers, worker, workload
 from flashmoe.ratchet.bench import Settings, bench
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Source
@@ -384,10 +384,24 @@ def test_a_wrong_result_is_never_timed(
 
 
 def test_a_yardstick_that_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(workload, "torch_sdpa", lambda *_, **__: 1 / 0)
     (answer,) = run_worker(GOOD)
     assert answer["sdpa"]["status"] == "failed"
     assert answer["ours"]["status"] == "ok"
+
+
+def test_the_yardstick_is_torchs_own_whatever_bears_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """People give torch.nn.functional's name to ours."""
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda *_, **__: pytest.fail("not this")
+    )
+    (answer,) = run_worker(GOOD)
+    assert answer["sdpa"]["status"] == "ok", answer
+    case = parse(GOOD)
+    (attend,) = (p.make(case) for p in providers.PROVIDERS if p.name == "sdpa-math")
+    attend(*(torch.randn(1, 2, 40, 16) for _ in range(3)))
 
 
 def test_the_yardstick_alone(tmp_path: Path) -> None:

@@ -336,10 +336,9 @@ runpy.run_module("flashmoe.ratchet", run_name="__main__", alter_sys=True)
     ("broken", "message"),
     [
         (
-            "sys.modules.update(scipy=None, rich=None)",
-            "not installed: rich, scipy; pip install rich scipy",
+            "sys.modules.update(scipy=None, rich=None, pynvml=None)",
+            "not installed: nvidia-ml-py, rich, scipy; pip install nvidia-ml-py rich scipy",
         ),
-        ("sys.modules.update(scipy=None)", "not installed: scipy; pip install scipy"),
         (
             "sys.modules['rich.console'] = None",
             "it cannot be imported: ModuleNotFoundError: import of rich.console halted; None in "

@@ -19,6 +19,7 @@ from flashmoe.ratchet.files import load
 from flashmoe.ratchet.results import Results, Series
 from flashmoe.ratchet.thresholds import DEFAULTS
 
+pytestmark = pytest.mark.long
 NAMES = tuple(f"fwd-b{b}-h8-s512-d64-float32" for b in range(1, 13))
 DATA = sorted((Path(__file__).parent / "data").glob("*.json"))
 GATES = 1000

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import urllib.request
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
-from flashmoe.ratchet import machine
+from flashmoe.ratchet import github, machine
 from flashmoe.ratchet.machine import Work, decide
 
 NOW = datetime(2026, 1, 2, 12, 0, tzinfo=timezone.utc)
@@ -89,3 +91,22 @@ def test_a_dry_run_starts_nothing(
     )
     monkeypatch.setenv("GPU_PROVIDER", "")
     assert machine.main(["wake", "--dry-run"]) == 2
+
+
+def test_an_empty_address_is_githubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def urlopen(request: urllib.request.Request, timeout: int) -> io.BytesIO:
+        asked.append(request.full_url)
+        return io.BytesIO(b"{}")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(github, "_comment", lambda hub, *_: bool(hub.get("pulls")))
+    for name, value in (("API_URL", ""), ("REPOSITORY", "someone/flashmoe")):
+        monkeypatch.setenv(f"GITHUB_{name}", value)
+    monkeypatch.setenv("GH_TOKEN", "secret")
+    assert machine.get_json("pulls", {}) == {}
+    assert github.main(["comment", "--event", "x"]) == 0
+    assert {url.rstrip("?") for url in asked} == {
+        "https://api.github.com/repos/someone/flashmoe/pulls"
+    }

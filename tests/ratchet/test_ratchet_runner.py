@@ -74,7 +74,7 @@ def test_what_judges_is_the_scripts_and_what_is_judged_is_the_commit_here(
     assert action(run, place, *(("quick", None) if action is runner.gate else ("quick",))) == 0
     requirements, package, build, *rest = run.commands
     assert requirements[-2:] == ["-r", str(ROOT / runner.REQUIREMENTS)]
-    assert package[-1] == str(ROOT)
+    assert package[-1] == f"{ROOT}[tune]"
     assert [environment["FLASHMOE_CUDA"] for environment in run.environments[:3]] == [
         "off",
         "off",

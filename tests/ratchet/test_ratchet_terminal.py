@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +18,6 @@ from flashmoe.ratchet.files import save
 from flashmoe.ratchet.results import Results, Series, slowed
 
 NAME = synthetic.NAMES[0]
-RATCHET = Path(cli.__file__).parent
 # A traceback's text, as a failed case's reason has it: markup of rich's, and no ASCII.
 WORDS = "RuntimeError: [/path/to/kernel] took 5 µs [bold] :smile: 🔴"
 
@@ -156,39 +153,3 @@ def test_an_interrupt_ends_it_at_once(tmp_path: Path, command: str) -> None:
     )
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert "Traceback" not in done.stderr
-
-
-def by_the_locale(call: ast.Call) -> bool:
-    """Whether a call reads or writes text without saying in which encoding."""
-    given = {keyword.arg for keyword in call.keywords}
-    if "encoding" in given:
-        return False
-    modes = [x.value for x in call.args if isinstance(x, ast.Constant)]
-    texts = {str(mode) for mode in modes if re.fullmatch("[rwax]\\+?t?", str(mode))}
-    match call.func:
-        case ast.Attribute(attr="read_text" | "write_text"):
-            return True
-        case ast.Name(id="open") if not modes:
-            return True
-    return bool(texts) or "text" in given
-
-
-def test_no_file_or_process_is_read_by_the_locale() -> None:
-    """Its encoding may not know what a compiler or another machine wrote."""
-    planted = (
-        "open(p); open(p, 'w'); p.open('a'); p.read_text(); run(c, text=True); os.fdopen(1, 'r')"
-    )
-    assert all(by_the_locale(call) for call in calls(planted))
-    fine = "open(p, 'rb'); p.open('a+b'); p.read_text(encoding='utf-8'); TemporaryFile(); run(c)"
-    assert not any(by_the_locale(call) for call in calls(fine))
-    found = [
-        f"{path.name}:{call.lineno}"
-        for path in sorted(RATCHET.rglob("*.py"))
-        for call in calls(path.read_text(encoding="utf-8"))
-        if by_the_locale(call)
-    ]
-    assert found == []
-
-
-def calls(source: str) -> list[ast.Call]:
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
