@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.process import START_PATIENCE, Child, ChildFailed
+from flashmoe.autotune.typical import Typical
 from flashmoe.problem import Problem
 
 # How often to look at them while waiting.
@@ -24,13 +25,16 @@ class Compilers:
         self._start = start
         self._patience = patience
         self.count = count
-        # What one took on average; None: none is done yet.
-        self.seconds: float | None = None
-        self._done = 0
+        self._took = Typical()
         self._waiting: collections.deque[_Job] = collections.deque()
         # What each child is at, and since when: None for one that has yet to start.
         self._children: dict[Child, tuple[_Job | None, float | None]] = {}
         self._late: dict[_Job, str] = {}
+
+    @property
+    def seconds(self) -> float | None:
+        """What compiling one takes; None: none is done yet."""
+        return self._took.seconds if self._took else None
 
     def warm_up(self) -> None:
         """Start the children: that takes seconds."""
@@ -95,9 +99,7 @@ class Compilers:
                 self._children[child] = (job, since := now)
             if child.answers_within(0.0):
                 self._receive(child)
-                self._done += 1
-                before = self.seconds or 0.0
-                self.seconds = before + (now - since - before) / self._done
+                self._took.add(now - since)
                 self._children[child] = (None, None)
             elif now - since > self._patience:
                 self._late[job] = f"compiling took longer than {self._patience:.0f} s"

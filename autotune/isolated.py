@@ -23,6 +23,7 @@ from flashmoe.autotune.compilers import Compilers
 from flashmoe.autotune.final import PROCESSES
 from flashmoe.autotune.process import START_PATIENCE, Child, ChildFailed, Steps
 from flashmoe.autotune.suite import Group
+from flashmoe.autotune.typical import Typical
 from flashmoe.backends import BACKENDS
 from flashmoe.backends.base import Precompiles
 from flashmoe.problem import Problem
@@ -95,10 +96,9 @@ class Processes:
         # Each with when it was started.
         self._spares: collections.deque[tuple[Child, float]] = collections.deque()
         self._used: Child | None = None
-        # What starting one took that had to be waited for; 0: nobody knows yet.
-        self._start_seconds = 0.0
-        # What opening a problem in a fresh one takes, with the first calls there.
-        self.open_seconds = 0.0
+        # What starting one takes that has to be waited for, and opening a problem in a fresh one,
+        # with the first calls there.
+        self._starting, self.opening = Typical(), Typical()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # One core belongs to the process that times.
         count = min(max((cores or 1) // workers - 1, 1), _MOST_COMPILERS)
@@ -140,7 +140,7 @@ class Processes:
             if isinstance(error, Exception):
                 return
             raise
-        self.open_seconds = time.perf_counter() - start
+        self.opening.add(time.perf_counter() - start)
         self.give_back(child)
 
     @property
@@ -153,7 +153,8 @@ class Processes:
             return 0.0
         elapsed = time.perf_counter() - since
         # As long again where it takes longer than any did.
-        return self._start_seconds - elapsed if elapsed < self._start_seconds else elapsed
+        usual = self._starting.seconds
+        return usual - elapsed if elapsed < usual else elapsed
 
     def take(self, *, fresh: bool) -> Child:
         """A process that is up and belongs to the caller: one that was given back, or a `fresh`
@@ -165,7 +166,7 @@ class Processes:
         try:
             if since is not None and not child.answers_within(0.0):
                 child.answers_within(START_PATIENCE)
-                self._start_seconds = time.perf_counter() - since
+                self._starting.add(time.perf_counter() - since)
             child.wait_until_up(START_PATIENCE)
         except BaseException as error:
             child.close()
@@ -219,8 +220,8 @@ class IsolatedBench:
         self.compiles_ahead = processes.device.type == "cuda"
         self.compilers = processes.compilers.count
         once = self._open(reference=True, fresh=False)
-        # Before there has been a fresh one, the first tells.
-        processes.open_seconds = processes.open_seconds or once
+        if not processes.opening:
+            processes.opening.add(once)  # before there has been a fresh one, the first tells
 
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         if not self.compiles_ahead:
@@ -284,14 +285,14 @@ class IsolatedBench:
 
     @property
     def fresh_seconds(self) -> float:
-        return self._processes.wait_seconds + self._processes.open_seconds
+        return self._processes.wait_seconds + self._processes.opening.seconds
 
     def refresh(self, candidates: Mapping[str, Candidate]) -> None:
         self._end()
         took = self._open(reference=False, fresh=True)
         start = self.now()
         self.measure(candidates, rounds=1, warmup=0)
-        self._processes.open_seconds = took + self.now() - start
+        self._processes.opening.add(took + self.now() - start)
 
     def now(self) -> float:
         return time.perf_counter()

@@ -7,6 +7,7 @@ from itertools import chain
 
 from flashmoe.autotune.bench import Bench
 from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.typical import Typical
 from flashmoe.stats import Interval, ratio_by_process
 from flashmoe.timing import Measurement
 
@@ -32,8 +33,12 @@ class Race:
         # By the process that took them: Bench.process, below 0 where that is another's.
         self._pairs: dict[Candidate, dict[int, list[tuple[float, float]]]] = {}
         self._ratios: dict[Candidate, Interval] = {}
-        # What one sample costs on the clock, with what surrounds it; as of the last look.
-        self.sample_seconds = 0.0
+        self._sample = Typical()
+
+    @property
+    def sample_seconds(self) -> float:
+        """What one sample costs on the clock, with what surrounds it."""
+        return self._sample.seconds
 
     def cost(self, candidates: int, rounds: int) -> float:
         """Seconds that a look at so many candidates takes, the anchor and the warm-up included."""
@@ -56,7 +61,7 @@ class Race:
         if anchor.status != "ok":
             raise AnchorFailed(f"{self._anchor}: {anchor.reason}")
         taken = sum(len(m.samples) + 1 for m in measured.values()) + len(anchor.samples) + 1
-        self.sample_seconds = (self._bench.now() - start) / taken
+        self._sample.add((self._bench.now() - start) / taken)
         results = {rivals[name]: measurement for name, measurement in measured.items()}
         if self._anchor in candidates:
             results[self._anchor] = anchor

@@ -6,6 +6,7 @@ values are times relative to the anchor's, the default's.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 
 import optuna
@@ -16,6 +17,7 @@ from flashmoe.autotune.race import Race
 from flashmoe.autotune.record import Outcome, Record
 from flashmoe.autotune.space import Space
 from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
+from flashmoe.autotune.typical import Typical
 from flashmoe.tiles import Tile
 from flashmoe.timing import Measurement
 
@@ -119,7 +121,8 @@ class _Walk:
         self._race = Race(bench, anchor)
         self._known: dict[Tile, Trial] = {}
         self._tried = 0
-        self._prepare_seconds: dict[str, float] = {}
+        # By kernel, what compiling and checking a tile took.
+        self._prepare: collections.defaultdict[str, Typical] = collections.defaultdict(Typical)
         # What this process has prepared: asked again, that costs nothing.
         self._checked = {anchor}
         self._pending: list[tuple[Tile, optuna.Trial]] = []
@@ -234,13 +237,13 @@ class _Walk:
                     break
                 candidate = Candidate.of_tile(tile)
                 # No slow check goes on at the second look's expense.
-                expected = self._prepare_seconds.get(tile.kernel, 0.0)
-                if expected > self._left() - self._reserve():
+                if self._expected(tile) > self._left() - self._reserve():
                     self._spent = True
                     break
                 prepared = self._bench.prepare(candidate)
                 self._checked.add(candidate)
-                took = self._prepare_seconds[tile.kernel] = prepared.samples[0]
+                took = prepared.samples[0]
+                self._prepare[tile.kernel].add(took)
                 if prepared.status == "ok":
                     ready[candidate] = took
                 else:
@@ -289,7 +292,7 @@ class _Walk:
                 continue
             if outcome.value is not None:
                 self._race.recall(Candidate.of_tile(tile), outcome.samples, outcome.anchor)
-            self._prepare_seconds.setdefault(tile.kernel, outcome.prepare_seconds)
+            self._prepare[tile.kernel].add(outcome.prepare_seconds)
             self._learn(outcome)
 
     def _learn(self, outcome: Outcome) -> None:
@@ -336,17 +339,21 @@ class _Walk:
         self._bench.precompile(unknown)
         found = []
         for candidate in candidates:
-            tile = candidate.tile
-            expected = self._prepare_seconds.get(tile.kernel, 0.0) if tile else 0.0
-            until = self._bench.now() + self._left()
+            expected = self._expected(candidate.tile)
             if candidate in unknown and (
-                expected > self._left() or not self._bench.compiled(candidate, until)
+                expected > self._left() or not self._bench.compiled(candidate, self._deadline)
             ):
                 continue
             self._checked.add(candidate)
             if self._bench.prepare(candidate).status == "ok":
                 found.append(candidate)
         return found
+
+    def _expected(self, tile: Tile | None) -> float:
+        """What compiling and checking a tile may take. One that was slow tells nothing: the first
+        of a kernel always is."""
+        known = self._prepare[tile.kernel] if tile else Typical()
+        return known.seconds if len(known) > 1 else 0.0
 
     def _left(self) -> float:
         return self._deadline - self._bench.now()
@@ -360,7 +367,7 @@ class _Walk:
         if self._limit < len(self._space):
             return False
         rest = [tile for tile in self._space.tiles if tile not in self._known]
-        prepare = sum(self._prepare_seconds.get(tile.kernel, 0.0) for tile in rest)
+        prepare = sum(map(self._expected, rest))
         look = self._race.cost(BATCH, self._rounds) / BATCH * len(rest)
         left = self._left() - _SECOND_SHARE * self._seconds
         if not self._bench.compiles_ahead:

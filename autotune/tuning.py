@@ -27,6 +27,7 @@ from flashmoe.autotune.search import FINALISTS, search
 from flashmoe.autotune.space import Space
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
+from flashmoe.autotune.typical import Typical
 from flashmoe.backends import BACKENDS
 from flashmoe.database import Entry, nearest
 from flashmoe.device import arch
@@ -84,8 +85,8 @@ class Tuning:
         self._deadline = deadline
         # What there was when it began, and what a sample takes.
         self._seconds = self._sample_seconds = 0.0
-        # What the last check of odd sizes took.
-        self._verify_seconds = 0.0
+        # What a check of odd sizes takes.
+        self._verify = Typical()
         self._late: dict[Tile, Measurement] = {}
         self._right: set[Candidate] = set()
         self._began = time.time() if options.helping is None else options.helping
@@ -124,7 +125,7 @@ class Tuning:
         wanted = final.seconds_wanted(
             self._sample_seconds, FINALISTS + 4, self._bench.fresh_seconds
         )
-        wanted += FINALISTS * self._verify_seconds
+        wanted += FINALISTS * self._verify.seconds
         left = self._left()
         found = self._search(left - min(wanted, left * _FINAL_SHARE), fresh)
         self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
@@ -191,7 +192,7 @@ class Tuning:
     def _verified(self, candidate: Candidate) -> Measurement:
         start = self._bench.now()
         verified = self._bench.verify(candidate)
-        self._verify_seconds = self._bench.now() - start
+        self._verify.add(self._bench.now() - start)
         if verified.status == "ok":
             self._right.add(candidate)
         return verified
@@ -201,15 +202,23 @@ class Tuning:
 
     def _require_time(self) -> None:
         """Raise Unmeasurable unless a final of the anchor, twice, with two others fits."""
-        start = self._bench.now()
-        self._bench.measure({"once": self._anchor}, rounds=1, warmup=0)
-        self._sample_seconds = self._bench.now() - start
-        needed = 4 * final.seconds_needed(self._sample_seconds)
-        if needed > self._left():
+        self._sample_seconds = self._timed_once()
+        if self._sample_seconds < self._left() < self._needed():
+            # A first call may be slow for once.
+            self._sample_seconds = min(self._sample_seconds, self._timed_once())
+        if self._needed() > self._left():
             raise Starved(
-                f"a comparison takes about {needed:.1f} s, and the budget leaves "
+                f"a comparison takes about {self._needed():.1f} s, and the budget leaves "
                 f"{self._left():.1f} s for this problem; raise --budget"
             )
+
+    def _timed_once(self) -> float:
+        start = self._bench.now()
+        self._bench.measure({"once": self._anchor}, rounds=1, warmup=0)
+        return self._bench.now() - start
+
+    def _needed(self) -> float:
+        return 4 * final.seconds_needed(self._sample_seconds)
 
     def _search(self, seconds: float, fresh: float | None) -> Search:
         here = arch(self._device)
@@ -334,7 +343,7 @@ class Tuning:
             )
             if mine is not None and first is not None and mine.above(first):
                 break
-            if self._verify_seconds + least > self._left():
+            if self._verify.seconds + least > self._left():
                 break
             verified = self._verified(candidate)
             if verified.status == "ok":
@@ -356,7 +365,7 @@ class Tuning:
         for candidate in contenders:
             if candidate in self._right or candidate.tile in self._late:
                 continue
-            if self._verify_seconds > self._left():
+            if self._verify.seconds > self._left():
                 return
             verified = self._verified(candidate)
             if verified.status != "ok":

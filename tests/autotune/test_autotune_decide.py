@@ -57,7 +57,7 @@ FASTER = {**dict.fromkeys(EQUAL, 1.02), A: 1.0}
 
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_what_processes_differ_by_changes_nothing(effect: float) -> None:
-    """Of 100 finals 28 to 46 did, when rounds of two processes counted as if independent."""
+    """Where rounds of two processes count as if independent, 0, 9, 31 and 42 of 100 do."""
     assert len(changed(EQUAL, 100, rounds=300, noise=0.005, effect=effect)) <= 1
 
 

@@ -10,7 +10,9 @@ from flashmoe.autotune.record import Record, open_study
 from flashmoe.autotune.search import CONTENDERS, search
 from flashmoe.autotune.space import Space
 from flashmoe.autotune.trials import Search, Trial
+from flashmoe.autotune.typical import Typical
 from flashmoe.tiles import Tile, grid
+from flashmoe.timing import Measurement
 
 BEST = Tile("cpu", 192, 256)
 ANCHOR = Candidate.of_tile(DEFAULT)
@@ -108,6 +110,50 @@ def test_the_budget_is_kept(seconds: float) -> None:
     # Past the deadline only the round in flight is finished: a warm-up and a round of a batch.
     assert bench.clock <= seconds + 2 * 7 * 0.02 + 0.1
     assert 1 <= len(found.trials) <= len(GRID)
+
+
+class SlowOnce(SimulatedBench):
+    """The tile that is prepared as number `slow` takes half of a minute."""
+
+    def __init__(self, slow: int) -> None:
+        super().__init__(bowl(BEST), prepare_seconds=0.1)
+        self.slow = slow
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        self.prepare_seconds = 30.0 if len(self.prepared) == self.slow else 0.1
+        return super().prepare(candidate)
+
+
+@pytest.mark.parametrize("slow", [0, 1, 4, 20])
+def test_one_slow_compilation_ends_no_search(slow: int) -> None:
+    bench = SlowOnce(slow)
+    found = run(bench, seconds=45.0, sampler="brute")
+    assert len(bench.prepared) == len(found.trials) == len(GRID)
+    assert found.ended == "all tiles tried"
+
+
+def test_what_was_slow_for_once_counts_for_nothing() -> None:
+    took = Typical()
+    assert not took
+    assert took.seconds == 0.0
+    for seconds in (30.0, 1.0, 1.2, 25.0):
+        took.add(seconds)
+    assert took.seconds == 1.2
+    for _ in range(10):
+        took.add(5.0)
+    assert took.seconds == 5.0
+
+
+def test_one_slow_look_ends_no_search() -> None:
+    class Slow(SimulatedBench):
+        def measure(self, candidates, **options):  # type: ignore[no-untyped-def]
+            if len(self.prepared) == 12:
+                self.clock, self.prepared = self.clock + 42.0, [*self.prepared, "slow once"]
+            return super().measure(candidates, **options)
+
+    alike = bowl(BEST, step=0.001)
+    found = run(Slow(alike, prepare_seconds=0.1), seconds=60.0, sampler="brute")
+    assert len(found.trials) == len(GRID)
 
 
 def test_a_space_that_does_not_fit_the_time_is_sampled() -> None:

@@ -207,6 +207,17 @@ def test_a_budget_too_small_to_compare_is_told() -> None:
         result.entry(HERE, "")
 
 
+def test_a_first_call_that_is_slow_for_once_starves_nobody() -> None:
+    class Slow(SimulatedBench):
+        def measure(self, candidates, **options):  # type: ignore[no-untyped-def]
+            if not self.timed:
+                self.clock += 2.0
+            return super().measure(candidates, **options)
+
+    result = run(Slow(bowl(BEST, step=0.05)), budget=20.0)
+    assert result.best == Candidate.of_tile(BEST)
+
+
 def test_an_interrupt_tells_the_best_so_far() -> None:
     class Interrupted(SimulatedBench):
         def measure(self, candidates, **options):  # type: ignore[no-untyped-def]
