@@ -39,7 +39,7 @@ def ratchet(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which two tiny cases were measured for real."""
     folder = tmp_path_factory.mktemp("measured")
-    options = ["--device", "cpu", "--rounds", "3", "--warmup", "1", "--processes", "3"]
+    options = ["--device", "cpu", "--rounds", "3", "--warmup", "1", "--processes", "2"]
     done = ratchet(folder, "bench", "--case", *CASES, *options)
     assert done.returncode == 0, done.stderr
     for name in CASES:
@@ -55,13 +55,13 @@ def test_bench_writes_everything(measured: Path) -> None:
     assert [case.name for case in results.cases] == list(CASES)
     assert results.command == (
         f"python -m flashmoe.ratchet bench --case {' '.join(CASES)} "
-        "--device cpu --rounds 3 --warmup 1 --processes 3"
+        "--device cpu --rounds 3 --warmup 1 --processes 2"
     )
     assert results.fingerprint.device
     assert results.duration > 0
     assert len(results.run) == 32
     for case, data in zip(results.cases, raw["cases"], strict=True):
-        assert [len(process) for process in case.ours.samples] == [3, 3, 3]
+        assert [len(process) for process in case.ours.samples] == [3, 3]
         assert data["ours"]["summary"]["efficiency"] > 0
         assert len(data["speedup"]) == 3
     assert str(measured) not in path.read_text()
@@ -188,11 +188,6 @@ def test_exit_codes_reach_the_shell(measured: Path, tmp_path: Path) -> None:
     slower = ratchet(tmp_path, "gate", "slower.json", "--baseline", "current.json")
     assert slower.returncode == 1
     assert "1 FAIL, 1 PASS" in slower.stdout
-    absent = ratchet(tmp_path, "gate", "absent.json", "--baseline", "current.json")
-    assert absent.returncode == 2
-    assert absent.stderr == (
-        "flashmoe.ratchet: error: cannot read absent.json: No such file or directory\n"
-    )
 
 
 @pytest.mark.parametrize("damaged", ["current", "baseline"])
@@ -282,7 +277,7 @@ def test_a_check_of_a_place_leaves_what_is_there(tmp_path: Path) -> None:
         (["bench", "--case", "nonsense"], "case must look like"),
         (["bench", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["bench", "--device", "cuda:99"], "--device cuda:99 does not exist"),
-        (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json"),
+        (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json: No such file or"),
         (["selftest", "--device", "cpu", "--threshold-fail", "3"], "threshold-fail"),
         (["selftest", "--device", "cpu", "--threshold", "a"], "threshold must look"),
         (["selftest", "--device", "cpu", "--threshold", "x=-3"], "'x' names no case; there are"),
@@ -321,6 +316,8 @@ def test_what_nobody_expected_is_no_regression(
     code, _, err = call(capsys, "bench", "--debug")
     assert code == 2
     assert "in <lambda>" in err
+    monkeypatch.setattr(cli, "command", lambda name: 1 // 0)  # as one that cannot be imported
+    assert call(capsys, "bench")[0] == 2
 
 
 # As `python -m flashmoe.ratchet --help` where `BROKEN` has been done.
@@ -343,11 +340,6 @@ runpy.run_module("flashmoe.ratchet", run_name="__main__", alter_sys=True)
             "sys.modules['rich.console'] = None",
             "it cannot be imported: ModuleNotFoundError: import of rich.console halted; None in "
             "sys.modules",
-        ),
-        (
-            "sys.modules['scipy.stats'] = None",
-            "unexpected ModuleNotFoundError: import of scipy.stats halted; None in sys.modules; "
-            "--debug shows where",
         ),
     ],
 )

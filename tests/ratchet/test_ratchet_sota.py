@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -188,8 +189,10 @@ def test_a_damaged_file_is_bad_input(
     assert f"cannot read {path}: " in capsys.readouterr().err
 
 
-def test_flex_is_compiled_for_every_shape() -> None:
-    """After so many shapes of one function torch would run it uncompiled, and slower than it is."""
+def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many shapes of one function torch would run it uncompiled, and slower than it is.
+    (Of compiling, only what decides that: the rest takes half a minute.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     (flex,) = (provider for provider in providers.PROVIDERS if provider.name == "flex")
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for seqlen in (64, 96):
