@@ -183,35 +183,25 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // been multiplied by V yet, which then adds nothing any more.
   auto mend = [&](bool P_pending) {
     if (!is_suspect<T>(softmax.minus_max, softmax.row_sum)) return;
-    Rows<HEAD_DIM> rows;
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; ++i) rows.O[i / 4][i % 4] = O_rmem[i];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      rows.minus_max[half] = softmax.minus_max[half];
-      rows.row_sum[half] = softmax.row_sum[half];
-    }
-    if (P_pending) {
-      unsigned P[BLOCK_N / 16][4];
-#pragma unroll
-      for (int i = 0; i < BLOCK_N / 4; ++i) {
-        P[i / 4][i % 4] = P_rmem[i / 4][i % 4];
-        P_rmem[i / 4][i % 4] = 0;
-      }
+    float pending = 0.f;
+    if (P_pending && ptx::IS_BFLOAT16<T>) {
       wait_V();
-      rows.template add<T, BLOCK_N>(P, smem.V + v_ring.stage() * S::KV_BYTES);
+      pending = magnitude_bound<S::KV_BYTES>(smem.V + v_ring.stage() * S::KV_BYTES);
     }
-    if (rows.are_lost()) {
-      const Work work = read_work(smem, work_ring.stage());
-      recompute_rows<T>(params, work.batch, work.head, work.m_start + w * 64 + warp * 16, rows);
-    }
-    __syncwarp();
+    if (!is_lost<HEAD_DIM>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
+    const Work work = read_work(smem, work_ring.stage());
+    Rows<HEAD_DIM> rows;
+    recompute_rows<T>(params, work.batch, work.head, work.m_start + w * 64 + warp * 16, rows);
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = rows.O[i / 4][i % 4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.minus_max[half] = rows.minus_max[half];
       softmax.row_sum[half] = rows.row_sum[half];
+    }
+    if (P_pending) {
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 4; ++i) P_rmem[i / 4][i % 4] = 0;
     }
   };
 

@@ -6,7 +6,7 @@
 // are large, or what was rounded by more than the exponent's range, because scores are large.
 #pragma once
 
-#include "../ptx/ldmatrix.cuh"
+#include "../ptx/ld_st.cuh"
 #include "../ptx/mma.cuh"
 #include "fwd_sm90_softmax.cuh"
 #include "fwd_sm90_work.cuh"
@@ -23,44 +23,42 @@ __device__ __forceinline__ bool is_suspect(const float (&minus_max)[2], const fl
   return __any_sync(0xffffffff, coarse || !safe);
 }
 
+// No less than any value of a tile in shared memory, in bfloat16: the union of all their bits.
+template <int BYTES>
+__device__ __forceinline__ float magnitude_bound(unsigned smem) {
+  unsigned bits = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32 * 16; i < BYTES; i += 512) {
+    const int4 x = ptx::ld_shared_v4(smem + i);
+    bits |= x.x | x.y | x.z | x.w;
+  }
+  bits = __reduce_or_sync(0xffffffff, bits | bits << 16);
+  return __int_as_float(bits & 0x7fff0000);
+}
+
+// Whether the fast path did lose something in a row of this warp. O is what it added up, but for
+// probabilities that still multiply values of up to `pending`.
+template <int HEAD_DIM>
+__device__ __forceinline__ bool is_lost(const float (&O_rmem)[HEAD_DIM / 2],
+                                        const float (&minus_max)[2], const float (&row_sum)[2],
+                                        float pending) {
+  bool lost = fmaxf(fabsf(minus_max[0]), fabsf(minus_max[1])) >= COARSE_MAXIMUM;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // Negated, for a sum of NaN.
+    lost |= !(row_sum[half] < TOO_LARGE && row_sum[half] * pending < 0x1p120f);
+  }
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 2; ++i) lost |= !(fabsf(O_rmem[i]) < 0x1p126f);
+  return __any_sync(0xffffffff, lost);
+}
+
 // A thread's part of 16 rows of O, as mma_m16n8k16 leaves it, with their maxima and its shares of
 // their sums (see Softmax).
 template <int HEAD_DIM>
 struct Rows {
   float O[HEAD_DIM / 8][4];
   float minus_max[2], row_sum[2];
-
-  // Whether what a warp has of its rows is not what it should be.
-  __device__ __forceinline__ bool are_lost() const {
-    bool lost = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      lost |= fabsf(minus_max[half]) >= COARSE_MAXIMUM || !(row_sum[half] < TOO_LARGE);
-    }
-#pragma unroll 1
-    for (int d = 0; d < HEAD_DIM / 8; ++d) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) lost |= !(fabsf(O[d][i]) < INFINITY);
-    }
-    return __any_sync(0xffffffff, lost);
-  }
-  // O += P V of a tile of V in shared memory.
-  template <typename T, int BLOCK_N>
-  __device__ __forceinline__ void add(const unsigned (&P)[BLOCK_N / 16][4], unsigned V_smem) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int d = 0; d < HEAD_DIM / 8; d += 2) {
-      const int chunk = (d % 8 + lane / 16) ^ (lane & 7);
-      unsigned src = V_smem + d / 8 * BLOCK_N * 128 + lane % 16 * 128 + chunk * 16;
-#pragma unroll 1
-      for (int k = 0; k < BLOCK_N / 16; ++k, src += 2048) {
-        unsigned V_rmem[4];
-        ptx::ldmatrix_x4_trans(V_rmem, src);
-        ptx::mma_m16n8k16<T>(O[d], P[k], V_rmem[0], V_rmem[1]);
-        ptx::mma_m16n8k16<T>(O[d + 1], P[k], V_rmem[2], V_rmem[3]);
-      }
-    }
-  }
 };
 
 // S of 16 rows from `row` on and the 8 keys from `key` on, -infinity where a row does not see a

@@ -87,6 +87,14 @@ inline bool __any_sync(unsigned, bool mine) {
   });
   return any;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned mine) {
+  emulator::collective("redux.or", &mine, [](emulator::Slots slots) {
+    unsigned all = 0;
+    for (void* slot : slots) all |= *static_cast<unsigned*>(slot);
+    for (void* slot : slots) *static_cast<unsigned*>(slot) = all;
+  });
+  return mine;
+}
 inline void __syncwarp() {
   emulator::collective("syncwarp", nullptr, [](emulator::Slots) {});
 }
@@ -101,6 +109,7 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __log2f(float x) { return std::log2(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(uint64_t{a} * b >> 32);
 }
