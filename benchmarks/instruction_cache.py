@@ -21,7 +21,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from tuned_suite import SUITES, candidate_of
+from shipping import candidate_of
+from suites import SUITES
 
 from flashmoe import Problem, database, device
 from flashmoe.autotune.candidate import SDPA, Candidate, default_candidate, runs
@@ -34,7 +35,7 @@ DEVICE = torch.device("cuda", 0)
 def candidates(problem: Problem, shipped: dict[str, database.Entry]) -> list[Candidate]:
     found = [default_candidate(problem, DEVICE)]
     if problem.bucket in shipped:
-        found.append(candidate_of(shipped[problem.bucket]))
+        found.append(candidate_of(shipped[problem.bucket], found[0]))
     found.append(SDPA)
     return [c for c in dict.fromkeys(found) if runs(c, problem, DEVICE)]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import lzma
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,15 @@ from support import load_benchmark
 
 from flashmoe import database, shapes
 from flashmoe.autotune.candidate import SDPA, Candidate
+from flashmoe.backends import jit
+from flashmoe.device import arch, fingerprint
+from flashmoe.plan import make_plan, reload_databases
 from flashmoe.problem import Problem
 from flashmoe.tiles import Tile
 
 ONE, TWO = (Problem(1, 2, 2, n, n, 16, "float32") for n in (64, 200))
-DEFAULT, OTHER = Tile("cpu", 64, 64), Tile("cpu", 32, 32)
+DEFAULT, OTHER, THIRD = (Tile("cpu", n, n) for n in (64, 32, 16))
+KERNELS = fingerprint(torch.device("cpu")).kernels
 
 
 @pytest.fixture
@@ -28,26 +35,36 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def stored(path: Path, tiles: Mapping[Problem, Tile | None]) -> str:
+@pytest.fixture
+def shipped(script: ModuleType) -> tuple[Problem, ...]:
+    """The problems that ship."""
+    problems: tuple[Problem, ...] = sys.modules["suites"].SHIPPED
+    return problems
+
+
+def stored(path: Path, tiles: Mapping[Problem, Tile | str | None], **fields: Any) -> str:
+    """A database of what won: a tile, DEFAULT, or SDPA."""
     entries = {
         problem.bucket: database.Entry(
             problem,
-            tile.backend if tile else "sdpa",
-            str(tile or ""),
+            tile.backend if isinstance(tile, Tile) else tile or "sdpa",
+            str(tile) if isinstance(tile, Tile) else "",
             str(DEFAULT),
             tile_with_lse="" if tile else str(OTHER),
-            storage="/somewhere/else",
+            **{"storage": "/somewhere/else", "judged": KERNELS, **fields},
         )
         for problem, tile in tiles.items()
     }
-    path.write_text(database.text_of(entries))
+    path.write_text(database.text_of(entries), encoding="utf-8")
     return str(path)
 
 
-def test_no_two_problems_of_the_suite_share_a_bucket(script: ModuleType) -> None:
-    assert len({problem.bucket for problem in script.SHIPPED}) == len(script.SHIPPED) == 45
+def test_no_two_problems_of_the_suite_share_a_bucket(
+    script: ModuleType, shipped: tuple[Problem, ...]
+) -> None:
+    assert len({problem.bucket for problem in shipped}) == len(shipped) == 45
     assert len(script.SUITES["rows"]) == 27
-    assert set(script.SUITES["agree"]) < set(script.SHIPPED)
+    assert set(script.SUITES["agree"]) < set(shipped)
 
 
 def test_the_tuner_reads_the_shapes(script: ModuleType, tmp_path: Path) -> None:
@@ -64,9 +81,9 @@ def times(
 
     def measured(
         fields: Mapping[Problem, Mapping[str, Candidate]], here: torch.device, rounds: int
-    ) -> dict[Problem, dict[str, list[float]]]:
+    ) -> dict[Problem, dict[str, list[list[float]]]]:
         return {
-            problem: {name: [microseconds[c]] * rounds for name, c in field.items()}
+            problem: {name: [[microseconds[c]] * rounds] * 3 for name, c in field.items()}
             for problem, field in fields.items()
         }
 
@@ -85,7 +102,7 @@ def test_gains_and_losses_are_told(
 
     def measure(tiles: Mapping[Problem, Tile | None]) -> dict[str, object]:
         words = ["measure", "--suite", "cpu", "--device", "cpu", "--output", str(output)]
-        assert script.main([*words, "--database", stored(tmp_path / "db.json", tiles)]) == 0
+        assert script.main([*words, "--databases", stored(tmp_path / "db.json", tiles)]) == 0
         document: dict[str, object] = json.loads(output.read_text())
         return document
 
@@ -121,45 +138,161 @@ def test_it_measures_in_fresh_processes(script: ModuleType) -> None:
     found = script.measured({ONE: field, TWO: field}, torch.device("cpu"), 6)
     assert set(found) == {ONE, TWO}
     for samples in found.values():
-        assert {name: len(x) for name, x in samples.items()} == {"chosen": 6, "sdpa": 6}
-        assert min(map(min, samples.values())) > 0
+        lengths = {name: [*map(len, processes)] for name, processes in samples.items()}
+        assert lengths == {"chosen": [2, 2, 2], "sdpa": [2, 2, 2]}
+        assert min(min(map(min, processes)) for processes in samples.values()) > 0
 
 
-def test_what_ships_is_of_the_suite_and_names_no_storage(
-    script: ModuleType, tmp_path: Path
-) -> None:
-    mine = script.SHIPPED[0]
-    early = stored(tmp_path / "early.json", {mine: OTHER, ONE: OTHER})
-    late = stored(tmp_path / "late.json", {mine: DEFAULT})
-    output = tmp_path / "tuned" / "gpu.json"
-    assert script.main(["ship", "--databases", early, late, "--output", str(output)]) == 0
-    (entry,) = database.load(output).values()
-    assert (entry.problem, entry.tile, entry.storage) == (mine, str(DEFAULT), "")
-
-
-def test_what_was_measured_slower_than_the_default_does_not_ship(
+def test_what_is_kept_is_measured_as_the_default_of_today(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, fast, same = script.SHIPPED[:3]
-    monkeypatch.setitem(script.SUITES, "cpu", (slow, fast, same))
-    tile, third = Candidate.of_tile, Tile("cpu", 16, 16)
+    times(script, monkeypatch, {Candidate.of_tile(DEFAULT): 200.0, SDPA: 300.0})
+    output = tmp_path / "worth.json"
+    words = ["measure", "--suite", "cpu", "--device", "cpu", "--output", str(output)]
+    path = stored(tmp_path / "db.json", {ONE: database.DEFAULT})
+    assert script.main([*words, "--databases", path]) == 0
+    (row,) = json.loads(output.read_text(encoding="utf-8"))["problems"]
+    assert row["candidates"]["chosen"] == str(DEFAULT)
+
+
+def ship(script: ModuleType, tmp_path: Path, *words: str) -> dict[str, database.Entry]:
+    output = tmp_path / "tuned" / "gpu.json"
+    assert script.main(["ship", *words, "--output", str(output)]) == 0
+    return database.load(output)
+
+
+def test_choices_ship_and_evidence_is_kept_elsewhere(
+    script: ModuleType, shipped: tuple[Problem, ...], tmp_path: Path
+) -> None:
+    mine, kept = shipped[:2]
+    evidence: dict[str, Any] = {
+        "samples": {"a": (1.0,) * 99},
+        "fingerprint": {"kernels": KERNELS},
+        "command": "python",
+        "study": "x",
+        "verified": (str(OTHER),),
+        "search": {"tried": 1},
+    }
+    ratios = {str(OTHER): 0.9, str(THIRD): 0.8, str(DEFAULT): 1.0}
+    known: dict[str, Any] = {"speedup_default": (1.1, 1.0, 1.2), "over_default": ratios}
+    early = stored(tmp_path / "early.json", {mine: THIRD, ONE: OTHER})
+    late = stored(
+        tmp_path / "late.json", {mine: OTHER, kept: database.DEFAULT}, **known, **evidence
+    )
+    archive = tmp_path / "whole.json.xz"
+    words = ["--databases", early, late, "--evidence", str(archive)]
+    found = ship(script, tmp_path, *words)
+    assert found[mine.bucket] == database.Entry(
+        mine,
+        "cpu",
+        str(OTHER),
+        str(DEFAULT),
+        # Of what was found to be right, what is faster than the default.
+        over_default={str(OTHER): 0.9},
+        speedup_default=(1.1, 1.0, 1.2),
+        judged=KERNELS,
+    )
+    assert set(found) == {mine.bucket, kept.bucket}
+    assert found[kept.bucket].kept
+    whole = database.parse(lzma.decompress(archive.read_bytes()).decode())
+    assert whole[mine.bucket].samples == {"a": (1.0,) * 99}
+    assert whole[mine.bucket].storage == ""
+    # And what ships can be shipped from the archive.
+    assert ship(script, tmp_path, "--databases", str(archive)) == found
+
+
+def test_what_ships_is_what_was_judged(
+    script: ModuleType,
+    shipped: tuple[Problem, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow, fast, same, kept, sdpa = shipped[:5]
+    monkeypatch.setitem(script.SUITES, "cpu", (slow, fast, same, kept, sdpa))
+    tile = Candidate.of_tile
+    # A gain below half a percent is none.
+    microseconds = {tile(DEFAULT): 100.0, tile(OTHER): 99.6, tile(THIRD): 90.0, SDPA: 200.0}
+    times(script, monkeypatch, microseconds)
+    tiles = {slow: OTHER, fast: THIRD, same: DEFAULT, kept: database.DEFAULT, sdpa: None}
+    ratios = {str(OTHER): 0.7, str(THIRD): 0.7}
+    old: dict[str, Any] = {"judged": "older kernels", "over_default": ratios}
+    database_path = stored(tmp_path / "db.json", tiles, **old)
+    worth = tmp_path / "worth.json"
+    words = ["measure", "--suite", "cpu", "--device", "cpu", "--databases", database_path]
+    assert script.main([*words, "--output", str(worth)]) == 0
+    judged = ["--judged", str(worth)]
+    found = ship(script, tmp_path, "--databases", database_path, *judged)
+    assert {e.judged for e in found.values()} == {KERNELS}
+    assert [k for k, e in found.items() if not e.kept] == [fast.bucket]
+    winner = found[fast.bucket]
+    assert (winner.tile, winner.default) == (str(THIRD), str(DEFAULT))
+    assert winner.speedup_default == pytest.approx((100 / 90,) * 3, rel=0.01)
+    # The search's other ratios were of other kernels.
+    assert winner.over_default == {str(THIRD): 0.9}
+    assert found[slow.bucket].over_default == {}
+    # Where a tile is the default nobody needs another for softmax_lse.
+    assert found[sdpa.bucket].tile_with_lse == ""
+    # Of these kernels and this default they hold on, but for what was measured again.
+    current = stored(tmp_path / "now.json", tiles, over_default=ratios)
+    found = ship(script, tmp_path, "--databases", current, *judged)
+    assert found[slow.bucket].over_default == {str(THIRD): 0.7}
+    # What was judged is the choice, not the problem: another ships as it is.
+    late = stored(tmp_path / "late.json", {slow: THIRD}, judged="older kernels")
+    found = ship(script, tmp_path, "--databases", database_path, late, *judged)
+    assert (found[slow.bucket].tile, found[slow.bucket].judged) == (str(THIRD), "older kernels")
+
+
+def test_a_fresh_install_is_measured_against_earlier_defaults(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Neither the user's database nor a compiler takes part in what it plans."""
+    request.addfinalizer(reload_databases)
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path / "cache"))
+    mine = {problem: Tile("cpu", 8, 8) for problem in (ONE, TWO)}
+    path = database.user_path(arch(cpu).name)
+    path.parent.mkdir(parents=True)
+    stored(path, mine)
+    reload_databases()
+    assert make_plan(ONE, cpu).source == "user database"
+    with script.fresh_install():
+        planned = {problem: Candidate.of_plan(make_plan(problem, cpu)) for problem in (ONE, TWO)}
+        assert "FLASHMOE_COMPILER must be" in jit.unavailable()
+    assert make_plan(ONE, cpu).source == "user database"
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path / "other"))
+    reload_databases()
     times(
         script,
         monkeypatch,
-        {tile(DEFAULT): 100.0, tile(OTHER): 100.5, tile(third): 99.5, SDPA: 200.0},
+        {Candidate.of_tile(OTHER): 121.0, **dict.fromkeys(planned.values(), 100.0)},
     )
-    found = stored(tmp_path / "db.json", {slow: OTHER, fast: third, same: DEFAULT})
-    worth, output = tmp_path / "worth.json", tmp_path / "gpu.json"
-    words = ["measure", "--suite", "cpu", "--device", "cpu", "--database", found]
-    assert script.main([*words, "--output", str(worth)]) == 0
-    words = ["ship", "--databases", found, "--judged", str(worth), "--output", str(output)]
+    rows = [
+        {"problem": ONE.to_json(), "default": str(OTHER)},
+        {"problem": TWO.to_json(), "default": str(planned[TWO])},
+    ]
+    before, output = tmp_path / "before.json", tmp_path / "fresh.json"
+    document = {"commit": "abc", "device": arch(cpu).name, "problems": rows}
+    before.write_text(json.dumps(document), encoding="utf-8")
+    words = ["fresh", "--device", "cpu", "--before", str(before), "--output", str(output)]
     assert script.main(words) == 0
-    assert set(database.load(output)) == {fast.bucket, same.bucket}
-    # What was judged is the choice, not the problem: another may ship.
-    late = stored(tmp_path / "late.json", {slow: third})
-    words = ["ship", "--databases", found, late, "--judged", str(worth), "--output", str(output)]
-    assert script.main(words) == 0
-    assert database.load(output)[slow.bucket].tile == str(third)
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["geometric_mean"] == pytest.approx(1.1)
+    assert "a fresh install over the defaults of abc (2): 1.1000" in capsys.readouterr().out
+    before.write_text(json.dumps({**document, "device": "NVIDIA H200"}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="--before is of NVIDIA H200, this is"):
+        script.main(words)
+
+
+def test_the_earlier_defaults_are_the_shipped_suites(
+    script: ModuleType, shipped: tuple[Problem, ...]
+) -> None:
+    before = json.loads(script.BEFORE.read_text(encoding="utf-8"))
+    assert [Problem.from_json(row["problem"]) for row in before["problems"]] == [*shipped]
+    assert {row["default"].partition(":")[0] for row in before["problems"]} == {"sm90", "sdpa"}
 
 
 def test_sdpa_is_no_rival_where_it_computes_something_else(
@@ -173,7 +306,7 @@ def test_sdpa_is_no_rival_where_it_computes_something_else(
     tile = Candidate.of_tile
     times(script, monkeypatch, {tile(DEFAULT): 200.0, tile(OTHER): 100.0, SDPA: 1.0})
     database_path = stored(tmp_path / "db.json", {chunk: OTHER})
-    words = ["measure", "--suite", "cpu", "--device", "cpu", "--database", database_path]
+    words = ["measure", "--suite", "cpu", "--device", "cpu", "--databases", database_path]
     assert script.main([*words, "--output", str(tmp_path / "worth.json")]) == 0
     found = json.loads((tmp_path / "worth.json").read_text())
     assert found["slower_than_sdpa"] == []
