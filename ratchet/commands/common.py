@@ -143,19 +143,23 @@ def _console(**options: Any) -> Console:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; what is yielded is told each step as it begins."""
+    """A bar on stderr, or a line for each tenth where that is no terminal; what is yielded is told
+    each step as it begins."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=_console(stderr=True)) as bar:
+    shown = _console(stderr=True)
+    with Progress(*columns, console=shown) as bar:
         task = bar.add_task("starting", total=total)
         begun = 0
 
         def step(line: str) -> None:
             nonlocal begun
+            if not shown.is_terminal and begun * 10 // total > (begun - 1) * 10 // total:
+                shown.print(f"{begun} of {total}: {line}")
             bar.update(task, description=line, completed=begun, total=max(total, begun + 1))
             begun += 1
 

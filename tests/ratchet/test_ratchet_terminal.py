@@ -106,8 +106,13 @@ def test_a_reason_is_shown_as_it_is(
 def test_results_and_progress_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     common.stdout().print(console.results_table(failed(WORDS)))
     assert set(WORDS.split()) <= set(capsys.readouterr().out.split())
-    with common.progress(1) as step:
-        step(WORDS)
+    with common.progress(40) as step:
+        for _ in range(40):
+            step(WORDS)
+    told = capsys.readouterr().err
+    # A log shows that it goes on, not each step.
+    assert told.count(" of 40: ") == 10
+    assert set(WORDS.split()) <= set(told.split())
 
 
 def test_a_locale_without_utf8_ends_nothing(
