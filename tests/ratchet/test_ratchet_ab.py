@@ -88,6 +88,22 @@ def test_the_working_tree_is_built_without_touching_it(
     assert sites[0].parent in Path(source.environment["FLASHMOE_CACHE_DIR"]).parents
 
 
+def test_a_build_may_be_what_is_installed(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has nothing but builds; its ratchet is not copied onto itself."""
+    monkeypatch.setattr(
+        builds, "_install", lambda source, site, debug: (site / "flashmoe").mkdir(parents=True)
+    )
+    name = builds.resolve("main")
+    package = builds.build(name, tmp_path) / "flashmoe"
+    before = {path: path.read_bytes() for path in package.rglob("*.py")}
+    monkeypatch.setattr(builds, "_PACKAGE", package)
+    monkeypatch.setattr(builds, "__file__", str(package / "ratchet" / "builds.py"))
+    assert builds.build(name, tmp_path) == package.parent
+    assert {path: path.read_bytes() for path in package.rglob("*.py")} == before
+
+
 @pytest.mark.parametrize("ref", ["nowhere", "--help", "0" * 40])
 def test_a_commit_that_is_none_is_bad_input(
     repository: Path, capsys: pytest.CaptureFixture[str], ref: str
