@@ -79,7 +79,7 @@ def test_forward_on_random_problems(data):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", LSE_BACKENDS)
+@pytest.mark.parametrize("backend", FORWARD_BACKENDS)
 def test_strides_are_honoured_without_reading_between_rows(backend, layout):
     q, k, v = (guarded((2, 37, 4, 40), torch.bfloat16, layout) for _ in range(3))
     out = flash_attn_func(q, k, v, causal=True, backend=backend)
@@ -177,6 +177,20 @@ def test_gradients_in_float32_are_float32_accurate():
     dout = torch.randn_like(out)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
     assert_gradients_match(gradients, dout, q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("backend", FORWARD_BACKENDS)
+@pytest.mark.parametrize(
+    ("batch", "seqlen_q", "seqlen_kv"), [(0, 5, 5), (0, 0, 0), (2, 0, 5), (2, 5, 0)]
+)
+def test_gradients_of_nothing_are_empty_or_zero(backend, batch, seqlen_q, seqlen_kv):
+    q = torch.randn(batch, seqlen_q, 2, 16, device=DEVICE).bfloat16()
+    k, v = (torch.randn(batch, seqlen_kv, 1, 16, device=DEVICE).bfloat16() for _ in "kv")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn_func(*leaves, backend=backend)
+    for x, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
 
 
 def test_gradients_of_empty_rows_and_dimensions_are_zero():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashmoe.backends.base import Backend, matmul_dtype, reject_without_tiles
+from flashmoe.backends.base import Backend, Forward, matmul_dtype, reject_without_tiles
 from flashmoe.device import arch
 from flashmoe.planning import costs, kernels
 from flashmoe.problem import Problem
@@ -63,11 +63,10 @@ class SdpaBackend(Backend):
         tile: Tile | None,
     ) -> tuple[Tensor, None]:
         """Differentiable by torch's own autograd. Does not tell softmax_lse."""
-        attend = _on_cuda if q.is_cuda else _on_cpu
-        with _choice(q, k, causal):
-            out = attend(q, k, v, softmax_scale, causal)
-        # Its kernels lay out their results each in its own way.
-        return out.contiguous(), None
+        return _forward(q, k, v, softmax_scale, causal)
+
+    def bind(self, tile: Tile | None, problem: Problem) -> Forward:
+        return _forward
 
     def backward(
         self,
@@ -107,6 +106,14 @@ def _flash_is_faster(
     return bool(times) and min(times, key=times.__getitem__) != kernels.SDPA
 
 
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+) -> tuple[Tensor, None]:
+    attend = _on_cuda if q.is_cuda else _on_cpu
+    # Its kernels lay out their results each in its own way.
+    return attend(q, k, v, softmax_scale, causal).contiguous(), None
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
     return torch_sdpa(
         q.transpose(1, 2),
@@ -119,11 +126,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool)
 
 
 def _on_cpu(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
-    # torch.compile cannot ask how exact matmuls are.
-    if q.dtype == torch.float32 and not torch.compiler.is_compiling():
-        exact = matmul_dtype(q)
-        q, k, v = (x.to(exact) for x in (q, k, v))
-        return _attend(q, k, v, softmax_scale, causal).float()
+    if (
+        q.dtype == torch.float32
+        and not torch.compiler.is_compiling()  # which cannot ask how exact matmuls are
+        and matmul_dtype(q) != q.dtype
+    ):
+        return _attend(q.double(), k.double(), v.double(), softmax_scale, causal).float()
     return _attend(q, k, v, softmax_scale, causal)
 
 
