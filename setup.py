@@ -51,7 +51,7 @@ def find_nvcc() -> tuple[Path, str] | str:
 
 def choose_cuda() -> tuple[Path, str] | None:
     """CUDA's home and version when its kernels are to be built; says so in one line if not."""
-    wish = os.environ.get("FLASHMOE_CUDA", "auto")
+    wish = os.environ.get("FLASHMOE_CUDA") or "auto"
     if wish not in ("auto", "on", "off"):
         raise SystemExit(f"FLASHMOE_CUDA must be auto, on or off, got {wish!r}")
     found = "FLASHMOE_CUDA=off" if wish == "off" else find_nvcc()
@@ -64,7 +64,7 @@ def choose_cuda() -> tuple[Path, str] | None:
 
 
 def cuda_archs() -> tuple[str, ...]:
-    text = os.environ.get("FLASHMOE_CUDA_ARCHS", ";".join(build_config.DEFAULT_CUDA_ARCHS))
+    text = os.environ.get("FLASHMOE_CUDA_ARCHS") or ";".join(build_config.DEFAULT_CUDA_ARCHS)
     archs = tuple(arch.replace(".", "") for arch in re.split(r"[;, ]+", text.strip()) if arch)
     if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
         raise SystemExit(f"FLASHMOE_CUDA_ARCHS must look like '80;90', got {text!r}")

@@ -26,9 +26,9 @@ def tree(tmp_path: Path) -> Path:
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=PRODUCTS))
 
 
-def run(tree: Path, *arguments: str) -> str:
+def run(tree: Path, *arguments: str, **variables: str) -> str:
     """What Python prints in `tree`."""
-    environment = {**os.environ, "FLASHMOE_CUDA": "off"}
+    environment = {**os.environ, "FLASHMOE_CUDA": "off", **variables}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -75,3 +75,14 @@ runpy.run_path("setup.py")
     printed = run(tree, "-c", script).split()
     gnu = [option for option in printed if option in ("-Wl,--exclude-libs,ALL", "-s")]
     assert len(gnu) == (2 if platform == "linux" else 0)
+
+
+def test_empty_variables_are_unset(tree: Path) -> None:
+    script = """
+import runpy, setuptools
+setuptools.setup = lambda **_: None
+globals = runpy.run_path("setup.py")
+print(*globals["cuda_archs"]())
+"""
+    names = ("FLASHMOE_CUDA", "FLASHMOE_CUDA_ARCHS", "MAX_JOBS", "CUDA_HOME")
+    assert run(tree, "-c", script, **dict.fromkeys(names, "")) == "80 90\n"
