@@ -2,8 +2,8 @@
 
     python benchmarks/first_plan.py
 
-Each figure is of a fresh process that has imported flashmoe and used the GPU. Without a GPU the plan
-is made as for an H200, which takes a build with CUDA kernels.
+Each figure is of a fresh process that has imported flashmoe and used the GPU. Without a GPU it is
+an H200's plan, which takes a build with CUDA kernels.
 """
 
 from __future__ import annotations
