@@ -110,8 +110,8 @@ def scaled_dot_product_attention(
     head_dim); is_causal is aligned top-left: query i sees keys j <= i. What our kernels do not
     compute goes to torch's own: an attn_mask, dropout, a scale that flash_attn_func refuses, other
     ranks, dtypes and head dimensions, value's head_dim differing from query's, a causal query
-    longer than its keys, subclasses of Tensor (nested, distributed, fake), and what
-    runs under torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
+    longer than its keys, subclasses of Tensor (nested, distributed, fake), and what runs under
+    torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
     """
     if (
         attn_mask is not None
