@@ -19,7 +19,7 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Source
 from flashmoe.ratchet.results import CaseResult
 from flashmoe.ratchet.suite import parse
-from flashmoe.timing import Measurement
+from flashmoe.timing import Limits, Measurement
 
 GOOD, BAD = "fwd-b1-h2-s40-d16-float32", "fwd-b1-h4k2-s33-d24-float32-causal"
 NAMES = ("out", "dq", "dk", "dv")
@@ -254,6 +254,12 @@ def test_bad_settings(bad: dict[str, int]) -> None:
     for field in ("precision", "budget"):
         with pytest.raises(UserError, match=f"{field} must be positive, got 0"):
             replace(SETTINGS, **{field: 0})
+
+
+@pytest.fixture(autouse=True)
+def _no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this process: they take longer than what is tested here."""
+    monkeypatch.setattr(worker, "measure_limits", lambda *_: Limits(1e12, 1e11))
 
 
 def run_worker(*names: str, first: bool = True, **more: Any) -> list[dict[str, Any]]:
