@@ -31,8 +31,8 @@ from flashmoe.tiles.sm80 import instance_head_dim
 
 # Where a fit begins, and how many e-folds a constant may be from there before it costs as much as
 # an error of one part in _PRECISION.
-_START = Costs(4.0, 1.0, 1.3, 0.6, 0.7, 0.4, 0.15, 3.5e6)
-_SPREAD = (0.5, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0, 0.2)
+_START = Costs(4.0, 1.0, 1.3, 0.6, 0.3, 0.7, 0.4, 0.15, 3.5e6)
+_SPREAD = (0.5, 1.5, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0, 0.2)
 _PRECISION = 25.0
 # Kernels of one tile's neighbours do not agree closer than that.
 _LEAST_SPREAD = 0.08

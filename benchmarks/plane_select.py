@@ -2,10 +2,11 @@
 
     python benchmarks/plane_select.py benchmarks/results/plane-nvidia-h200.jsonl.xz --tiles 44
 
-Prints csrc/instances/sm90.txt. Tiles are added one by one, each time the one that takes most off the
-time of all problems, as the mean of its logarithm, if the best tile is chosen everywhere; first what
-keeps the rows of benchmarks/hopper/rows.py within half a percent of their best. A problem runs on
-the smallest head_dim that is compiled in and holds its own, or on sm80 tiles, which are there anyway.
+Prints csrc/instances/covering.txt. Tiles are added one by one, each time the one that takes most
+off the time of all problems, as the mean of its logarithm, if the best tile is chosen everywhere;
+first what keeps the rows of benchmarks/hopper/rows.py within half a percent of their best. A
+problem runs on the smallest head_dim that is compiled in and holds its own, or on sm80 tiles, which
+are there anyway.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def times_of(rows: Sequence[Row], head_dims: Sequence[int]) -> list[Times]:
     for row in rows:
         head_dim = next(d for d in head_dims if d >= row.problem.head_dim)
         us = row.microseconds
-        tiles = {name: t for name, t in us.items() if name.endswith(f"@{head_dim}") and "sm90" in name}
+        tiles = {
+            name: t for name, t in us.items() if name.endswith(f"@{head_dim}") and "sm90" in name
+        }
         other = min(t for name, t in us.items() if name.startswith("sm80"))
         found.append(Times(row.name, head_dim, tiles, other))
     return found

@@ -20,7 +20,8 @@ needs_sm90 = pytest.mark.skipif(
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def hopper(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(plan, "arch", lambda device: H200)
     monkeypatch.setattr(explain, "arch", lambda device: H200)
     for name in ("cuda", "triton"):

@@ -7,13 +7,14 @@ measured times (benchmarks/plane_fit.py) for a kernel and a GPU model.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from flashmoe.problem import Problem
 
-# Arithmetic and traffic are both felt where they take alike: the norm of the two. Fitted, as 2 and
-# 4 do as well within the noise.
-_NORM = 3.0
+# Arithmetic and traffic are both felt where they take alike: the norm of the two. Norms of 1.5 to 3
+# choose alike.
+_NORM = 2.0
 # Rows that TMA fetches are slower unless they begin at multiples of 32 bytes, 16 elements.
 _ALIGNED = 16
 
@@ -23,8 +24,9 @@ class Work(NamedTuple):
     `longest`, the longest first; `slots` of them run at a time, `per_sm` on an SM.
 
     masked: the last tiles of a block are. ahead: a thread block draws its next block of rows when
-    it begins one, not when it ends. idle: the share of all groups of rows that are past the end.
-    ragged: rows in memory are not aligned. nbytes: what is read and written at least.
+    it begins one, not when it ends. idle: the share of the steps that groups of a block's rows pass
+    over, for they are past the end or see none of these keys. ragged: rows in memory are not
+    aligned. nbytes: what is read and written at least.
     """
 
     blocks: int
@@ -42,14 +44,15 @@ class Work(NamedTuple):
 
 class Costs(NamedTuple):
     """Microseconds of a call, of a block of rows (full or masked) and of one step of it, with all
-    slots taken. alone: the share of that which a block takes with its SM for itself; idle: the
-    share that groups of rows past the end save; ragged: what a step takes more where rows are;
-    bytes_per_us: the traffic that memory sustains."""
+    slots taken, and what a block of a single step takes more. alone: the share of that which a
+    block takes with its SM for itself. idle: the share of a step that is saved where it is passed
+    over. ragged: what a step takes more where rows are. bytes_per_us: what memory sustains."""
 
     launch: float
     block: float
     masked_block: float
     step: float
+    single: float
     alone: float
     idle: float
     ragged: float
@@ -60,6 +63,8 @@ def microseconds(work: Work, costs: Costs) -> float:
     """The predicted time of one call."""
     used = 1.0 - costs.idle * work.idle
     block = used * (costs.masked_block if work.masked else costs.block)
+    if work.longest == 1:
+        block += costs.single
     step = used * (costs.step * (1.0 + costs.ragged) if work.ragged else costs.step)
     busy = _schedule(work, block, step, costs.alone)
     traffic = work.nbytes / costs.bytes_per_us
@@ -104,13 +109,22 @@ def tiled_work(
     ahead: bool = False,
 ) -> Work:
     """The Work of a forward kernel whose thread blocks take block_m rows of a head at a time, which
-    visit what the last of them sees in tiles of block_n keys. `group`: rows that are passed over
-    together where they are past the end, if not block_m."""
+    visit what the last of them sees in tiles of block_n keys. `group`: rows that pass over together
+    what they do not see, if fewer."""
     heads = problem.batch * problem.heads_q
     m_blocks = -(-problem.seqlen_q // block_m)
     steps, longest, shortest = _visited(problem, m_blocks, block_m, block_n)
-    group = group or block_m
-    used = -(-problem.seqlen_q // group) * group
+    idle = 0.0
+    if group and group < block_m and steps:
+        seen, *_ = _visited(problem, -(-problem.seqlen_q // group), group, block_n)
+        idle = 1.0 - seen * group / (steps * block_m)
+        if not problem.causal and m_blocks > 1:
+            # Blocks are dealt in turn: a slot gets one in m_blocks that is partly past the end, or
+            # where slots and m_blocks have a common divisor, some get none and end last.
+            slots = sm_count * per_sm
+            waves = -(-heads * m_blocks // slots)
+            partial = waves // m_blocks if math.gcd(slots, m_blocks) == 1 else 0
+            idle *= m_blocks * partial / waves
     return Work(
         blocks=heads * m_blocks,
         steps=heads * steps,
@@ -120,7 +134,7 @@ def tiled_work(
         per_sm=per_sm,
         masked=problem.causal,
         ahead=ahead,
-        idle=1.0 - used / (m_blocks * block_m),
+        idle=idle,
         ragged=problem.head_dim % _ALIGNED != 0,
         nbytes=problem.bytes,
     )

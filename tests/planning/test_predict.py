@@ -19,6 +19,7 @@ COSTS = Costs(
     block=2.0,
     masked_block=3.0,
     step=1.0,
+    single=0.0,
     alone=0.5,
     idle=0.5,
     ragged=0.25,
@@ -72,14 +73,31 @@ def test_masks_idle_rows_and_alignment_have_costs_of_their_own():
     work = tiled_work(replace(PROBLEM, seqlen_q=64), 132, 128, 100, group=64)
     assert work.idle == 0.5
     assert tiled_work(replace(PROBLEM, seqlen_q=64), 132, 128, 100).idle == 0.0
-    assert tiled_work(
-        replace(PROBLEM, seqlen_q=320), 132, 128, 100, group=64
-    ).idle == pytest.approx(1 / 6)
     one = work._replace(blocks=1)
     assert microseconds(one, COSTS) == pytest.approx(5 + 0.75 * 12 / 2)
     assert microseconds(one._replace(masked=True), COSTS) == pytest.approx(5 + 0.75 * 13 / 2)
     ragged = tiled_work(replace(PROBLEM, head_dim=72), 132, 128, 100)._replace(blocks=1)
     assert microseconds(ragged, COSTS) == pytest.approx(5 + (2 + 10 * 1.25) / 2)
+
+
+def test_a_block_of_one_step_is_not_overlapped():
+    work = tiled_work(replace(PROBLEM, seqlen_kv=100), 132, 128, 100)._replace(blocks=1)
+    costs = COSTS._replace(single=4.0)
+    assert microseconds(work, costs) == pytest.approx(5 + (2 + 1 + 4) / 2)
+    assert microseconds(work._replace(longest=2), costs) == pytest.approx(5 + (2 + 2) / 2)
+
+
+@pytest.mark.parametrize("seqlen_q", [64, 300, 320, 600, 1000, 5000])
+@pytest.mark.parametrize("heads", [1, 44, 90, 133, 700, 5000])
+def test_blocks_that_are_dealt_in_turn_end_with_the_slot_that_is_idle_least(seqlen_q, heads):
+    problem = replace(PROBLEM, batch=1, heads_q=heads, heads_kv=heads, seqlen_q=seqlen_q)
+    work = tiled_work(problem, 132, 128, 100, group=64)
+    m_blocks = -(-seqlen_q // 128)
+    partly = (0.5 if seqlen_q % 128 in range(1, 65) else 1.0) if seqlen_q % 128 else 1.0
+    used = [partly if i % m_blocks == m_blocks - 1 else 1.0 for i in range(work.blocks)]
+    last = max(sum(used[slot::132]) for slot in range(132))
+    waves = -(-work.blocks // 132)
+    assert (1 - work.idle) * waves == pytest.approx(last)
 
 
 def test_memory_is_a_limit():
