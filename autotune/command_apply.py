@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from flashmoe.autotune.arguments import device as parse_device
 from flashmoe.autotune.exits import DONE
 from flashmoe.tiles import Tile
 
+# Where the tiles of a kernel are added; sm90.txt is generated from its list.
+_LISTS = {"sm80": "sm80.txt", "sm90": "covering.txt"}
+
 
 def run(words: Sequence[str]) -> int:
-    """Put each head dimension's winner first in csrc/instances."""
+    """Put each head dimension's winners first in csrc/instances."""
     parser = Parser(
         prog=f"python -m {PROG} apply",
-        description="Write the winning CUDA tiles of a device into the list of tiles that are "
-        "compiled in, first of their head dimension, and build again afterwards. The first is the "
+        description="Write the winning CUDA tiles of a device into the lists of tiles that are "
+        "compiled in, first of their head dimension; build again afterwards. The first is the "
         "default of the mma.sync kernel; the Hopper kernel has its defaults by length in "
         "flashmoe/backends/cuda.py. Where winners of one head dimension differ, the one that won "
         "the most problems comes first.",
@@ -31,21 +35,18 @@ def run(words: Sequence[str]) -> int:
         type=Path,
         default=Path("csrc/instances"),
         metavar="DIR",
-        help="folder of KERNEL.txt (default: %(default)s, from the repository's root)",
+        help="folder of the lists (default: %(default)s, from the repository's root)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only tell what would change")
     parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
     args = parser.parse_args(words)
     name = args.model or device.arch(parse_device(args.device, None)).name
-    entries = {
-        **database.load(database.shipped_path(name)),
-        **database.load(database.user_path(name)),
-    }
-    winners = winning_tiles(entries)
+    # What won in a shipped database is compiled in already where it is worth it.
+    winners = winning_tiles(database.load(database.user_path(name)))
     if not winners:
         raise UsageError(f"no CUDA tile has won on {name}: there is nothing to compile in")
     for kernel, tiles in winners.items():
-        path = args.instances / f"{kernel}.txt"
+        path = args.instances / _LISTS[kernel]
         try:
             before = path.read_text(encoding="utf-8")
         except OSError as error:
@@ -64,6 +65,9 @@ def run(words: Sequence[str]) -> int:
         print(f"{path}: {'would move or add' if args.dry_run else 'moved or added'} winners")
         for line in changed:
             print(f"  new: {line}")
+        generate = args.instances / "generate.py"
+        if kernel == "sm90" and not args.dry_run and generate.exists():
+            runpy.run_path(str(generate), run_name="__main__")
     return DONE
 
 

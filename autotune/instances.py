@@ -24,12 +24,5 @@ def line(head_dim: int, tile: Tile) -> str:
     return " ".join(str(int(x)) for x in (head_dim, *_values(tile)))
 
 
-def macros(head_dim: int, tile: Tile) -> str:
-    """The same as definitions for nvcc."""
-    names = ("HEAD_DIM", *(name.upper() for name in COLUMNS[tile.kernel]))
-    values = (head_dim, *_values(tile))
-    return " ".join(f"-D{name}={int(value)}" for name, value in zip(names, values, strict=True))
-
-
 def _values(tile: Tile) -> list[int]:
     return [int(getattr(tile, name)) for name in COLUMNS[tile.kernel]]

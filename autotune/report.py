@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from flashmoe.autotune.sensitivity import steps
 from flashmoe.autotune.trials import Trial
 from flashmoe.device import Fingerprint
 from flashmoe.stats import Interval
-from flashmoe.tiles import Tile
 
 SCHEMA = 2
 
@@ -111,6 +111,7 @@ def suggestions_text(
 ) -> str:
     """Markdown with lines to copy for every result, where the database is not wanted."""
     measured = [result for result in results if result.best is not None]
+    tiles = [result.best.tile for result in measured if result.best is not None]
     lines = [
         "# Tuning suggestions",
         "",
@@ -118,9 +119,18 @@ def suggestions_text(
         f"Written by `{command}`.",
         "",
         f"The results are in `{database}`, and flashmoe uses them already: nothing below needs to "
-        "be done. The lines pin a choice by hand, for every call (environment), for one call "
-        "(Python), or at build time (nvcc).",
+        "be done. The lines pin a choice by hand, for all calls (environment) or for one (Python).",
     ]
+    if any(tile is not None and tile.kernel in instances.COLUMNS for tile in tiles):
+        lines += [
+            "",
+            "To have the tiles of CUDA kernels compiled in, in the repository, before you build it "
+            "again:",
+            "",
+            "```sh",
+            f"python -m flashmoe.autotune apply --model {shlex.quote(fingerprint.device)}",
+            "```",
+        ]
     for result in measured:
         lines += ["", f"## {result.problem.label}", "", *_suggestion(result)]
     return "\n".join(lines) + "\n"
@@ -144,12 +154,11 @@ def _suggestion(result: Result) -> list[str]:
     tile = f', tile="{best.tile}"' if best.tile is not None else ""
     lines += [
         "```",
+        "",
         "```python",
-        f'flash_attn_func(q, k, v{causal}, backend="{best.backend}"{tile})',
+        f'flashmoe.flash_attn_func(q, k, v{causal}, backend="{best.backend}"{tile})',
         "```",
     ]
-    if best.tile is not None:
-        lines += _build_lines(best.tile, result.problem.head_dim)
     return lines + _sensitivity_lines(result)
 
 
@@ -166,32 +175,6 @@ def _sensitivity_lines(result: Result) -> list[str]:
         text = ", ".join(f"{name} {share:.0%}" for name, share in shares)
         lines += ["", f"Importance (PED-ANOVA): {text}."]
     return lines
-
-
-def _build_lines(tile: Tile, head_dim: int) -> list[str]:
-    """How to have the tile compiled in; kernels that take it at run time need nothing."""
-    if tile.kernel not in instances.COLUMNS:
-        return ["", "This kernel takes its tile at run time: there is nothing to build."]
-    instance = instances.head_dim_of(tile.kernel, head_dim)
-    listed = f"`csrc/instances/{tile.kernel}.txt`"
-    if tile.kernel == "sm90":
-        how = f"To have it compiled in, add this line to {listed} and build again:"
-    else:
-        how = (
-            f"To make it the default of head_dim {instance}, move this line of {listed} before the "
-            "others of that head_dim and build again:"
-        )
-    return [
-        "```sh",
-        f"nvcc {instances.macros(instance, tile)}",
-        "```",
-        "",
-        how,
-        "",
-        "```text",
-        instances.line(instance, tile),
-        "```",
-    ]
 
 
 def _result_json(result: Result) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,15 +122,33 @@ def test_apply_puts_the_winner_first_of_its_head_dimension(tmp_path: Path) -> No
     assert with_first("\n".join(lines) + "\n", {128: [SM80]}) == "\n".join(lines) + "\n"
 
 
+def test_a_hopper_tile_joins_the_list_that_the_others_are_generated_from(tmp_path: Path) -> None:
+    store(entry(OTHER, "sm90:128x64-stages2", "GPU"), device="GPU")
+    folder = Path(__file__).parents[2] / "csrc" / "instances"
+    lists = shutil.copytree(folder, tmp_path / "instances")
+    line = "128 128 64 2 1 0 0 0 1 0"
+    covering, generated = lists / "covering.txt", lists / "sm90.txt"
+    before = generated.read_text(encoding="utf-8").splitlines()
+    assert line not in before
+    words = ["apply", "--model", "GPU", "--instances", str(lists)]
+    assert main([*words, "--dry-run"]) == 0
+    assert line not in covering.read_text(encoding="utf-8").splitlines()
+    assert main(words) == 0
+    assert line in covering.read_text(encoding="utf-8").splitlines()
+    assert set(generated.read_text(encoding="utf-8").splitlines()) == {*before, line}
+
+
 def test_a_tile_that_is_not_listed_is_added() -> None:
     new = Tile("sm80", 64, 128, 1, 4)
     assert "256 64 128 1 4\n256 64 32 1 4\n" in with_first(INSTANCES, {256: [new]})
     assert with_first(INSTANCES, {32: [new]}).endswith("256 64 32 1 4\n32 64 128 1 4\n")
 
 
-@pytest.mark.parametrize("kernel", COLUMNS)
-def test_the_columns_are_those_of_the_lists(kernel: str) -> None:
-    path = Path(__file__).parents[2] / "csrc" / "instances" / f"{kernel}.txt"
+@pytest.mark.parametrize(
+    ("name", "kernel"), [*((kernel, kernel) for kernel in COLUMNS), ("covering", "sm90")]
+)
+def test_the_columns_are_those_of_the_lists(name: str, kernel: str) -> None:
+    path = Path(__file__).parents[2] / "csrc" / "instances" / f"{name}.txt"
     heads = [text for text in path.read_text().splitlines() if text.startswith("# head_dim")]
     assert heads == [" ".join(("# head_dim", *COLUMNS[kernel]))]
 

@@ -1,24 +1,33 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import io
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from flashmoe.autotune import report
+import flashmoe
+from flashmoe import database
+from flashmoe.autotune import instances, report
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.progress import shown
 from flashmoe.autotune.result import Result
 from flashmoe.autotune.trials import Search, Trial, best_so_far
 from flashmoe.device import fingerprint
+from flashmoe.plan import Plan, make_plan
 from flashmoe.problem import Problem
 from flashmoe.stats import Interval
 from flashmoe.tiles import Tile
 
-HERE = fingerprint(torch.device("cpu"))
+CPU = torch.device("cpu")
+HERE = fingerprint(CPU)
 PROBLEM = Problem(2, 16, 16, 8192, 8192, 120, "bfloat16", causal=True)
 SM80 = Tile("sm80", 128, 64, 2, 4)
 RESULT = Result(
@@ -30,7 +39,7 @@ RESULT = Result(
     seconds=Interval(1.234e-3, 1.2e-3, 1.3e-3),
     speedup_default=Interval(1.25, 1.2, 1.3),
     speedup_sdpa=Interval(1.1, 1.05, 1.15),
-    samples={str(SM80): (1.2e-3, 1.3e-3)},
+    samples={str(SM80): ((1.2e-3, 1.3e-3),)},
     search=Search(
         (
             Trial(SM80, "ok", Interval(0.8, 0.77, 0.83)),
@@ -51,35 +60,71 @@ def suggestions(result: Result) -> str:
     return report.suggestions_text([result], HERE, Path("/cache/x.json"), "python -m x")
 
 
-def test_suggestions_hold_lines_to_copy() -> None:
-    lines = suggestions(RESULT).splitlines()
-    assert "export FLASHMOE_BACKEND=cuda" in lines
-    assert "export FLASHMOE_TILE=sm80:128x64-stages2-warps4" in lines
-    assert (
-        'flash_attn_func(q, k, v, causal=True, backend="cuda", tile="sm80:128x64-stages2-warps4")'
-        in lines
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_suggestions_tell_what_was_measured() -> None:
+    text = suggestions(RESULT)
+    assert "1.25x [1.20, 1.30]" in text
+    assert "/cache/x.json" in text
+    environment = ["export FLASHMOE_BACKEND=cuda", f"export FLASHMOE_TILE={SM80}"]
+    assert blocks(text, "sh")[-1].splitlines() == environment
+
+
+RUN_HERE = [Candidate.of_tile(Tile("cpu", 96, 256)), Candidate("sdpa")]
+
+
+@pytest.mark.parametrize("best", RUN_HERE, ids=str)
+def test_every_line_of_the_suggestions_does_what_it_says(
+    best: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(1, 2, 2, 64, 64, 32, "float32", causal=True)
+    text = suggestions(dataclasses.replace(RESULT, problem=problem, best=best))
+    monkeypatch.setenv("FLASHMOE_BACKEND", "blocked")
+    monkeypatch.delenv("FLASHMOE_TILE", raising=False)
+    (call,) = blocks(text, "python")
+    q = torch.randn(1, 64, 2, 32)
+    exec(call, {"flashmoe": flashmoe, "q": q, "k": q, "v": q})
+    (statement,) = ast.parse(call).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Call)
+    told = {word.arg: ast.literal_eval(word.value) for word in statement.value.keywords}
+    assert told.pop("causal") is True
+    assert make_plan(problem, CPU, **told) == Plan(best.backend, best.tile, "argument")
+    (exports,) = blocks(text, "sh")
+    names = "FLASHMOE_BACKEND=$FLASHMOE_BACKEND FLASHMOE_TILE=$FLASHMOE_TILE"
+    shell = subprocess.run(
+        ["sh", "-euc", f'FLASHMOE_TILE=\n{exports}echo "{names}"'],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
     )
-    nvcc = "nvcc -DHEAD_DIM=128 -DBLOCK_M=128 -DBLOCK_N=64 -DNUM_STAGES=2 -DNUM_WARPS=4"
-    assert nvcc in lines
-    # As csrc/instances/sm80.txt writes it: the head dimension that holds 120.
-    assert "128 128 64 2 4" in lines
-    assert "1.25x [1.20, 1.30]" in suggestions(RESULT)
-    assert "/cache/x.json" in suggestions(RESULT)
+    for pair in shell.stdout.split():
+        monkeypatch.setenv(*pair.split("=", 1))
+    assert make_plan(problem, CPU) == Plan(best.backend, best.tile, "environment")
 
 
-def test_a_tile_of_run_time_needs_no_build() -> None:
-    tile = Tile("cpu", 96, 256)
-    full = dataclasses.replace(PROBLEM, causal=False)
-    text = suggestions(dataclasses.replace(RESULT, problem=full, best=Candidate.of_tile(tile)))
-    assert 'flash_attn_func(q, k, v, backend="cpu", tile="cpu:96x256-stages1-warps1")' in text
-    assert "nvcc -D" not in text
-
-
-def test_a_backend_without_tiles_names_none() -> None:
-    text = suggestions(dataclasses.replace(RESULT, best=Candidate("sdpa")))
-    assert "export FLASHMOE_BACKEND=sdpa" in text
-    assert "FLASHMOE_TILE" not in text
-    assert 'backend="sdpa")' in text
+@pytest.mark.parametrize("name", ["sm80:128x128-stages2-warps4", "sm90:128x64-stages2"])
+def test_the_line_that_compiles_winners_in_does_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    root = Path(__file__).parents[2]
+    shutil.copytree(root / "csrc" / "instances", tmp_path / "csrc" / "instances")
+    here = dataclasses.replace(HERE, device="Some GPU")
+    tile = Tile.parse(name)
+    result = dataclasses.replace(RESULT, best=Candidate.of_tile(tile))
+    database.update(
+        database.user_path(here.device), {PROBLEM.bucket: result.entry(here, "command")}
+    )
+    text = report.suggestions_text([result], here, Path("/cache/x.json"), "python -m x")
+    line = blocks(text, "sh")[0].replace("python", sys.executable, 1)
+    subprocess.run(["sh", "-euc", line], check=True, capture_output=True)
+    listed = (tmp_path / "csrc" / "instances" / f"{tile.kernel}.txt").read_text(encoding="utf-8")
+    assert instances.line(instances.head_dim_of(tile.kernel, 120), tile) in listed.splitlines()
 
 
 def test_unmeasured_problems_suggest_nothing() -> None:
