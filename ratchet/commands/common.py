@@ -158,9 +158,10 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
         def step(line: str) -> None:
             nonlocal begun
+            expected = max(total, begun + 1)
             if not shown.is_terminal and begun * 10 // total > (begun - 1) * 10 // total:
-                shown.print(f"{begun} of {total}: {line}")
-            bar.update(task, description=line, completed=begun, total=max(total, begun + 1))
+                shown.print(f"{begun} of {expected}: {line}")
+            bar.update(task, description=line, completed=begun, total=expected)
             begun += 1
 
         yield step
