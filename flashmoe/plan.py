@@ -16,6 +16,7 @@ from flashmoe.backends import BACKENDS
 from flashmoe.cache import NoCacheFolder
 from flashmoe.device import arch
 from flashmoe.environment import variable
+from flashmoe.planning.predict import fastest
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -23,8 +24,6 @@ from flashmoe.tiles import Arch, Tile
 # mma.sync: at 3e10 FLOP a forward takes about 0.1 ms on an H200, which is what one launch costs the
 # host (85 to 130 us, the cuda kernel 15 us).
 _TRITON_FLOPS = 3e10
-# What is predicted to take so much longer than another takes as long.
-_AS_LONG = 1.01
 # Below so many queries a block of rows is mostly empty, and no kernel of ours splits the keys over
 # blocks yet: at (16, 32 heads over 8, 1 x 8192, 128) sm80 takes 0.74 ms on an H200, SDPA 0.13.
 _DECODE_SEQLEN_Q = 16
@@ -119,7 +118,7 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
     be fastest (the first listed of what takes about as long), then backends of which nothing is
     predicted, in the order of preference."""
     here = arch(device)
-    known: list[tuple[float, Candidate]] = []
+    known: dict[Candidate, float] = {}
     unknown: list[Candidate] = []
     for name in _preference(problem, here):
         if (need_lse and name == "sdpa") or why_not(name, problem, device):
@@ -127,15 +126,12 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
         backend = BACKENDS[name]
         tiles = [] if _decodes(problem) else backend.compiled_in(problem, here) or [None]
         times = [(tile, backend.predicted(tile, problem, here)) for tile in tiles]
-        found = [(time, Candidate(name, tile, time)) for tile, time in times if time is not None]
-        known += found
+        found = {Candidate(name, tile, time): time for tile, time in times if time is not None}
+        known |= found
         if not found:
             unknown.append(Candidate(name, backend.default_tile(problem, here)))
-    if known:
-        limit = min(time for time, _ in known) * _AS_LONG
-        first = next(candidate for time, candidate in known if time <= limit)
-        known.sort(key=lambda pair: (pair[1] is not first, pair[0]))
-    return [candidate for _, candidate in known] + unknown
+    first = fastest(known) if known else None
+    return [*sorted(known, key=lambda c: (c != first, known[c])), *unknown]
 
 
 def reload_databases() -> None:

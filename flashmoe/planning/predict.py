@@ -8,13 +8,18 @@ measured times (benchmarks/plane_fit.py) for a kernel and a GPU model.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 from flashmoe.problem import Problem
+
+T = TypeVar("T")
 
 # Arithmetic and traffic are both felt where they take alike: the norm of the two. Norms of 1.5 to 3
 # choose alike.
 _NORM = 2.0
+# What takes so many times as long as another takes as long.
+_AS_LONG = 1.01
 # Rows that TMA fetches are slower unless they begin at multiples of 32 bytes, 16 elements.
 _ALIGNED = 16
 
@@ -57,6 +62,13 @@ class Costs(NamedTuple):
     idle: float
     ragged: float
     bytes_per_us: float
+
+
+def fastest(times: Mapping[T, float]) -> T:
+    """The first of those that take the least time, or hardly more: what is listed first is the
+    better known."""
+    limit = min(times.values()) * _AS_LONG
+    return next(name for name, time in times.items() if time <= limit)
 
 
 def microseconds(work: Work, costs: Costs) -> float:
