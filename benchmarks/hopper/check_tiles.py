@@ -1,7 +1,7 @@
 """Compares Tile.violations of the sm90 kernel with what the compiler makes of a random sample.
 
     python benchmarks/hopper/check_tiles.py --legal 60 --illegal 20 --output FILE    # no GPU needed
-    python benchmarks/hopper/check_tiles.py --instances --workers 1    # docs/attention.md's table
+    python benchmarks/hopper/check_tiles.py --instances --workers 1    # what is compiled in
 
 A legal tile must compile without spills, stack, serialized wgmma or registers that Q and P share;
 an illegal one must name its reason, and one whose reason is registers is compiled all the same, to
