@@ -1,4 +1,4 @@
-"""Builds one abi3 wheel for every torch >= 2.10: the CPU kernel always, CUDA kernels with nvcc.
+"""Builds one abi3 wheel for torch 2.10 and newer: the CPU kernel always, CUDA kernels with nvcc.
 
 FLASHMOE_CUDA=auto|on|off, FLASHMOE_CUDA_ARCHS="80;90", MAX_JOBS=N.
 """
