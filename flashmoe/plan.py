@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +124,9 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
         if (need_lse and name == "sdpa") or why_not(name, problem, device):
             continue
         backend = BACKENDS[name]
-        tiles = [] if _decodes(problem) else backend.compiled_in(problem, here) or [None]
+        tiles: Sequence[Tile | None] = backend.compiled_in(problem, here) or [None]
+        if _decodes(problem):
+            tiles = []
         times = [(tile, backend.predicted(tile, problem, here)) for tile in tiles]
         found = {Candidate(name, tile, time): time for tile, time in times if time is not None}
         known |= found

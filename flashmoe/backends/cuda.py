@@ -62,7 +62,7 @@ class CudaBackend(Backend):
         if tile is None or problem.direction != "fwd":
             return None
         head_dim = _instance_head_dim(tile.kernel, problem.head_dim)
-        if (head_dim, tile) not in _extension.load().handles:
+        if head_dim is None or (head_dim, tile) not in _extension.load().handles:
             head_dim = sm90_head_dim(problem.head_dim)
         return costs.tile_microseconds(tile, head_dim, problem, arch)
 
