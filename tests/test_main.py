@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from flashmoe import Problem, database, device
+
 
 def run(*arguments):
     command = [sys.executable, "-m", "flashmoe", *arguments]
@@ -23,6 +25,20 @@ def test_says_what_is_available_and_why_the_rest_is_not():
     assert "  cuda     no: needs a CUDA device, got cpu" in result.stdout
     assert "  triton   no: needs a CUDA device (or TRITON_INTERPRET=1), got cpu" in result.stdout
     assert "tuned (yours): " in result.stdout
+
+
+def test_says_how_many_tuned_problems_are_of_other_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
+    problems = [Problem(1, 2, 2, seqlen, seqlen, 16, "float32") for seqlen in (8, 16, 32)]
+    judged = (device.kernel_hash("cpu"), "others", "others")
+    entries = {
+        problem.bucket: database.Entry(problem, "default", "", "sdpa", judged=kernels)
+        for problem, kernels in zip(problems, judged, strict=True)
+    }
+    path = database.user_path(device.cpu_name())
+    database.update(path, entries)
+    line = f"  tuned (yours): 3 problems (2 of other kernels, which are not used), {path}"
+    assert line in run().stdout.splitlines()
 
 
 def test_bad_usage():

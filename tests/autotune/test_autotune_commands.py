@@ -14,7 +14,7 @@ from flashmoe import database
 from flashmoe.autotune.cli import main
 from flashmoe.autotune.command_apply import winning_tiles, with_first
 from flashmoe.autotune.instances import COLUMNS
-from flashmoe.device import cpu_name
+from flashmoe.device import cpu_name, kernel_hash
 from flashmoe.tiles import Tile
 
 OTHER = dataclasses.replace(PROBLEM, head_dim=120, dtype="bfloat16")
@@ -38,8 +38,9 @@ def entry(problem=PROBLEM, tile="cpu:48x160", device="Some CPU", **changes):  # 
         "speedup_default": (1.25, 1.2, 1.3),
         "runner_up": "sdpa",
         "fingerprint": {"device": device},
+        "default": "x",
     }
-    return database.Entry(problem=problem, tile=tile, default="x", **{**fields, **changes})
+    return database.Entry(problem=problem, tile=tile, **{**fields, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,18 @@ def test_show_tells_what_is_tuned_here(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     for text in (PROBLEM.label, "cpu:48x160", "1.25x [1.20, 1.30]", "1 ms", "yours", str(path)):
         assert text in out
+
+
+@pytest.mark.parametrize(("judged", "used"), [("", False), (kernel_hash("cpu"), True)])
+def test_show_tells_what_is_of_other_kernels(
+    judged: str, used: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = entry(tile="", backend="default", default="cpu:64x64", judged=judged)
+    store(kept, device=cpu_name())
+    assert main(["show", "--device", "cpu"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the default, cpu:64x64 then" in out
+    assert ("yours, of other kernels: not used" in out) != used
 
 
 def test_show_tells_of_another_model_as_json(capsys: pytest.CaptureFixture[str]) -> None:
