@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda", 0)
 def candidates(problem: Problem, shipped: dict[str, database.Entry]) -> list[Candidate]:
     found = [default_candidate(problem, DEVICE)]
     if problem.bucket in shipped:
-        found.append(candidate_of(shipped[problem.bucket], found[0]))
+        found.append(candidate_of(shipped[problem.bucket]))
     found.append(SDPA)
     return [c for c in dict.fromkeys(found) if runs(c, problem, DEVICE)]
 

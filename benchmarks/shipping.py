@@ -41,11 +41,10 @@ def speedup(
     return ratio_by_process(*seconds)
 
 
-def candidate_of(entry: Entry, default: Candidate) -> Candidate:
-    """What an entry chose, where `default` runs untuned."""
-    if entry.kept:
-        return default
-    return Candidate(entry.backend, Tile.parse(entry.tile) if entry.tile else None)
+def candidate_of(entry: Entry) -> Candidate:
+    """What was fastest for an entry's problem: a kept default is the one that was kept."""
+    name = entry.default if entry.kept else entry.tile or entry.backend
+    return Candidate.of_tile(Tile.parse(name)) if ":" in name else Candidate(name)
 
 
 def read(paths: Sequence[Path]) -> dict[str, Entry]:
@@ -87,27 +86,24 @@ def shipped(entry: Entry, verdict: Verdict | None) -> Entry:
         over_default=faster,
         judged=entry.judged,
     )
-    if verdict is None or not _is_of(verdict, entry):
+    choice = candidate_of(entry)
+    if verdict is None or verdict.chosen != str(choice):
         return slim
     if (entry.judged, entry.default) != (verdict.kernels, verdict.default):
         faster = {}
     faster.pop(verdict.chosen, None)
     if not verdict.won:
-        slim = replace(slim, backend=DEFAULT, tile="", speedup_default=None)
-        if verdict.default != SDPA:
-            slim = replace(slim, tile_with_lse="")
+        lse = entry.tile_with_lse if verdict.default == SDPA else ""
+        slim = replace(slim, backend=DEFAULT, tile="", speedup_default=None, tile_with_lse=lse)
     else:
         faster[verdict.chosen] = round(1 / verdict.gain.value, 4)
-        gain = verdict.gain
-        slim = replace(slim, speedup_default=(gain.value, gain.low, gain.high))
+        slim = replace(
+            slim,
+            backend=choice.backend,
+            tile=str(choice.tile or ""),
+            speedup_default=(verdict.gain.value, verdict.gain.low, verdict.gain.high),
+        )
     return replace(slim, default=verdict.default, over_default=faster, judged=verdict.kernels)
-
-
-def _is_of(verdict: Verdict, entry: Entry) -> bool:
-    """Whether the choice that was judged is the entry's."""
-    if entry.kept:
-        return verdict.chosen == verdict.default
-    return verdict.chosen == str(candidate_of(entry, Candidate("")))
 
 
 def ship(
@@ -123,7 +119,7 @@ def ship(
     if evidence is not None:
         text = database.text_of(whole).encode()
         evidence.write_bytes(lzma.compress(text) if evidence.suffix == ".xz" else text)
-    unjudged = sum(k not in found or not _is_of(found[k], entry) for k, entry in whole.items())
+    unjudged = sum(k not in found or found[k].chosen != str(candidate_of(whole[k])) for k in whole)
     won = sum(not entry.kept for entry in entries.values())
     print(
         f"{output}: {len(entries)} of the suite's {len(buckets)} problems, {won} with a winner, "

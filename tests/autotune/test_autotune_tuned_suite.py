@@ -49,9 +49,8 @@ def stored(path: Path, tiles: Mapping[Problem, Tile | str | None], **fields: Any
             problem,
             tile.backend if isinstance(tile, Tile) else tile or "sdpa",
             str(tile) if isinstance(tile, Tile) else "",
-            str(DEFAULT),
             tile_with_lse="" if tile else str(OTHER),
-            **{"storage": "/somewhere/else", "judged": KERNELS, **fields},
+            **{"default": str(DEFAULT), "storage": "/else", "judged": KERNELS, **fields},
         )
         for problem, tile in tiles.items()
     }
@@ -143,18 +142,6 @@ def test_it_measures_in_fresh_processes(script: ModuleType) -> None:
         assert min(min(map(min, processes)) for processes in samples.values()) > 0
 
 
-def test_what_is_kept_is_measured_as_the_default_of_today(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    times(script, monkeypatch, {Candidate.of_tile(DEFAULT): 200.0, SDPA: 300.0})
-    output = tmp_path / "worth.json"
-    words = ["measure", "--suite", "cpu", "--device", "cpu", "--output", str(output)]
-    path = stored(tmp_path / "db.json", {ONE: database.DEFAULT})
-    assert script.main([*words, "--databases", path]) == 0
-    (row,) = json.loads(output.read_text(encoding="utf-8"))["problems"]
-    assert row["candidates"]["chosen"] == str(DEFAULT)
-
-
 def ship(script: ModuleType, tmp_path: Path, *words: str) -> dict[str, database.Entry]:
     output = tmp_path / "tuned" / "gpu.json"
     assert script.main(["ship", *words, "--output", str(output)]) == 0
@@ -207,8 +194,8 @@ def test_what_ships_is_what_was_judged(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    slow, fast, same, kept, sdpa = shipped[:5]
-    monkeypatch.setitem(script.SUITES, "cpu", (slow, fast, same, kept, sdpa))
+    slow, fast, same, kept, sdpa, was = shipped[:6]
+    monkeypatch.setitem(script.SUITES, "cpu", (slow, fast, same, kept, sdpa, was))
     tile = Candidate.of_tile
     # A gain below half a percent is none.
     microseconds = {tile(DEFAULT): 100.0, tile(OTHER): 99.6, tile(THIRD): 90.0, SDPA: 200.0}
@@ -216,14 +203,17 @@ def test_what_ships_is_what_was_judged(
     tiles = {slow: OTHER, fast: THIRD, same: DEFAULT, kept: database.DEFAULT, sdpa: None}
     ratios = {str(OTHER): 0.7, str(THIRD): 0.7}
     old: dict[str, Any] = {"judged": "older kernels", "over_default": ratios}
+    early = stored(tmp_path / "early.json", {was: database.DEFAULT}, default=str(THIRD), **old)
     database_path = stored(tmp_path / "db.json", tiles, **old)
     worth = tmp_path / "worth.json"
-    words = ["measure", "--suite", "cpu", "--device", "cpu", "--databases", database_path]
+    words = ["measure", "--suite", "cpu", "--device", "cpu", "--databases", early, database_path]
     assert script.main([*words, "--output", str(worth)]) == 0
     judged = ["--judged", str(worth)]
-    found = ship(script, tmp_path, "--databases", database_path, *judged)
+    found = ship(script, tmp_path, "--databases", early, database_path, *judged)
     assert {e.judged for e in found.values()} == {KERNELS}
-    assert [k for k, e in found.items() if not e.kept] == [fast.bucket]
+    # What was the default when it was kept beats the default of today.
+    assert {k for k, e in found.items() if not e.kept} == {fast.bucket, was.bucket}
+    assert found[was.bucket].tile == str(THIRD)
     winner = found[fast.bucket]
     assert (winner.tile, winner.default) == (str(THIRD), str(DEFAULT))
     assert winner.speedup_default == pytest.approx((100 / 90,) * 3, rel=0.01)
