@@ -8,12 +8,12 @@
         --output flashmoe/tuned/GPU.json --evidence benchmarks/results/tuned-database-GPU.json.xz
     python benchmarks/tuned_suite.py fresh --output fresh.json
 
-`measure` times what databases found fastest beside today's default (twice: the noise) and SDPA, and
-the best tile where SDPA was chosen. `agree` times what two databases chose for the same problems
-side by side. `fresh` times what an install without a compiler and a database of its own plans,
-beside the defaults of an earlier commit (--before). All interleave in fresh processes that have part
-in no search, and the process is the unit of what they tell. `ship` writes what plans need of the
-suite's entries (shipping.py); --evidence keeps the rest.
+`measure` times what databases chose beside the default (twice: the noise) and SDPA, and the best
+tile where SDPA was chosen. `agree` times what two databases chose for the same problems side by
+side. `fresh` times what an install without compiler and without a database of its own plans, beside
+the defaults of an earlier commit (--before). All interleave in fresh processes that have part in no
+search, and the process is the unit of what they tell. `ship` writes what plans need of the suite's
+entries (shipping.py); --evidence keeps the rest.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
         fields[problem] = {
             "default": default,
             AGAIN: default,
-            "chosen": candidate_of(entry),
+            "chosen": candidate_of(entry, default),
         }
         if runs(SDPA, problem, here):
             fields[problem]["sdpa"] = SDPA
@@ -162,14 +162,14 @@ def agree(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
     both = [entry.problem for bucket, entry in one.items() if bucket in other]
     if not both:
         raise SystemExit("--databases have no problem in common")
-    fields = {
-        problem: {
-            "one": candidate_of(one[problem.bucket]),
-            "other": candidate_of(other[problem.bucket]),
-            "default": default_candidate(problem, here),
+    fields = {}
+    for problem in both:
+        default = default_candidate(problem, here)
+        fields[problem] = {
+            "one": candidate_of(one[problem.bucket], default),
+            "other": candidate_of(other[problem.bucket], default),
+            "default": default,
         }
-        for problem in both
-    }
     samples = measured(fields, here, args.rounds)
     close = []
     for problem in both:
