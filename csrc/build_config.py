@@ -24,6 +24,9 @@ CUDA_SOURCES = (
     "attention/fwd_cuda.cpp",
     "attention/fwd_sm90_counters.cpp",
     "attention/fwd_sm90_host.cpp",
+    "attention/sm90_launch.cpp",
+    "backward/bwd_cuda.cpp",
+    "backward/sm90/host.cpp",
 )
 CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden")
 NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
@@ -36,6 +39,10 @@ INSTANCE_FIELDS = {
     "sm90": (
         *("block_m", "block_n", "num_stages", "q_stages"),
         *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm", "serial"),
+    ),
+    "sm90_bwd": (
+        *("block_m", "block_n", "num_stages", "do_stages", "ds_stages"),
+        "late_dq",
     ),
 }
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
@@ -50,8 +57,13 @@ class Instance(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def is_backward(self) -> bool:
+        return self.kernel == "sm90_bwd"
+
+    @property
     def symbol(self) -> str:
-        return "_".join(map(str, ("fwd", self.kernel, self.head_dim, *self.shape)))
+        name = "bwd_sm90" if self.is_backward else f"fwd_{self.kernel}"
+        return "_".join(map(str, (name, self.head_dim, *self.shape)))
 
     def to_json(self) -> dict[str, int | str]:
         fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
@@ -90,7 +102,7 @@ def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
     sm80: machine code for each, and PTX of the last for GPUs to come. sm90: wgmma and setmaxnreg
     exist on sm_90a alone.
     """
-    if kernel == "sm90":
+    if kernel.startswith("sm90"):
         hopper = any(arch.rstrip("af") == "90" for arch in archs)
         return ["-gencode=arch=compute_90a,code=sm_90a"] if hopper else []
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -104,6 +116,7 @@ def source_hashes() -> dict[str, str]:
     cpu = sorted((CSRC / "attention").glob("fwd_cpu*"))
     cuda = [
         *sorted(set((CSRC / "attention").iterdir()) - set(cpu)),
+        *sorted(path for path in (CSRC / "backward").rglob("*") if path.is_file()),
         *sorted(path for path in (CSRC / "ptx").iterdir() if path.is_file()),
     ]
     hashes = {}
@@ -170,6 +183,12 @@ _ARGUMENTS = "const AttentionParams& params, DType dtype, int device, cudaStream
 
 # In the order of DType.
 _SM90_DTYPES = ("__half", "__nv_bfloat16")
+# What runs one after the other, and in how many threads.
+_SM90_BWD_FUNCTIONS = {
+    "prepare": "sm90_backward::EDGE_THREADS",
+    "attention_backward": "TILE.num_threads()",
+    "finish": "sm90_backward::EDGE_THREADS",
+}
 
 
 def _sm80_source(instance: Instance, is_default: bool) -> str:
@@ -216,13 +235,55 @@ def _sm90_source(instance: Instance, is_default: bool) -> str:
     return "\n".join([*lines, "", "}  // namespace flashmoe", ""])
 
 
-_INSTANCE_SOURCES = {"sm80": _sm80_source, "sm90": _sm90_source}
+def _sm90_bwd_source(instance: Instance, is_default: bool) -> str:
+    lines = [
+        '#include "backward/sm90/kernel.cuh"',
+        "",
+        "namespace flashmoe {",
+        "",
+        f"constexpr Sm90BackwardTile TILE{_sm90_bwd_tile(instance)};",
+        "template struct LegalSm90BackwardTile<TILE>;",
+        "",
+    ]
+    for dtype in _SM90_DTYPES:
+        for function, threads in _SM90_BWD_FUNCTIONS.items():
+            lines += [
+                f"__global__ void __launch_bounds__({threads}, 1)",
+                f"    {instance.symbol}_{function}{dtype}("
+                "const __grid_constant__ Sm90BackwardParams params) {",
+                f"  sm90_backward::{function}<{dtype}, TILE>(params);",
+                "}",
+                "",
+            ]
+    lines += [
+        f"extern const void* const {instance.symbol}[2][3];",
+        f"const void* const {instance.symbol}[2][3] = {{",
+    ]
+    for dtype in _SM90_DTYPES:
+        addresses = (
+            f"reinterpret_cast<const void*>({instance.symbol}_{function}{dtype})"
+            for function in _SM90_BWD_FUNCTIONS
+        )
+        lines.append(f"    {{{', '.join(addresses)}}},")
+    return "\n".join([*lines, "};", "", "}  // namespace flashmoe", ""])
+
+
+_INSTANCE_SOURCES = {"sm80": _sm80_source, "sm90": _sm90_source, "sm90_bwd": _sm90_bwd_source}
 
 
 def _sm90_tile(instance: Instance) -> str:
     """The initializer of its Sm90Tile."""
+    return _initializer(instance, ("pingpong", "q_in_registers", "serial"))
+
+
+def _sm90_bwd_tile(instance: Instance) -> str:
+    """The initializer of its Sm90BackwardTile."""
+    return _initializer(instance, ("late_dq",))
+
+
+def _initializer(instance: Instance, flags: tuple[str, ...]) -> str:
     fields = instance.to_json()
-    for flag in ("pingpong", "q_in_registers", "serial"):
+    for flag in flags:
         fields[flag] = "true" if fields[flag] else "false"
     return "{" + ", ".join(str(value) for name, value in fields.items() if name != "kernel") + "}"
 
@@ -233,17 +294,20 @@ def _registry_source(
     archs: tuple[str, ...],
     cuda_version: str,
 ) -> str:
+    forward = [instance for instance in listed if not instance.is_backward]
+    backward = [instance for instance in listed if instance.is_backward]
     info = json.dumps(
         {
             "cuda_archs": archs,
             "cuda_version": cuda_version,
             "fields": INSTANCE_FIELDS,
-            "instances": [instance.to_json() for instance in listed],
+            "instances": [instance.to_json() for instance in forward],
+            "backward_instances": [instance.to_json() for instance in backward],
             "source_hashes": source_hashes(),
         }
     )
-    declarations, entries = [], []
-    for instance in listed:
+    declarations, entries, backward_entries = [], [], []
+    for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
         if instance.kernel == "sm80":
             default = first["sm80", head_dim]
@@ -257,11 +321,24 @@ def _registry_source(
                 f"    {{{head_dim}, nullptr, nullptr, {_sm90_tile(instance)}, "
                 f"{{{symbol}[0], {symbol}[1]}}}},"
             )
+    for instance in backward:
+        symbol = instance.symbol
+        declarations.append(f"extern const void* const {symbol}[2][3];")
+        addresses = ", ".join(
+            f"{{{', '.join(f'{symbol}[{dtype}][{i}]' for i in range(3))}}}" for dtype in range(2)
+        )
+        backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {{{addresses}}}}},")
     lines = ['#include "instances/registry.h"', "", "namespace flashmoe {", ""]
     if listed:
-        lines += [*declarations, "", "const std::vector<Kernel>& compiled_kernels() {"]
-        lines += ["  static const std::vector<Kernel> kernels = {", *entries, "  };"]
-        lines += ["  return kernels;", "}", ""]
+        lines += declarations
+        for name, kernel, table in (
+            ("compiled_kernels", "Kernel", entries),
+            ("compiled_backward_kernels", "BackwardKernel", backward_entries),
+        ):
+            lines += ["", f"const std::vector<{kernel}>& {name}() {{"]
+            lines += [f"  static const std::vector<{kernel}> kernels = {{", *table, "  };"]
+            lines += ["  return kernels;", "}"]
+        lines.append("")
     lines += [f'const char build_info[] = R"({info})";', "", "}  // namespace flashmoe", ""]
     return "\n".join(lines)
 

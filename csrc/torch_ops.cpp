@@ -92,6 +92,41 @@ Tensor last_contiguous(const Tensor& x) {
   return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
+int32_t dtype_code(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+// All but out and softmax_lse.
+AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
+                         bool causal) {
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes();
+  const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides();
+  AttentionParams params{};
+  params.q = q.data_ptr();
+  params.k = k.data_ptr();
+  params.v = v.data_ptr();
+  params.q_batch_stride = q_strides[0];
+  params.q_row_stride = q_strides[1];
+  params.q_head_stride = q_strides[2];
+  params.k_batch_stride = k_strides[0];
+  params.k_row_stride = k_strides[1];
+  params.k_head_stride = k_strides[2];
+  params.v_batch_stride = v_strides[0];
+  params.v_row_stride = v_strides[1];
+  params.v_head_stride = v_strides[2];
+  params.batch = static_cast<int>(q_sizes[0]);
+  params.heads_q = static_cast<int>(q_sizes[2]);
+  params.heads_kv = static_cast<int>(k_sizes[2]);
+  params.seqlen_q = static_cast<int>(q_sizes[1]);
+  params.seqlen_kv = static_cast<int>(k_sizes[1]);
+  params.head_dim = static_cast<int>(q_sizes[3]);
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.causal = causal ? 1 : 0;
+  return params;
+}
+
 struct Call {
   Tensor q, k, v, out, softmax_lse;
   AttentionParams params;
@@ -103,41 +138,18 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double 
   check_inputs(q_in, k_in, v_in);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
-  const auto q_sizes = q.sizes(), k_sizes = k.sizes();
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  const auto q_sizes = q.sizes();
   const int64_t batch = q_sizes[0], seqlen_q = q_sizes[1], heads_q = q_sizes[2];
   const int64_t head_dim = q_sizes[3];
-  Tensor out = empty_contiguous<4>({batch, seqlen_q, heads_q, head_dim}, dtype, q);
+  Tensor out = empty_contiguous<4>({batch, seqlen_q, heads_q, head_dim}, dtype_code(q), q);
   Tensor lse = empty_contiguous<3>({batch, heads_q, seqlen_q}, aoti_torch_dtype_float32(), q);
 
-  const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides();
-  AttentionParams params;
-  params.q = q.data_ptr();
-  params.k = k.data_ptr();
-  params.v = v.data_ptr();
+  AttentionParams params = describe(q, k, v, softmax_scale, causal);
   params.out = out.data_ptr();
   params.softmax_lse = static_cast<float*>(lse.data_ptr());
-  params.q_batch_stride = q_strides[0];
-  params.q_row_stride = q_strides[1];
-  params.q_head_stride = q_strides[2];
-  params.k_batch_stride = k_strides[0];
-  params.k_row_stride = k_strides[1];
-  params.k_head_stride = k_strides[2];
-  params.v_batch_stride = v_strides[0];
-  params.v_row_stride = v_strides[1];
-  params.v_head_stride = v_strides[2];
   params.o_batch_stride = seqlen_q * heads_q * head_dim;
   params.o_row_stride = heads_q * head_dim;
   params.o_head_stride = head_dim;
-  params.batch = static_cast<int>(batch);
-  params.heads_q = static_cast<int>(heads_q);
-  params.heads_kv = static_cast<int>(k_sizes[2]);
-  params.seqlen_q = static_cast<int>(seqlen_q);
-  params.seqlen_kv = static_cast<int>(k_sizes[1]);
-  params.head_dim = static_cast<int>(head_dim);
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.causal = causal ? 1 : 0;
   return {q, k, v, std::move(out), std::move(lse), params};
 }
 
@@ -211,6 +223,86 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const T
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+// x, or its copy where the TMA cannot fetch x.
+Tensor fetchable(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[3] == 1;
+  for (int i = 0; i < 3; ++i) {
+    aligned = aligned && (sizes[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0));
+  }
+  if (aligned) return x;
+  Tensor copy = empty_contiguous<4>({sizes[0], sizes[1], sizes[2], sizes[3]}, dtype_code(x), x);
+  return torch::stable::copy_(copy, x);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tensor& q_in,
+                                               const Tensor& k_in, const Tensor& v_in,
+                                               const Tensor& out_in, const Tensor& softmax_lse,
+                                               double softmax_scale, bool causal, int64_t handle) {
+  const int device = static_cast<int>(q_in.get_device_index());
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
+  check_inputs(q_in, k_in, v_in);
+  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
+  const auto q_sizes = q_in.sizes(), k_sizes = k_in.sizes(), lse_sizes = softmax_lse.sizes();
+  for (const Tensor* x : {&dout_in, &out_in}) {
+    STD_TORCH_CHECK(
+        x->dim() == 4 && x->scalar_type() == q_in.scalar_type() && same_device(*x, q_in),
+        "dout and out must have q's dtype, device and dimensions");
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(x->sizes()[i] == q_sizes[i], "dout and out must have q's shape");
+    }
+  }
+  STD_TORCH_CHECK(softmax_lse.dim() == 3 && softmax_lse.scalar_type() == ScalarType::Float &&
+                      same_device(softmax_lse, q_in) && lse_sizes[0] == q_sizes[0] &&
+                      lse_sizes[1] == q_sizes[2] && lse_sizes[2] == q_sizes[1] &&
+                      softmax_lse.is_contiguous(),
+                  "softmax_lse must be a contiguous float32 (batch, heads_q, seqlen_q)");
+  const BackwardKernel* kernel = find_backward_kernel(handle);
+  STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
+  STD_TORCH_CHECK(q_sizes[3] <= kernel->tile.head_dim, "kernel ", handle, " takes head_dim up to ",
+                  kernel->tile.head_dim, ", got ", q_sizes[3]);
+  const DType dtype = dtype_of(q_in);
+  STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
+
+  const Tensor q = fetchable(q_in), k = fetchable(k_in), v = fetchable(v_in);
+  const Tensor out = fetchable(out_in), dout = fetchable(dout_in);
+  const int32_t code = dtype_code(q);
+  Tensor dq = empty_contiguous<4>({q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]}, code, q);
+  Tensor dk = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
+  Tensor dv = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
+  BackwardParams params;
+  params.attention = describe(q, k, v, softmax_scale, causal);
+  params.attention.out = out.data_ptr();
+  const auto o_strides = out.strides(), do_strides = dout.strides();
+  params.attention.o_batch_stride = o_strides[0];
+  params.attention.o_row_stride = o_strides[1];
+  params.attention.o_head_stride = o_strides[2];
+  params.attention.softmax_lse = static_cast<float*>(softmax_lse.data_ptr());
+  params.dout = dout.data_ptr();
+  params.do_batch_stride = do_strides[0];
+  params.do_row_stride = do_strides[1];
+  params.do_head_stride = do_strides[2];
+  params.dq = dq.data_ptr();
+  params.dk = dk.data_ptr();
+  params.dv = dv.data_ptr();
+  // Where either side has no rows, nothing adds to the gradients of the other.
+  if (is_empty(params.attention) || params.attention.seqlen_kv == 0) {
+    torch::stable::zero_(dq);
+    torch::stable::zero_(dk);
+    torch::stable::zero_(dv);
+  } else {
+    const Tensor workspace =
+        empty_contiguous<1>({sm90_backward::workspace_bytes(kernel->tile, params.attention) / 4},
+                            aoti_torch_dtype_float32(), q);
+    const cudaError_t error = launch_backward(*kernel, params, dtype, device,
+                                              current_stream(device), workspace.data_ptr());
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "launching the backward kernel failed: ", cudaGetErrorString(error));
+  }
+  return {std::move(dq), std::move(dk), std::move(dv)};
+}
+
 #endif  // FLASHMOE_WITH_CUDA
 
 }  // namespace
@@ -250,6 +342,9 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
   m.def(
       "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int kernel) -> "
       "(Tensor out, Tensor softmax_lse)");
+  m.def(
+      "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "float softmax_scale, bool causal, int kernel) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op)); }
@@ -257,5 +352,6 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flash
 #ifdef FLASHMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("fwd_cuda", TORCH_BOX(&flashmoe::fwd_cuda_op));
+  m.impl("bwd_cuda", TORCH_BOX(&flashmoe::bwd_cuda_op));
 }
 #endif

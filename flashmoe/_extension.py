@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,8 @@ _FLAGS = {field.name for field in fields(Tile) if field.type in (bool, "bool")}
 class BuildInfo:
     """What setup.py compiled: CUDA architectures (empty without CUDA), for each CUDA kernel the
     fields of Tile that it is compiled for, for each (kernel, head_dim) the tiles that are compiled
-    in and for each of those its handle, and for each kind of device a hash of the kernels' sources.
+    in and for each of those its handle, the same for each head_dim of the backward kernel, whose
+    handles are its own, and for each kind of device a hash of the kernels' sources.
     """
 
     cuda_archs: tuple[str, ...]
@@ -31,6 +33,8 @@ class BuildInfo:
     fields: dict[str, tuple[str, ...]]
     instances: dict[tuple[str, int], tuple[Tile, ...]]
     handles: dict[tuple[int, Tile], int]
+    backward_instances: dict[int, tuple[Tile, ...]]
+    backward_handles: dict[tuple[int, Tile], int]
     source_hashes: dict[str, str]
 
 
@@ -49,6 +53,22 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def _tiles(
+    shapes: list[dict[str, Any]],
+) -> tuple[dict[tuple[str, int], tuple[Tile, ...]], dict[tuple[int, Tile], int]]:
+    """Tiles by (kernel, head_dim), and handles, of instances as the build lists them."""
+    instances: dict[tuple[str, int], list[Tile]] = {}
+    handles: dict[tuple[int, Tile], int] = {}
+    for handle, shape in enumerate(shapes):
+        head_dim = shape.pop("head_dim")
+        # The build's lists hold integers only.
+        flags = {name: bool(shape[name]) for name in _FLAGS & shape.keys()}
+        tile = Tile(**(shape | flags))
+        instances.setdefault((tile.kernel, head_dim), []).append(tile)
+        handles[head_dim, tile] = handle
+    return {key: tuple(tiles) for key, tiles in instances.items()}, handles
+
+
 @functools.cache
 def load() -> BuildInfo:
     """Load the extension (once) and return its build information.
@@ -56,21 +76,16 @@ def load() -> BuildInfo:
     Raises ImportError, saying what to do, when the package was not built.
     """
     info = json.loads(_library().flashmoe_build_info().decode())
-    instances: dict[tuple[str, int], list[Tile]] = {}
-    handles: dict[tuple[int, Tile], int] = {}
-    for handle, shape in enumerate(info["instances"]):
-        head_dim = shape.pop("head_dim")
-        # The build's lists hold integers only.
-        flags = {name: bool(shape[name]) for name in _FLAGS & shape.keys()}
-        tile = Tile(**(shape | flags))
-        instances.setdefault((tile.kernel, head_dim), []).append(tile)
-        handles[head_dim, tile] = handle
+    forward, handles = _tiles(info["instances"])
+    backward, backward_handles = _tiles(info["backward_instances"])
     return BuildInfo(
         tuple(info["cuda_archs"]),
         info["cuda_version"],
         {kernel: tuple(names) for kernel, names in info["fields"].items()},
-        {key: tuple(tiles) for key, tiles in instances.items()},
+        forward,
         handles,
+        {head_dim: tiles for (_, head_dim), tiles in backward.items()},
+        backward_handles,
         info["source_hashes"],
     )
 

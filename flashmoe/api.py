@@ -64,9 +64,10 @@ def flash_attn_func(
             query head h uses head h // (heads_q // heads_kv).
         softmax_scale: positive and at most 2.3e38; default 1 / sqrt(head_dim).
         causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
-        deterministic: gradients are bitwise repeatable with every backend of today, so this changes
-            nothing; it is there for flash-attn's signature. Only `backend="sdpa"`, whose gradients
-            are torch's own, refuses it where gradients are asked for.
+        deterministic: the same gradients bit by bit every time, as under
+            `torch.use_deterministic_algorithms(True)`. Otherwise dQ may be added up in any order on
+            Hopper, which is faster. `backend="sdpa"`, whose gradients are torch's own, refuses it
+            where gradients are asked for.
         return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
         backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
 
@@ -290,7 +291,7 @@ def _attend_op(
             if deterministic and _wants_gradient(q, k, v):
                 raise ValueError("deterministic must be False with backend 'sdpa', got True")
             return BACKENDS["sdpa"].forward(q, k, v, scale, masked, None)[0]
-    arguments = (q, k, v, scale, bool(causal), backend or "", str(tile or ""))
+    arguments = (q, k, v, scale, bool(causal), backend or "", str(tile or ""), bool(deterministic))
     if return_lse:
         out, lse = ops.attention(*arguments)
         return out, lse.detach(), None

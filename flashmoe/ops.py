@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from flashmoe import _extension, shapes
 from flashmoe.backends import BACKENDS
-from flashmoe.plan import remembered_plan
+from flashmoe.plan import remembered_plan, repeatable
 from flashmoe.problem import Problem
 
 _extension.load()
@@ -61,6 +61,7 @@ def _run(
     causal: bool,
     backend: str,
     tile: str,
+    _deterministic: bool = False,  # every forward is
     *,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -92,9 +93,12 @@ def _attention_backward(
     softmax_scale: float,
     causal: bool,
     backend: str,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = problem_of(q, k, causal, "bwd")
     plan = remembered_plan(problem, q.device, backend)
+    if deterministic or torch.are_deterministic_algorithms_enabled():
+        plan = repeatable(plan, problem, q.device)
     # .backward() may be called inside an autocast block, which would round a float32 gradient's
     # matmuls to 16 bits.
     with _without_autocast(q):
@@ -103,26 +107,32 @@ def _attention_backward(
         )
 
 
-_FORWARD = "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, str backend, str tile"
+_FORWARD = (
+    "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, str backend, str tile, "
+    "bool deterministic=False"
+)
 for _schema in (
     f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_without_lse({_FORWARD}) -> Tensor",
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-    "float softmax_scale, bool causal, str backend) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "float softmax_scale, bool causal, str backend, bool deterministic=False) -> "
+    "(Tensor dq, Tensor dk, Tensor dv)",
 ):
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
 
 attention = torch.ops.flashmoe.attention.default
-"""(q, k, v, softmax_scale, causal, backend, tile) -> out, softmax_lse; differentiable in q, k and v
-through out. The plan is made at run time, by the first call for a problem, so a compiled graph
-follows the tuned database. Empty `backend` and `tile` do not override."""
+"""(q, k, v, softmax_scale, causal, backend, tile, deterministic=False) -> out, softmax_lse;
+differentiable in q, k and v through out. The plan is made at run time, by the first call for a
+problem, so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override.
+With `deterministic` the gradients are the same bits every time."""
 
 attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
 """out alone, so that backends that do not tell softmax_lse may run; `attention` where a gradient is
 asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
-"""(dout, q, k, v, out, softmax_lse, softmax_scale, causal, backend) -> dq, dk, dv, contiguous,
+"""(dout, q, k, v, out, softmax_lse, softmax_scale, causal, backend, deterministic=False) -> dq, dk,
+dv, contiguous,
 shaped and typed as q, k, v. Not differentiable."""
 
 
@@ -176,9 +186,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         out, lse = _below_autograd(attention, keyset, *arguments)
-        q, k, v, softmax_scale, causal, backend, _ = arguments
+        q, k, v, softmax_scale, causal, backend, _, *deterministic = arguments
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = (softmax_scale, causal, backend)
+        ctx.arguments = (softmax_scale, causal, backend, *deterministic)
+        ctx.others = (None,) * (len(arguments) - 3)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -186,10 +197,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
         if dout is None:
-            return (None,) * 8
+            return None, None, None, None, *ctx.others
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = attention_backward(dout, q, k, v, out, lse, *ctx.arguments)
-        return None, dq, dk, dv, None, None, None, None
+        return None, dq, dk, dv, *ctx.others
 
 
 class _AttentionBackward(torch.autograd.Function):

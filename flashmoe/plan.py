@@ -103,6 +103,21 @@ def make_plan(
 remembered_plan = functools.lru_cache(maxsize=4096)(make_plan)
 
 
+def repeatable(plan: Plan, problem: Problem, device: torch.device) -> Plan:
+    """`plan`, or where its gradients are not the same bits every time one whose are.
+
+    Raises ValueError when there is none."""
+    if BACKENDS[plan.backend].repeats:
+        return plan
+    for name, backend in BACKENDS.items():
+        if backend.repeats and not why_not(name, problem, device):
+            return Plan(name, backend.default_tile(problem, arch(device)), "deterministic")
+    raise ValueError(
+        f"deterministic must be False for {problem.label} here: no backend that can run it repeats "
+        "its gradients bit by bit, got True"
+    )
+
+
 def heuristic(problem: Problem, device: torch.device, need_lse: bool = False) -> Plan:
     """The plan for `problem` when nothing was tuned and nothing is overridden: the first of
     `candidates`. Raises NotImplementedError when there is none."""

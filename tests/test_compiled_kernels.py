@@ -14,6 +14,7 @@ from flashmoe.ratchet.errors import UserError
 
 INFO = _extension.load()
 pytestmark = pytest.mark.skipif(not INFO.cuda_archs, reason="this build has no CUDA kernels")
+BACKWARD = sum(len(tiles) for tiles in INFO.backward_instances.values())
 HOPPER = sum(len(tiles) for (kernel, _), tiles in INFO.instances.items() if kernel == "sm90")
 # Bytes of a thread's stack. ptxas spills a few of the 255 registers of the widest sm80 tiles, which
 # are nevertheless the fastest of theirs. A Hopper tile keeps O and P there while it computes rows
@@ -36,7 +37,9 @@ def test_kernels_do_not_spill(library):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     usage = USAGE.findall(done.stdout)
     hopper = [name for name, *_ in usage if "sm90" in name]
-    assert len(hopper) == 2 * HOPPER, "each tile of the Hopper kernel in float16 and bfloat16"
+    backward = [name for name in hopper if "bwd" in name]
+    assert len(hopper) - len(backward) == 2 * HOPPER, "each tile in float16 and bfloat16"
+    assert len(backward) == 3 * 2 * BACKWARD, "each tile's three kernels, too"
     assert len(usage) > len(hopper)
     for name, _, stack, local in usage:
         limit = STACK_LIMITS["sm90" if name in hopper else "sm80"]

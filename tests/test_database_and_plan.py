@@ -14,7 +14,7 @@ import flashmoe
 from flashmoe import database
 from flashmoe.backends import BACKENDS
 from flashmoe.device import arch, fingerprint, slug
-from flashmoe.plan import Plan, make_plan, reload_databases
+from flashmoe.plan import Plan, make_plan, reload_databases, repeatable
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 
@@ -408,3 +408,22 @@ def test_a_database_of_the_first_schema_is_read(user_database):
     user_database.parent.mkdir(parents=True)
     user_database.write_text(json.dumps({"schema": 1, "entries": {PROBLEM.bucket: old}}))
     assert database.load(user_database) == {PROBLEM.bucket: entry()}
+
+
+def test_deterministic_gradients_are_not_those_of_a_backend_that_adds_in_any_order():
+    cpu = torch.device("cpu")
+    problem = dataclasses.replace(PROBLEM, direction="bwd")
+    good = make_plan(problem, cpu)
+    assert repeatable(good, problem, cpu) is good
+    chosen = repeatable(Plan("cuda", None, "test"), problem, cpu)
+    assert BACKENDS[chosen.backend].repeats
+    assert chosen.source == "deterministic"
+
+
+def test_deterministic_gradients_that_nobody_has_are_refused(monkeypatch):
+    cpu = torch.device("cpu")
+    problem = dataclasses.replace(PROBLEM, direction="bwd")
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "repeats", False)
+    with pytest.raises(ValueError, match=r"deterministic must be False for bwd .*got True"):
+        repeatable(Plan("cuda", None, "test"), problem, cpu)

@@ -206,8 +206,8 @@ def test_float32_groups_reach_no_kernel_that_takes_them(seen, batch, seqlen_q, h
     assert not options["enable_gqa"]
     if not causal:  # K and V are not copied for each of a group's queries
         assert tensors[1].numel() == k.numel()
-    assert_matches_reference(out, None, q, k, v, causal=causal)
     expected = flash_attn_func(q, k, v, causal=causal)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     dout = torch.randn_like(out)
     actual, wanted = (torch.autograd.grad(x, (q, k, v), dout) for x in (out, expected))
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)

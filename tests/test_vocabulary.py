@@ -22,6 +22,7 @@ from flashmoe.tiles import (
     grid,
     instance_head_dim,
     sm80_smem_bytes,
+    sm90_bwd_smem_bytes,
     sm90_registers,
     sm90_smem_bytes,
 )
@@ -302,6 +303,14 @@ def test_every_compiled_tile_is_legal_on_an_h200():
             assert tile.violations(H200, problem) == []
 
 
+def test_every_compiled_backward_tile_is_legal_on_an_h200():
+    for head_dim, compiled in _extension.load().backward_instances.items():
+        problem = replace(PROBLEM, head_dim=head_dim, direction="bwd")
+        for tile in compiled:
+            assert tile.kernel == "sm90_bwd"
+            assert tile.violations(H200, problem) == []
+
+
 def test_python_and_cpp_agree_on_shared_memory_and_registers():
     """tile.h states the same two formulas; read them rather than trust a comment."""
     text = (ROOT / "csrc" / "attention" / "tile.h").read_text()
@@ -402,3 +411,44 @@ def test_cpp_asserts_what_python_calls_illegal(head_dim, tile, message, tmp_path
 @pytest.mark.parametrize(("head_dim", "instance"), [(8, 32), (64, 64), (80, 96), (200, 256)])
 def test_instance_head_dim(head_dim, instance):
     assert instance_head_dim(head_dim) == instance
+
+
+BACKWARD_TILES = [
+    (head_dim, Tile("sm90_bwd", m, n, q, do_stages=do, ds_stages=ds, late_dq=late))
+    for head_dim, m, n in ((64, 128, 128), (96, 64, 128), (128, 64, 128), (256, 64, 64))
+    for q, do, ds, late in ((2, 2, 1, False), (3, 2, 2, True), (4, 4, 2, False))
+]
+
+
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+def test_python_and_cpp_agree_on_the_backward_tiles(tmp_path):
+    """Shared memory, and what is legal: one program that the compiler must refuse where Python
+    does."""
+    fields = _extension.load().fields["sm90_bwd"]
+    header = f'#include "{ROOT}/csrc/backward/sm90/tile.h"\n'
+
+    def initializer(head_dim, tile):
+        values = (head_dim, *(getattr(tile, name) for name in fields))
+        return "{" + ", ".join(str(value).lower() for value in values) + "}"
+
+    lines = [
+        f'  std::printf("%d\\n", flashmoe::Sm90BackwardTile{initializer(d, tile)}.smem_bytes());\n'
+        for d, tile in BACKWARD_TILES
+    ]
+    source = tmp_path / "numbers.cpp"
+    source.write_text(f"#include <cstdio>\n{header}int main() {{\n{''.join(lines)}}}\n")
+    program = tmp_path / "numbers"
+    subprocess.run([CXX, "-std=c++20", source, "-o", program], check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    legal = {}
+    for smem, (head_dim, tile) in zip(said, BACKWARD_TILES, strict=True):
+        assert sm90_bwd_smem_bytes(tile, head_dim) == int(smem)
+        problem = replace(PROBLEM, head_dim=head_dim, direction="bwd")
+        legal[head_dim, tile] = not tile.violations(H200, problem)
+    assert len(set(legal.values())) == 2, "both kinds must be among them"
+    for (head_dim, tile), expected in legal.items():
+        legal_tile = f"LegalSm90BackwardTile<{initializer(head_dim, tile)}>"
+        source.write_text(f"{header}template struct flashmoe::{legal_tile};")
+        command = [CXX, "-std=c++20", "-fsyntax-only", source]
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert (done.returncode == 0) == expected, (head_dim, str(tile))

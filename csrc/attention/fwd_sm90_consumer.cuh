@@ -186,7 +186,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     float pending = 0.f;
     if (P_pending && ptx::IS_BFLOAT16<T>) {
       wait_V();
-      pending = magnitude_bound<S::KV_BYTES>(smem.V + v_ring.stage() * S::KV_BYTES);
+      pending = largest_magnitude<S::KV_BYTES>(smem.V + v_ring.stage() * S::KV_BYTES);
     }
     if (!is_lost<HEAD_DIM>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
     const Work work = read_work(smem, work_ring.stage());

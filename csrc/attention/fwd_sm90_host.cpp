@@ -1,84 +1,12 @@
 #include "fwd_sm90_host.h"
 
-#include <cuda.h>
-
 #include <algorithm>
-#include <array>
 #include <cstring>
-#include <mutex>
-#include <unordered_set>
+
+#include "sm90_launch.h"
 
 namespace flashmoe::sm90 {
 namespace {
-
-static_assert(sizeof(ptx::TensorMap) == sizeof(CUtensorMap), "TensorMap must be a CUtensorMap");
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// Through the runtime, so that nothing links libcuda and the library loads without a driver.
-Encode encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                   &result);
-  return reinterpret_cast<Encode>(function);
-}
-
-struct Operand {
-  const void* data;
-  long long batch_stride, row_stride, head_stride;  // in elements
-  int seqlen, heads, rows;                          // rows of a box
-};
-
-// Boxes of 64 columns by `rows` of a (batch, seqlen, heads, head_dim) tensor of 16-bit elements.
-bool encode(ptx::TensorMap* map, const Operand& x, int batch, int head_dim, DType dtype) {
-  static const Encode encode_tiled = encoder();
-  if (encode_tiled == nullptr) return false;
-  // The driver refuses sizes of 0 (nothing is loaded from those) and looks at strides of size 1.
-  const auto size = [](int n) { return cuuint64_t(std::max(n, 1)); };
-  const auto stride = [](long long elements, int n) {
-    return n > 1 ? cuuint64_t(elements) * 2 : cuuint64_t(16);
-  };
-  const cuuint64_t sizes[4] = {size(head_dim), size(x.seqlen), size(x.heads), size(batch)};
-  const cuuint64_t strides[3] = {stride(x.row_stride, x.seqlen), stride(x.head_stride, x.heads),
-                                 stride(x.batch_stride, batch)};
-  const cuuint32_t box[4] = {64, cuuint32_t(x.rows), 1, 1};
-  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const auto type =
-      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode_tiled(reinterpret_cast<CUtensorMap*>(map), type, 4, const_cast<void*>(x.data),
-                      sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-struct Device {
-  int sm_count = 0, l2_bytes = 0;
-};
-
-const Device& device_properties(int device) {
-  static std::array<Device, 64> devices;
-  static std::array<std::once_flag, 64> flags;
-  std::call_once(flags[device & 63], [device] {
-    Device& d = devices[device & 63];
-    cudaDeviceGetAttribute(&d.sm_count, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, device);
-  });
-  return devices[device & 63];
-}
-
-// The opt-in to more than 48 KiB is per device and kernel, and costs a driver call: once only.
-cudaError_t allow_smem(const void* kernel, int bytes, int device) {
-  static std::mutex mutex;
-  static std::array<std::unordered_set<const void*>, 64> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto& here = allowed[device & 63];
-  if (here.count(kernel)) return cudaSuccess;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) here.insert(kernel);
-  return error;
-}
 
 // How many (batch, head) pairs of a causal problem are worked on together: few, so that what they
 // read stays in L2; enough blocks to level out their lengths; and as many in every section, since
@@ -105,22 +33,7 @@ int section_heads(const AttentionParams& a, long long num_m_blocks, long long gr
 }  // namespace
 
 bool can_run(const AttentionParams& p) {
-  const auto fits = [](const void* data, std::initializer_list<std::pair<long long, int>> strides) {
-    if (reinterpret_cast<unsigned long long>(data) % 16 != 0) return false;
-    for (const auto& [stride, size] : strides) {
-      if (size > 1 && (stride <= 0 || stride % 8 != 0 || stride >= 1ll << 39)) return false;
-    }
-    return true;
-  };
-  return fits(p.q, {{p.q_row_stride, p.seqlen_q},
-                    {p.q_head_stride, p.heads_q},
-                    {p.q_batch_stride, p.batch}}) &&
-         fits(p.k, {{p.k_row_stride, p.seqlen_kv},
-                    {p.k_head_stride, p.heads_kv},
-                    {p.k_batch_stride, p.batch}}) &&
-         fits(p.v, {{p.v_row_stride, p.seqlen_kv},
-                    {p.v_head_stride, p.heads_kv},
-                    {p.v_batch_stride, p.batch}});
+  return is_fetchable(q_view(p)) && is_fetchable(k_view(p)) && is_fetchable(v_view(p));
 }
 
 cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& a, DType dtype,
@@ -152,18 +65,12 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
     if (num_work > grid) params.counter = counter;
   }
 
-  const Operand q{a.q, a.q_batch_stride, a.q_row_stride, a.q_head_stride, a.seqlen_q, a.heads_q,
-                  64};
-  const Operand k{a.k,         a.k_batch_stride, a.k_row_stride, a.k_head_stride,
-                  a.seqlen_kv, a.heads_kv,       tile.block_n};
-  const Operand v{a.v,         a.v_batch_stride, a.v_row_stride, a.v_head_stride,
-                  a.seqlen_kv, a.heads_kv,       tile.block_n};
-  const Operand o{a.out, a.o_batch_stride, a.o_row_stride, a.o_head_stride, a.seqlen_q, a.heads_q,
-                  64};
-  if (!encode(&params.q, q, a.batch, a.head_dim, dtype) ||
-      !encode(&params.k, k, a.batch, a.head_dim, dtype) ||
-      !encode(&params.v, v, a.batch, a.head_dim, dtype) ||
-      (tile.stages_output() && !encode(&params.o, o, a.batch, a.head_dim, dtype))) {
+  const TensorView o{a.out,   a.o_batch_stride, a.o_row_stride, a.o_head_stride,
+                     a.batch, a.seqlen_q,       a.heads_q,      a.head_dim};
+  if (!encode(&params.q, q_view(a), 64, dtype) ||
+      !encode(&params.k, k_view(a), tile.block_n, dtype) ||
+      !encode(&params.v, v_view(a), tile.block_n, dtype) ||
+      (tile.stages_output() && !encode(&params.o, o, 64, dtype))) {
     return cudaErrorNotSupported;
   }
   if (const cudaError_t error = allow_smem(kernel, tile.smem_bytes(), device)) return error;

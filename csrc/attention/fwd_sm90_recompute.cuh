@@ -23,17 +23,19 @@ __device__ __forceinline__ bool is_suspect(const float (&minus_max)[2], const fl
   return __any_sync(0xffffffff, coarse || !safe);
 }
 
-// No less than any value of a tile in shared memory, in bfloat16: the union of all their bits.
+// The largest magnitude of a tile's values in shared memory, in bfloat16.
 template <int BYTES>
-__device__ __forceinline__ float magnitude_bound(unsigned smem) {
-  unsigned bits = 0;
+__device__ __forceinline__ float largest_magnitude(unsigned smem) {
+  unsigned largest = 0;  // of two values, as integers, which order as they do
 #pragma unroll 1
   for (int i = threadIdx.x % 32 * 16; i < BYTES; i += 512) {
     const int4 x = ptx::ld_shared_v4(smem + i);
-    bits |= x.x | x.y | x.z | x.w;
+    const int pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) largest = __vmaxu2(largest, pairs[j] & 0x7fff7fff);
   }
-  bits = __reduce_or_sync(0xffffffff, bits | bits << 16);
-  return __int_as_float(bits & 0x7fff0000);
+  largest = __reduce_max_sync(0xffffffff, max(largest >> 16, largest & 0xffff));
+  return __int_as_float(largest << 16);
 }
 
 // Whether the fast path did lose something in a row of this warp. O is what it added up, but for

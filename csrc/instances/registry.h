@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention/fwd_cuda.h"
+#include "backward/bwd_cuda.h"
 #endif
 
 namespace flashmoe {
@@ -12,6 +13,8 @@ namespace flashmoe {
 #ifdef FLASHMOE_WITH_CUDA
 // In the order of build_info's instances.
 const std::vector<Kernel>& compiled_kernels();
+// In the order of its backward_instances.
+const std::vector<BackwardKernel>& compiled_backward_kernels();
 #endif
 
 extern const char build_info[];  // JSON: see flashmoe/_extension.py

@@ -35,8 +35,9 @@ __device__ __forceinline__ void wgmma_wait_group() {
 
 // d (64 x N) = a (64 x 16) * b (16 x N), plus d when accumulate is not 0. Thread t of the warpgroup
 // holds d[4 * i + ...] at row t / 32 * 16 + t % 32 / 4 (+ 8 for the odd pair), columns
-// 8 * i + t % 4 * 2 and the next. ss: both operands in shared memory, K-major. rs: a in registers
-// (laid out as mma_m16n8k16's A), b MN-major; rs_k_major: the same with b K-major.
+// 8 * i + t % 4 * 2 and the next. ss: both operands in shared memory, K-major; ss_mn_major: the
+// same with b MN-major; _init: d is only written. rs: a in registers (laid out as mma_m16n8k16's
+// A), b MN-major; rs_k_major: the same with b K-major.
 template <typename T, int N>
 struct Wgmma;
 """
@@ -52,18 +53,32 @@ RS = """\
   }}
 """
 
-SPECIALIZATION = """
-template <>
-struct Wgmma<{type}, {n}> {{
-  __device__ __forceinline__ static void ss(float (&d)[{registers}], unsigned long long a,
+SS = """\
+  __device__ __forceinline__ static void {name}(float (&d)[{registers}], unsigned long long a,
                                             unsigned long long b, int accumulate) {{
     asm volatile(
         "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{ss_predicate}, 0;\\n{instruction} {{{names}}}, "
-        "%{registers}, %{next}, p, 1, 1, 0, 0;\\n}}\\n"
+        "%{registers}, %{next}, p, 1, 1, 0, {trans_b};\\n}}\\n"
         : {outputs}
         : "l"(a), "l"(b), "r"(accumulate));
   }}
-{rs}}};
+"""
+
+SS_INIT = """\
+  __device__ __forceinline__ static void {name}_init(float (&d)[{registers}], unsigned long long a,
+                                                 unsigned long long b) {{
+    asm volatile(
+        "{{\\n.reg .pred p;\\nsetp.ne.b32 p, 0, 0;\\n{instruction} {{{names}}}, "
+        "%{registers}, %{next}, p, 1, 1, 0, {trans_b};\\n}}\\n"
+        : {write_only}
+        : "l"(a), "l"(b));
+  }}
+"""
+
+SPECIALIZATION = """
+template <>
+struct Wgmma<{type}, {n}> {{
+{members}}};
 """
 
 
@@ -74,8 +89,16 @@ def specialization(cuda_type: str, ptx_type: str, n: int) -> str:
         "instruction": f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx_type}.{ptx_type}",
         "names": ", ".join(f"%{i}" for i in range(registers)),
         "outputs": ", ".join(f'"+f"(d[{i}])' for i in range(registers)),
+        "write_only": ", ".join(f'"=f"(d[{i}])' for i in range(registers)),
     }
-    rs = [
+    members = [
+        template.format(
+            name=name, trans_b=trans_b, next=registers + 1, ss_predicate=registers + 2, **common
+        )
+        for name, trans_b in (("ss", 0), ("ss_mn_major", 1))
+        for template in (SS, SS_INIT)
+    ]
+    members += [
         RS.format(
             name=name,
             trans_b=trans_b,
@@ -86,14 +109,7 @@ def specialization(cuda_type: str, ptx_type: str, n: int) -> str:
         )
         for name, trans_b in (("rs", 1), ("rs_k_major", 0))
     ]
-    return SPECIALIZATION.format(
-        type=cuda_type,
-        n=n,
-        next=registers + 1,
-        ss_predicate=registers + 2,
-        rs="".join(rs),
-        **common,
-    )
+    return SPECIALIZATION.format(type=cuda_type, n=n, members="".join(members))
 
 
 def source() -> str:

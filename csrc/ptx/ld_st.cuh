@@ -12,6 +12,15 @@ __device__ __forceinline__ int4 ld_shared_v4(unsigned src_smem) {
   return x;
 }
 
+__device__ __forceinline__ float2 ld_shared_v2(unsigned src_smem) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(x.x), "=f"(x.y)
+               : "r"(src_smem)
+               : "memory");
+  return x;
+}
+
 __device__ __forceinline__ void st_shared_v4(unsigned dst_smem, int4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(dst_smem), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)

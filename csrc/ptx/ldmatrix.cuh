@@ -23,4 +23,11 @@ __device__ __forceinline__ void stmatrix_x4(unsigned dst_smem, const unsigned (&
                : "memory");
 }
 
+__device__ __forceinline__ void stmatrix_x4_trans(unsigned dst_smem, const unsigned (&rmem)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(dst_smem),
+      "r"(rmem[0]), "r"(rmem[1]), "r"(rmem[2]), "r"(rmem[3])
+      : "memory");
+}
+
 }  // namespace flashmoe::ptx

@@ -80,6 +80,25 @@ __device__ __forceinline__ unsigned cvt_rn_x2<__nv_bfloat16>(float low, float hi
   return packed;
 }
 
+// The other way round.
+template <typename T>
+__device__ __forceinline__ float2 cvt_f32_x2(unsigned packed);
+
+template <>
+__device__ __forceinline__ float2 cvt_f32_x2<__half>(unsigned packed) {
+  float2 x;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n}\n"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(packed));
+  return x;
+}
+
+template <>
+__device__ __forceinline__ float2 cvt_f32_x2<__nv_bfloat16>(unsigned packed) {
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000)};
+}
+
 // 1 / x, off by one unit in the last place at most.
 __device__ __forceinline__ float rcp_approx_ftz(float x) {
   float y;

@@ -20,6 +20,7 @@ class Backend(Protocol):
     with any strides; softmax_lse is (batch, heads_q, seqlen_q) float32, natural logarithm."""
 
     name: str
+    repeats: bool = True  # whether gradients are the same bits every time
 
     def unavailable(self, device: torch.device) -> str:
         """Why nothing can run on `device`, in one line; empty when it can."""
@@ -89,7 +90,7 @@ class Backend(Protocol):
         causal: bool,
         tile: Tile | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv from the forward's out and softmax_lse; the same bits every time."""
+        """dq, dk, dv from the forward's out and softmax_lse."""
         missing = f"the {self.name} backend has no backward kernel"
         raise NotImplementedError(missing)
 

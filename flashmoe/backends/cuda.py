@@ -18,6 +18,7 @@ from flashmoe.tiles import Arch, Tile, grid, sm90_head_dim
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
+_bwd = torch.ops.flashmoe.bwd_cuda.default
 
 _SM90_SPACE = {
     "block_m": (64, 128, 192, 256),
@@ -34,6 +35,7 @@ _SM90_SPACE = {
 
 class CudaBackend(Backend):
     name = "cuda"
+    repeats = False  # dQ is added up by atomics
 
     def unavailable(self, device: torch.device) -> str:
         if device.type != "cuda":
@@ -44,8 +46,8 @@ class CudaBackend(Backend):
         return "" if major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"
 
     def unsupported(self, problem: Problem, arch: Arch) -> str:
-        if problem.direction == "bwd":
-            return "has no backward kernel"
+        if problem.direction == "bwd" and arch.capability[0] != 9:
+            return "has a backward kernel for compute capability 9.x only"
         if not _compiled_in(problem, arch):
             return f"no tile is compiled in for {problem.dtype}, head_dim {problem.head_dim}"
         return ""
@@ -70,7 +72,11 @@ class CudaBackend(Backend):
         """On Hopper every legal tile of its kernel where they can be compiled; otherwise those that
         are compiled in."""
         compiled = _compiled_in(problem, arch)
-        if not any(tile.kernel == "sm90" for tile in compiled) or jit.unavailable():
+        if (
+            problem.direction == "bwd"
+            or not any(tile.kernel == "sm90" for tile in compiled)
+            or jit.unavailable()
+        ):
             return compiled
         return list(_legal_sm90(sm90_head_dim(problem.head_dim), arch))
 
@@ -89,7 +95,9 @@ class CudaBackend(Backend):
         return waits or tile is None or self.is_compiled(tile, problem)
 
     def is_compiled(self, tile: Tile, problem: Problem) -> bool:
-        return _compiled_handle(tile, problem.head_dim) is not None or jit.is_cached(
+        if _compiled_handle(tile, problem.head_dim) is not None:
+            return True
+        return tile.kernel == "sm90" and jit.is_cached(
             _target(tile, problem.head_dim, problem.dtype)
         )
 
@@ -124,6 +132,27 @@ class CudaBackend(Backend):
         result: tuple[Tensor, Tensor] = _fwd(q, k, v, softmax_scale, causal, handle)
         return result
 
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        tile: Tile | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dK and dV are the same bits every time; dQ is added to by atomics, in any order."""
+        assert tile is not None, "the cuda backward needs a tile"
+        handle = _compiled_handle(tile, q.shape[3])
+        assert handle is not None, f"{tile} is not compiled in"
+        result: tuple[Tensor, Tensor, Tensor] = _bwd(
+            dout, q, k, v, out, softmax_lse, softmax_scale, causal, handle
+        )
+        return result
+
     def bind(self, tile: Tile | None, problem: Problem) -> Forward:
         assert tile is not None, "the cuda forward needs a tile"
         handle = _handle(tile, problem.head_dim, getattr(torch, problem.dtype))
@@ -145,6 +174,10 @@ def _instance_head_dim(kernel: str, head_dim: int) -> int | None:
 
 def _compiled_in(problem: Problem, arch: Arch) -> list[Tile]:
     """The legal tiles in the binary, Hopper's first."""
+    if problem.direction == "bwd":
+        head_dim = _backward_head_dim(problem.head_dim)
+        tiles = _extension.load().backward_instances.get(head_dim, ()) if head_dim else ()
+        return [tile for tile in tiles if not tile.violations(arch, problem)]
     instances = _extension.load().instances
     held = [
         instances[kernel, head_dim]
@@ -164,7 +197,17 @@ def _legal(
     return tuple(tile for tile in tiles if not tile.violations(arch, problem))
 
 
+def _backward_head_dim(head_dim: int) -> int | None:
+    """The smallest head dimension that the backward is compiled in for and that holds it."""
+    held = [d for d in _extension.load().backward_instances if d >= head_dim]
+    return min(held, default=None)
+
+
 def _compiled_handle(tile: Tile, head_dim: int) -> int | None:
+    if tile.kernel == "sm90_bwd":
+        instance = _backward_head_dim(head_dim)
+        handles = _extension.load().backward_handles
+        return None if instance is None else handles.get((instance, tile))
     instance = _instance_head_dim(tile.kernel, head_dim)
     return None if instance is None else _extension.load().handles.get((instance, tile))
 

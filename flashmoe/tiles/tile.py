@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from flashmoe.problem import Problem
-from flashmoe.tiles import cpu, sm80, sm90, triton
+from flashmoe.tiles import cpu, sm80, sm90, sm90_bwd, triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,16 @@ class Arch:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One configuration of one kernel. `kernel` is one of cpu, sm80, sm90, triton. A tile handles
-    block_m query rows by block_n keys a step, with num_stages K/V buffers in flight.
+    """One configuration of one kernel. `kernel` is one of cpu, sm80, sm90, sm90_bwd, triton. A tile
+    handles block_m query rows by block_n keys a step, with num_stages K/V buffers in flight.
 
     num_warps: warps a thread block. tma: operands are fetched by the tensor memory accelerator,
     where alignment allows it. q_stages: buffers of Q. pingpong: groups of 64 rows take turns at the
     tensor cores. q_in_registers: Q from registers instead of shared memory. exp2_fma: sixteenths of
     the exponentials computed on the FMA pipes. ctas_per_sm: thread blocks on a multiprocessor.
     serial: the softmax of 64 rows waits for their matmuls, and others fill the gap.
+    do_stages, ds_stages: buffers of dO and dS in the backward, where num_stages are those of Q.
+    late_dq: dQ is computed a step late.
     A field that its kernel does not have must be left at its default.
     """
 
@@ -53,6 +55,9 @@ class Tile:
     exp2_fma: int = 0
     ctas_per_sm: int = 1
     serial: bool = False
+    do_stages: int = 1
+    ds_stages: int = 1
+    late_dq: bool = False
 
     def __str__(self) -> str:
         text = f"{self.kernel}:{self.block_m}x{self.block_n}"
@@ -124,7 +129,7 @@ def _default(name: str) -> Any:
 
 
 _OPTIONS = (
-    _Option("num_stages", "stages", ("cpu", "sm80", "sm90", "triton")),
+    _Option("num_stages", "stages", ("cpu", "sm80", "sm90", "sm90_bwd", "triton")),
     _Option("num_warps", "warps", ("cpu", "sm80", "triton")),
     _Option("tma", "tma", ("triton",)),
     _Option("q_stages", "q", ("sm90",)),
@@ -133,6 +138,9 @@ _OPTIONS = (
     _Option("exp2_fma", "fma", ("sm90",)),
     _Option("ctas_per_sm", "ctas", ("sm90",)),
     _Option("serial", "serial", ("sm90",)),
+    _Option("do_stages", "do", ("sm90_bwd",)),
+    _Option("ds_stages", "ds", ("sm90_bwd",)),
+    _Option("late_dq", "late", ("sm90_bwd",)),
 )
 _FORM = r"(?P<kernel>\w+):(?P<m>\d+)x(?P<n>\d+)" + "".join(
     rf"(?P<{o.field}>-{o.text}{{}})?".format("" if o.is_flag else r"\d+") for o in _OPTIONS
@@ -143,6 +151,7 @@ _RULES: dict[str, Callable[[Tile, Arch, Problem], Iterator[str]]] = {
     "cpu": cpu.rules,
     "sm80": sm80.rules,
     "sm90": sm90.rules,
+    "sm90_bwd": sm90_bwd.rules,
     "triton": triton.rules,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, assert_matches_reference, guarded
+from support import LAYOUTS, assert_gradients_match, assert_matches_reference, guarded
 
 from flashmoe import Tile, _extension, flash_attn_func
 from flashmoe.backends import BACKENDS, jit
@@ -247,3 +249,41 @@ def test_tiles_compiled_here(dtype, tmp_path, monkeypatch):
                 out, lse = run(q, k, v, causal, tile)
                 assert_matches_reference(out, lse, q, k, v, causal=causal)
             assert torch.equal(flash_attn_func(q, k, v, causal=True, tile=tile), out)
+
+
+# The planned backward of 16-bit problems.
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 88, 128, 192, 256])
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_gradients_of_random_problems(head_dim, causal, data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    group, heads_kv = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(1, 2))
+    longest = data.draw(st.sampled_from([70, 300, 900]))
+    seqlen_q, seqlen_kv = data.draw(st.integers(1, longest)), data.draw(st.integers(1, longest))
+    batch, seed = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1000))
+    layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in "qkv"]
+    q, k, v = (
+        x.requires_grad_()
+        for x in tensors(
+            *(batch, seqlen_q, seqlen_kv, heads_kv * group, heads_kv, head_dim, dtype),
+            layouts,
+            seed,
+        )
+    )
+    out = flash_attn_func(q, k, v, causal=causal)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    assert_gradients_match(gradients, dout, q, k, v, causal=causal)
+
+
+def test_the_first_call_of_a_thread_may_be_a_backward():
+    """Autograd runs it in a thread of its own, which has no current context yet."""
+    script = (
+        "import torch, flashmoe\n"
+        "x = torch.randn(2, 300, 4, 64, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "flashmoe.flash_attn_func(x, x, x).backward(torch.ones_like(x))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

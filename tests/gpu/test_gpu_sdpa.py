@@ -10,6 +10,7 @@ from support import LAYOUTS, assert_matches_reference, guarded
 
 import flashmoe
 from flashmoe import flash_attn_func
+from flashmoe.reference import attention_reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -38,7 +39,10 @@ def test_any_layout_of_a_few_queries(data):
     torch.cuda.synchronize()
     assert out.is_contiguous()
     if seqlen_kv:
-        assert_matches_reference(out, None, q, k, v, causal=causal)
+        # As close as torch's kernels come.
+        expected, _ = attention_reference(q, k, v, causal=causal)
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     else:
         assert not out.any()
 

@@ -89,6 +89,13 @@ void multiply(Cta& cta, int warp_index, const Wgmma& op) {
 }  // namespace
 
 void execute(Cta& cta, const Copy& copy) {
+  if (copy.source != nullptr) {
+    std::memcpy(shared_of(cta, copy.smem, static_cast<int>(copy.bytes)), copy.source, copy.bytes);
+    Mbarrier& barrier = cta.mbarriers.at(copy.barrier);
+    barrier.bytes -= copy.bytes;
+    complete_if_due(barrier);
+    return;
+  }
   for (uint32_t row = 0; row < copy.map.box_rows; ++row) {
     for (int column = 0; column < 64; ++column) {
       const uint32_t address = swizzled(copy.smem + row * 128 + column * 2);
@@ -154,6 +161,18 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, cons
   std::memset(memory, 0xff, map.box_rows * 128);  // NaN in both formats
   gpu->cta->copies.push_back(
       {true, destination, barrier, map, {start[0], start[1], start[2], start[3]}, 0});
+}
+
+void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+  preempt();
+  mbarrier_at(barrier);
+  if (destination % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0 || bytes % 16 != 0) {
+    fail("a bulk load is not aligned to 16 bytes");
+  }
+  uint8_t* memory = shared_of(*gpu->cta, destination, static_cast<int>(bytes));
+  if (memory == nullptr) fail("a bulk load past shared memory");
+  std::memset(memory, 0xff, bytes);  // NaN
+  gpu->cta->copies.push_back({true, destination, barrier, {}, {}, 0, source, bytes});
 }
 
 void tma_store(const TensorMap& map, uint32_t source, const int (&start)[4]) {

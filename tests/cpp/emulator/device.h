@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "gpu.h"
+#include "include/cuda_runtime.h"  // before the macros below, which its fields are named like
 #include "number.h"
 
 #define __CUDACC__ 1  // after the standard headers, which look at it, too
@@ -38,6 +39,12 @@ struct alignas(16) int4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 // Dynamic shared memory: its address is what emulator::run says.
@@ -46,6 +53,9 @@ namespace sm80 {
 inline unsigned char smem[1];
 }
 namespace sm90 {
+inline unsigned char smem_raw[1];
+}
+namespace sm90_backward {
 inline unsigned char smem_raw[1];
 }
 }  // namespace flashmoe
@@ -87,13 +97,16 @@ inline bool __any_sync(unsigned, bool mine) {
   });
   return any;
 }
-inline unsigned __reduce_or_sync(unsigned, unsigned mine) {
-  emulator::collective("redux.or", &mine, [](emulator::Slots slots) {
-    unsigned all = 0;
-    for (void* slot : slots) all |= *static_cast<unsigned*>(slot);
-    for (void* slot : slots) *static_cast<unsigned*>(slot) = all;
+inline unsigned __reduce_max_sync(unsigned, unsigned mine) {
+  emulator::collective("redux.max", &mine, [](emulator::Slots slots) {
+    unsigned largest = 0;
+    for (void* slot : slots) largest = std::max(largest, *static_cast<unsigned*>(slot));
+    for (void* slot : slots) *static_cast<unsigned*>(slot) = largest;
   });
   return mine;
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
 }
 inline void __syncwarp() {
   emulator::collective("syncwarp", nullptr, [](emulator::Slots) {});

@@ -73,6 +73,8 @@ struct TensorMap {
 };
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, const int (&start)[4]);
 void tma_store(const TensorMap& map, uint32_t source, const int (&start)[4]);
+// Contiguous bytes.
+void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier);
 void tma_commit_group();
 void tma_wait_group_read();  // all groups of this thread
 

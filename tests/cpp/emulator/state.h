@@ -71,6 +71,9 @@ struct Copy {
   TensorMap map;
   std::array<int, 4> start;
   int thread;
+  // Of a copy of contiguous bytes; null for one of a box.
+  const void* source = nullptr;
+  uint32_t bytes = 0;
 };
 
 struct Cta {

@@ -1,5 +1,5 @@
 // As much of the CUDA runtime and driver as csrc/attention/fwd_sm90_host.cpp calls, for a device of
-// emulator::run. cudaLaunchKernel runs the grid before it returns, with fake_device.seed.
+// emulator::run. cudaLaunchKernel and -ExC run the grid before they return, with fake_device.seed.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,23 @@ enum cudaError_t {
 };
 using cudaStream_t = void*;
 struct dim3 {
-  unsigned x, y = 1, z = 1;
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
   explicit dim3(unsigned x) : x(x) {}
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize };
@@ -28,6 +43,11 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
                                              unsigned long long flags,
                                              cudaDriverEntryPointQueryResult* result);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 template <typename... Arguments>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Arguments...), cudaFuncAttribute attribute,
@@ -36,6 +56,8 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Arguments...), cudaFuncAttribute
 }
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
                              size_t smem_bytes, cudaStream_t stream);
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments);
 
 struct FakeDevice {
   int sm_count = 2;

@@ -14,6 +14,13 @@ inline int4 ld_shared_v4(unsigned src_smem) {
   return x;
 }
 
+inline float2 ld_shared_v2(unsigned src_smem) {
+  emulator::preempt();
+  float2 x;
+  std::memcpy(&x, emulator::shared(src_smem, 8), 8);
+  return x;
+}
+
 inline void st_shared_v4(unsigned dst_smem, int4 x) {
   emulator::preempt();
   std::memcpy(emulator::shared(dst_smem, 16), &x, 16);

@@ -7,7 +7,7 @@
 
 namespace flashmoe::ptx {
 
-enum class Move { LOAD, LOAD_TRANSPOSED, STORE };
+enum class Move { LOAD, LOAD_TRANSPOSED, STORE, STORE_TRANSPOSED };
 
 // Lane l's register r holds of matrix r row l / 4, elements l % 4 * 2 and the next; transposed,
 // column l / 4. Matrix r's rows are where lanes 8 * r on say.
@@ -22,10 +22,10 @@ void move_matrices(const char* what, unsigned (&rmem)[4], unsigned smem) {
       auto* registers = reinterpret_cast<uint8_t*>(static_cast<Mine*>(slots[lane])->rmem);
       for (int i = 0; i < 8; ++i) {
         int row = lane / 4, column = lane % 4 * 2 + i % 2;
-        if (MOVE == Move::LOAD_TRANSPOSED) std::swap(row, column);
+        if (MOVE == Move::LOAD_TRANSPOSED || MOVE == Move::STORE_TRANSPOSED) std::swap(row, column);
         const unsigned address = static_cast<Mine*>(slots[i / 2 * 8 + row])->smem;
         uint8_t* memory = emulator::shared(address, 16) + column * 2;
-        if (MOVE == Move::STORE) {
+        if (MOVE == Move::STORE || MOVE == Move::STORE_TRANSPOSED) {
           std::memcpy(memory, registers + i * 2, 2);
         } else {
           std::memcpy(registers + i * 2, memory, 2);
@@ -46,6 +46,11 @@ inline void ldmatrix_x4_trans(unsigned (&rmem)[4], unsigned src_smem) {
 inline void stmatrix_x4(unsigned dst_smem, const unsigned (&rmem)[4]) {
   unsigned copy[4] = {rmem[0], rmem[1], rmem[2], rmem[3]};
   move_matrices<Move::STORE>("stmatrix", copy, dst_smem);
+}
+
+inline void stmatrix_x4_trans(unsigned dst_smem, const unsigned (&rmem)[4]) {
+  unsigned copy[4] = {rmem[0], rmem[1], rmem[2], rmem[3]};
+  move_matrices<Move::STORE_TRANSPOSED>("stmatrix.trans", copy, dst_smem);
 }
 
 }  // namespace flashmoe::ptx

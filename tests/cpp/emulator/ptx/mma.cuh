@@ -67,6 +67,11 @@ inline unsigned cvt_rn_x2<__nv_bfloat16>(float low, float high) {
   return emulator::to_bfloat16(low) | unsigned{emulator::to_bfloat16(high)} << 16;
 }
 
+template <typename T>
+float2 cvt_f32_x2(unsigned packed) {
+  return {emulator::number(FORMAT<T>, packed & 0xffff), emulator::number(FORMAT<T>, packed >> 16)};
+}
+
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
 inline float rcp_approx_ftz(float x) { return 1.f / x; }
 inline float lg2_approx_ftz(float x) { return std::log2(x); }

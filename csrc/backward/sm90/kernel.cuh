@@ -1,0 +1,69 @@
+// FlashAttention backward for Hopper: a producer warp fetches Q and dO by TMA, two consumer
+// warpgroups accumulate dK and dV in registers (FlashAttention-3, arXiv:2407.08608).
+// docs/dev/hopper-backward.md explains it. Includes nothing that NVRTC lacks.
+#pragma once
+
+#include "../../ptx/cp_async.cuh"
+#include "../../ptx/setmaxnreg.cuh"
+#include "consumer_keys.cuh"
+#include "consumer_keys_late.cuh"
+#include "consumer_roles.cuh"
+#include "edges.cuh"
+#include "producer.cuh"
+
+namespace flashmoe::sm90_backward {
+
+// The kernel's whole body. Instances are __global__ functions around it, launched with the tile's
+// num_threads() and smem_bytes().
+template <typename T, Sm90BackwardTile TILE>
+__device__ __forceinline__ void attention_backward(const Sm90BackwardParams& params) {
+  ptx::griddepcontrol_launch_dependents();
+  // What the 128-byte swizzle and its descriptors need.
+  extern __shared__ __align__(1024) unsigned char smem_raw[];
+  const Smem<TILE> smem(ptx::smem_address(smem_raw));
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&params.q);
+    ptx::prefetch_tensormap(&params.k);
+    ptx::prefetch_tensormap(&params.v);
+    ptx::prefetch_tensormap(&params.dout);
+    ptx::mbarrier_init(smem.full_K, 1);
+    ptx::mbarrier_init(smem.full_V, 1);
+    for (int s = 0; s < TILE.q_stages; ++s) {
+      ptx::mbarrier_init(smem.full_Q + 8 * s, 1);
+      ptx::mbarrier_init(smem.empty_Q + 8 * s, 4 * TILE.CONSUMERS);
+    }
+    for (int s = 0; s < TILE.do_stages; ++s) {
+      ptx::mbarrier_init(smem.full_dO + 8 * s, 1);
+      ptx::mbarrier_init(smem.empty_dO + 8 * s, 4 * TILE.CONSUMERS);
+    }
+    for (int s = 0; s < TILE.ds_stages; ++s) {
+      ptx::mbarrier_init(smem.full_dS + 8 * s, 4 * TILE.CONSUMERS);
+      ptx::mbarrier_init(smem.empty_dS + 8 * s, 4 * TILE.CONSUMERS);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const Work work = Work::of<TILE>(params, blockIdx.x);
+  // Through a shuffle, so that the compiler knows it as uniform in a warp.
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<TILE.PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce<TILE>(params, smem, work);
+  } else {
+    ptx::setmaxnreg_inc<TILE.CONSUMER_REGISTERS>();
+    if constexpr (TILE.by_roles()) {
+      const Roles<T, TILE> roles{{params, smem, work, warpgroup - 1}};
+      if (warpgroup == 1) {
+        roles.first();
+      } else {
+        roles.second();
+      }
+    } else if constexpr (TILE.late_dq) {
+      consume_keys_late<T, TILE>(params, smem, work, warpgroup - 1);
+    } else {
+      consume_keys<T, TILE>(params, smem, work, warpgroup - 1);
+    }
+  }
+}
+
+}  // namespace flashmoe::sm90_backward

@@ -1,0 +1,100 @@
+// What the producer and the consumers of the Hopper backward kernel share: a thread block's keys,
+// the queries that see them, the plan of shared memory, and the rings of buffers in it.
+#pragma once
+
+#include "../../ptx/registers.cuh"
+#include "tile.h"
+
+namespace flashmoe::sm90_backward {
+
+template <Sm90BackwardTile TILE>
+struct Smem {
+  unsigned K, V, Q, dO, dS, P, stats, full_K, full_V, full_Q, empty_Q, full_dO, empty_dO, full_dS,
+      empty_dS;
+
+  __device__ __forceinline__ explicit Smem(unsigned base) {
+    K = base;
+    V = K + TILE.kv_bytes();
+    Q = V + TILE.kv_bytes();
+    dO = Q + TILE.q_stages * TILE.q_bytes();
+    dS = dO + TILE.do_stages * TILE.q_bytes();
+    P = dS + TILE.ds_stages * TILE.ds_bytes();
+    stats = P + TILE.p_bytes();
+    full_K = stats + TILE.q_stages * TILE.stats_bytes();
+    full_V = full_K + 8;
+    full_Q = full_V + 8;
+    empty_Q = full_Q + 8 * TILE.q_stages;
+    full_dO = empty_Q + 8 * TILE.q_stages;
+    empty_dO = full_dO + 8 * TILE.do_stages;
+    full_dS = empty_dO + 8 * TILE.do_stages;
+    empty_dS = full_dS + 8 * TILE.ds_stages;
+  }
+};
+
+// A thread block's keys of one head, and the blocks of queries that see some of them: from m_first
+// on, the same ones of each query head of the group. Each head begins at m_start.
+struct Work {
+  int batch, head_kv, n_start, m_first, m_start;
+
+  template <Sm90BackwardTile TILE>
+  __device__ __forceinline__ static Work of(const Sm90BackwardParams& params, int index) {
+    const AttentionParams& p = params.call.attention;
+    Work work;
+    int pair, n_block;
+    if (p.causal) {
+      // The longest first, in sections of heads that L2 holds.
+      const int per_section = params.section * params.n_blocks;
+      const int first = index / per_section * params.section;
+      const int heads = min(params.section, p.batch * p.heads_kv - first);
+      index %= per_section;
+      n_block = index / heads;
+      pair = first + index - n_block * heads;
+    } else {
+      pair = index / params.n_blocks;
+      n_block = index - pair * params.n_blocks;
+    }
+    work.batch = pair / p.heads_kv;
+    work.head_kv = pair - work.batch * p.heads_kv;
+    work.n_start = n_block * TILE.block_n;
+    const int first_row = work.n_start - (p.seqlen_kv - p.seqlen_q);
+    if (p.causal) {
+      work.m_first = work.m_start = min(max(first_row, 0) / TILE.block_m, params.m_blocks);
+    } else {
+      // Each thread block somewhere else, or all would be at the same rows of Q and dQ all the
+      // time.
+      work.m_first = 0;
+      work.m_start =
+          static_cast<int>(static_cast<long long>(n_block) * params.m_blocks / params.n_blocks);
+    }
+    return work;
+  }
+};
+
+// Position in a ring of SIZE buffers and the parity of its current phase, in one register.
+template <int SIZE>
+struct Ring {
+  int state = 0;
+  __device__ __forceinline__ int stage() const { return SIZE == 1 ? 0 : state >> 1; }
+  __device__ __forceinline__ int parity() const { return state & 1; }
+  __device__ __forceinline__ void next() {
+    state += 2;
+    if (state >= 2 * SIZE) state = (state & 1) ^ 1;
+  }
+};
+
+// Shared memory descriptor of a wgmma operand: 128-byte swizzle, 1024 bytes between groups of 8
+// rows; `leading_bytes` between panels of 64 columns matters for MN-major operands only. Offsets
+// are added to the low word, which holds the address in units of 16 bytes.
+struct Descriptor {
+  unsigned low;
+  __device__ __forceinline__ Descriptor(unsigned smem, unsigned leading_bytes)
+      : low((smem >> 4) | ((leading_bytes >> 4) << 16)) {
+    ptx::hide(low);
+  }
+  __device__ __forceinline__ unsigned long long at(unsigned offset_bytes) const {
+    constexpr unsigned long long HIGH = (64ull | 1ull << 30) << 32;
+    return HIGH | (low + (offset_bytes >> 4));
+  }
+};
+
+}  // namespace flashmoe::sm90_backward

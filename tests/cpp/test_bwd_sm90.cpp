@@ -1,0 +1,202 @@
+// The Hopper backward kernel and its launches, on emulator::run: tiles, shapes and orders of
+// execution.
+#include "emulator/device.h"
+// The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
+#include "attention_problem.h"
+#include "backward/sm90/host.h"
+#include "backward/sm90/kernel.cuh"
+
+using namespace flashmoe;
+
+namespace {
+
+template <typename T, Sm90BackwardTile TILE>
+void prepare(const Sm90BackwardParams& params) {
+  sm90_backward::prepare<T, TILE>(params);
+}
+template <typename T, Sm90BackwardTile TILE>
+void kernel(const Sm90BackwardParams& params) {
+  sm90_backward::attention_backward<T, TILE>(params);
+}
+template <typename T, Sm90BackwardTile TILE>
+void finish(const Sm90BackwardParams& params) {
+  sm90_backward::finish<T, TILE>(params);
+}
+
+// What is wrong with a gradient, or nothing: `want` and what each element may be off by, in the
+// order of its elements.
+std::string compare_gradient(const char* name, Tensor& got, const std::vector<double>& want,
+                             const std::vector<double>& allowed) {
+  size_t index = 0;
+  for (int b = 0; b < got.batch; ++b)
+    for (int s = 0; s < got.seqlen; ++s)
+      for (int h = 0; h < got.heads; ++h)
+        for (int d = 0; d < got.head_dim; ++d, ++index) {
+          const double x = got.get(b, s, h, d);
+          if (std::fabs(x - want[index]) <= allowed[index]) continue;
+          return std::string(name) + " of batch " + std::to_string(b) + ", row " +
+                 std::to_string(s) + ", head " + std::to_string(h) + ", column " +
+                 std::to_string(d) + ": " + std::to_string(x) + ", not " +
+                 std::to_string(want[index]);
+        }
+  if (const long long touched = written_outside(got)) {
+    return std::to_string(touched) + " bytes written outside the rows of " + name;
+  }
+  return "";
+}
+
+struct Gradients {
+  std::vector<double> dq, dk, dv;
+  explicit Gradients(size_t q_size, size_t k_size) : dq(q_size), dk(k_size), dv(k_size) {}
+};
+
+// By definition, in float64; and how much rounding P, dS, out and the gradients to the dtype may
+// change each element.
+void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& dout,
+                         const std::vector<float>& lse, double scale, bool causal, Gradients& want,
+                         Gradients& allowed) {
+  const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
+  const int group = q.heads / k.heads, dims = q.head_dim;
+  const Values<double> qs(q), ks(k), vs(v), os(out), dos(dout);
+  for (int b = 0; b < q.batch; ++b)
+    for (int h = 0; h < q.heads; ++h)
+      for (int i = 0; i < q.seqlen; ++i) {
+        const double *qi = qs.row(b, i, h), *oi = os.row(b, i, h), *di = dos.row(b, i, h);
+        const double row_lse = lse[(static_cast<size_t>(b) * q.heads + h) * q.seqlen + i];
+        const int visible =
+            causal ? std::clamp(i + 1 + k.seqlen - q.seqlen, 0, k.seqlen) : k.seqlen;
+        double delta = 0, delta_terms = 0;
+        for (int d = 0; d < dims; ++d)
+          delta += di[d] * oi[d], delta_terms += std::fabs(di[d] * oi[d]);
+        const size_t q_at = ((static_cast<size_t>(b) * q.seqlen + i) * q.heads + h) * dims;
+        for (int j = 0; j < visible; ++j) {
+          const double *kj = ks.row(b, j, h / group), *vj = vs.row(b, j, h / group);
+          double s = 0, dp = 0;
+          for (int d = 0; d < dims; ++d) s += qi[d] * kj[d], dp += di[d] * vj[d];
+          const double p = std::exp(s * scale - row_lse), ds = p * (dp - delta) * scale;
+          const double off =
+              2 * unit * (std::fabs(ds) + p * scale * (delta_terms + 1e-4 * std::fabs(dp)));
+          const size_t k_at =
+              ((static_cast<size_t>(b) * k.seqlen + j) * k.heads + h / group) * dims;
+          for (int d = 0; d < dims; ++d) {
+            want.dq[q_at + d] += ds * kj[d], allowed.dq[q_at + d] += off * std::fabs(kj[d]);
+            want.dk[k_at + d] += ds * qi[d], allowed.dk[k_at + d] += off * std::fabs(qi[d]);
+            want.dv[k_at + d] += p * di[d], allowed.dv[k_at + d] += 2 * unit * p * std::fabs(di[d]);
+          }
+        }
+      }
+  const auto add_last_rounding = [&](std::vector<double>& allowed,
+                                     const std::vector<double>& want) {
+    for (size_t i = 0; i < want.size(); ++i) allowed[i] += unit * std::fabs(want[i]) + 1e-6;
+  };
+  add_last_rounding(allowed.dq, want.dq);
+  add_last_rounding(allowed.dk, want.dk);
+  add_last_rounding(allowed.dv, want.dv);
+}
+
+struct Instance {
+  const char* name;
+  Sm90BackwardTile tile;
+  using Entry = void (*)(const Sm90BackwardParams&);
+  Entry entries[2][3];  // float16, bfloat16
+
+  int head_dim() const { return tile.head_dim; }
+  int block_m() const { return tile.block_m; }
+  int block_n() const { return tile.block_n; }
+
+  bool check(const Problem& x, uint64_t seed) const {
+    std::mt19937_64 random(seed);
+    const DType dtype = random() % 2 ? DType::float16 : DType::bfloat16;
+    const bool heads_first = random() % 2;
+    Tensor q(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, 8, heads_first);
+    Tensor k(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, 8, heads_first);
+    Tensor v(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, 8, !heads_first);
+    Tensor out(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, 8, heads_first);
+    Tensor dout(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, 8, !heads_first);
+    Tensor dq(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, 0, false);
+    Tensor dk(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, 0, false);
+    Tensor dv(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, 0, false);
+    std::normal_distribution<double> normal;
+    for (Tensor* tensor : {&q, &k, &v, &dout}) {
+      int element = 0, size = 1;
+      tensor->fill([&] {
+        if (element++ % x.head_dim == 0) size = random() % 8 != 0 ? 1 : 4;
+        return size * normal(random);
+      });
+    }
+    for (Tensor* tensor : {&dq, &dk, &dv})
+      std::fill(tensor->bytes.begin(), tensor->bytes.end(), POISON);
+    const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
+    std::vector<int> order(x.head_dim);
+    std::iota(order.begin(), order.end(), 0);
+    const auto forward = reference<double>(q, k, v, scale, x.causal, order);
+    std::vector<float> lse(forward.lse.begin(), forward.lse.end());
+    for (size_t r = 0; r < forward.lse.size(); ++r) {
+      const int i = r % x.seqlen_q, h = r / x.seqlen_q % x.heads_q, b = r / x.seqlen_q / x.heads_q;
+      for (int d = 0; d < x.head_dim; ++d) out.set(b, i, h, d, forward.out[r * x.head_dim + d]);
+    }
+
+    BackwardParams params{};
+    params.attention = forward_params(q, k, v, out, lse, scale, x.causal);
+    params.dout = dout.bytes.data();
+    params.do_batch_stride = dout.batch_stride, params.do_row_stride = dout.row_stride;
+    params.do_head_stride = dout.head_stride;
+    params.dq = dq.bytes.data(), params.dk = dk.bytes.data(), params.dv = dv.bytes.data();
+    const auto& mine = entries[dtype == DType::bfloat16];
+    sm90_backward::Entries addresses;
+    for (int i = 0; i < 3; ++i) addresses[i] = reinterpret_cast<const void*>(mine[i]);
+    fake_device.sm_count = 1 + static_cast<int>(random() % 3);
+    fake_device.seed = random();
+    fake_device.call = [](const void* kernel, void** arguments) {
+      reinterpret_cast<Entry>(const_cast<void*>(kernel))(
+          *static_cast<const Sm90BackwardParams*>(arguments[0]));
+    };
+    // NaN, with a guard page behind it.
+    GuardedBytes workspace(
+        static_cast<size_t>(sm90_backward::workspace_bytes(tile, params.attention)));
+    std::fill(workspace.begin(), workspace.end(), uint8_t{0xff});
+    std::string wrong;
+    if (!sm90_backward::can_run(params)) {
+      wrong = "can_run refuses";
+    } else {
+      wrong = launch_error(
+          sm90_backward::launch(tile, addresses, params, dtype, 0, nullptr, workspace.data()));
+    }
+    Gradients want(forward.out.size(),
+                   static_cast<size_t>(x.batch) * x.seqlen_kv * x.heads_kv * x.head_dim);
+    Gradients allowed = want;
+    reference_gradients(q, k, v, out, dout, lse, scale, x.causal, want, allowed);
+    if (wrong.empty()) wrong = compare_gradient("dv", dv, want.dv, allowed.dv);
+    if (wrong.empty()) wrong = compare_gradient("dk", dk, want.dk, allowed.dk);
+    if (wrong.empty()) wrong = compare_gradient("dq", dq, want.dq, allowed.dq);
+    if (wrong.empty()) return true;
+    std::printf("%s, %s, %s, seed %llu: %s\n", name, x.text().c_str(),
+                dtype == DType::float16 ? "float16" : "bfloat16",
+                static_cast<unsigned long long>(seed), wrong.c_str());
+    return false;
+  }
+};
+
+template <Sm90BackwardTile TILE>
+Instance instance(const char* name) {
+  (void)LegalSm90BackwardTile<TILE>{};
+  using F = __half;
+  using B = __nv_bfloat16;
+  return {name,
+          TILE,
+          {{prepare<F, TILE>, kernel<F, TILE>, finish<F, TILE>},
+           {prepare<B, TILE>, kernel<B, TILE>, finish<B, TILE>}}};
+}
+
+// head_dim, block_m, block_n, q_stages, do_stages, ds_stages, late_dq
+const Instance INSTANCES[] = {
+    instance<{64, 128, 128, 2, 2, 2, false}>("64:128x128-q2-do2-ds2"),
+    instance<{64, 128, 128, 3, 3, 2, true}>("64:128x128-q3-do3-ds2-late"),
+    instance<{96, 64, 128, 3, 2, 1, false}>("96:64x128-q3-do2-ds1"),
+    instance<{128, 64, 128, 2, 1, 2, true}>("128:64x128-q2-do1-ds2-late"),
+    instance<{256, 64, 64, 2, 2, 1, false}>("256:64x64-q2-do2-ds1"),
+};
+
+}  // namespace
+
+int main(int argc, char** argv) { return run_all(INSTANCES, argc, argv); }
