@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from flashmoe.environment import TOOL_PACKAGES, missing_packages, print_anything
+from flashmoe.environment import TOOL_PACKAGES, missing_packages
 
 # As in exits.py, which needs the packages.
-BAD_USAGE = 2
+BAD_USAGE, INTERRUPTED = 2, 130
 
 
 def main() -> int:
     if missing := missing_packages(*TOOL_PACKAGES):
         print(f"flashmoe.autotune: error: {missing}", file=sys.stderr)
         return BAD_USAGE
-    from flashmoe.autotune import cli
-
-    print_anything()
+    try:
+        from flashmoe.autotune import cli  # takes seconds
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return cli.main()
 
 

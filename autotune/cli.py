@@ -11,6 +11,8 @@ from typing import TextIO
 from flashmoe.autotune import command_apply, command_show, command_tune
 from flashmoe.autotune.arguments import PROG, UsageError
 from flashmoe.autotune.exits import BAD_USAGE, INTERRUPTED, NOTHING_MEASURED, warn
+from flashmoe.cache import NoCacheFolder
+from flashmoe.terminal import lenient
 
 # Without one of these words, the problem named by the options is tuned.
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -23,14 +25,18 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with lenient():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(words: list[str]) -> int:
     debug = "--debug" in words
     warnings.showwarning = _show_warning
     try:
         if words and words[0] in _COMMANDS:
             return _COMMANDS[words[0]](words[1:])
         return command_tune.run(words)
-    except UsageError as error:
+    except (UsageError, NoCacheFolder) as error:
         return _fail(error, BAD_USAGE, debug)
     except KeyboardInterrupt:
         return _fail(RuntimeError("interrupted"), INTERRUPTED, debug)

@@ -8,15 +8,14 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from optuna.storages import InMemoryStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
-from flashmoe import api, cache, database, device, shapes
+from flashmoe import api, cache, database, device, files, shapes
 from flashmoe.autotune import arguments, dry_run, helper, report, report_html, storage
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
@@ -61,8 +60,8 @@ def run(words: Sequence[str]) -> int:
         finally:
             processes.close()
         return DONE
-    cache.require_writable()
-    folder = _output_folder(args.output)
+    suggestions, page = (args.output / name for name in ("suggestions.md", "report.html"))
+    _require_writable(suggestions, page)
     for name in ("FLASHMOE_BACKEND", "FLASHMOE_TILE"):
         if variable(name):
             warn(f"{name} is set and overrides what is tuned here")
@@ -70,7 +69,9 @@ def run(words: Sequence[str]) -> int:
     here = device.fingerprint(target)
     path = database.user_path(here.device)
     where = args.storage or str(storage.journal_path(here.device))
-    place = _place(target, here, path, where)
+    opened = _storage(where) if args.storage else None
+    _require_writable_database(path)
+    place = _place(target, here, path, opened or _storage(where), storage.shown(where))
     command = shlex.join(["python", "-m", PROG, *words])
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
@@ -79,7 +80,7 @@ def run(words: Sequence[str]) -> int:
     if searched:
         processes.warm_up()
     found: dict[Problem, Result] = {}
-    interrupted = unwritten = False
+    interrupted, written = False, True
     limits: dict[str, Limits] = {}
     helpers = _helpers(searched, place, workers, where, options, patience)
     with shown(Console(stderr=True)) as watch:
@@ -103,8 +104,8 @@ def run(words: Sequence[str]) -> int:
                 if result.best is not None or result.problem not in found:
                     found[result.problem] = result
                 # At once, so that an interruption loses only the problem at hand.
-                if result.store and not _store(path, result, here, command):
-                    unwritten = True
+                if result.store:
+                    written &= _store(path, result, here, command)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -116,12 +117,11 @@ def run(words: Sequence[str]) -> int:
     results = [found[group.main] for group in groups if group.main in found]
     api.forget_plans()
 
-    suggestions = None
-    if any(result.best for result in results):
-        suggestions = folder / "suggestions.md"
-        _write(suggestions, report.suggestions_text(results, here, path, command))
-        page = report_html.html(results, here, limits, command=command, database=str(path))
-        _write(folder / "report.html", page)
+    measured = any(result.best for result in results)
+    if measured:
+        written &= _write(suggestions, report.suggestions_text(results, here, path, command))
+        text = report_html.html(results, here, limits, command=command, database=str(path))
+        written &= _write(page, text)
     for line in report.rejections(results):
         warn(line)
     seconds = time.perf_counter() - start
@@ -135,18 +135,21 @@ def run(words: Sequence[str]) -> int:
             seconds=seconds,
             interrupted=interrupted,
             database=path,
-            suggestions=suggestions,
+            suggestions=suggestions if measured else None,
         )
         print(json.dumps(document, indent=1))
     else:
-        _print_report(results, path, suggestions, seconds, sys.stdout)
+        told = {"database": path}
+        if measured:
+            told |= {"suggestions": suggestions, "report": page}
+        _print_report(results, told, seconds)
     if interrupted:
         print(f"{PROG}: interrupted; what was measured is kept", file=sys.stderr)
         return INTERRUPTED
-    if suggestions is None:
+    if not measured:
         reason = "; ".join(f"{r.problem.label}: {r.reason}" for r in results)
         print(f"{PROG}: error: nothing could be measured: {reason}", file=sys.stderr)
-    return DONE if suggestions is not None and not unwritten else NOTHING_MEASURED
+    return DONE if measured and written else NOTHING_MEASURED
 
 
 def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
@@ -173,7 +176,16 @@ def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
     return grouped((problem, 1.0) for problem in problems)
 
 
-def _place(target: torch.device, here: device.Fingerprint, path: Path, where: str) -> Place:
+def _storage(where: str) -> BaseStorage:
+    try:
+        return storage.open_storage(where)
+    except storage.StorageError as error:
+        raise UsageError(str(error)) from None
+
+
+def _place(
+    target: torch.device, here: device.Fingerprint, path: Path, studies: BaseStorage, name: str
+) -> Place:
     shipped, mine = _load(database.shipped_path(here.device)), _load(path)
     # As plans see it: what was judged with other kernels is not in place, and is tried like what
     # won on other devices.
@@ -187,11 +199,7 @@ def _place(target: torch.device, here: device.Fingerprint, path: Path, where: st
         if other.stem != path.stem
         for entry in _load(other).values()
     ]
-    try:
-        opened = storage.open_storage(where)
-    except storage.StorageError as error:
-        raise UsageError(str(error)) from None
-    return Place(target, here, stored, elsewhere, opened, storage.shown(where))
+    return Place(target, here, stored, elsewhere, studies, name)
 
 
 def _helpers(
@@ -226,19 +234,36 @@ def _require_backend(name: str | None, target: torch.device) -> None:
         raise UsageError(f"--backend must be one that runs on {target}, got {name!r}: {reason}")
 
 
-def _output_folder(folder: Path) -> Path:
+def _require_writable(*paths: Path) -> None:
+    for path in paths:
+        try:
+            files.require_writable(path)
+        except OSError as error:
+            raise UsageError(
+                f"--output must be a folder that can be written, got {str(path.parent)!r}: "
+                f"{path.name}: {error.strerror}"
+            ) from None
+
+
+def _require_writable_database(path: Path) -> None:
+    cache.require_writable()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        database.update(path, {})
     except OSError as error:
         raise UsageError(
-            f"--output must be a folder that can be written, got {str(folder)!r}: {error.strerror}"
+            f"{path} cannot be used ({error.strerror}): set FLASHMOE_CACHE_DIR to another folder"
         ) from None
-    return folder
+    except database.NewerDatabase as error:
+        raise UsageError(f"{error}: set FLASHMOE_CACHE_DIR to another folder") from None
 
 
-def _write(path: Path, text: str) -> None:
-    # Names of files may hold bytes that are no text.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+def _write(path: Path, text: str) -> bool:
+    try:
+        files.write_whole(path, text)
+    except OSError as error:
+        warn(f"{path} could not be written: {error.strerror}")
+        return False
+    return True
 
 
 def _load(path: Path) -> dict[str, database.Entry]:
@@ -260,20 +285,15 @@ def _store(path: Path, result: Result, here: device.Fingerprint, command: str) -
     return True
 
 
-def _print_report(
-    results: Sequence[Result], path: Path, suggestions: Path | None, seconds: float, out: TextIO
-) -> None:
-    console = Console(file=out)
+def _print_report(results: Sequence[Result], told: Mapping[str, Path], seconds: float) -> None:
+    console = Console()
     if not console.is_terminal:
-        console = Console(file=out, width=_REPORT_WIDTH)
+        console = Console(width=_REPORT_WIDTH)
     console.print(report.table(results))
     lines = [
         *report.costs(results),
         f"{seconds:.1f} s",
-        f"database: {path}",
-        f"suggestions: {suggestions or '-'}",
+        *(f"{name}: {path}" for name, path in told.items()),
     ]
-    if suggestions is not None:
-        lines.append(f"report: {suggestions.with_name('report.html')}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

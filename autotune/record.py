@@ -1,4 +1,4 @@
-"""One problem's Optuna study: asked, told, and found again after whatever happened.
+"""One problem's Optuna study as one worker sees it: asked, told, and looked at.
 
 A trial is a tile. Its value is its time over the anchor's, the default's, from the same rounds, so
 that values of several processes, GPUs of one model, and days compare. The study is the only state:
@@ -8,8 +8,6 @@ what is told is there for the same command later and for every worker that share
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import time
 import warnings
@@ -19,17 +17,15 @@ from typing import Any
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.samplers import RandomSampler
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from flashmoe.autotune.identity import is_dead, worker_name
 from flashmoe.autotune.sampler import TileSampler
 from flashmoe.autotune.space import Space
+from flashmoe.autotune.storage import failure
+from flashmoe.autotune.study import FINISHED
 from flashmoe.tiles import Tile
 
-# A study's attribute: set once its winner was decided and stored.
-_FINISHED = "finished"
 # Before the name of a tile, a study's attribute: it was told as right, and is not.
 _REJECTED = "rejected "
 # A trial's status beside those of flashmoe.timing: it was given up without a result.
@@ -55,46 +51,6 @@ class Outcome:
     value: float | None = None
     pruned: bool = False
     prepare_seconds: float = 0.0
-
-
-def open_study(
-    storage: BaseStorage, name: str, facts: Mapping[str, Any], *, fresh: float | None = None
-) -> optuna.Study:
-    """The study `name`, made if need be with `facts` as its attributes.
-
-    `fresh` wants none that was finished before that time, in seconds since the epoch: then the next
-    generation `name#2`, `name#3`... is used.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    generation = 1
-    while True:
-        full = name if generation == 1 else f"{name}#{generation}"
-        study = optuna.create_study(
-            storage=storage,
-            study_name=full,
-            sampler=RandomSampler(),
-            direction="minimize",
-            load_if_exists=True,
-        )
-        finished = float(study.user_attrs.get(_FINISHED, {}).get("at", math.inf))
-        stale = fresh is not None and finished < fresh
-        if not stale and not (finished < math.inf and _exists(storage, name, generation)):
-            break
-        generation += 1
-    known = study.user_attrs
-    for key, value in facts.items():
-        if key not in known:
-            study.set_user_attr(key, value)
-    return study
-
-
-def _exists(storage: BaseStorage, name: str, generation: int) -> bool:
-    """Whether there is a generation after this one."""
-    try:
-        storage.get_study_id_from_name(f"{name}#{generation + 1}")
-    except KeyError:
-        return False
-    return True
 
 
 class Record:
@@ -133,8 +89,17 @@ class Record:
             else:
                 gone = time.time() - started > _NAMELESS_SECONDS
             if gone:
-                dead += self._give_up(trial.number, LOST, "its process died")
+                dead += self._end(trial.number, trial.user_attrs.get("outcome"))
         return dead
+
+    def _end(self, number: int, told: Mapping[str, Any] | None) -> bool:
+        """End a dead process's trial, with what it had `told` of it; whether it was unfinished."""
+        if not told:
+            return self._give_up(number, LOST, "its process died")
+        with contextlib.suppress(RuntimeError, ValueError):
+            self._conclude(number, told)
+            return True
+        return False  # another worker was faster
 
     def outcomes(self) -> list[Outcome]:
         """What all workers have found so far, in the order of the trials; looks at the storage, and
@@ -229,17 +194,25 @@ class Record:
             "reason": outcome.reason,
             "prepare_seconds": round(outcome.prepare_seconds, 4),
         }
-        if outcome.samples:
+        if outcome.value is not None:
             found["samples"] = _rounded(outcome.samples)
             found["anchor"] = _rounded(outcome.anchor)
+            found["value"], found["pruned"] = outcome.value, outcome.pruned
         trial.set_user_attr("outcome", found)
-        if outcome.value is None:
-            self._study.tell(trial, state=TrialState.FAIL)
-        elif outcome.pruned:
-            trial.report(outcome.value, len(outcome.samples))
-            self._study.tell(trial, state=TrialState.PRUNED)
+        self._conclude(trial.number, found)
+
+    def _conclude(self, number: int, found: Mapping[str, Any]) -> None:
+        """The trial's end, as its outcome says, which was told before: a process that dies between
+        the two has lost nothing."""
+        value = found.get("value")
+        if value is None:
+            self._study.tell(number, state=TrialState.FAIL)
+        elif found["pruned"]:
+            storage = self._study._storage
+            storage.set_trial_intermediate_value(self._id(number), len(found["samples"]), value)
+            self._study.tell(number, state=TrialState.PRUNED)
         else:
-            self._study.tell(trial, outcome.value)
+            self._study.tell(number, value)
 
     def importances(self) -> dict[str, float]:
         """How much each parameter matters among the tiles of its kernel, by PED-ANOVA: shares that
@@ -256,11 +229,18 @@ class Record:
     def reject(self, tile: Tile, status: str, reason: str) -> None:
         """Take back what was told of a tile: a later check found it `wrong` or `failed`."""
         self._rejected[tile] = (status, reason)
-        self._study.set_user_attr(f"{_REJECTED}{tile}", {"status": status, "reason": reason})
+        self._note(f"{_REJECTED}{tile}", {"status": status, "reason": reason})
 
     def finish(self, decision: Mapping[str, Any]) -> None:
         """Note the winner: a search that wants a fresh study then begins another."""
-        self._study.set_user_attr(_FINISHED, {**decision, "at": time.time()})
+        self._note(FINISHED, {**decision, "at": time.time()})
+
+    def _note(self, key: str, value: Mapping[str, Any]) -> None:
+        """A note about what is decided: no reason to lose that."""
+        try:
+            self._study.set_user_attr(key, value)
+        except Exception as error:  # noqa: BLE001 - of whatever database
+            warnings.warn(f"{failure(error) or error}: {key!r} was not noted", stacklevel=2)
 
     @property
     def study(self) -> optuna.Study:
@@ -308,21 +288,17 @@ class Record:
 
     def _give_up(self, number: int, status: str, reason: str) -> bool:
         """Fail a trial without a result; whether it was still unfinished."""
-        storage = self._study._storage
-        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
         found = {"status": status, "reason": reason, "prepare_seconds": 0.0}
         try:
-            storage.set_trial_user_attr(trial_id, "outcome", found)
+            self._study._storage.set_trial_user_attr(self._id(number), "outcome", found)
             self._study.tell(number, state=TrialState.FAIL)
         except (RuntimeError, ValueError):
             return False  # another worker was faster
         return True
 
-
-def study_name(prefix: str, problem: str, facts: Mapping[str, Any]) -> str:
-    """A study's name: prefix, problem, and a digest of what its times depend on."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{prefix}/{problem}/{digest}"
+    def _id(self, number: int) -> int:
+        study = self._study
+        return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
 
 
 def _status(trial: FrozenTrial) -> str:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import random
 import time
 import warnings
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import optuna
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
+from optuna.storages.journal._storage import JournalStorageReplayResult
 
 from flashmoe import cache, database
 
 _FORMS = "a path of a journal file, a database URL (DIALECT://...), or grpc://HOST:PORT"
 # Workers that start together may create the tables together; all but one then fail.
 _ATTEMPTS = 5
+# How long a worker waits for others that write to an SQLite file: a backup takes that long, too.
+_LOCKED_SECONDS = 60.0
 
 
-class StorageError(ValueError):
+class StorageError(Exception):
     """A storage that cannot be used; the message names it, without its password, and says why."""
 
 
@@ -54,10 +62,48 @@ def shown(text: str) -> str:
     return f"{scheme}://{hidden}{at}{place}"
 
 
+def failure(error: Exception) -> str:
+    """Why a database failed, in one line; empty for any other error."""
+    told = _of_driver(error)
+    return f"the storage of the trials failed: {told}" if told else ""
+
+
+def _of_driver(error: Exception) -> str:
+    """What the driver of a database said, where Optuna only guesses; empty without one."""
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+    return str(getattr(cause, "orig", "")).partition("\n")[0]
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, which names itself where it cannot be read or written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), lock_obj=_Lock(path))
+        self._path = path
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        with self._named("read"):
+            yield from super().read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self._named("written"):
+            super().append_logs(logs)
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self._path} cannot be {what}: {error.strerror}") from error
+        except ValueError as error:
+            why = f"{self._path} is damaged ({error}); the next run sets that aside"
+            raise StorageError(why) from error
+
+
 class _Lock(BaseJournalFileLock):
     """A lock that the operating system releases when its holder dies; Optuna's own would keep the
-    next process waiting for 30 s. A record that a dying process left half written is cut off, which
-    Optuna would otherwise join with the next one."""
+    next process waiting for 30 s. A record that a dying process or a full disk left half written is
+    cut off, which Optuna would otherwise join with the next one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -91,21 +137,45 @@ def _cut_partial_record(path: Path) -> None:
 def _journal(path: Path) -> BaseStorage:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _open_journal(path)
+        journal = _Journal(path)
+        # Whatever will write must be able to, and nobody writes meanwhile.
+        with get_lock_file(_Lock(path)):
+            _set_damage_aside(path)
+        return JournalStorage(journal)
     except OSError as error:
-        raise StorageError(f"--storage must be {_FORMS}, got {str(path)!r}: {error}") from None
-    except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
+        raise StorageError(
+            f"--storage must be {_FORMS}, got {str(path)!r}: {error.strerror}"
+        ) from None
+
+
+def _set_damage_aside(path: Path) -> None:
+    """Where a record cannot be understood, keep those before it: what follows may depend on it. The
+    whole file is set aside."""
+    content = path.read_bytes()
+    known = JournalStorageReplayResult("")
+    good = number = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            known.apply_logs([json.loads(line)])
+        except (ValueError, KeyError, TypeError, AssertionError, AttributeError) as error:
+            why = repr(error)
+            break
+        good, number = good + len(line), number + 1
+    else:
+        return
+    kept = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        kept.write_bytes(content[:good])
         aside = cache.set_aside(path)
-        warnings.warn(
-            f"{path} is damaged ({error!r}); it was set aside as {aside.name}",
-            database.DamagedDatabase,
-            stacklevel=3,
-        )
-        return _open_journal(path)
-
-
-def _open_journal(path: Path) -> BaseStorage:
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
+        kept.replace(path)
+    finally:
+        kept.unlink(missing_ok=True)
+    warnings.warn(
+        f"{path} is damaged from record {number + 1} on ({why}): it was set aside as "
+        f"{aside.name}, and the {number} records before that are kept",
+        database.DamagedDatabase,
+        stacklevel=4,
+    )
 
 
 def _grpc(text: str) -> BaseStorage:
@@ -125,15 +195,18 @@ def _grpc(text: str) -> BaseStorage:
 def _database(text: str) -> BaseStorage:
     import sqlalchemy
 
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if text.startswith("sqlite"):
+        options["connect_args"] = {"timeout": _LOCKED_SECONDS}
     for attempt in range(_ATTEMPTS):
         try:
-            return RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
+            return RDBStorage(text, engine_kwargs=options)
         except ImportError as error:
             raise StorageError(f"--storage {shown(text)} needs its driver: {error}") from None
         except sqlalchemy.exc.ArgumentError:
             raise StorageError(f"--storage must be {_FORMS}, got {shown(text)!r}") from None
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            reason = str(error).splitlines()[0]
+            reason = _of_driver(error) or str(error).splitlines()[0]
             if attempt + 1 == _ATTEMPTS:
                 raise StorageError(f"--storage {shown(text)} cannot be used: {reason}") from error
         time.sleep(random.uniform(0.1, 0.3) * (attempt + 1))

@@ -10,6 +10,7 @@ from flashmoe.autotune.candidate import Candidate, runs, searched_backends, spac
 from flashmoe.autotune.place import Options, Place
 from flashmoe.autotune.race import AnchorFailed
 from flashmoe.autotune.result import Result, Watch
+from flashmoe.autotune.storage import StorageError, failure
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.trials import TRIALS_REACHED, Search, best_so_far
 from flashmoe.autotune.tuning import Starved, Tuning, Unmeasurable, winners
@@ -20,6 +21,9 @@ _WORTH_STARTING = 2.0
 # What is kept back for second turns where there are several groups, and of the rest the share that
 # is divided by what a call of a problem costs.
 _KEPT_BACK, _BY_COST = 0.1, 0.25
+
+# Errors whose message says all that there is to say.
+_SAY_ALL = (AnchorFailed, Unmeasurable, NotImplementedError, StorageError)
 
 MakeBench = Callable[[Group], Bench]
 
@@ -174,9 +178,11 @@ def _tune_one(
         weight = sum(group.weights)
         raise _Interrupted(Result(group.main, "unmeasured", reason, weight=weight)) from None
     except Exception as error:  # noqa: BLE001 - one problem's, and others may do better
-        reason = str(error).strip().split("\n")[0]
-        if not isinstance(error, AnchorFailed | Unmeasurable | NotImplementedError):
-            reason = f"{type(error).__name__}: {reason}"
+        reason = failure(error)
+        if not reason:
+            reason = str(error).strip().split("\n")[0]
+            if not isinstance(error, _SAY_ALL):
+                reason = f"{type(error).__name__}: {reason}"
         return Result(
             group.main,
             "unmeasured",

@@ -21,10 +21,11 @@ from flashmoe.autotune.decide import MIN_ROUNDS, rounds_of, speedup
 from flashmoe.autotune.final import Final
 from flashmoe.autotune.place import FINGERPRINT_FIELDS, Options, Place
 from flashmoe.autotune.race import AnchorFailed
-from flashmoe.autotune.record import Record, open_study, study_name
+from flashmoe.autotune.record import Record
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.search import FINALISTS, search
 from flashmoe.autotune.space import Space
+from flashmoe.autotune.study import open_study, study_name
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.autotune.typical import Typical

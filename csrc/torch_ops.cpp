@@ -1,5 +1,5 @@
 // The binding: schemas, checks, allocation, stream, launch. The only file that includes torch, and
-// only its stable ABI, so one binary serves every torch from 2.10 on.
+// only its stable ABI, so one binary serves torch 2.10 to 2.13.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

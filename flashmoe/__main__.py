@@ -13,7 +13,7 @@ import flashmoe
 from flashmoe import _extension, database, explain
 from flashmoe.backends import BACKENDS, jit
 from flashmoe.device import arch, fingerprint
-from flashmoe.environment import print_anything
+from flashmoe.terminal import lenient
 
 
 def describe(device: torch.device) -> list[str]:
@@ -59,10 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     explain.add_arguments(
         commands.add_parser("explain", help="why a problem runs what it runs", allow_abbrev=False)
     )
-    given = parser.parse_args(arguments)
-    print_anything()
-    if given.command == "explain":
-        return _explain(parser, given)
+    with lenient():
+        given = parser.parse_args(arguments)
+        return _explain(parser, given) if given.command == "explain" else _describe()
+
+
+def _describe() -> int:
     info = _extension.load()
     cuda = f"CUDA {info.cuda_version} kernels for sm_{', sm_'.join(info.cuda_archs)}"
     print(f"flashmoe {flashmoe.__version__}, torch {torch.__version__}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import filelock
 
 from flashmoe.cache import cache_dir, make_folder, set_aside
 from flashmoe.device import slug
+from flashmoe.files import require_writable, write_whole
 from flashmoe.problem import Problem
 
 SCHEMA = 4
@@ -264,18 +264,16 @@ def _parsed_or_set_aside(path: Path) -> dict[str, Entry]:
 def update(path: Path, entries: Mapping[str, Entry], *, replace: bool = True) -> int:
     """Merge `entries` into the file: under a lock and atomically, so that concurrent tuners lose
     nothing and a reader never sees half a file. Without `replace`, what is there stays. Returns how
-    many entries were taken over. Raises OSError, and NewerDatabase for a file of a newer flashmoe.
-    """
+    many entries were taken over; none leave the file as it is. Raises OSError where it cannot be
+    written, and NewerDatabase for a file of a newer flashmoe."""
     make_folder(path.parent)
     with _lock(path):
         there = _parsed_or_set_aside(path)
         taken = {k: e for k, e in entries.items() if replace or k not in there}
-        temporary = path.with_suffix(f".tmp-{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text_of({**there, **taken}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        if taken:
+            write_whole(path, text_of({**there, **taken}))
+        else:
+            require_writable(path)
     return len(taken)
 
 

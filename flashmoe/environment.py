@@ -1,11 +1,9 @@
-"""What a process finds around it: environment variables, streams, and packages that tools need."""
+"""What a process finds around it: environment variables, and packages that tools need."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
-import sys
 
 # Modules that the tools need and attention does not, and the packages that bring them: those of the
 # extra `tune` (pyproject.toml).
@@ -21,13 +19,6 @@ TOOL_PACKAGES = {
 def variable(name: str, default: str = "") -> str:
     """The environment variable's value; `default` where it is unset or empty."""
     return os.environ.get(name) or default
-
-
-def print_anything() -> None:
-    """Escape on stdout what its encoding lacks (stderr does that anyway): a character that cannot
-    be printed is no reason to lose a run."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def missing_packages(*modules: str) -> str:

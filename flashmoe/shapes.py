@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flashmoe.files import require_writable, write_whole
 from flashmoe.problem import Problem
 
 SCHEMA = 1
@@ -36,7 +37,7 @@ def record_problems(path: str | os.PathLike[str]) -> Iterator[None]:
     once where the file cannot be written.
     """
     global recorder
-    _require_writable(Path(path))
+    require_writable(Path(path))
     outer, recorder = recorder, Counter()
     try:
         yield
@@ -47,15 +48,6 @@ def record_problems(path: str | os.PathLike[str]) -> Iterator[None]:
         write(Path(path), counts)
 
 
-def _require_writable(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("ab"):
-        pass
-    if new:
-        path.unlink()
-
-
 def write(path: Path, counts: Mapping[Problem, int]) -> None:
     """Problems with their counts, the most frequent first, as read() and --shapes take them."""
     rows = [
@@ -64,8 +56,7 @@ def write(path: Path, counts: Mapping[Problem, int]) -> None:
         if problem.flops  # what is empty runs no kernel
     ]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"schema": {SCHEMA}, "problems": [\n{lines}\n]}}\n', encoding="utf-8")
+    write_whole(path, f'{{"schema": {SCHEMA}, "problems": [\n{lines}\n]}}\n')
 
 
 def read(path: Path) -> list[tuple[Problem, float]]:
@@ -93,8 +84,11 @@ def _problem(row: Mapping[str, Any]) -> Problem:
 
 def _weight(row: Mapping[str, object]) -> float:
     weight = row.get("weight", 1)
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 < weight <= MAX_WEIGHT:
+    if (
+        not isinstance(weight, int | float)
+        or isinstance(weight, bool)
+        or not 0 < weight <= MAX_WEIGHT
+    ):
         raise ValueError(
             f"weight must be a positive number of at most {MAX_WEIGHT:g}, got {weight!r}"
         )

@@ -13,7 +13,7 @@ from flashmoe.ratchet.commands.common import PROGRAM
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import check_writable
 from flashmoe.ratchet.gate import EXIT_BAD_INPUT
-from flashmoe.ratchet.terminal import lenient
+from flashmoe.terminal import lenient
 
 COMMANDS = ("bench", "gate", "ab", "static", "selftest", "trend", "profile", "sota")
 INTERRUPTED = 130

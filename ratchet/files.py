@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flashmoe.files import require_writable, write_whole
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.results import Results
 from flashmoe.ratchet.schema import from_json, to_json
@@ -39,34 +39,23 @@ def save(results: Results, path: Path) -> None:
 
 
 def check_writable(*paths: Path) -> None:
-    """Raises UserError where `write_text` would, for want of a place: to be told before minutes of
-    measuring, not after them. Makes the folders, which it would make as well."""
+    """Raises UserError where `write_text` would, for want of a place."""
     for path in paths:
-        temporary = _temporary(path)
-        try:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            temporary.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        with _named(path):
+            require_writable(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Atomically. Raises UserError when the place cannot be written."""
-    temporary = _temporary(path)
+    with _named(path):
+        write_whole(path, text)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 

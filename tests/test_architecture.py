@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"environment"},
+            {"environment", "files", "terminal"},
             {"cache", "instruction_cache", "nvml", "problem", "reference", "stats", "tuned"},
             {"tiles", "timing"},
             {"quiet"},

@@ -39,7 +39,7 @@ CpuIsa detected_cpu_isa() {
 CpuIsa choose_cpu_isa() {
   const CpuIsa detected = detected_cpu_isa();
   const char* wanted = std::getenv("FLASHMOE_CPU_ISA");
-  if (wanted == nullptr) return detected;
+  if (wanted == nullptr || *wanted == '\0') return detected;
   std::string allowed;
   for (int isa = 0; isa <= static_cast<int>(detected); ++isa) {
     if (std::string(wanted) == ISA_NAMES[isa]) return static_cast<CpuIsa>(isa);

@@ -81,9 +81,9 @@ struct LegalSm90Tile {
   static_assert(TILE.wgmma_registers() <= TILE.entry_registers(), "registers at entry");
 };
 
-// P is 2^(S - maximum) in units of log 2, less this. In bfloat16 a row's sum then stays below 1 where
-// fewer than 2^16 keys weigh as much as the maximum's, and O finite whatever the values are; the
-// smallest values still survive. float16 does not reach so low, nor so high that it needed it.
+// P is 2^(S - maximum) in units of log 2, less this. In bfloat16 a row's sum then stays below 1
+// where fewer than 2^16 keys weigh as much as the maximum's, and O finite whatever the values are;
+// the smallest values still survive. float16 does not reach so low, nor so high that it needed it.
 constexpr float max_shift(bool bfloat16) { return bfloat16 ? 16.f : 0.f; }
 
 // Division of an int from 0 on by one above 0, by multiplication (Granlund and Montgomery, 1994).

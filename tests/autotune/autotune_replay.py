@@ -29,9 +29,10 @@ from optuna.storages import InMemoryStorage
 
 from flashmoe.autotune import final
 from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.record import Record, open_study
+from flashmoe.autotune.record import Record
 from flashmoe.autotune.search import FINALISTS, search
 from flashmoe.autotune.space import AXES, Space
+from flashmoe.autotune.study import open_study
 from flashmoe.problem import Problem
 from flashmoe.tiles import Arch, Tile
 from flashmoe.tiles import grid as tile_grid

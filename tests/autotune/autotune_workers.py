@@ -10,10 +10,11 @@ import traceback
 from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
 
 from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.record import Record, open_study
+from flashmoe.autotune.record import Record
 from flashmoe.autotune.search import search
 from flashmoe.autotune.space import Space
 from flashmoe.autotune.storage import open_storage
+from flashmoe.autotune.study import open_study
 from flashmoe.autotune.trials import Search
 from flashmoe.tiles import Tile
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,9 +31,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def autotune(*words: str) -> subprocess.CompletedProcess[str]:
+COMMAND = [sys.executable, "-m", "flashmoe.autotune"]
+
+
+def autotune(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flashmoe.autotune", *words], capture_output=True, text=True
+        [*COMMAND, *words], capture_output=True, text=True, env={**os.environ, **variables}
     )
 
 
@@ -71,7 +75,8 @@ def test_a_locale_without_utf_8_loses_no_run(home: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(folder / "cache"))
     done = autotune(*TINY, "--output", str(folder))
     assert done.returncode == 0, done.stderr
-    assert f"report: {home}/J\\udcc3\\udcbcrgen/report.html" in done.stdout
+    assert f"report: {home}/J??rgen/report.html" in done.stdout
+    assert "?s" in done.stdout
     assert "µs" in (folder / "report.html").read_text(encoding="utf-8")
     assert "tuned/" in (folder / "suggestions.md").read_text(encoding="utf-8")
     assert len(database.load(database.user_path(cpu_name()))) == 1
@@ -167,6 +172,33 @@ def test_bad_usage_is_one_line_and_code_2(
     assert not (home / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", math.inf),
+        ("weight", math.nan),
+        ("weight", True),
+        ("weight", "2"),
+        ("batch", True),
+        ("seqlen_q", 0),
+        ("head_dim", 16.0),
+        ("causal", "yes"),
+    ],
+)
+def test_shapes_that_are_no_problems_are_refused(
+    home: Path, name: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row: dict[str, object] = {"problem": PROBLEM.to_json(), "weight": 1}
+    row |= {name: value} if name == "weight" else {"problem": {**PROBLEM.to_json(), name: value}}
+    (home / "shapes.json").write_text(json.dumps({"schema": 1, "problems": [row]}))
+    assert main(["--device", "cpu", "--shapes", "shapes.json"]) == 2
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert line.startswith("flashmoe.autotune: error: --shapes: shapes.json is no file of problems")
+    assert name in line
+    assert repr(value) in line
+
+
 def test_bad_usage_as_a_process(home: Path) -> None:
     done = autotune("--batch", "none")
     assert (done.returncode, done.stdout) == (2, "")
@@ -187,33 +219,58 @@ def test_nothing_measured_is_code_1(home: Path) -> None:
     assert not (home / "tuning" / "suggestions.md").exists()
 
 
-def test_a_database_that_cannot_be_written_is_code_1_with_the_report(home: Path) -> None:
-    path = database.user_path(cpu_name())
-    path.with_suffix(".lock").mkdir(parents=True)
-    done = autotune(*TINY)
-    assert done.returncode == 1
-    assert PROBLEM.label in done.stdout
-    (warning,) = [line for line in done.stderr.splitlines() if "warning" in line]
-    assert f"{path} could not be written" in warning
-
-
-def test_a_database_that_cannot_be_read_is_code_1_at_once(home: Path) -> None:
-    path = database.user_path(cpu_name())
-    path.mkdir(parents=True)
-    done = autotune(*TINY)
-    assert (done.returncode, done.stdout) == (1, "")
+def _refused(home: Path, *words: str, **variables: str) -> str:
+    """What a run says that ends with code 2 before anything is measured."""
+    done = autotune(*TINY, *words, **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert not (home / "tuning" / "suggestions.md").exists()
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"flashmoe.autotune: error: {path} could not be read")
+    return line
 
 
-def test_a_cache_that_cannot_be_written_is_code_1_at_once_and_named(home: Path) -> None:
+@pytest.mark.parametrize("suffix", [".json", ".lock"])
+def test_a_database_that_cannot_be_written_is_told_before_measuring(
+    home: Path, suffix: str
+) -> None:
+    path = database.user_path(cpu_name())
+    path.with_suffix(suffix).mkdir(parents=True)
+    line = _refused(home)
+    assert line.startswith(f"flashmoe.autotune: error: {path} cannot be used (Is a directory)")
+    assert "FLASHMOE_CACHE_DIR" in line
+
+
+def test_the_database_of_a_newer_flashmoe_is_told_before_measuring(home: Path) -> None:
+    path = database.user_path(cpu_name())
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 99, "entries": {}}')
+    line = _refused(home)
+    assert f"{path} was written by a newer flashmoe" in line
+    assert "FLASHMOE_CACHE_DIR" in line
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_measuring(home: Path) -> None:
     (home / "cache").write_text("a file where the folder should be")
-    done = autotune(*TINY)
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
+    line = _refused(home)
     assert line.startswith(f"flashmoe.autotune: error: {home / 'cache'} cannot be written")
     assert "set FLASHMOE_CACHE_DIR" in line
     assert "--storage" not in line
+
+
+def test_without_a_home_the_cache_is_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor an entry for the user in the password database."""
+    for name in ("FLASHMOE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (home / "sitecustomize.py").write_text("import os; os.getuid = lambda: 2**31 - 7")
+    line = _refused(home, PYTHONPATH=str(home))
+    assert "set FLASHMOE_CACHE_DIR" in line
+
+
+@pytest.mark.parametrize("name", ["suggestions.md", "report.html"])
+def test_a_report_that_cannot_be_written_is_told_before_measuring(home: Path, name: str) -> None:
+    (home / "elsewhere" / name).mkdir(parents=True)
+    line = _refused(home, "--output", "elsewhere")
+    assert "--output must be a folder that can be written, got 'elsewhere'" in line
+    assert f"{name}: Is a directory" in line
 
 
 def test_help_documents_defaults_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

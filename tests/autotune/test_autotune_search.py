@@ -6,9 +6,10 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.race import AnchorFailed
-from flashmoe.autotune.record import Record, open_study
+from flashmoe.autotune.record import Record
 from flashmoe.autotune.search import CONTENDERS, search
 from flashmoe.autotune.space import Space
+from flashmoe.autotune.study import open_study
 from flashmoe.autotune.trials import Search, Trial
 from flashmoe.autotune.typical import Typical
 from flashmoe.tiles import Tile, grid

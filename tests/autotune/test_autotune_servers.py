@@ -21,8 +21,9 @@ from autotune_simulated import GRID, SimulatedBench, bowl
 from autotune_workers import BEST, SPACE, WIDE, Turns, finished, in_process, run
 from support import missing
 
-from flashmoe.autotune.record import Record, open_study
+from flashmoe.autotune.record import Record
 from flashmoe.autotune.storage import StorageError, open_storage
+from flashmoe.autotune.study import open_study
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed")
 

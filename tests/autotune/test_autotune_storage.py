@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
+import sqlite3
 import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
 from autotune_workers import BEST, SPACE, finished, in_process, run
-from optuna.storages import InMemoryStorage
+from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
 from flashmoe import database
 from flashmoe.autotune import identity
-from flashmoe.autotune.record import LOST, Outcome, Record, open_study, study_name
-from flashmoe.autotune.storage import StorageError, open_storage, shown
+from flashmoe.autotune.record import LOST, Outcome, Record
+from flashmoe.autotune.storage import StorageError, failure, open_storage, shown
+from flashmoe.autotune.study import open_study, study_name
 from flashmoe.tiles import Tile
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed")
@@ -99,6 +104,118 @@ def test_a_record_that_was_half_written_is_cut_off(tmp_path: Path) -> None:
     run(str(path), SimulatedBench(bowl(BEST)), trials=4)
     assert path.read_text().startswith(before)
     assert len(finished(str(path))) == 4
+
+
+@pytest.mark.parametrize("record", ["not json\n", '{"op_code": 99}\n', "[]\n", "\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_records_before_the_damage_are_kept(tmp_path: Path, record: str, last: bool) -> None:
+    path = tmp_path / "x.journal"
+    run(str(path), SimulatedBench(bowl(BEST)), trials=3)
+    before, size = finished(str(path)), path.stat().st_size
+    text = path.read_text() + record + ("" if last else '{"op_code": 0}\n')
+    path.write_text(text)
+    with pytest.warns(database.DamagedDatabase, match=f"{path} is damaged from record") as told:
+        open_storage(str(path))
+    (aside,) = tmp_path.glob("x.journal.damaged-*")
+    assert aside.name in str(told[0].message)
+    assert aside.read_text() == text
+    assert path.stat().st_size == size
+    run(str(path), SimulatedBench(bowl(BEST)), trials=4)
+    assert finished(str(path))[:3] == before
+    assert len(finished(str(path))) == 4
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_damage_that_appears_in_mid_run_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    study = open_study(open_storage(str(path)), "study", {})
+    with path.open("a") as file:
+        file.write("not json\n")
+    with pytest.raises(StorageError, match=f"{path} is damaged .* the next run sets that aside"):
+        study.ask()
+
+
+def test_a_full_disk_is_named_and_loses_no_finished_trial(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    run(str(path), SimulatedBench(bowl(BEST)), trials=3)
+    before, told = finished(str(path)), tmp_path / "told"
+    pid = os.fork()
+    if pid == 0:
+        limit = path.stat().st_size + 5000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            run(str(path), SimulatedBench(bowl(BEST)))
+        except StorageError as error:
+            told.write_text(str(error))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert told.read_text() == f"{path} cannot be written: File too large"
+    now = finished(str(path))
+    assert now[:3] == before
+    assert {file.name for file in tmp_path.iterdir()} == {"x.journal", "x.journal.lock", "told"}
+    again = run(str(path), SimulatedBench(bowl(BEST)))
+    assert {trial.tile for trial in again.trials} == set(GRID)
+    assert finished(str(path))[: len(now)] == now
+
+
+def test_what_a_dead_process_had_told_is_its_trials_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = str(tmp_path / "x.journal")
+    samples = (1.5, 1.6, 1.4)
+    outcomes = [
+        Outcome(GRID[0], "ok", "", samples, samples, 1.0),
+        Outcome(GRID[1], "ok", "", samples, samples, 1.25, pruned=True),
+        Outcome(GRID[2], "wrong", "off by 1"),
+    ]
+    record = Record(open_study(open_storage(where), "study", {}), SPACE)
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(Record, "_conclude", lambda *_: None)
+        mine = Record(open_study(open_storage(where), "study", {}), SPACE)
+        mine.use("brute", [outcome.tile for outcome in outcomes], 0)
+        for outcome in outcomes:
+            asked = mine.ask()
+            assert asked is not None
+            mine.tell(asked[1], outcome)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert not record.outcomes()
+    assert record.fail_dead() == 3
+    assert record.outcomes() == outcomes
+    states = [trial.state for trial in record.study.trials]
+    assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+
+
+def test_a_decision_is_not_lost_for_a_note_about_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    record = Record(open_study(open_storage(str(path)), "study", {}), SPACE)
+    path.unlink()
+    for note in (lambda: record.finish({}), lambda: record.reject(BEST, "wrong", "off by 1")):
+        with pytest.warns(UserWarning, match=f"{path} cannot be written: No such file"):
+            note()
+
+
+def test_a_locked_sqlite_file_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f"sqlite:///{tmp_path / 'x.sqlite'}"
+    patient = open_storage(where)
+    assert isinstance(patient, RDBStorage)
+    with patient.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000  # in ms
+    monkeypatch.setattr("flashmoe.autotune.storage._LOCKED_SECONDS", 0.01)
+    study = open_study(open_storage(where), "study", {})
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(optuna.exceptions.StorageInternalError) as caught:
+            study.ask()
+        assert failure(caught.value) == "the storage of the trials failed: database is locked"
+        with pytest.raises(StorageError, match=f"--storage {where} cannot be used: .*is locked"):
+            open_storage(where)
+        other.rollback()
+    assert study.ask().number == 0
 
 
 def test_a_damaged_journal_is_set_aside_and_named(tmp_path: Path) -> None:
