@@ -324,7 +324,7 @@ def main() -> None:
             "failures": failures,
             "rows": found,
         }
-        arguments.output.write_text(json.dumps(document) + "\n")
+        arguments.output.write_text(json.dumps(document) + "\n", encoding="utf-8")
     if failures:
         raise SystemExit(1)
 
