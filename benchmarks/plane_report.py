@@ -54,7 +54,7 @@ class Choice(NamedTuple):
 
 
 def listed() -> dict[str, list[str]]:
-    """The kernels in csrc/instances by "kernel@head_dim", in the order of the lists."""
+    """The forward kernels in csrc/instances by "kernel@head_dim", in the order of the lists."""
     spec = importlib.util.spec_from_file_location("build_config", ROOT / "csrc" / "build_config.py")
     assert spec is not None
     assert spec.loader is not None
@@ -62,6 +62,8 @@ def listed() -> dict[str, list[str]]:
     spec.loader.exec_module(config)
     found: dict[str, list[str]] = {}
     for instance in config.instances():
+        if instance.kernel.endswith("_bwd"):
+            continue
         fields = instance.to_json()
         head_dim = fields.pop("head_dim")
         flags = {name for name in fields if isinstance(getattr(Tile("sm90", 64, 64), name), bool)}
