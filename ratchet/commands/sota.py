@@ -35,6 +35,14 @@ DESCRIPTION = """Measure flashmoe and every other implementation found (SDPA's f
 FlexAttention, flash-attn 2, 3 and 4, xFormers, FlashInfer) in the same process, interleaved, and
 write a document with tables, figures, raw samples and the command that repeats it."""
 EPILOG = "Exit codes: 0 done; 2 bad usage, or a damaged file."
+UNTUNED = """
+## Untuned, over the plane
+
+The choice that a fresh install makes without a compiler, on 200 random problems that its predictor
+had not seen ([untuned.md](untuned.md) has the method and the figures):
+
+![the untuned choice over 200 random problems]({picture})
+"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +88,10 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     for title, text in drawn.items():
         write_text(folder / f"{name}-{title}.svg", svg.document(text))
     text = document(comparison, [f"{folder.name}/{name}-{title}.svg" for title in drawn])
+    # Drawn by benchmarks/plane_report.py: a document that is written anew keeps it.
+    plane = folder / f"{name}-plane.svg"
+    if plane.exists():
+        text += UNTUNED.format(picture=plane.relative_to(arguments.output.parent))
     write_text(arguments.output, text)
     print(text)
     return 0

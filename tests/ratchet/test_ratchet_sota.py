@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -149,6 +150,9 @@ def test_the_committed_document_is_what_its_data_give(
     committed = ROOT / "docs"
     document = tmp_path / "performance.md"
     monkeypatch.setattr("flashmoe.ratchet.commands.sota.compare", lambda *_: pytest.fail("it runs"))
+    plane = "performance/nvidia-h200-plane.svg"  # of another command
+    (tmp_path / plane).parent.mkdir()
+    shutil.copy(committed / plane, tmp_path / plane)
     for data in (committed / "performance").glob("*.json"):
         assert cli.main(["sota", "--from", str(data), "--output", str(document)]) == 0
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
