@@ -10,7 +10,7 @@ import flashmoe
 import flashmoe.autotune
 import flashmoe.ratchet
 from flashmoe._extension import KERNEL_SOURCES
-from flashmoe.reference import attention_reference
+from flashmoe.measure.reference import attention_reference
 
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):

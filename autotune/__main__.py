@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from flashmoe.environment import TOOL_PACKAGES, missing_packages
+from flashmoe.machine.environment import TOOL_PACKAGES, missing_packages
 
 # As in exits.py, which needs the packages.
 BAD_USAGE, INTERRUPTED = 2, 130

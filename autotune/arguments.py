@@ -11,7 +11,7 @@ import torch
 
 from flashmoe.autotune.sampler import SAMPLERS
 from flashmoe.autotune.suite import DEFAULTS
-from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 
 PROG = "flashmoe.autotune"
 PROBLEM_OPTIONS = (

@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashmoe import timing
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.check import Inputs, ragged_inputs, timed_inputs
 from flashmoe.backends import BACKENDS
-from flashmoe.problem import Problem
-from flashmoe.quiet import measure_quietly
-from flashmoe.timing import Measurement
+from flashmoe.measure import timing
+from flashmoe.measure.quiet import measure_quietly
+from flashmoe.measure.timing import Measurement
+from flashmoe.spec.problem import Problem
 
 
 class Runner(Protocol):
@@ -45,7 +45,7 @@ class Runner(Protocol):
         max_seconds: float | None = None,
         before_sample: Callable[[str], None] | None = None,
     ) -> dict[str, Measurement]:
-        """Interleaved samples by name, as flashmoe.quiet.measure_quietly takes them."""
+        """Interleaved samples by name, as flashmoe.measure.quiet.measure_quietly takes them."""
         ...
 
 

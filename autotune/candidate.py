@@ -11,9 +11,9 @@ import torch
 
 from flashmoe.backends import BACKENDS
 from flashmoe.backends.base import Enumerates
-from flashmoe.device import arch
-from flashmoe.plan import Plan, heuristic, why_not
-from flashmoe.problem import Problem
+from flashmoe.machine.device import arch
+from flashmoe.planning.plan import Plan, heuristic, why_not
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashmoe.problem import Problem
-from flashmoe.reference import attention_reference, error_bound
+from flashmoe.measure.reference import attention_reference, error_bound
+from flashmoe.spec.problem import Problem
 
 # forward(q, k, v) -> out and softmax_lse (None where a backend does not tell it).
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]

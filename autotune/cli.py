@@ -11,8 +11,8 @@ from typing import TextIO
 from flashmoe.autotune import command_apply, command_show, command_tune
 from flashmoe.autotune.arguments import PROG, UsageError
 from flashmoe.autotune.exits import BAD_USAGE, INTERRUPTED, NOTHING_MEASURED, warn
-from flashmoe.cache import NoCacheFolder
-from flashmoe.terminal import lenient
+from flashmoe.machine.cache import NoCacheFolder
+from flashmoe.machine.terminal import lenient
 
 # Without one of these words, the problem named by the options is tuned.
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -6,11 +6,12 @@ import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flashmoe import database, device
 from flashmoe.autotune import instances
 from flashmoe.autotune.arguments import PROG, Parser, UsageError
 from flashmoe.autotune.arguments import device as parse_device
 from flashmoe.autotune.exits import DONE
+from flashmoe.machine import device
+from flashmoe.planning import database
 from flashmoe.tiles import Tile
 
 # Where the tiles of a kernel are added; sm90.txt is generated from its list.

@@ -10,11 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flashmoe import database, device
 from flashmoe.autotune.arguments import PROG, Parser, UsageError
 from flashmoe.autotune.arguments import device as parse_device
 from flashmoe.autotune.exits import DONE
 from flashmoe.autotune.report import duration
+from flashmoe.machine import device
+from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.planning import database
 
 _WIDTH = 200
 
@@ -41,7 +43,7 @@ def show(words: Sequence[str]) -> int:
     for column in ("problem", "bucket", "runs", "runner-up", "time", "over default", "over SDPA"):
         table.add_column(column, overflow="fold")
     table.add_column("from")
-    kernels = [device.kernel_hash(kind) for kind in ("cpu", "cuda")]
+    kernels = [kernel_hash(kind) for kind in ("cpu", "cuda")]
     for source, entry in rows:
         table.add_row(
             entry.problem.label,

@@ -15,7 +15,7 @@ import torch
 from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
-from flashmoe import api, cache, database, device, files, shapes
+from flashmoe import api
 from flashmoe.autotune import arguments, dry_run, helper, report, report_html, storage
 from flashmoe.autotune.arguments import PROBLEM_OPTIONS, PROG, UsageError
 from flashmoe.autotune.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
@@ -27,9 +27,13 @@ from flashmoe.autotune.result import Result
 from flashmoe.autotune.suite import Group, default_suite, grouped, named_problem
 from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
-from flashmoe.environment import variable
-from flashmoe.problem import Problem
-from flashmoe.timing import Limits, measure_limits
+from flashmoe.machine import cache, files
+from flashmoe.machine.environment import variable
+from flashmoe.measure.fingerprint import Fingerprint, fingerprint
+from flashmoe.measure.timing import Limits, measure_limits
+from flashmoe.planning import database
+from flashmoe.spec import shapes
+from flashmoe.spec.problem import Problem
 
 # Wide enough that no row of the table folds; used where nobody's terminal decides.
 _REPORT_WIDTH = 160
@@ -66,7 +70,7 @@ def run(words: Sequence[str]) -> int:
         if variable(name):
             warn(f"{name} is set and overrides what is tuned here")
 
-    here = device.fingerprint(target)
+    here = fingerprint(target)
     path = database.user_path(here.device)
     where = args.storage or str(storage.journal_path(here.device))
     opened = _storage(where) if args.storage else None
@@ -184,7 +188,7 @@ def _storage(where: str) -> BaseStorage:
 
 
 def _place(
-    target: torch.device, here: device.Fingerprint, path: Path, studies: BaseStorage, name: str
+    target: torch.device, here: Fingerprint, path: Path, studies: BaseStorage, name: str
 ) -> Place:
     shipped, mine = _load(database.shipped_path(here.device)), _load(path)
     # As plans see it: what was judged with other kernels is not in place, and is tried like what
@@ -273,7 +277,7 @@ def _load(path: Path) -> dict[str, database.Entry]:
         raise RuntimeError(f"{path} could not be read: {error.strerror}") from error
 
 
-def _store(path: Path, result: Result, here: device.Fingerprint, command: str) -> bool:
+def _store(path: Path, result: Result, here: Fingerprint, command: str) -> bool:
     try:
         database.update(path, {result.problem.bucket: result.entry(here, command)})
     except OSError as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.process import START_PATIENCE, Child, ChildFailed
 from flashmoe.autotune.typical import Typical
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 # How often to look at them while waiting.
 _TURN_SECONDS = 0.01

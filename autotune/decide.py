@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flashmoe.autotune.candidate import SDPA, Candidate
-from flashmoe.stats import Interval, Processes, ratio_by_process
+from flashmoe.measure.stats import Interval, Processes, ratio_by_process
 
 # The name under which the default is timed a second time in every round.
 AGAIN = "default again"

@@ -26,8 +26,8 @@ from flashmoe.autotune.suite import Group
 from flashmoe.autotune.typical import Typical
 from flashmoe.backends import BACKENDS
 from flashmoe.backends.base import Precompiles
-from flashmoe.problem import Problem
-from flashmoe.timing import Measurement
+from flashmoe.measure.timing import Measurement
+from flashmoe.spec.problem import Problem
 
 # Each imports torch, and takes memory; more than so many are never all at work.
 _MOST_COMPILERS = 32

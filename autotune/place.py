@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from flashmoe.database import Entry
-from flashmoe.device import Fingerprint
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.planning.database import Entry
 
 # A stored result holds while these agree, and trials share a study; the rest of the fingerprint is
 # for the reader.

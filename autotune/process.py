@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from flashmoe.timing import DeviceLost
+from flashmoe.measure.timing import DeviceLost
 
 # Starting a process with torch, and computing a reference, may take so long on a slow machine.
 START_PATIENCE = 300.0

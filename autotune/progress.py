@@ -14,7 +14,7 @@ from rich.text import Text
 from flashmoe.autotune.report import outcome
 from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.trials import Trial, best_so_far
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 
 def counts(trials: Sequence[Trial]) -> str:

@@ -8,8 +8,8 @@ from itertools import chain
 from flashmoe.autotune.bench import Bench
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.typical import Typical
-from flashmoe.stats import Interval, ratio_by_process
-from flashmoe.timing import Measurement
+from flashmoe.measure.stats import Interval, ratio_by_process
+from flashmoe.measure.timing import Measurement
 
 _ANCHOR = "anchor"
 

@@ -28,7 +28,7 @@ from flashmoe.tiles import Tile
 
 # Before the name of a tile, a study's attribute: it was told as right, and is not.
 _REJECTED = "rejected "
-# A trial's status beside those of flashmoe.timing: it was given up without a result.
+# A trial's status beside those of flashmoe.measure.timing: it was given up without a result.
 LOST, DUPLICATE, UNTRIED = "lost", "duplicate", "not tried"
 # A process that is alive names itself as the owner of its trial within this time.
 _NAMELESS_SECONDS = 30.0
@@ -39,9 +39,9 @@ _NO_RESULT = (LOST, DUPLICATE, UNTRIED)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a trial found: `status` and `reason` as in flashmoe.timing, seconds of the tile and of
-    the anchor, paired by round; `pruned` when it was clearly behind. `value` is the ratio of their
-    medians (None without samples), `prepare_seconds` what compiling and checking took."""
+    """What a trial found: `status` and `reason` as in flashmoe.measure.timing, seconds of the tile
+    and of the anchor, paired by round; `pruned` when it was clearly behind. `value` is the ratio
+    of their medians (None without samples), `prepare_seconds` what compiling and checking took."""
 
     tile: Tile
     status: str

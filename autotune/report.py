@@ -13,8 +13,8 @@ from flashmoe.autotune import instances
 from flashmoe.autotune.result import STATUSES, Result
 from flashmoe.autotune.sensitivity import steps
 from flashmoe.autotune.trials import Trial
-from flashmoe.device import Fingerprint
-from flashmoe.stats import Interval
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import Interval
 
 SCHEMA = 2
 

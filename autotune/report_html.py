@@ -12,9 +12,9 @@ from flashmoe.autotune.report import duration, outcome, ratio
 from flashmoe.autotune.result import Result
 from flashmoe.autotune.sensitivity import steps
 from flashmoe.autotune.trials import Trial
-from flashmoe.device import Fingerprint
-from flashmoe.stats import median_by_process
-from flashmoe.timing import Limits
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import median_by_process
+from flashmoe.measure.timing import Limits
 
 _STYLE = """
 :root{--page:#fff;--ink:#1c2430;--soft:#5b6675;--line:#d9dee5;--panel:#f6f8fa;--accent:#1f6fb5;

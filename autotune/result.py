@@ -11,10 +11,10 @@ from typing import Any
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.decide import AGAIN, Samples
 from flashmoe.autotune.trials import Search, Trial
-from flashmoe.database import DEFAULT, Entry
-from flashmoe.device import Fingerprint
-from flashmoe.problem import Problem
-from flashmoe.stats import Interval, ratio_by_process
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import Interval, ratio_by_process
+from flashmoe.planning.database import DEFAULT, Entry
+from flashmoe.spec.problem import Problem
 
 # Statuses of a result, in words for the report.
 STATUSES = {

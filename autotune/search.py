@@ -18,8 +18,8 @@ from flashmoe.autotune.record import Outcome, Record
 from flashmoe.autotune.space import Space
 from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.autotune.typical import Typical
+from flashmoe.measure.timing import Measurement
 from flashmoe.tiles import Tile
-from flashmoe.timing import Measurement
 
 # Candidates timed together; between batches the sampler learns.
 BATCH = 6

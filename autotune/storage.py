@@ -19,7 +19,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
 from optuna.storages.journal._storage import JournalStorageReplayResult
 
-from flashmoe import cache, database
+from flashmoe.machine import cache
+from flashmoe.planning import database
 
 _FORMS = "a path of a journal file, a database URL (DIALECT://...), or grpc://HOST:PORT"
 # Workers that start together may create the tables together; all but one then fail.

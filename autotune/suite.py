@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)

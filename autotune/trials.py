@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flashmoe.autotune.candidate import Candidate
-from flashmoe.stats import Interval
+from flashmoe.measure.stats import Interval
 from flashmoe.tiles import Tile
 
 # Why a search ended; others are in words only.
@@ -15,8 +15,8 @@ BUDGET_REACHED, TRIALS_REACHED = "--budget reached", "--trials reached"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What became of one tile: status as in flashmoe.timing, its time over the anchor's when
-    ok, the reason when not; `pruned` when a first look showed it clearly behind."""
+    """What became of one tile: status as in flashmoe.measure.timing, its time over the anchor's
+    when ok, the reason when not; `pruned` when a first look showed it clearly behind."""
 
     tile: Tile
     status: str

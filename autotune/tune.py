@@ -14,7 +14,7 @@ from flashmoe.autotune.storage import StorageError, failure
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.trials import TRIALS_REACHED, Search, best_so_far
 from flashmoe.autotune.tuning import Starved, Tuning, Unmeasurable, winners
-from flashmoe.database import Entry, nearest
+from flashmoe.planning.database import Entry, nearest
 
 # A second turn is worth its while with so many times what it takes besides its search.
 _WORTH_STARTING = 2.0

@@ -30,11 +30,11 @@ from flashmoe.autotune.suite import Group
 from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.autotune.typical import Typical
 from flashmoe.backends import BACKENDS
-from flashmoe.database import Entry, nearest
-from flashmoe.device import arch
-from flashmoe.stats import Interval, median_by_process
+from flashmoe.machine.device import arch
+from flashmoe.measure.stats import Interval, median_by_process
+from flashmoe.measure.timing import HOW, Measurement
+from flashmoe.planning.database import Entry, nearest
 from flashmoe.tiles import Tile
-from flashmoe.timing import HOW, Measurement
 
 # Of a problem's time, the largest share that is left to the final.
 _FINAL_SHARE = 0.35

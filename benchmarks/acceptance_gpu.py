@@ -3,7 +3,8 @@
     python benchmarks/acceptance_gpu.py --output benchmarks/results/DEVICE.json
 
 Prints a table and writes raw samples with the fingerprint and the limits measured beside them. A
-comparison is interleaved in one process (flashmoe.timing); ratios above 1 mean ours is faster.
+comparison is interleaved in one process (flashmoe.measure.timing); ratios above 1 mean ours is
+faster.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import flashmoe
 from flashmoe import _extension, flash_attn_func
 from flashmoe.backends.sdpa import torch_sdpa
-from flashmoe.device import fingerprint
-from flashmoe.ops import problem_of
-from flashmoe.stats import median_interval, paired_ratio
-from flashmoe.timing import Limits, measure, measure_limits
+from flashmoe.frontend.ops import problem_of
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.stats import median_interval, paired_ratio
+from flashmoe.measure.timing import Limits, measure, measure_limits
 
 Shape = tuple[int, int, int, int, bool]
 DEVICE = torch.device("cuda", 0)

@@ -17,9 +17,10 @@ import time
 import torch
 from suites import SHIPPED
 
-from flashmoe import make_plan, plan
+from flashmoe import make_plan
 from flashmoe.backends import BACKENDS
-from flashmoe.tiles import Arch
+from flashmoe.machine.device import Arch
+from flashmoe.planning import plan
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 

@@ -4,7 +4,7 @@
 
 Each candidate (the default tile, what the shipped database chose, SDPA) is timed right after itself
 and right after another one, with L2 flushed in between; then the same with the instruction caches
-evicted as well, which is how flashmoe.timing.measure times. Microseconds, medians; the share is
+evicted as well, which is how flashmoe.measure.timing measures. Microseconds, medians; the share is
 what the call after another one takes more.
 """
 
@@ -24,10 +24,12 @@ import torch
 from shipping import candidate_of
 from suites import SUITES
 
-from flashmoe import Problem, database, device
+from flashmoe import Problem
 from flashmoe.autotune.candidate import SDPA, Candidate, default_candidate, runs
 from flashmoe.backends import BACKENDS
-from flashmoe.timing import cuda_sampler
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.timing import cuda_sampler
+from flashmoe.planning import database
 
 DEVICE = torch.device("cuda", 0)
 
@@ -74,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    here = device.fingerprint(DEVICE)
+    here = fingerprint(DEVICE)
     shipped = database.load(database.shipped_path(here.device))
     document: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/instruction_cache.py", *sys.argv[1:]]),

@@ -8,9 +8,10 @@ that are not compiled in are compiled first, by all cores, unless FLASHMOE_CACHE
 
     FLASHMOE_COMPILER=nvcc FLASHMOE_CACHE_DIR=plane-cache python benchmarks/plane.py --compile-only
 
-Samples are interleaved and shuffled as flashmoe.timing takes them. All candidates are timed twice;
-those within 1.6 of the best then go on, and those within 1.1 of it once more, so that what is best
-is known from fresh samples. `--dry-run` goes through everything with invented times, on a CPU.
+Samples are interleaved and shuffled as flashmoe.measure.timing takes them. All candidates are timed
+twice; those within 1.6 of the best then go on, and those within 1.1 of it once more, so that what
+is best is known from fresh samples. `--dry-run` goes through everything with invented times, on a
+CPU.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ from plane_tiles import HOPPER, INSTANCES, Kernel, kernels_at, kernels_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashmoe import _extension, device, flash_attn_func
+from flashmoe import _extension, flash_attn_func
 from flashmoe.backends import BACKENDS, jit
-from flashmoe.problem import Problem
-from flashmoe.timing import cuda_sampler, measure_limits
+from flashmoe.machine import device
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.timing import cuda_sampler, measure_limits
+from flashmoe.spec.problem import Problem
 
 SCHEMA = 1
 # Rounds, and how far behind the best a candidate may be to take part in the next ones.
@@ -280,7 +283,7 @@ def main() -> int:
                         waiting[number] = triton.submit(_compile_triton, case.problem)
             limits = measure_limits(here, torch.bfloat16)
             head |= {
-                "fingerprint": device.fingerprint(here).to_json(),
+                "fingerprint": fingerprint(here).to_json(),
                 "matmul_flops": limits.matmul_flops,
                 "copy_bytes": limits.copy_bytes,
             }

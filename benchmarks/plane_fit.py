@@ -1,7 +1,7 @@
 """Fits each kernel's Costs to what plane.py measured, and tells how well they choose.
 
     python benchmarks/plane_fit.py benchmarks/results/plane-nvidia-h200.jsonl.xz \\
-        --output flashmoe/planning/nvidia-h200.json
+        --output flashmoe/prediction/nvidia-h200.json
 
 Every second random problem is held out: no constant has seen it. A kernel's constants begin from
 those that a linear formula of its tile's fields gives, which is fitted to all kernels' in turn, so
@@ -22,10 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from flashmoe.planning import kernels
-from flashmoe.planning.costs import Table, from_logs, to_logs
-from flashmoe.planning.predict import Costs, Work, microseconds
-from flashmoe.problem import Problem
+from flashmoe.prediction import kernels
+from flashmoe.prediction.costs import Table, from_logs, to_logs
+from flashmoe.prediction.predict import Costs, Work, microseconds
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 from flashmoe.tiles.sm80 import instance_head_dim
 

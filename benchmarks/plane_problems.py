@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from flashmoe.problem import MAX_HEAD_DIM, Problem
+from flashmoe.spec.problem import MAX_HEAD_DIM, Problem
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "hopper"))
 from rows import ROWS, UNEVEN

@@ -4,8 +4,8 @@
         --picture docs/performance/nvidia-h200-plane.svg
 
 The candidates are the tiles that csrc/instances lists and SDPA; the choice is the one that
-flashmoe.plan makes among their predicted times. It is compared with the fastest of them and of
-SDPA's backends, on the random problems that the fit did not see, and on the others.
+flashmoe.planning.plan makes among their predicted times. It is compared with the fastest of them
+and of SDPA's backends, on the random problems that the fit did not see, and on the others.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 from plane_fit import Row, load, work_of
 
-from flashmoe.planning import kernels
-from flashmoe.planning.costs import Table
-from flashmoe.planning.predict import fastest, microseconds
-from flashmoe.problem import Problem
+from flashmoe.prediction import kernels
+from flashmoe.prediction.costs import Table
+from flashmoe.prediction.predict import fastest, microseconds
 from flashmoe.ratchet import svg
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 ROOT = Path(__file__).resolve().parents[1]

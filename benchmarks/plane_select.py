@@ -24,8 +24,8 @@ from hopper.rows import ROWS
 from plane_fit import Row, load
 
 from flashmoe import _extension
-from flashmoe.planning.kernels import tile_name
-from flashmoe.problem import Problem
+from flashmoe.prediction.kernels import tile_name
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 # 48, 160 and 224 would save less than more tiles for the others do.

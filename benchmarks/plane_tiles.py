@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe import _extension
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 # An H200 (and an H100), as far as legality goes: to compile where there is none.
 HOPPER = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)

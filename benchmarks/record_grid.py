@@ -35,12 +35,15 @@ from typing import Any
 
 import torch
 
-from flashmoe import Problem, Tile, device, tiles
+from flashmoe import Problem, Tile, tiles
 from flashmoe.autotune.candidate import SDPA, Candidate, searched_backends
 from flashmoe.autotune.isolated import IsolatedBench, Processes
 from flashmoe.autotune.suite import Group
 from flashmoe.backends import BACKENDS, jit
-from flashmoe.tiles import Arch, sm90_head_dim
+from flashmoe.machine import device
+from flashmoe.machine.device import Arch
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.tiles import sm90_head_dim
 
 SCHEMA = 2
 ROUNDS = 32
@@ -254,7 +257,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], here: torch.device, comma
     """Whole problems first; the file is there in full or as it was."""
     data = {
         "schema": SCHEMA,
-        "fingerprint": device.fingerprint(here).to_json(),
+        "fingerprint": fingerprint(here).to_json(),
         "command": command,
         "problems": sorted(rows, key=lambda row: not row["complete"]),
     }

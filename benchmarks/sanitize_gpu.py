@@ -12,8 +12,8 @@ import torch
 
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
-from flashmoe.ops import problem_of
+from flashmoe.frontend.ops import problem_of
+from flashmoe.machine.device import arch
 
 DEVICE = torch.device("cuda", 0)
 # seqlen_q, seqlen_kv, causal

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from suites import SHIPPED
 
-from flashmoe import Problem, database
+from flashmoe import Problem
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.decide import MIN_GAIN
-from flashmoe.database import DEFAULT, SDPA, Entry
-from flashmoe.stats import Interval, ratio_by_process
+from flashmoe.measure.stats import Interval, ratio_by_process
+from flashmoe.planning import database
+from flashmoe.planning.database import DEFAULT, SDPA, Entry
 from flashmoe.tiles import Tile
 
 

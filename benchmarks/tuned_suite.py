@@ -37,13 +37,16 @@ import torch
 from shipping import candidate_of, read, ship, speedup
 from suites import SUITES
 
-from flashmoe import Problem, device, shapes
+from flashmoe import Problem
 from flashmoe.autotune.candidate import SDPA, Candidate, default_candidate, runs
 from flashmoe.autotune.decide import AGAIN
 from flashmoe.autotune.isolated import Processes
 from flashmoe.autotune.suite import Group
-from flashmoe.plan import make_plan, reload_databases
-from flashmoe.stats import Interval
+from flashmoe.machine import device
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.stats import Interval
+from flashmoe.planning.plan import make_plan, reload_databases
+from flashmoe.spec import shapes
 from flashmoe.tiles import Tile
 
 PROCESSES = 3
@@ -288,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     document = {
         "command": shlex.join(["python", "benchmarks/tuned_suite.py", *words]),
-        "fingerprint": device.fingerprint(here).to_json(),
+        "fingerprint": fingerprint(here).to_json(),
         **found,
     }
     args.output.write_text(json.dumps(document) + "\n", encoding="utf-8")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from flashmoe.api import flash_attn_func, scaled_dot_product_attention
-from flashmoe.plan import Plan, make_plan
-from flashmoe.problem import Problem
-from flashmoe.shapes import record_problems
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.planning.plan import Plan, make_plan
+from flashmoe.spec.problem import Problem
+from flashmoe.spec.shapes import record_problems
+from flashmoe.tiles import Tile
 
 __version__ = "0.1.0"
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 import flashmoe
-from flashmoe import _extension, database, explain
+from flashmoe import _extension
 from flashmoe.backends import BACKENDS, jit
-from flashmoe.device import arch, fingerprint
-from flashmoe.terminal import lenient
+from flashmoe.machine.device import arch
+from flashmoe.machine.terminal import lenient
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.planning import database, explain
 
 
 def describe(device: torch.device) -> list[str]:

@@ -13,13 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from flashmoe import ops, shapes
 from flashmoe.backends import BACKENDS
 from flashmoe.backends.sdpa import torch_sdpa
-from flashmoe.plan import make_plan, reload_databases
-from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.frontend import ops
+from flashmoe.frontend.validation import is_normal, validate, validate_tensors, validate_window
+from flashmoe.planning.plan import make_plan, reload_databases
+from flashmoe.spec import shapes
+from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
-from flashmoe.validation import is_normal, validate, validate_tensors, validate_window
 
 _Result = Tensor | tuple[Tensor, Tensor, None]
 _Call = Callable[[Tensor, Tensor, Tensor], _Result]

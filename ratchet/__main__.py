@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from flashmoe.environment import missing_packages
+from flashmoe.machine.environment import missing_packages
 
 BAD_INPUT = 2
 

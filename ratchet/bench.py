@@ -12,13 +12,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from flashmoe.device import Fingerprint
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.timing import HOW, Limits
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.processes import Answer, Process, Source, answers
 from flashmoe.ratchet.results import CaseResult, PlanUsed, Results, Series, Telemetry
 from flashmoe.ratchet.suite import Case
-from flashmoe.timing import HOW, Limits
 
 # A process's share of disturbed rounds (see `quiet`) from which another one is asked as well.
 _DISTURBED = 0.2

@@ -24,16 +24,12 @@ from flashmoe.ratchet.processes import Source
 from flashmoe.ratchet.programs import captured
 from flashmoe.ratchet.revision import git
 
-# The harness is this one, whatever the build's own was: all that times and judges. What attention
-# itself needs is no part of it, and stays the build's.
-_HARNESS = (
-    "ratchet",
-    "timing.py",
-    "instruction_cache.py",
-    "quiet.py",
-    "stats.py",
-    "reference.py",
-)
+# The harness is this one, whatever the build's own was: all that times and judges, and what that
+# needs. It lies beside the build under a name of its own, so that neither takes the other's modules
+# for its own, and calls what the package `flashmoe` itself exports.
+_HARNESS = "flashmoe_harness"
+ROOMS = ("ratchet", "measure", "spec", "machine")
+_OURS = re.compile(rf"\bflashmoe\.({'|'.join(ROOMS)})\b")
 _PACKAGE = Path(flashmoe.__file__).resolve().parent
 
 
@@ -77,8 +73,7 @@ def build(name: str, folder: Path, debug: bool = False) -> Path:
         _install(_export(commit_of(name), place / "source"), site, debug)
         shutil.rmtree(place / "source")
         (place / "built").touch()
-    for part in _HARNESS:
-        _overlay(_harness(part), site / "flashmoe" / part)
+    _copy_harness(site / _HARNESS)
     return site
 
 
@@ -96,7 +91,7 @@ def require_cuda(name: str, site: Path) -> None:
 def source(name: str, site: Path) -> Source:
     """Workers of a build, with no tuned plans but those it ships."""
     cache = site.parent / "cache"
-    worker = (sys.executable, "-m", "flashmoe.ratchet.worker")
+    worker = (sys.executable, "-m", f"{_HARNESS}.ratchet.worker")
     # What else the caller has on its path stays, from wherever the worker starts.
     others = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     environment = {
@@ -161,18 +156,13 @@ def _install(source: Path, site: Path, debug: bool) -> None:
         raise BuildError(f"{commit} does not build: {' / '.join(errors[:3])}")
 
 
-def _harness(name: str) -> Path:
-    """Where this installation has it; `ratchet` is beside the package where that is editable."""
-    if name == "ratchet":
-        return Path(__file__).resolve().parent
-    return _PACKAGE / name
-
-
-def _overlay(origin: Path, target: Path) -> None:
-    if origin == target:  # the ratchet that runs is this build's
-        return
-    if origin.is_dir():
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(origin, target, ignore=shutil.ignore_patterns("__pycache__"))
-    else:
-        shutil.copyfile(origin, target)
+def _copy_harness(target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    for room in ROOMS:
+        # `ratchet` is beside the package where that is editable.
+        origin = Path(__file__).resolve().parent if room == "ratchet" else _PACKAGE / room
+        for path in origin.rglob("*.py"):
+            copy = target / room / path.relative_to(origin)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text(encoding="utf-8")
+            copy.write_text(_OURS.sub(rf"{_HARNESS}.\1", text), encoding="utf-8")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from flashmoe.measure.timing import Limits
 from flashmoe.ratchet.providers import PROVIDERS
 from flashmoe.ratchet.sota import OURS, Compared
 from flashmoe.ratchet.svg import GRAY, picture
-from flashmoe.timing import Limits
 
 _NAMES = (OURS, *(provider.name for provider in PROVIDERS))
 # Distinct also for the colour-blind (Okabe and Ito), ours first.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flashmoe.files import require_writable, write_whole
+from flashmoe.machine.files import require_writable, write_whole
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.results import Results
 from flashmoe.ratchet.schema import from_json, to_json

@@ -55,12 +55,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flashmoe.measure.stats import Interval, factor
 from flashmoe.ratchet import integrity, stats, yardstick
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.results import CaseResult, Results
 from flashmoe.ratchet.thresholds import Thresholds, percent
 from flashmoe.ratchet.yardstick import Moved
-from flashmoe.stats import Interval, factor
 
 ALPHA = 0.005
 MIN_PROCESSES = 3

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashmoe.measure.stats import Interval
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.fields import get, positive
 from flashmoe.ratchet.integrity import COMPARED, FORMERLY, how_timed
 from flashmoe.ratchet.results import Results
-from flashmoe.stats import Interval
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import difflib
 
+from flashmoe.measure.timing import HOW
 from flashmoe.ratchet.results import CaseResult, Results
-from flashmoe.timing import HOW
 
 # Fields of a fingerprint that must agree. `kernels` is what is being tested; memory, SM count and
 # power limit follow from the device or show in SDPA's time as well.

@@ -108,7 +108,8 @@ def _run(
     tool: str, metrics: Sequence[str], case: str, source: Source, folder: Path | None
 ) -> subprocess.CompletedProcess[str]:
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
-    python = [source.command[0], "-m", "flashmoe.ratchet.profiled", case]
+    interpreter, option, worker = source.command
+    python = [interpreter, option, worker.removesuffix("worker") + "profiled", case]
     return captured(
         [tool, *options, "--metrics", ",".join(metrics), "--target-processes", "all", *python],
         folder=source.folder or folder,

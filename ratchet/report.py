@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flashmoe.device import Fingerprint
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import Interval
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.gate import (
     ALPHA,
@@ -20,7 +21,6 @@ from flashmoe.ratchet.gate import (
 )
 from flashmoe.ratchet.results import CaseResult, Results
 from flashmoe.ratchet.thresholds import Thresholds, percent
-from flashmoe.stats import Interval
 
 # What GitHub accepts in a comment.
 MAX_CHARACTERS = 65536

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flashmoe.device import Fingerprint
-from flashmoe.nvml import THROTTLING
+from flashmoe.machine.nvml import THROTTLING
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.timing import Limits
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.suite import Case
-from flashmoe.timing import Limits
 
 SIDES = ("ours", "sdpa")
 
@@ -28,7 +28,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class PlanUsed:
-    """What `flash_attn_func` ran: flashmoe.plan.Plan with its tile as text."""
+    """What `flash_attn_func` ran: flashmoe.planning.plan.Plan with its tile as text."""
 
     direction: str
     backend: str

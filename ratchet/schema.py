@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from flashmoe.device import Fingerprint
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.timing import STATUSES, Limits
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.fields import finite, get, is_finite, items, positive, shown
@@ -21,7 +22,6 @@ from flashmoe.ratchet.results import (
     Telemetry,
 )
 from flashmoe.ratchet.suite import Case, parse
-from flashmoe.timing import STATUSES, Limits
 
 SCHEMA = 2
 # Seconds: nothing that a clock can tell is shorter, and nobody waits longer.

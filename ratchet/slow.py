@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from flashmoe.timing import measure
+from flashmoe.measure.timing import measure
 
 _CYCLES = 1_000_000
 

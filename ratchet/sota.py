@@ -11,15 +11,15 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from flashmoe.device import Fingerprint
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.reference import error_bound
+from flashmoe.measure.stats import Interval, median_interval, paired_ratio
+from flashmoe.measure.timing import Limits, measure
 from flashmoe.ratchet import stats
 from flashmoe.ratchet.providers import PROVIDERS, Provider
 from flashmoe.ratchet.suite import Case, parse
 from flashmoe.ratchet.telemetry import Watch
 from flashmoe.ratchet.workload import Workload
-from flashmoe.reference import error_bound
-from flashmoe.stats import Interval, median_interval, paired_ratio
-from flashmoe.timing import Limits, measure
 
 OURS = "flashmoe"
 ALPHA = 0.05

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from flashmoe.stats import RESAMPLES, Array, Interval, factor, spread
+from flashmoe.measure.stats import RESAMPLES, Array, Interval, factor, spread
 
 Samples = Sequence[Sequence[float]]
 # Of one file: the samples of ours and of SDPA.

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from flashmoe.problem import DTYPE_BYTES, Problem
 from flashmoe.ratchet.errors import UserError
+from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
 NAME_FORM = "(fwd|fwdbwd)-bBATCH-hHEADS[kKV_HEADS]-sSEQLEN[xSEQLEN_KV]-dHEAD_DIM-DTYPE[-causal]"
 _NAME = re.compile(

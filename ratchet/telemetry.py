@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashmoe import nvml
+from flashmoe.machine import nvml
 
 
 class Watch:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashmoe.measure.stats import Interval
 from flashmoe.ratchet.history import Entry
 from flashmoe.ratchet.svg import Point
-from flashmoe.stats import Interval
 
 # A change has to be this many standard errors, and this large as a logarithm, to be one. (Every run
 # is a candidate, so the usual 2 would find one in every series.)

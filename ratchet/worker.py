@@ -20,15 +20,14 @@ from typing import Any
 import torch
 
 import flashmoe
-from flashmoe import device as devices
-from flashmoe.plan import make_plan
-from flashmoe.quiet import measure_quietly
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.quiet import measure_quietly
+from flashmoe.measure.timing import measure, measure_limits
 from flashmoe.ratchet.slow import delayed
 from flashmoe.ratchet.stats import rounds_wanted
 from flashmoe.ratchet.suite import Case, parse
 from flashmoe.ratchet.telemetry import Watch
 from flashmoe.ratchet.workload import Workload
-from flashmoe.timing import measure, measure_limits
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -69,7 +68,7 @@ def run(job: dict[str, Any], emit: Emit) -> None:
         {
             "event": "start",
             "package": str(Path(flashmoe.__file__).resolve().parent),
-            "fingerprint": devices.fingerprint(device).to_json(),
+            "fingerprint": fingerprint(device).to_json(),
             "limits": _limits(cases, device) if job["first"] else {},
         }
     )
@@ -199,7 +198,12 @@ def _answer(
 
 def _plans(case: Case, device: torch.device, options: Mapping[str, str]) -> list[dict[str, str]]:
     """What the calls run. The forward of a call that trains has to tell softmax_lse."""
-    made = [make_plan(p, device, **options, need_lse=case.backward) for p in case.problems]
+    # In the words of the build that is measured, which may be older than this harness.
+    problems = [flashmoe.Problem.from_json(problem.to_json()) for problem in case.problems]
+    made = [
+        flashmoe.make_plan(problem, device, **options, need_lse=case.backward)
+        for problem in problems
+    ]
     return [
         {
             "direction": problem.direction,
@@ -207,7 +211,7 @@ def _plans(case: Case, device: torch.device, options: Mapping[str, str]) -> list
             "tile": str(plan.tile or ""),
             "source": plan.source,
         }
-        for problem, plan in zip(case.problems, made, strict=True)
+        for problem, plan in zip(problems, made, strict=True)
     ]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import flashmoe
+from flashmoe.measure.reference import attention_reference, error_bound
 from flashmoe.ratchet.suite import Case
-from flashmoe.reference import attention_reference, error_bound
 
 # Torch's own, whatever torch.nn.functional calls so by now: users put ours there. Not by the
 # library's name for it, which older builds lack.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 import flashmoe
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
-from flashmoe.plan import make_plan
+from flashmoe.machine.device import arch
+from flashmoe.measure.stats import paired_ratio
+from flashmoe.measure.timing import measure
+from flashmoe.planning.plan import make_plan
 from flashmoe.ratchet.providers import Attend
 from flashmoe.ratchet.suite import Case
 from flashmoe.ratchet.workload import Workload
-from flashmoe.stats import paired_ratio
-from flashmoe.timing import measure
 
 # Of a Hopper kernel's thousands of tiles a cache may hold hundreds.
 _MOST_TILES = 24

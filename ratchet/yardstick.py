@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashmoe.measure.stats import Interval
 from flashmoe.ratchet.integrity import COMPARED
 from flashmoe.ratchet.results import Results
 from flashmoe.ratchet.stats import Change
 from flashmoe.ratchet.thresholds import Thresholds
-from flashmoe.stats import Interval
 
 _BEYOND = 0.75
 

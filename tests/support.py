@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashmoe.reference import attention_reference, error_bound
+from flashmoe.measure.reference import attention_reference, error_bound
 
 # How q, k and v lie in memory. All have a contiguous last dimension but `transposed_last`.
 LAYOUTS = ("contiguous", "heads_first", "packed", "padded", "unaligned")

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import Problem, Tile, flash_attn_func, validation
+from flashmoe import Problem, Tile, flash_attn_func
+from flashmoe.frontend import validation
 
 
 def qkv(**overrides: torch.Tensor) -> list[torch.Tensor]:

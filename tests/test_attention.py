@@ -17,10 +17,12 @@ from support import (
 )
 
 import flashmoe
-from flashmoe import Problem, Tile, database, flash_attn_func
+from flashmoe import Problem, Tile, flash_attn_func
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch, kernel_hash
-from flashmoe.plan import why_not
+from flashmoe.machine.device import arch
+from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.planning import database
+from flashmoe.planning.plan import why_not
 
 PROBLEM = Problem(1, 1, 1, 16, 16, 64, "bfloat16")
 FORWARD_BACKENDS = [name for name in BACKENDS if not why_not(name, PROBLEM, DEVICE)]
@@ -32,7 +34,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def runs(backend: str, q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
-    problem = flashmoe.ops.problem_of(q, k, causal)
+    problem = flashmoe.frontend.ops.problem_of(q, k, causal)
     return not why_not(backend, problem, q.device)
 
 
@@ -227,7 +229,7 @@ def test_a_single_query_sees_every_key_with_sdpa_too(how):
     if how == "compiled":
         f = torch.compile(f, fullgraph=True, backend="aot_eager")
     if how == "op":
-        out = flashmoe.ops.attention_without_lse(q, k, v, 32**-0.5, True, "sdpa", "")
+        out = flashmoe.frontend.ops.attention_without_lse(q, k, v, 32**-0.5, True, "sdpa", "")
     else:
         out = f(q, k, v)
     torch.testing.assert_close(out, flash_attn_func(q, k, v), rtol=1e-4, atol=1e-5)

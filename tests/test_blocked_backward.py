@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmoe import flash_attn_func
 from flashmoe.backends import BACKENDS
-from flashmoe.reference import attention_reference
+from flashmoe.measure.reference import attention_reference
 
 
 def backward(dout, q, k, v, softmax_scale, causal=False):

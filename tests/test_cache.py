@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pytest
 
-from flashmoe import cache
+from flashmoe.machine import cache
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")

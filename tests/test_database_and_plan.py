@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe import database
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch, fingerprint, slug
-from flashmoe.plan import Plan, make_plan, reload_databases, repeatable
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch, arch, slug
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.planning import database
+from flashmoe.planning.plan import Plan, make_plan, reload_databases, repeatable
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(1, 8, 8, 1024, 1024, 64, "float32")
@@ -207,7 +208,7 @@ def test_what_a_search_kept_is_the_default_of_today(user_database, monkeypatch):
     for today in (Tile("cpu", 16, 16), Tile("cpu", 32, 64)):
         monkeypatch.setattr(BACKENDS["cpu"], "default_tile", lambda *_, today=today: today)
         assert make_plan(PROBLEM, CPU) == Plan("cpu", today, "user database")
-    monkeypatch.setattr(flashmoe.plan, "_cpu_decodes", lambda _: True)
+    monkeypatch.setattr(flashmoe.planning.plan, "_cpu_decodes", lambda _: True)
     assert make_plan(PROBLEM, CPU).backend == "sdpa"
     assert make_plan(PROBLEM, CPU, need_lse=True).backend == "cpu"
     lse = dataclasses.replace(kept, default="sdpa", tile_with_lse="cpu:48x160")
@@ -338,7 +339,7 @@ def test_a_query_or_two_on_a_cpu_go_to_sdpa(user_database, changes, backend):
 def test_what_an_untuned_problem_tries_first_on_a_gpu(changes, first):
     ampere = Arch("cuda", "NVIDIA A100", (8, 0), 108, 166912)
     problem = dataclasses.replace(PROBLEM, **changes)
-    assert flashmoe.plan._preference(problem, ampere)[0] == first
+    assert flashmoe.planning.plan._preference(problem, ampere)[0] == first
 
 
 def test_slug():

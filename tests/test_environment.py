@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe import environment
+from flashmoe.machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 # As `python -c` where the modules BLOCKED cannot be imported.

@@ -6,10 +6,11 @@ import pytest
 import torch
 from test_main import run
 
-from flashmoe import _extension, database, explain, plan
+from flashmoe import _extension
 from flashmoe.backends import BACKENDS
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch
+from flashmoe.machine.device import Arch
+from flashmoe.planning import database, explain, plan
+from flashmoe.spec.problem import Problem
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 DEVICE = torch.device("cuda", 0)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from flashmoe import flash_attn_func
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
-from flashmoe.problem import Problem
-from flashmoe.reference import attention_reference
+from flashmoe.machine.device import arch
+from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.problem import Problem
 
 ON_GPU = DEVICE.type == "cuda"
 SEQLEN = 2048 if ON_GPU else 400

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import flashmoe
-from flashmoe import database, files, shapes
+from flashmoe.machine import files
+from flashmoe.planning import database
+from flashmoe.spec import shapes
 
 PROBLEM = flashmoe.Problem(1, 2, 2, 64, 64, 16, "float32")
 ENTRY = database.Entry(PROBLEM, "cpu", "cpu:64x64", "cpu:128x128", judged="x")

@@ -14,12 +14,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashmoe import _extension, database, plan
+from flashmoe import _extension
 from flashmoe.backends import BACKENDS, jit
 from flashmoe.backends import cuda as cuda_backend
 from flashmoe.backends.base import Default, first_default
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.planning import database, plan
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 A100 = Arch("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)

@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 
-from flashmoe import Problem, database, device
+from flashmoe import Problem
+from flashmoe.machine import device
+from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.planning import database
 
 
 def run(*arguments):
@@ -30,7 +33,7 @@ def test_says_what_is_available_and_why_the_rest_is_not():
 def test_says_how_many_tuned_problems_are_of_other_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
     problems = [Problem(1, 2, 2, seqlen, seqlen, 16, "float32") for seqlen in (8, 16, 32)]
-    judged = (device.kernel_hash("cpu"), "others", "others")
+    judged = (kernel_hash("cpu"), "others", "others")
     entries = {
         problem.bucket: database.Entry(problem, "default", "", "sdpa", judged=kernels)
         for problem, kernels in zip(problems, judged, strict=True)

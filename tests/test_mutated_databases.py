@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe import _extension, api, database, plan
+from flashmoe import _extension, api
 from flashmoe.backends import BACKENDS, jit
-from flashmoe.device import arch
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch
+from flashmoe.machine.device import Arch, arch
+from flashmoe.planning import database, plan
+from flashmoe.spec.problem import Problem
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)

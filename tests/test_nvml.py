@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashmoe import nvml
+from flashmoe.machine import nvml
 from flashmoe.ratchet.telemetry import Watch
 
 GPU = torch.device("cuda", 0)

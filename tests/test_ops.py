@@ -7,7 +7,8 @@ import torch
 from support import DEVICE
 
 import flashmoe
-from flashmoe import _extension, flash_attn_func, ops
+from flashmoe import _extension, flash_attn_func
+from flashmoe.frontend import ops
 
 
 def qkv(requires_grad=False, dtype=torch.bfloat16):
@@ -193,7 +194,7 @@ def test_training_plans_a_problem_once():
     q, k, v = (torch.randn(1, 40, 2, 24, requires_grad=True) for _ in "qkv")
     for _ in range(3):
         flash_attn_func(q, k, v).sum().backward()
-    planned = flashmoe.plan.remembered_plan.cache_info()
+    planned = flashmoe.planning.plan.remembered_plan.cache_info()
     assert (planned.misses, planned.hits) == (2, 4)  # forward and backward
     flashmoe.api.forget_plans()
-    assert flashmoe.plan.remembered_plan.cache_info().currsize == 0
+    assert flashmoe.planning.plan.remembered_plan.cache_info().currsize == 0

@@ -9,8 +9,8 @@ from itertools import count
 import pytest
 import torch
 
-from flashmoe import quiet
-from flashmoe.timing import Measurement
+from flashmoe.measure import quiet
+from flashmoe.measure.timing import Measurement
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmoe.reference import attention_reference
+from flashmoe.measure.reference import attention_reference
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -12,8 +12,8 @@ from support import DEVICE, LAYOUTS, assert_matches_reference, guarded
 import flashmoe
 from flashmoe import Problem, flash_attn_func
 from flashmoe.backends import BACKENDS, sdpa
-from flashmoe.plan import heuristic
-from flashmoe.tiles import Arch
+from flashmoe.machine.device import Arch
+from flashmoe.planning.plan import heuristic
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 CPU = Arch("cpu", "a cpu")
@@ -126,7 +126,7 @@ def test_only_what_its_grids_hold_is_planned(changes, arch, reason):
 
 
 def test_more_heads_than_its_grids_hold_go_to_triton(monkeypatch):
-    monkeypatch.setattr(flashmoe.plan, "arch", lambda _: H200)
+    monkeypatch.setattr(flashmoe.planning.plan, "arch", lambda _: H200)
     for name in ("cuda", "triton"):
         monkeypatch.setattr(BACKENDS[name], "unavailable", lambda _: "")
     device = torch.device("cuda")

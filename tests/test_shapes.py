@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe import Problem, shapes
+from flashmoe import Problem
 from flashmoe.autotune.cli import main
+from flashmoe.spec import shapes
 
 PROBLEM = Problem(1, 8, 8, 1024, 1024, 64, "float32").to_json()
 

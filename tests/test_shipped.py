@@ -11,13 +11,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashmoe import _extension, database, plan
+from flashmoe import _extension
 from flashmoe.autotune import instances
 from flashmoe.autotune.candidate import default_candidate
 from flashmoe.backends import BACKENDS
-from flashmoe.database import Entry
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile, sm90_head_dim
+from flashmoe.machine.device import Arch
+from flashmoe.planning import database, plan
+from flashmoe.planning.database import Entry
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile, sm90_head_dim
 
 ROOT = Path(__file__).resolve().parents[1]
 # The GPUs of which a database may ship, and what tiles must fit there.

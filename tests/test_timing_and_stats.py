@@ -16,15 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmoe.instruction_cache import INSTRUCTIONS, ptx
-from flashmoe.stats import (
+from flashmoe.measure.instruction_cache import INSTRUCTIONS, ptx
+from flashmoe.measure.stats import (
     Interval,
     median_by_process,
     median_interval,
     paired_ratio,
     ratio_by_process,
 )
-from flashmoe.timing import Limits, Measurement, measure, measure_limits
+from flashmoe.measure.timing import Limits, Measurement, measure, measure_limits
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import flashmoe
-from flashmoe import flash_attn_func, ops
+from flashmoe import flash_attn_func
+from flashmoe.frontend import ops
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),

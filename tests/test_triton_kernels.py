@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmoe.reference import attention_reference
+from flashmoe.measure.reference import attention_reference
 
 pytest.importorskip("triton")
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
-from flashmoe.problem import DTYPE_BYTES, Problem
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import DTYPE_BYTES, Problem
 from flashmoe.tiles import (
     SM80_HEAD_DIMS,
-    Arch,
     Tile,
     grid,
     instance_head_dim,

@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe import Problem, Tile
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch, fingerprint
-from flashmoe.stats import median_interval
-from flashmoe.tiles import Arch
-from flashmoe.timing import Limits, measure, measure_limits
+from flashmoe.machine.device import Arch, arch
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.stats import median_interval
+from flashmoe.measure.timing import Limits, measure, measure_limits
 
 DEVICE = torch.device("cuda", 0)
 SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}

@@ -27,9 +27,10 @@ from typing import Any
 from flashmoe import _extension
 from flashmoe._extension import KERNEL_SOURCES
 from flashmoe.backends import jit
-from flashmoe.problem import Problem
+from flashmoe.machine.device import Arch
 from flashmoe.ratchet.cubins import kernels, shared_operands
-from flashmoe.tiles import Arch, Tile, sm90_registers
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile, sm90_registers
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 HEAD_DIMS = (64, 96, 128, 192, 256)

@@ -161,9 +161,9 @@ def run(
     from torch import Tensor
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from flashmoe.reference import attention_reference, error_bound
-    from flashmoe.stats import median_interval
-    from flashmoe.timing import measure, measure_limits
+    from flashmoe.measure.reference import attention_reference, error_bound
+    from flashmoe.measure.stats import median_interval
+    from flashmoe.measure.timing import measure, measure_limits
 
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)
@@ -325,7 +325,7 @@ def run(
             name: [round(s * 1e6, 2) for s in result.samples] for name, result in measured.items()
         }
     if output:
-        from flashmoe.device import fingerprint
+        from flashmoe.machine.device import fingerprint
 
         document = {
             "fingerprint": fingerprint(device).to_json(),

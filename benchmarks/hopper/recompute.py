@@ -19,8 +19,8 @@ from statistics import median
 import torch
 
 from flashmoe import flash_attn_func
-from flashmoe.device import fingerprint
-from flashmoe.timing import measure
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.timing import measure
 
 DEVICE = torch.device("cuda", 0)
 GROWTH = {"none": 0.0, "looked at": 30.0, "all again": 200.0}  # in units of the softmax's exponent

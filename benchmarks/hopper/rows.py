@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 
 class Row(NamedTuple):

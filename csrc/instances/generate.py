@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flashmoe import database
 from flashmoe.autotune import instances
+from flashmoe.planning import database
 from flashmoe.tiles import Tile, sm90_head_dim
 
 FOLDER = Path(__file__).parent

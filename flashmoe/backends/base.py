@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 # q, k, v, softmax_scale, causal -> out, softmax_lse: a forward whose tile is decided.
 Forward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flashmoe.backends.base import Backend, matmul_dtype, reject_without_tiles
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 _BLOCK_M = 256
 

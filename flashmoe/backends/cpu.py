@@ -7,8 +7,9 @@ from torch import Tensor
 
 from flashmoe import _extension, tiles
 from flashmoe.backends.base import Backend, reasons_of, reject_illegal
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 _BLOCK_M = (64, 128, 256, 512, 1024)
 _BLOCK_N = (64, 128, 256)

@@ -11,10 +11,11 @@ from torch import Tensor
 from flashmoe import _extension
 from flashmoe.backends import jit
 from flashmoe.backends.base import Backend, Forward
-from flashmoe.environment import variable
-from flashmoe.planning import costs
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile, grid, sm90_head_dim
+from flashmoe.machine.device import Arch
+from flashmoe.machine.environment import variable
+from flashmoe.prediction import costs
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile, grid, sm90_head_dim
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default

@@ -21,8 +21,15 @@ from typing import NamedTuple, Protocol
 
 from flashmoe import _extension
 from flashmoe._extension import KERNEL_SOURCES
-from flashmoe.cache import NoCacheFolder, cache_dir, make_folder, not_ours, read_ours, set_aside
-from flashmoe.environment import variable
+from flashmoe.machine.cache import (
+    NoCacheFolder,
+    cache_dir,
+    make_folder,
+    not_ours,
+    read_ours,
+    set_aside,
+)
+from flashmoe.machine.environment import variable
 from flashmoe.tiles import Tile
 
 _ARCH = "sm_90a"

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe.backends.base import Backend, Forward, matmul_dtype, reject_without_tiles
-from flashmoe.device import arch
-from flashmoe.planning import costs, kernels
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch, arch
+from flashmoe.prediction import costs, kernels
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 # Not by torch.nn.functional, whose name users give to our own function.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention

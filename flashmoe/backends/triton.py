@@ -18,8 +18,9 @@ from flashmoe.backends.base import (
     reasons_of,
     reject_illegal,
 )
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 
 def _tile(block_m: int, block_n: int, num_stages: int, num_warps: int, tma: bool = False) -> Tile:

@@ -1,1 +1,1 @@
-"""What is chosen without measuring: the time that a kernel is predicted to take for a problem."""
+"""Which backend and tile run a problem."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from flashmoe.tiles.sm80 import SM80_HEAD_DIMS, instance_head_dim, sm80_smem_bytes
 from flashmoe.tiles.sm90 import sm90_head_dim, sm90_registers, sm90_smem_bytes
 from flashmoe.tiles.sm90_bwd import SM90_BWD_HEAD_DIMS, sm90_bwd_smem_bytes
-from flashmoe.tiles.tile import Arch, Tile, grid
+from flashmoe.tiles.tile import Tile, grid
 from flashmoe.tiles.triton import triton_head_dim, triton_registers, triton_smem_bytes
 
 __all__ = [
     "SM80_HEAD_DIMS",
     "SM90_BWD_HEAD_DIMS",
-    "Arch",
     "Tile",
     "grid",
     "instance_head_dim",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 if TYPE_CHECKING:
-    from flashmoe.tiles.tile import Arch, Tile
+    from flashmoe.machine.device import Arch
+    from flashmoe.tiles.tile import Tile
 
 
 def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:

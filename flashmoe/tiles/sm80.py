@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 if TYPE_CHECKING:
-    from flashmoe.tiles.tile import Arch, Tile
+    from flashmoe.machine.device import Arch
+    from flashmoe.tiles.tile import Tile
 
 # Head dimensions that the sm80 kernel is instantiated for; others are zero-filled to the next one.
 SM80_HEAD_DIMS = (32, 64, 96, 128, 192, 256)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 if TYPE_CHECKING:
-    from flashmoe.tiles.tile import Arch, Tile
+    from flashmoe.machine.device import Arch
+    from flashmoe.tiles.tile import Tile
 
 # Registers that a thread needs besides its fragments, of what setmaxnreg gives a consumer; and more
 # with the exponential's polynomial, long rows of O, or two buffers of Q, once again with the last

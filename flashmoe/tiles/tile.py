@@ -9,23 +9,9 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, NamedTuple
 
-from flashmoe.problem import Problem
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import cpu, sm80, sm90, sm90_bwd, triton
-
-
-@dataclass(frozen=True, slots=True)
-class Arch:
-    """What a tile must fit, and how fast that is. `capability` is the CUDA compute capability,
-    (0, 0) for a CPU; `smem_per_block` is the opt-in shared memory of one thread block in bytes;
-    `clock` in kHz and `bandwidth` of memory in bytes a second are peaks, 0 where unknown."""
-
-    kind: str
-    name: str
-    capability: tuple[int, int] = (0, 0)
-    sm_count: int = 0
-    smem_per_block: int = 0
-    clock: int = 0
-    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

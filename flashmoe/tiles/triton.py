@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flashmoe.problem import DTYPE_BYTES, Problem
+from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
 if TYPE_CHECKING:
-    from flashmoe.tiles.tile import Arch, Tile
+    from flashmoe.machine.device import Arch
+    from flashmoe.tiles.tile import Tile
 
 # Registers that a thread's fragments may take, as triton_registers counts them. Where the tensor
 # cores read operands from shared memory, the backward spills a little before 256 and is fastest

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashmoe.device import slug
+from flashmoe.machine.device import slug
 from flashmoe.ratchet import baseline as baselines
 from flashmoe.ratchet import console
 from flashmoe.ratchet.commands import common

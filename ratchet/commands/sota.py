@@ -11,7 +11,9 @@ from statistics import geometric_mean
 
 import torch
 
-from flashmoe.device import fingerprint, slug
+from flashmoe.machine.device import slug
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.timing import HOW, Limits, measure_limits
 from flashmoe.ratchet import figures, providers, svg
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
@@ -28,7 +30,6 @@ from flashmoe.ratchet.sota import (
     to_json,
 )
 from flashmoe.ratchet.suite import select
-from flashmoe.timing import HOW, Limits, measure_limits
 
 HELP = "compare with every implementation of attention that is installed, and write it up"
 DESCRIPTION = """Measure flashmoe and every other implementation found (SDPA's four backends,

@@ -12,9 +12,9 @@ from torch import Tensor
 from flashmoe.autotune.bench import DeviceRunner, Runner
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.isolated import Session
-from flashmoe.problem import Problem
+from flashmoe.measure.timing import DeviceLost
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
-from flashmoe.timing import DeviceLost
 
 WRONG = Tile("cpu", 64, 64)
 CRASHES = Tile("cpu", 64, 128)

@@ -33,10 +33,11 @@ from flashmoe.autotune.record import Record
 from flashmoe.autotune.search import FINALISTS, search
 from flashmoe.autotune.space import AXES, Space
 from flashmoe.autotune.study import open_study
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.measure.timing import Measurement
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 from flashmoe.tiles import grid as tile_grid
-from flashmoe.timing import Measurement
 
 SCHEMA = 2
 # Of a grid's tiles, how many a search may evaluate.

@@ -10,9 +10,9 @@ import pytest
 
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.backends import BACKENDS
-from flashmoe.problem import Problem
+from flashmoe.measure.timing import Measurement
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile, grid
-from flashmoe.timing import Measurement
 
 PROBLEM = Problem(1, 8, 8, 1024, 1024, 64, "float32")
 DEFAULT = Tile("cpu", 64, 128)

@@ -22,9 +22,9 @@ from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
-from flashmoe.device import fingerprint
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.timing import Limits
 from flashmoe.tiles import Tile
-from flashmoe.timing import Limits
 
 CPU = torch.device("cpu")
 BEST = Tile("cpu", 192, 256)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from flashmoe.autotune.check import Forward, Inputs, ragged_inputs, timed_inputs
-from flashmoe.problem import Problem
-from flashmoe.reference import attention_reference
+from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.problem import Problem
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(2, 4, 2, 65, 97, 24, "float32")

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe import database, device
 from flashmoe.autotune.cli import main
-from flashmoe.device import cpu_name
+from flashmoe.machine.device import cpu_name
+from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.planning import database
 
 TINY = ["--device", "cpu", "--heads", "2", "--seqlen", "256", "--head-dim", "16", "--trials", "3"]
 PROBLEM = flashmoe.Problem(1, 2, 2, 256, 256, 16, "float32")
@@ -41,7 +42,7 @@ def autotune(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def plan_source() -> str:
-    flashmoe.plan.reload_databases()
+    flashmoe.planning.plan.reload_databases()
     return flashmoe.make_plan(PROBLEM, torch.device("cpu")).source
 
 
@@ -346,11 +347,9 @@ def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
 
 def test_where_sdpa_won_a_call_that_needs_lse_gets_the_best_tile(home: Path) -> None:
     tile = "cpu:96x32-stages1-warps1"
-    entry = database.Entry(
-        PROBLEM, "sdpa", "", "", tile_with_lse=tile, judged=device.kernel_hash("cpu")
-    )
+    entry = database.Entry(PROBLEM, "sdpa", "", "", tile_with_lse=tile, judged=kernel_hash("cpu"))
     database.update(database.user_path(cpu_name()), {PROBLEM.bucket: entry})
-    flashmoe.plan.reload_databases()
+    flashmoe.planning.plan.reload_databases()
     cpu = torch.device("cpu")
     assert flashmoe.make_plan(PROBLEM, cpu).backend == "sdpa"
     planned = flashmoe.make_plan(PROBLEM, cpu, need_lse=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from autotune_simulated import PROBLEM
 
-from flashmoe import database
 from flashmoe.autotune.cli import main
 from flashmoe.autotune.command_apply import winning_tiles, with_first
 from flashmoe.autotune.instances import COLUMNS
-from flashmoe.device import cpu_name, kernel_hash
+from flashmoe.machine.device import cpu_name
+from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.planning import database
 from flashmoe.tiles import Tile
 
 OTHER = dataclasses.replace(PROBLEM, head_dim=120, dtype="bfloat16")

@@ -25,10 +25,10 @@ from flashmoe.autotune.storage import open_storage
 from flashmoe.autotune.suite import Group, grouped
 from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
-from flashmoe.device import fingerprint
-from flashmoe.problem import Problem
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.timing import Measurement
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
-from flashmoe.timing import Measurement
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(1, 2, 2, 256, 256, 16, "float32")

@@ -13,7 +13,7 @@ from autotune_replay import load
 from support import load_benchmark
 
 from flashmoe.backends import BACKENDS, jit
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 SMALL = (Problem(1, 2, 2, 64, 64, 16, "float32"), Problem(1, 2, 2, 96, 96, 16, "float32"))

@@ -14,16 +14,16 @@ import torch
 from rich.console import Console
 
 import flashmoe
-from flashmoe import database
 from flashmoe.autotune import instances, report
 from flashmoe.autotune.candidate import Candidate
 from flashmoe.autotune.progress import shown
 from flashmoe.autotune.result import Result
 from flashmoe.autotune.trials import Search, Trial, best_so_far
-from flashmoe.device import fingerprint
-from flashmoe.plan import Plan, make_plan
-from flashmoe.problem import Problem
-from flashmoe.stats import Interval
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.measure.stats import Interval
+from flashmoe.planning import database
+from flashmoe.planning.plan import Plan, make_plan
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 CPU = torch.device("cpu")

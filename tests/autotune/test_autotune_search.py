@@ -12,8 +12,8 @@ from flashmoe.autotune.space import Space
 from flashmoe.autotune.study import open_study
 from flashmoe.autotune.trials import Search, Trial
 from flashmoe.autotune.typical import Typical
+from flashmoe.measure.timing import Measurement
 from flashmoe.tiles import Tile, grid
-from flashmoe.timing import Measurement
 
 BEST = Tile("cpu", 192, 256)
 ANCHOR = Candidate.of_tile(DEFAULT)

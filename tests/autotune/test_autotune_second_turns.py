@@ -15,8 +15,8 @@ from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import CPU_SUITE, Group, grouped
 from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.autotune.tune import _promising, tune
-from flashmoe.database import Entry
-from flashmoe.device import fingerprint
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.planning.database import Entry
 from flashmoe.tiles import Tile
 
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from flashmoe.autotune.result import Result, Watch
 from flashmoe.autotune.suite import Group
 from flashmoe.autotune.tune import tune
 from flashmoe.backends import BACKENDS
-from flashmoe.database import Entry
-from flashmoe.device import fingerprint
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.planning.database import Entry
 from flashmoe.tiles import Tile
 
 CPU = torch.device("cpu")

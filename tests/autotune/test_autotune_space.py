@@ -15,8 +15,9 @@ from flashmoe.autotune.candidate import Candidate, legality, searched_backends
 from flashmoe.autotune.sampler import SAMPLERS, TileSampler
 from flashmoe.autotune.space import Space
 from flashmoe.backends import BACKENDS
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile, grid
+from flashmoe.machine.device import Arch
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile, grid
 
 RAGGED = [
     *(t for t in grid("sm80", block_m=(64, 128), block_n=(32, 64, 128), num_stages=(1, 2))),

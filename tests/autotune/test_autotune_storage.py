@@ -21,11 +21,11 @@ from autotune_workers import BEST, SPACE, finished, in_process, run
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
-from flashmoe import database
 from flashmoe.autotune import identity
 from flashmoe.autotune.record import LOST, Outcome, Record
 from flashmoe.autotune.storage import StorageError, failure, open_storage, shown
 from flashmoe.autotune.study import open_study, study_name
+from flashmoe.planning import database
 from flashmoe.tiles import Tile
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed")

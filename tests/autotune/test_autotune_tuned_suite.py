@@ -14,12 +14,14 @@ import pytest
 import torch
 from support import load_benchmark
 
-from flashmoe import database, shapes
 from flashmoe.autotune.candidate import SDPA, Candidate
 from flashmoe.backends import jit
-from flashmoe.device import arch, fingerprint
-from flashmoe.plan import make_plan, reload_databases
-from flashmoe.problem import Problem
+from flashmoe.machine.device import arch
+from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.planning import database
+from flashmoe.planning.plan import make_plan, reload_databases
+from flashmoe.spec import shapes
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 ONE, TWO = (Problem(1, 2, 2, n, n, 16, "float32") for n in (64, 200))

@@ -15,8 +15,8 @@ from support import LAYOUTS, assert_gradients_match, assert_matches_reference, g
 
 from flashmoe import Tile, _extension, flash_attn_func
 from flashmoe.backends import BACKENDS, jit
-from flashmoe.device import arch
-from flashmoe.ops import problem_of
+from flashmoe.frontend.ops import problem_of
+from flashmoe.machine.device import arch
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)

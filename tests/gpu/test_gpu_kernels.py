@@ -11,8 +11,8 @@ from support import LAYOUTS, assert_gradients_match, assert_matches_reference, g
 import flashmoe
 from flashmoe import Problem, _extension, flash_attn_func
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
-from flashmoe.ops import problem_of
+from flashmoe.frontend.ops import problem_of
+from flashmoe.machine.device import arch
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -155,11 +155,11 @@ def test_two_gpus_at_once(backend):
 
 
 def test_without_tuning_a_small_problem_goes_to_the_cuda_kernel():
-    plan = flashmoe.plan.heuristic(Problem(1, 8, 8, 128, 128, 64, "bfloat16"), DEVICE)
+    plan = flashmoe.planning.plan.heuristic(Problem(1, 8, 8, 128, 128, 64, "bfloat16"), DEVICE)
     assert plan.backend == "cuda"
     decode = Problem(16, 32, 8, 1, 8192, 128, "bfloat16")
-    assert flashmoe.plan.heuristic(decode, DEVICE).backend == "sdpa"
-    assert flashmoe.plan.heuristic(decode, DEVICE, need_lse=True).backend == "cuda"
+    assert flashmoe.planning.plan.heuristic(decode, DEVICE).backend == "sdpa"
+    assert flashmoe.planning.plan.heuristic(decode, DEVICE, need_lse=True).backend == "cuda"
 
 
 @pytest.mark.parametrize("heads_kv", [8, 2])

@@ -10,7 +10,7 @@ from support import LAYOUTS, assert_matches_reference, guarded
 
 import flashmoe
 from flashmoe import flash_attn_func
-from flashmoe.reference import attention_reference
+from flashmoe.measure.reference import attention_reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

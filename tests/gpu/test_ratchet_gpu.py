@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmoe import nvml
+from flashmoe.machine import nvml
+from flashmoe.measure.timing import measure
 from flashmoe.ratchet.slow import delayed
 from flashmoe.ratchet.suite import parse
 from flashmoe.ratchet.workload import Workload
-from flashmoe.timing import measure
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = (

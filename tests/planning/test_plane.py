@@ -11,11 +11,12 @@ import pytest
 from support import load_benchmark
 
 from flashmoe import _extension
-from flashmoe.planning.costs import Table, from_logs, table, to_logs
-from flashmoe.planning.kernels import features
-from flashmoe.planning.predict import Costs, fastest
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.prediction.costs import Table, from_logs, table, to_logs
+from flashmoe.prediction.kernels import features
+from flashmoe.prediction.predict import Costs, fastest
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 if not _extension.load().cuda_archs:
     pytest.skip("this build has no CUDA kernels", allow_module_level=True)

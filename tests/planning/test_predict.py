@@ -10,8 +10,8 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from flashmoe.planning.predict import Costs, Work, microseconds, split_work, tiled_work
-from flashmoe.problem import Problem
+from flashmoe.prediction.predict import Costs, Work, microseconds, split_work, tiled_work
+from flashmoe.spec.problem import Problem
 
 PROBLEM = Problem(2, 33, 33, 1000, 1000, 64, "bfloat16")
 COSTS = Costs(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashmoe.device import Fingerprint
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.timing import Limits
 from flashmoe.ratchet.results import CaseResult, PlanUsed, Results, Series
 from flashmoe.ratchet.suite import parse
-from flashmoe.timing import Limits
 
 NAMES = (
     "fwd-b2-h8-s512-d64-float32",

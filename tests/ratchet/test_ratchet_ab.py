@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import ratchet_synthetic as synthetic
 import torch
-from test_architecture import LAYER_OF, ROOT, TOOLS, imported, modules, unit_of
+from test_architecture import ROOT, imported, modules, unit_of
 
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
-from flashmoe.plan import Plan
+from flashmoe.machine.device import arch
+from flashmoe.measure.timing import Measurement
+from flashmoe.planning.plan import Plan
 from flashmoe.ratchet import builds, cli, slow, worse
 from flashmoe.ratchet.commands import ab, common, selftest
 from flashmoe.ratchet.commands import bench as command_bench
@@ -30,7 +32,6 @@ from flashmoe.ratchet.results import Results, slowed
 from flashmoe.ratchet.suite import parse
 from flashmoe.ratchet.thresholds import DEFAULTS
 from flashmoe.tiles import Tile
-from flashmoe.timing import Measurement
 
 NAME, OTHER, THIRD = synthetic.NAMES
 CPU = torch.device("cpu")
@@ -74,10 +75,12 @@ def test_the_working_tree_is_built_without_touching_it(
     assert builds.build(commits[0], folder) == sites[0]
     assert len(installed) == 3  # built once
     for site in sites:
-        # The harness is this one, whatever the commit's own was.
-        assert (site / "flashmoe" / "ratchet" / "gate.py").exists()
-        for name in ("timing.py", "quiet.py", "reference.py"):
-            assert (site / "flashmoe" / name).exists()
+        # The harness is this one, whatever the commit's own was, and touches nothing of it.
+        for name in ("ratchet/worker.py", "ratchet/commands/gate.py", "measure/timing.py"):
+            text = (site / "flashmoe_harness" / name).read_text()
+            assert "flashmoe_harness." in text or name == "measure/timing.py"
+            assert not re.search(r"\bflashmoe\.(ratchet|measure|spec|machine)\b", text)
+        assert not list((site / "flashmoe").iterdir())
         assert not (site.parent / "source").exists()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "libraries", str(tmp_path)]))
     source = builds.source("base", sites[0])
@@ -91,7 +94,7 @@ def test_the_working_tree_is_built_without_touching_it(
 def test_a_build_may_be_what_is_installed(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine that has nothing but builds; its ratchet is not copied onto itself."""
+    """On a machine that has nothing but builds."""
     monkeypatch.setattr(
         builds, "_install", lambda source, site, debug: (site / "flashmoe").mkdir(parents=True)
     )
@@ -209,16 +212,28 @@ def test_ab_decides_as_the_gate_does(
     assert cost in (tmp_path / "report.md").read_text()
 
 
-def test_the_harness_is_apart_from_what_it_measures() -> None:
-    """It needs nothing of the library that an older build lacks, and puts nothing of its own below
-    the library's feet."""
-    harness = {part.removesuffix(".py") for part in builds._HARNESS}
-    for module, path in modules(ROOT):
-        unit = unit_of(module)
-        if unit in TOOLS:
+def test_what_measures_needs_nothing_that_an_older_build_may_lack() -> None:
+    """But for the package's own exports, and the hash of its kernels."""
+    known = dict(modules(ROOT))
+    waiting, seen = ["flashmoe.ratchet.worker", "flashmoe.ratchet.profiled"], set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
             continue
-        needed = {unit_of(name) for _, name in imported(module, path)} & set(LAYER_OF)
-        assert needed <= harness if unit in harness else not needed & harness, path
+        seen.add(module)
+        for _, name in imported(module, known[module]):
+            own = next((x for x in (name, name.rpartition(".")[0]) if x in known), "flashmoe")
+            if own == "flashmoe":
+                assert name == "flashmoe", f"{module} imports {name}"
+            elif unit_of(own) in builds.ROOMS:
+                waiting.append(own)
+            else:
+                assert (module, name) == (
+                    "flashmoe.measure.fingerprint",
+                    "flashmoe._extension.kernel_hash",
+                )
+    assert len(seen) > 10
+    assert "flashmoe.measure.timing" in seen
 
 
 def test_builds_are_taken_along(

@@ -9,6 +9,7 @@ import ratchet_synthetic as synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmoe.measure.timing import HOW
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate import (
     FAIL,
@@ -22,7 +23,6 @@ from flashmoe.ratchet.gate import (
 from flashmoe.ratchet.integrity import COMPARED
 from flashmoe.ratchet.results import Origin, Results, Series, Telemetry, slowed
 from flashmoe.ratchet.thresholds import DEFAULTS, Thresholds, percent, with_cases
-from flashmoe.timing import HOW
 
 NAME = synthetic.NAMES[0]
 

@@ -10,8 +10,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmoe.measure.stats import factor
 from flashmoe.ratchet import stats
-from flashmoe.stats import factor
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 7), (10, 10), (3, 4)])

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmoe.problem import DTYPE_BYTES, Problem
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.suite import SUITES, Case, parse, select
+from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
 sizes = st.integers(1, 5000)
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import ratchet_synthetic as synthetic
 
+from flashmoe.measure.stats import Interval
+from flashmoe.measure.timing import HOW
 from flashmoe.ratchet import cli, history
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.files import save
 from flashmoe.ratchet.results import slowed
 from flashmoe.ratchet.trend import all_series, change_points, sparkline, sparklines
-from flashmoe.stats import Interval
-from flashmoe.timing import HOW
 
 NAME = synthetic.NAMES[0]
 

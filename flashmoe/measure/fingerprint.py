@@ -1,57 +1,18 @@
-"""What hardware this is: the Arch a tile must fit, and the fingerprint of every stored figure."""
+"""What every stored figure depends on besides the code that was timed."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 import platform
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashmoe import nvml
 from flashmoe._extension import kernel_hash as kernel_hash
-from flashmoe.tiles import Arch
-
-
-def cpu_name() -> str:
-    """The processor's model name as the operating system gives it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
-
-
-@functools.cache
-def arch(device: torch.device) -> Arch:
-    """The Arch of a torch device; a CUDA device without an index is the current one when first
-    asked for. Raises ValueError for any other kind of device."""
-    if device.type == "cpu":
-        return Arch("cpu", cpu_name())
-    if device.type != "cuda":
-        raise ValueError(f"device must be cpu or cuda, got {device}")
-    properties = torch.cuda.get_device_properties(device)
-    return Arch(
-        "cuda",
-        properties.name,
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        int(properties.shared_memory_per_block_optin),  # type: ignore[attr-defined]
-        getattr(properties, "clock_rate", 0),
-        _bandwidth(properties),
-    )
-
-
-def _bandwidth(properties: Any) -> float:
-    """Of its memory in bytes a second at peak, 0 where this torch does not tell: kHz times bits, at
-    both edges of the clock."""
-    clock = getattr(properties, "memory_clock_rate", 0)
-    return clock * 1e3 * 2 * getattr(properties, "memory_bus_width", 0) / 8
+from flashmoe.machine import nvml
+from flashmoe.machine.device import arch
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +68,6 @@ def fingerprint(device: torch.device) -> Fingerprint:
         threads=0 if cuda else torch.get_num_threads(),
         kernels=kernel_hash(here.kind),
     )
-
-
-def slug(name: str) -> str:
-    """A device name as part of a file name: `NVIDIA H200` -> `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _version(distribution: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flashmoe.instruction_cache import evictor
+from flashmoe.measure.instruction_cache import evictor
 
 # How a sample is taken, by the kind of device: times that were taken otherwise do not compare.
 HOW = {"cpu": "wall time", "cuda": "device time, L2 flushed, code evicted"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashmoe.backends import BACKENDS
-from flashmoe.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
 
 # Kernels take softmax_scale as float32, below whose smallest normal number it may become 0, and

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-from flashmoe.problem import Problem
+from flashmoe.spec.problem import Problem
 
 T = TypeVar("T")
 

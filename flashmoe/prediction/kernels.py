@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from flashmoe.planning.predict import Work, split_work, tiled_work
-from flashmoe.problem import Problem
+from flashmoe.prediction.predict import Work, split_work, tiled_work
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 # SDPA's kernels by what they are called here; each is fitted for head dimensions up to these.

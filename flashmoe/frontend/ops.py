@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashmoe import _extension, shapes
+from flashmoe import _extension
 from flashmoe.backends import BACKENDS
-from flashmoe.plan import remembered_plan, repeatable
-from flashmoe.problem import Problem
+from flashmoe.planning.plan import remembered_plan, repeatable
+from flashmoe.spec import shapes
+from flashmoe.spec.problem import Problem
 
 _extension.load()
 

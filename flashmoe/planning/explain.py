@@ -7,11 +7,10 @@ from statistics import median
 
 import torch
 
-from flashmoe import plan
 from flashmoe.backends import BACKENDS
-from flashmoe.device import arch
-from flashmoe.problem import DTYPE_BYTES, Problem
-from flashmoe.tiles import Arch
+from flashmoe.machine.device import Arch, arch
+from flashmoe.planning import plan
+from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
 _LISTED = 12
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flashmoe.files import require_writable, write_whole
-from flashmoe.problem import Problem
+from flashmoe.machine.files import require_writable, write_whole
+from flashmoe.spec.problem import Problem
 
 SCHEMA = 1
 # Sums of weights times FLOPs stay finite.

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashmoe.planning import kernels
-from flashmoe.planning.predict import Costs, microseconds
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.device import Arch
+from flashmoe.prediction import kernels
+from flashmoe.prediction.predict import Costs, microseconds
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 SCHEMA = 1
 _SHIPPED = Path(__file__).parent / "nvidia-h200.json"

@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from flashmoe import _extension, database
+from flashmoe import _extension
 from flashmoe.backends import BACKENDS
-from flashmoe.cache import NoCacheFolder
-from flashmoe.device import arch
-from flashmoe.environment import variable
-from flashmoe.planning.predict import fastest
-from flashmoe.problem import Problem
-from flashmoe.tiles import Arch, Tile
+from flashmoe.machine.cache import NoCacheFolder
+from flashmoe.machine.device import Arch, arch
+from flashmoe.machine.environment import variable
+from flashmoe.planning import database
+from flashmoe.prediction.predict import fastest
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 # From here on, Triton's tensor-core instructions outweigh its launch where the cuda kernel has only
 # mma.sync: at 3e10 FLOP a forward takes about 0.1 ms on an H200, which is what one launch costs the

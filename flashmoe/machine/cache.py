@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flashmoe.environment import variable
+from flashmoe.machine.environment import variable
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 

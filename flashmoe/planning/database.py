@@ -17,10 +17,10 @@ from typing import Any
 
 import filelock
 
-from flashmoe.cache import cache_dir, make_folder, set_aside
-from flashmoe.device import slug
-from flashmoe.files import require_writable, write_whole
-from flashmoe.problem import Problem
+from flashmoe.machine.cache import cache_dir, make_folder, set_aside
+from flashmoe.machine.device import slug
+from flashmoe.machine.files import require_writable, write_whole
+from flashmoe.spec.problem import Problem
 
 SCHEMA = 4
 # Earlier ones lacked fields that have defaults, and named a kept default by its tile.
@@ -206,7 +206,7 @@ def user_path(device_name: str) -> Path:
 
 def shipped_path(device_name: str) -> Path:
     """Where the package ships results for a device model; need not exist."""
-    return Path(__file__).parent / "tuned" / f"{slug(device_name)}.json"
+    return Path(__file__).parents[1] / "tuned" / f"{slug(device_name)}.json"
 
 
 def load(path: Path) -> dict[str, Entry]:

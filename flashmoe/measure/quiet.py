@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.timing import Measurement, measure
+from flashmoe.measure.timing import Measurement, measure
 
 # A round is disturbed when its run delay exceeds this many seconds and this share of its wall time.
 # Waking our own threads takes about 0.1 ms of a round; one competing process on two cores costs

@@ -1,0 +1,1 @@
+"""Between users and plans: what is allowed, and what torch sees of attention."""

@@ -1,0 +1,1 @@
+"""The machine: its processors, its files, what the environment says."""

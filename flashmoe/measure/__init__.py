@@ -1,0 +1,1 @@
+"""How figures are taken, and what they are compared with."""
