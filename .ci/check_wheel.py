@@ -26,7 +26,7 @@ files = importlib.metadata.files("flashmoe") or []
 top = {file.parts[0] for file in files if not file.parts[0].startswith(("..", "__"))}
 extra = {name for name in top if not name.startswith("flashmoe")}
 assert not extra, f"the wheel adds {extra} to site-packages"
-for header in ("wgmma.cuh", "attention/fwd_sm90.cuh", "ptx/tensor_map.h"):
+for header in ("wgmma.cuh", "forward/sm90/kernel.cuh", "ptx/tensor_map.h"):
     assert (KERNEL_SOURCES / header).is_file(), f"{header}: tiles cannot be compiled at run time"
 assert importlib.util.find_spec("flashmoe.autotune.__main__")
 assert importlib.util.find_spec("flashmoe.ratchet.__main__")

@@ -14,18 +14,18 @@ CSRC = Path(__file__).resolve().parent
 
 # Torch-free; csrc/torch_ops.cpp alone binds them.
 CPU_SOURCES = (
-    "attention/fwd_cpu.cpp",
-    "attention/fwd_cpu_generic.cpp",
-    "attention/fwd_cpu_avx2.cpp",
-    "attention/fwd_cpu_avx512.cpp",
+    "forward/cpu/dispatch.cpp",
+    "forward/cpu/generic.cpp",
+    "forward/cpu/avx2.cpp",
+    "forward/cpu/avx512.cpp",
 )
 # Host code of the CUDA kernels; needs the toolkit's headers, not nvcc.
 CUDA_SOURCES = (
-    "attention/fwd_cuda.cpp",
-    "attention/fwd_sm90_counters.cpp",
-    "attention/fwd_sm90_host.cpp",
-    "attention/sm90_launch.cpp",
-    "backward/bwd_cuda.cpp",
+    "forward/cuda.cpp",
+    "forward/sm90/counters.cpp",
+    "forward/sm90/host.cpp",
+    "common/sm90_launch.cpp",
+    "backward/cuda.cpp",
     "backward/sm90/host.cpp",
 )
 CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden")
@@ -46,7 +46,7 @@ INSTANCE_FIELDS = {
     ),
 }
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
-RUNTIME_SOURCES = ("attention/fwd_sm90.cuh",)
+RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
 
 
 class Instance(NamedTuple):
@@ -112,18 +112,16 @@ def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
 def source_hashes() -> dict[str, str]:
     """For each kind of device, SHA-256 (16 digits) over the sources that its kernels depend on;
     which tiles are compiled in changes none of them."""
-    shared = [CSRC / "attention" / "params.h", CSRC / "torch_ops.cpp"]
-    cpu = sorted((CSRC / "attention").glob("fwd_cpu*"))
-    cuda = [
-        *sorted(set((CSRC / "attention").iterdir()) - set(cpu)),
-        *sorted(path for path in (CSRC / "backward").rglob("*") if path.is_file()),
-        *sorted(path for path in (CSRC / "ptx").iterdir() if path.is_file()),
-    ]
+    rooms = {name: sorted((CSRC / name).rglob("*")) for name in ("common", "forward", "backward")}
+    cpu = [path for path in rooms["forward"] if path.parent.name == "cpu"]
+    cuda = [path for path in rooms["forward"] if path not in cpu]
+    cuda += [*rooms["backward"], *sorted((CSRC / "ptx").iterdir())]
     hashes = {}
     for kind, sources in (("cpu", cpu), ("cuda", cuda)):
         digest = hashlib.sha256()
-        for path in [*shared, *sources]:
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in [*rooms["common"], CSRC / "torch_ops.cpp", *sources]:
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(path.name.encode() + path.read_bytes())
         hashes[kind] = digest.hexdigest()[:16]
     return hashes
 
@@ -161,7 +159,7 @@ def copy_runtime_sources(generated: Path, target: Path) -> None:
         found.add(path)
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith('#include "') and (header := line.split('"')[1]) != "wgmma.cuh":
-                seeds.append(path.parent / header)
+                seeds.append(CSRC / header)
     for path in found:
         copy = target / path.relative_to(CSRC)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +194,7 @@ def _sm80_source(instance: Instance, is_default: bool) -> str:
     functions = [(instance.symbol, "true")]
     if is_default:
         functions.append((f"{instance.symbol}_unaligned", "false"))
-    lines = ['#include "attention/fwd_sm80_launch.cuh"', "", "namespace flashmoe {", ""]
+    lines = ['#include "forward/sm80/launch.cuh"', "", "namespace flashmoe {", ""]
     for symbol, aligned in functions:
         lines += [
             f"cudaError_t {symbol}({_ARGUMENTS}) {{",
@@ -209,7 +207,7 @@ def _sm80_source(instance: Instance, is_default: bool) -> str:
 
 def _sm90_source(instance: Instance, is_default: bool) -> str:
     lines = [
-        '#include "attention/fwd_sm90.cuh"',
+        '#include "forward/sm90/kernel.cuh"',
         "",
         "namespace flashmoe {",
         "",

@@ -12,8 +12,8 @@
 #include <optional>
 #include <tuple>
 
-#include "attention/fwd_cpu.h"
-#include "attention/params.h"
+#include "common/params.h"
+#include "forward/cpu/forward.h"
 #include "instances/registry.h"
 
 #ifdef FLASHMOE_WITH_CUDA

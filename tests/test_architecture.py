@@ -113,15 +113,8 @@ def includes(path: Path) -> Iterator[tuple[str, bool]]:
 
 def nvrtc_files(csrc: Path) -> set[Path]:
     """What is compiled at run time: device code and all it includes. Launchers are host code."""
-    seeds = [
-        path
-        for folder in ("attention", "ptx")
-        for path in (csrc / folder).glob("*.cuh")
-        if not path.stem.endswith("_launch")
-    ]
-    seeds += [
-        path for name in ("params.h", "tile.h") if (path := csrc / "attention" / name).exists()
-    ]
+    seeds = [path for path in csrc.rglob("*.cuh") if path.stem != "launch"]
+    seeds += [*csrc.rglob("params.h"), *csrc.rglob("tile.h")]
     found: set[Path] = set()
     while seeds:
         path = seeds.pop().resolve()
@@ -129,8 +122,8 @@ def nvrtc_files(csrc: Path) -> set[Path]:
             continue
         found.add(path)
         for header, quoted in includes(path):
-            beside = [folder / header for folder in (path.parent, csrc)]
-            seeds += [x for x in beside if quoted and x.exists()][:1]
+            if quoted and (csrc / header).exists():
+                seeds.append(csrc / header)
     return found
 
 
@@ -161,7 +154,7 @@ def test_the_checks_see_the_whole_repository() -> None:
     assert {"flashmoe.api", "flashmoe.backends.cpu", "flashmoe.ratchet.gate"} <= seen
     assert any(name.startswith("flashmoe.autotune.") for name in seen)
     runtime = {path.name for path in nvrtc_files((ROOT / "csrc").resolve())}
-    assert {"params.h", "tile.h", "mma.cuh", "fwd_sm80.cuh"} <= runtime
+    assert {"params.h", "tile.h", "mma.cuh", "kernel.cuh", "consumer.cuh"} <= runtime
 
 
 @pytest.fixture
@@ -180,13 +173,13 @@ def tree(tmp_path: Path) -> Path:
         "ratchet/gate.py": "from flashmoe.ratchet import stats\n",
         "ratchet/stats.py": "import numpy\n",
         "csrc/torch_ops.cpp": "#include <torch/library.h>\n#include <vector>\n",
-        "csrc/attention/fwd.cuh": '#include "../ptx/mma.cuh"\n#include "params.h"\n',
-        "csrc/attention/fwd_launch.cuh": "#include <atomic>\n",
-        "csrc/attention/fwd_cpu.cpp": "#include <vector>\n// #include <torch/library.h>\n",
-        "csrc/attention/params.h": "struct Params;\n",
-        "csrc/attention/tile.h": "/*\n#include <vector>\n*/\n",
+        "csrc/forward/kernel.cuh": '#include "ptx/mma.cuh"\n#include "common/params.h"\n',
+        "csrc/forward/launch.cuh": "#include <atomic>\n",
+        "csrc/forward/cpu/dispatch.cpp": "#include <vector>\n// #include <torch/library.h>\n",
+        "csrc/common/params.h": "struct Params;\n",
+        "csrc/forward/sm80/tile.h": "/*\n#include <vector>\n*/\n",
         "csrc/ptx/mma.cuh": "#include <cuda_bf16.h>\n",
-        "csrc/attention/plain.h": "#include <cstdint>\n",
+        "csrc/common/plain.h": "#include <cstdint>\n",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -236,14 +229,14 @@ def test_a_tree_that_keeps_the_rules_is_clean(tree: Path) -> None:
         ("ratchet/gate.py", "from flashmoe import _extension", "must use public modules only"),
         ("ratchet/gate.py", "import autotune.search", "which is flashmoe.autotune.search once"),
         ("flashmoe/novel.py", "import math", "flashmoe/novel.py is in no layer"),
-        ("csrc/attention/fwd_cpu.cpp", "#include <torch/library.h>", "only csrc/torch_ops.cpp"),
-        ("csrc/attention/params.h", "#include <ATen/ATen.h>", "only csrc/torch_ops.cpp"),
+        ("csrc/forward/cpu/dispatch.cpp", "#include <torch/library.h>", "only csrc/torch_ops.cpp"),
+        ("csrc/common/params.h", "#include <ATen/ATen.h>", "only csrc/torch_ops.cpp"),
         ("csrc/ptx/mma.cuh", '  #  include "c10/util/Half.h"', "only csrc/torch_ops.cpp"),
         ("csrc/instances/registry.cu", "#include <torch/library.h>", "only csrc/torch_ops.cpp"),
-        ("csrc/attention/params.h", "#include <cstdint>", "which NVRTC does not have"),
-        ("csrc/attention/tile.h", "#include <type_traits>", "which NVRTC does not have"),
+        ("csrc/common/params.h", "#include <cstdint>", "which NVRTC does not have"),
+        ("csrc/forward/sm80/tile.h", "#include <type_traits>", "which NVRTC does not have"),
         ("csrc/ptx/mma.cuh", "#include <cuda_runtime.h>", "which NVRTC does not have"),
-        ("csrc/attention/params.h", '#include "plain.h"', "plain.h includes <cstdint>"),
+        ("csrc/common/params.h", '#include "common/plain.h"', "plain.h includes <cstdint>"),
     ],
 )
 def test_a_planted_violation_is_found(tree: Path, file: str, line: str, message: str) -> None:

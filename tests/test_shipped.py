@@ -178,5 +178,5 @@ def test_which_tiles_are_listed_changes_no_kernel(
     assert build_config.source_hashes() == before
     (csrc / "instances" / "sm90.txt").write_text("", encoding="utf-8")
     assert build_config.source_hashes() == before
-    (csrc / "attention" / "fwd_sm90.cuh").write_text("", encoding="utf-8")
+    (csrc / "forward" / "sm90" / "kernel.cuh").write_text("", encoding="utf-8")
     assert build_config.source_hashes() != before

@@ -339,7 +339,7 @@ def test_python_and_cpp_agree_on_shared_memory_and_registers():
 
 
 CXX = shutil.which("c++") or shutil.which("g++")
-HEADER = f'#include "{ROOT}/csrc/attention/tile_sm90.h"\n'
+HEADER = f'#include "{ROOT}/csrc/forward/sm90/tile.h"\n'
 
 
 def sm90_initializer(tile: Tile, head_dim: int) -> str:

@@ -124,7 +124,7 @@ def compile_tile(item: dict[str, Any]) -> dict[str, Any]:
 def refuse_stale_sources() -> None:
     """What is compiled is the package's copy of csrc, made by the last build."""
     csrc = Path(__file__).resolve().parents[2] / "csrc"
-    for copy in sorted((*KERNEL_SOURCES.glob("attention/*"), *KERNEL_SOURCES.glob("ptx/*"))):
+    for copy in sorted(path for path in KERNEL_SOURCES.rglob("*") if path.is_file()):
         original = csrc / copy.relative_to(KERNEL_SOURCES)
         if original.exists() and original.read_bytes() != copy.read_bytes():
             raise SystemExit(f"{original} has changed since the last build: install flashmoe again")

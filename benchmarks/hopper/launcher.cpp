@@ -1,5 +1,5 @@
 // Loads and launches cubins of the Hopper forward kernel by C functions, for probe.py.
-#include "attention/fwd_sm90_host.h"
+#include "forward/sm90/host.h"
 
 extern "C" int load_kernel(const char* path, void** kernel) {
   cudaLibrary_t library;

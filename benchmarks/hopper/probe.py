@@ -47,7 +47,7 @@ CHECKS = (
     (8, 32, 32, 500, 520, False),
 )
 SOURCE = """\
-#include "attention/fwd_sm90.cuh"
+#include "forward/sm90/kernel.cuh"
 extern "C" __global__ void __launch_bounds__({threads}, {ctas}) attention(
     const __grid_constant__ flashmoe::Sm90Params params) {{
   flashmoe::sm90::attention_forward<__nv_bfloat16, flashmoe::Sm90Tile{{{fields}}}>(params);
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__({threads}, {ctas}) attention(
 
 
 class Params(ctypes.Structure):
-    """csrc/attention/params.h."""
+    """csrc/common/params.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "softmax_lse")),
@@ -75,7 +75,7 @@ class Params(ctypes.Structure):
 
 
 class Sm90Tile(ctypes.Structure):
-    """csrc/attention/tile_sm90.h."""
+    """csrc/forward/sm90/tile.h."""
 
     _fields_ = (
         *((n, ctypes.c_int) for n in ("head_dim", "block_m", "block_n", "num_stages", "q_stages")),
@@ -113,7 +113,8 @@ def prepare_folder(folder: Path) -> None:
     for old in folder.glob("*.cubin"):
         old.unlink()
     subprocess.run([sys.executable, ROOT / "csrc/ptx/generate_wgmma.py", folder], check=True)
-    launcher = [Path(__file__).with_name("launcher.cpp"), ROOT / "csrc/attention/fwd_sm90_host.cpp"]
+    parts = ("csrc/forward/sm90/host.cpp", "csrc/common/sm90_launch.cpp")
+    launcher = [Path(__file__).with_name("launcher.cpp"), *(ROOT / part for part in parts)]
     shared = ["-shared", "-Xcompiler=-fPIC", "-cudart=static", "-o", folder / "launcher.so"]
     subprocess.run([*NVCC, f"-I{ROOT / 'csrc'}", f"-I{folder}", *shared, *launcher], check=True)
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import probe
 
-CONSUMER, SOFTMAX = "fwd_sm90_consumer.cuh", "fwd_sm90_softmax.cuh"
-WORK = "fwd_sm90_work.cuh"
+CONSUMER, SOFTMAX = "consumer.cuh", "softmax.cuh"
+WORK = "work.cuh"
 # Default tiles: long and not causal, causal, and serial ones.
 TILES = (
     "64:192x128",
@@ -33,7 +33,7 @@ TILES = (
 
 
 class Off(NamedTuple):
-    """`edits`: (file of csrc/attention, what it says, what it says without the technique).
+    """`edits`: (file of csrc/forward/sm90, what it says, what it says without the technique).
     `option`: what is appended to the tile's name instead."""
 
     technique: str
@@ -110,7 +110,7 @@ def build(folder: Path) -> None:
             sources[off.technique] = Path(temporary, str(number))
             shutil.copytree(probe.ROOT / "csrc", sources[off.technique])
             for file, old, new in off.edits:
-                path = sources[off.technique] / "attention" / file
+                path = sources[off.technique] / "forward" / "sm90" / file
                 text = path.read_text(encoding="utf-8")
                 if old not in text:
                     raise SystemExit(f"{off.technique}: {file} does not say {old!r}")

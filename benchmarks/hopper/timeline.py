@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-# What lies between two events of fwd_sm90_consumer.cuh's trace, and its colour.
+# What lies between two events of consumer.cuh's trace, and its colour.
 PHASES = {
     (1, 2): "its turn",
     (2, 3): "start S and O",

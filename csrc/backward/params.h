@@ -1,7 +1,7 @@
 // The description of an attention backward call. Plain C++, no std headers.
 #pragma once
 
-#include "../attention/params.h"
+#include "common/params.h"
 
 namespace flashmoe {
 

@@ -4,8 +4,8 @@
 #ifdef FLASHMOE_WITH_CUDA
 #include <vector>
 
-#include "attention/fwd_cuda.h"
-#include "backward/bwd_cuda.h"
+#include "backward/cuda.h"
+#include "forward/cuda.h"
 #endif
 
 namespace flashmoe {

@@ -2,7 +2,7 @@
 // the tensor's edge is filled with zeros.
 #pragma once
 
-#include "tensor_map.h"
+#include "ptx/tensor_map.h"
 
 namespace flashmoe::ptx {
 

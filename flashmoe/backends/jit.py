@@ -41,7 +41,7 @@ _SOURCE = """\
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
-#include "attention/fwd_sm90.cuh"
+#include "forward/sm90/kernel.cuh"
 constexpr flashmoe::Sm90Tile TILE{{{fields}}};
 template struct flashmoe::LegalSm90Tile<TILE>;
 extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_sm) attention(

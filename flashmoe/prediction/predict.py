@@ -163,7 +163,7 @@ def split_work(work: Work, splits: int) -> Work:
 
 def _visited(problem: Problem, m_blocks: int, block_m: int, block_n: int) -> tuple[int, int, int]:
     """Tiles of keys that the blocks of rows of one head visit: in all, and the one that visits most
-    and least. Exact, as csrc/attention/fwd_sm90_work.cuh counts them."""
+    and least. Exact, as csrc/forward/sm90/work.cuh counts them."""
     most = -(-problem.seqlen_kv // block_n)
     if not problem.causal:
         return m_blocks * most, most, most

@@ -1,4 +1,4 @@
-"""What is legal for the mma.sync kernel; csrc/attention/tile.h asserts the same."""
+"""What is legal for the mma.sync kernel; csrc/forward/sm80/tile.h asserts the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is legal for the Hopper kernel; csrc/attention/tile_sm90.h asserts the same."""
+"""What is legal for the Hopper kernel; csrc/forward/sm90/tile.h asserts the same."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/attention/params.h"
+#include "../../csrc/common/params.h"
 
 namespace flashmoe {
 

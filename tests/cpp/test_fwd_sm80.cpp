@@ -2,8 +2,8 @@
 // execution.
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
-#include "attention/fwd_sm80_launch.cuh"
 #include "attention_problem.h"
+#include "forward/sm80/launch.cuh"
 
 using namespace flashmoe;
 

@@ -2,9 +2,9 @@
 // execution.
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
-#include "attention/fwd_sm90.cuh"
-#include "attention/fwd_sm90_host.h"
 #include "attention_problem.h"
+#include "forward/sm90/host.h"
+#include "forward/sm90/kernel.cuh"
 
 using namespace flashmoe;
 

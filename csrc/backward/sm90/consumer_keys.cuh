@@ -2,7 +2,7 @@
 // dV it keeps in registers while it goes over the queries, and half of each block's dQ.
 #pragma once
 
-#include "consumer.cuh"
+#include "backward/sm90/consumer.cuh"
 
 namespace flashmoe::sm90_backward {
 

@@ -3,7 +3,7 @@
 // multiplies.
 #pragma once
 
-#include "consumer.cuh"
+#include "backward/sm90/consumer.cuh"
 
 namespace flashmoe::sm90_backward {
 

@@ -3,7 +3,7 @@
 // keeps dK. Each computes half of the columns of dQ.
 #pragma once
 
-#include "consumer.cuh"
+#include "backward/sm90/consumer.cuh"
 
 namespace flashmoe::sm90_backward {
 

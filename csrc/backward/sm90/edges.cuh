@@ -2,11 +2,11 @@
 // of dQ; dQ in 16 bits.
 #pragma once
 
-#include "../../ptx/cp_async.cuh"
-#include "../../ptx/griddepcontrol.cuh"
-#include "../../ptx/ld_st.cuh"
-#include "../../ptx/mma.cuh"
-#include "tile.h"
+#include "backward/sm90/tile.h"
+#include "ptx/cp_async.cuh"
+#include "ptx/griddepcontrol.cuh"
+#include "ptx/ld_st.cuh"
+#include "ptx/mma.cuh"
 
 namespace flashmoe::sm90_backward {
 

@@ -1,9 +1,9 @@
-#include "host.h"
+#include "backward/sm90/host.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "../../attention/sm90_launch.h"
+#include "common/sm90_launch.h"
 
 namespace flashmoe::sm90_backward {
 namespace {

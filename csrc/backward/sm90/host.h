@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "tile.h"
+#include "backward/sm90/tile.h"
 
 namespace flashmoe::sm90_backward {
 

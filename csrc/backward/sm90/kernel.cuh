@@ -3,13 +3,13 @@
 // docs/dev/hopper-backward.md explains it. Includes nothing that NVRTC lacks.
 #pragma once
 
-#include "../../ptx/cp_async.cuh"
-#include "../../ptx/setmaxnreg.cuh"
-#include "consumer_keys.cuh"
-#include "consumer_keys_late.cuh"
-#include "consumer_roles.cuh"
-#include "edges.cuh"
-#include "producer.cuh"
+#include "backward/sm90/consumer_keys.cuh"
+#include "backward/sm90/consumer_keys_late.cuh"
+#include "backward/sm90/consumer_roles.cuh"
+#include "backward/sm90/edges.cuh"
+#include "backward/sm90/producer.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/setmaxnreg.cuh"
 
 namespace flashmoe::sm90_backward {
 

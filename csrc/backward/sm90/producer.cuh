@@ -2,10 +2,10 @@
 // block by block Q, its rows' statistics, and dO.
 #pragma once
 
-#include "../../ptx/griddepcontrol.cuh"
-#include "../../ptx/mbarrier.cuh"
-#include "../../ptx/tma.cuh"
-#include "work.cuh"
+#include "backward/sm90/work.cuh"
+#include "ptx/griddepcontrol.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
 
 namespace flashmoe::sm90_backward {
 

@@ -2,8 +2,8 @@
 // the queries that see them, the plan of shared memory, and the rings of buffers in it.
 #pragma once
 
-#include "../../ptx/registers.cuh"
-#include "tile.h"
+#include "backward/sm90/tile.h"
+#include "ptx/registers.cuh"
 
 namespace flashmoe::sm90_backward {
 

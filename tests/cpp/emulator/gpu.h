@@ -1,4 +1,4 @@
-// A GPU on a CPU, as far as the kernels in csrc/attention need one: threads, warps and thread
+// A GPU on a CPU, as far as the kernels in csrc need one: threads, warps and thread
 // blocks, shared memory, cp.async, mbarriers and named barriers, TMA copies, mma and wgmma. It is
 // no model of speed, but an adversary of synchronization: a seed decides which warp runs next, and
 // when what is asynchronous happens, anywhere between its start and the wait for it.

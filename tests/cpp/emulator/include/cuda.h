@@ -1,4 +1,4 @@
-// As much of the CUDA driver as csrc/attention/fwd_sm90_host.cpp calls (see cuda_runtime.h).
+// As much of the CUDA driver as csrc/forward/sm90/host.cpp calls (see cuda_runtime.h).
 #pragma once
 
 #include <cstdint>

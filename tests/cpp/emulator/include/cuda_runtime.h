@@ -1,4 +1,4 @@
-// As much of the CUDA runtime and driver as csrc/attention/fwd_sm90_host.cpp calls, for a device of
+// As much of the CUDA runtime and driver as csrc/forward/sm90/host.cpp calls, for a device of
 // emulator::run. cudaLaunchKernel and -ExC run the grid before they return, with fake_device.seed.
 #pragma once
 

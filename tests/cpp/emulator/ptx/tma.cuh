@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device.h"
-#include "tensor_map.h"
+#include "ptx/tensor_map.h"
 
 namespace flashmoe::ptx {
 

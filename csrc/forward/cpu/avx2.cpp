@@ -10,7 +10,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "fwd_cpu_x86.h"
+#include "forward/cpu/x86.h"
 
 namespace flashmoe {
 namespace {

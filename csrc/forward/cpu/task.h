@@ -1,7 +1,7 @@
 // What the dispatcher (fwd_cpu.cpp) and the kernels of each instruction set agree on.
 #pragma once
 
-#include "params.h"
+#include "common/params.h"
 
 namespace flashmoe {
 

@@ -2,7 +2,7 @@
 // or BLAS; the caller brings the threads.
 #pragma once
 
-#include "params.h"
+#include "common/params.h"
 
 namespace flashmoe {
 

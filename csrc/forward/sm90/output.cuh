@@ -1,12 +1,12 @@
 // How a consumer warpgroup of the Hopper forward kernel writes its rows of O and softmax_lse.
 #pragma once
 
-#include "../ptx/ld_st.cuh"
-#include "../ptx/ldmatrix.cuh"
-#include "../ptx/mbarrier.cuh"
-#include "../ptx/mma.cuh"
-#include "fwd_sm90_softmax.cuh"
-#include "fwd_sm90_work.cuh"
+#include "forward/sm90/softmax.cuh"
+#include "forward/sm90/work.cuh"
+#include "ptx/ld_st.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 
 namespace flashmoe::sm90 {
 

@@ -3,8 +3,8 @@
 // same in Python (Tile.violations); a test compares the two.
 #pragma once
 
-#include "../ptx/tensor_map.h"
-#include "params.h"
+#include "common/params.h"
+#include "ptx/tensor_map.h"
 
 namespace flashmoe {
 

@@ -4,10 +4,10 @@
 // docs/hopper-forward.md explains it. Includes nothing that NVRTC lacks.
 #pragma once
 
-#include "../ptx/cp_async.cuh"
-#include "../ptx/setmaxnreg.cuh"
-#include "fwd_sm90_consumer.cuh"
-#include "fwd_sm90_producer.cuh"
+#include "forward/sm90/consumer.cuh"
+#include "forward/sm90/producer.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/setmaxnreg.cuh"
 
 namespace flashmoe::sm90 {
 

@@ -2,8 +2,8 @@
 // their Q, K and V by TMA.
 #pragma once
 
-#include "../ptx/mbarrier.cuh"
-#include "fwd_sm90_work.cuh"
+#include "forward/sm90/work.cuh"
+#include "ptx/mbarrier.cuh"
 
 namespace flashmoe::sm90 {
 

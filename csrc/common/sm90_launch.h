@@ -4,8 +4,8 @@
 
 #include <cuda_runtime.h>
 
-#include "../ptx/tensor_map.h"
-#include "params.h"
+#include "common/params.h"
+#include "ptx/tensor_map.h"
 
 namespace flashmoe::sm90 {
 

@@ -5,7 +5,7 @@
 
 #include <atomic>
 
-#include "fwd_sm80.cuh"
+#include "forward/sm80/kernel.cuh"
 
 namespace flashmoe::sm80 {
 

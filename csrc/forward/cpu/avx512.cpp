@@ -12,7 +12,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
 #endif
 
-#include "fwd_cpu_x86.h"
+#include "forward/cpu/x86.h"
 
 namespace flashmoe {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "fwd_cpu_kernel.h"
+#include "forward/cpu/kernel.h"
 
 namespace flashmoe {
 namespace {

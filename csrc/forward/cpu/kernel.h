@@ -1,5 +1,5 @@
-// The CPU forward kernel, over a vector type Vec of one instruction set. Each fwd_cpu_<isa>.cpp
-// includes it once; like fwd_cpu_tiles.h it has internal linkage and uses nothing of std.
+// The CPU forward kernel, over a vector type Vec of one instruction set. The file of each
+// instruction set includes it once; like tiles.h it has internal linkage and uses nothing of std.
 //
 // Per task (a block of query rows) and tile of keys:
 //   S^T[key][row]  = K[key][:] . Q^T[:][row]      vector lanes are rows, K is broadcast
@@ -9,8 +9,8 @@
 // task. Rows go through it in panels of PANEL, so that S^T (block_n x PANEL) stays in L1.
 #pragma once
 
-#include "fwd_cpu_task.h"
-#include "fwd_cpu_tiles.h"
+#include "forward/cpu/task.h"
+#include "forward/cpu/tiles.h"
 
 namespace flashmoe {
 namespace {

@@ -1,9 +1,9 @@
-#include "fwd_sm90_host.h"
+#include "forward/sm90/host.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "sm90_launch.h"
+#include "common/sm90_launch.h"
 
 namespace flashmoe::sm90 {
 namespace {

@@ -6,8 +6,8 @@
 
 #include <cstddef>
 
-#include "params.h"
-#include "tile_sm90.h"
+#include "common/params.h"
+#include "forward/sm90/tile.h"
 
 namespace flashmoe {
 

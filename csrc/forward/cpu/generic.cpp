@@ -1,6 +1,6 @@
 // Any CPU: four floats with the compiler's vector extension, which becomes SSE2, NEON, ... by
 // itself.
-#include "fwd_cpu_kernel.h"
+#include "forward/cpu/kernel.h"
 
 namespace flashmoe {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <cuda_runtime.h>
 
-#include "params.h"
-#include "sm90/host.h"
+#include "backward/params.h"
+#include "backward/sm90/host.h"
 
 namespace flashmoe {
 

@@ -2,10 +2,10 @@
 // of shared memory, and the rings of buffers in it.
 #pragma once
 
-#include "../ptx/ld_st.cuh"
-#include "../ptx/tma.cuh"
-#include "params.h"
-#include "tile_sm90.h"
+#include "common/params.h"
+#include "forward/sm90/tile.h"
+#include "ptx/ld_st.cuh"
+#include "ptx/tma.cuh"
 
 namespace flashmoe::sm90 {
 

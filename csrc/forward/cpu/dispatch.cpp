@@ -1,6 +1,4 @@
 // Checks the problem, cuts it into tasks and hands them to the threads.
-#include "fwd_cpu.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -10,7 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "fwd_cpu_task.h"
+#include "forward/cpu/forward.h"
+#include "forward/cpu/task.h"
 
 namespace flashmoe {
 namespace {

@@ -3,12 +3,12 @@
 // each warp owns WARP_M of them from Q to O, so only K and V are shared between warps.
 #pragma once
 
-#include "../ptx/cp_async.cuh"
-#include "../ptx/ld_st.cuh"
-#include "../ptx/ldmatrix.cuh"
-#include "../ptx/mma.cuh"
-#include "params.h"
-#include "tile.h"
+#include "common/params.h"
+#include "forward/sm80/tile.h"
+#include "ptx/cp_async.cuh"
+#include "ptx/ld_st.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/mma.cuh"
 
 namespace flashmoe::sm80 {
 

@@ -1,4 +1,4 @@
-#include "fwd_cuda.h"
+#include "forward/cuda.h"
 
 #include <deque>
 #include <mutex>
@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "fwd_sm90_counters.h"
-#include "fwd_sm90_host.h"
+#include "forward/sm90/counters.h"
+#include "forward/sm90/host.h"
 #include "instances/registry.h"
 
 namespace flashmoe {

@@ -1,6 +1,6 @@
-#include "bwd_cuda.h"
+#include "backward/cuda.h"
 
-#include "../instances/registry.h"
+#include "instances/registry.h"
 
 namespace flashmoe {
 

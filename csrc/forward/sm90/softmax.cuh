@@ -1,16 +1,16 @@
 // Softmax of the rows that a thread of a consumer warpgroup holds, and S, P and O in its registers.
 #pragma once
 
-#include "../ptx/mma.cuh"
-#include "../ptx/registers.cuh"
-#include "fwd_sm90_work.cuh"
+#include "forward/sm90/work.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/registers.cuh"
 
 namespace flashmoe::sm90 {
 
 // Whether P of a tile that all rows see is computed relative to the maximum of the tiles before,
 // without looking for its own. bfloat16 reaches as far as float32, so nothing is lost where P is
 // large: rows whose O overflowed are computed again, with their own maximum
-// (fwd_sm90_recompute.cuh).
+// (recompute.cuh).
 template <typename T>
 constexpr bool MAXIMUM_MAY_LAG = ptx::IS_BFLOAT16<T>;
 template <typename T>

@@ -1,4 +1,4 @@
-#include "fwd_sm90_counters.h"
+#include "forward/sm90/counters.h"
 
 #include <array>
 #include <mutex>

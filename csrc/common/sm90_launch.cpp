@@ -1,4 +1,4 @@
-#include "sm90_launch.h"
+#include "common/sm90_launch.h"
 
 #include <cuda.h>
 

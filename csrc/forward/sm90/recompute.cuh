@@ -6,10 +6,10 @@
 // are large, or what was rounded by more than the exponent's range, because scores are large.
 #pragma once
 
-#include "../ptx/ld_st.cuh"
-#include "../ptx/mma.cuh"
-#include "fwd_sm90_softmax.cuh"
-#include "fwd_sm90_work.cuh"
+#include "forward/sm90/softmax.cuh"
+#include "forward/sm90/work.cuh"
+#include "ptx/ld_st.cuh"
+#include "ptx/mma.cuh"
 
 namespace flashmoe::sm90 {
 

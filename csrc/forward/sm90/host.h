@@ -4,8 +4,8 @@
 
 #include <cuda_runtime.h>
 
-#include "params.h"
-#include "tile_sm90.h"
+#include "common/params.h"
+#include "forward/sm90/tile.h"
 
 namespace flashmoe::sm90 {
 
