@@ -100,7 +100,7 @@ int32_t dtype_code(const Tensor& x) {
 
 // All but out and softmax_lse.
 AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
-                         bool causal) {
+                         Mask mask) {
   const auto q_sizes = q.sizes(), k_sizes = k.sizes();
   const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides();
   AttentionParams params{};
@@ -123,8 +123,18 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, doub
   params.seqlen_kv = static_cast<int>(k_sizes[1]);
   params.head_dim = static_cast<int>(q_sizes[3]);
   params.softmax_scale = static_cast<float>(softmax_scale);
-  params.causal = causal ? 1 : 0;
+  params.mask = mask;
   return params;
+}
+
+// -1 where a limit hides nothing, as kernels need it.
+Mask mask_of(const Tensor& q, const Tensor& k, int64_t window_left, int64_t window_right) {
+  STD_TORCH_CHECK(window_left >= -1 && window_right >= -1,
+                  "window_left and window_right must be -1 or more, got ", window_left, " and ",
+                  window_right);
+  STD_TORCH_CHECK(q.sizes()[1] + k.sizes()[1] <= INT_MAX, "seqlen_q + seqlen_kv exceeds 2^31 - 1");
+  return {window_left < k.sizes()[1] ? static_cast<int>(window_left) : -1,
+          window_right < q.sizes()[1] ? static_cast<int>(window_right) : -1};
 }
 
 struct Call {
@@ -134,7 +144,7 @@ struct Call {
 
 // Checks, allocates the outputs and describes the call to a kernel.
 Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double softmax_scale,
-             bool causal) {
+             Mask mask) {
   check_inputs(q_in, k_in, v_in);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
@@ -144,7 +154,7 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double 
   Tensor out = empty_contiguous<4>({batch, seqlen_q, heads_q, head_dim}, dtype_code(q), q);
   Tensor lse = empty_contiguous<3>({batch, heads_q, seqlen_q}, aoti_torch_dtype_float32(), q);
 
-  AttentionParams params = describe(q, k, v, softmax_scale, causal);
+  AttentionParams params = describe(q, k, v, softmax_scale, mask);
   params.out = out.data_ptr();
   params.softmax_lse = static_cast<float*>(lse.data_ptr());
   params.o_batch_stride = seqlen_q * heads_q * head_dim;
@@ -173,11 +183,11 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
 }
 
 std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      double softmax_scale, bool causal, int64_t block_m,
-                                      int64_t block_n) {
+                                      double softmax_scale, int64_t window_left,
+                                      int64_t window_right, int64_t block_m, int64_t block_n) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  Call call = prepare(q, k, v, softmax_scale, causal);
+  Call call = prepare(q, k, v, softmax_scale, mask_of(q, k, window_left, window_right));
   if (!is_empty(call.params)) {
     fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
             best_cpu_isa(), torch_parallel_for_range,
@@ -203,11 +213,12 @@ cudaStream_t current_stream(int device) {
 }
 
 std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       double softmax_scale, bool causal, int64_t handle) {
+                                       double softmax_scale, int64_t window_left,
+                                       int64_t window_right, int64_t handle) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  Call call = prepare(q, k, v, softmax_scale, causal);
+  Call call = prepare(q, k, v, softmax_scale, mask_of(q, k, window_left, window_right));
   const Kernel* kernel = find_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
@@ -238,7 +249,8 @@ Tensor fetchable(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tensor& q_in,
                                                const Tensor& k_in, const Tensor& v_in,
                                                const Tensor& out_in, const Tensor& softmax_lse,
-                                               double softmax_scale, bool causal, int64_t handle) {
+                                               double softmax_scale, int64_t window_left,
+                                               int64_t window_right, int64_t handle) {
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
@@ -272,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
   Tensor dk = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
   Tensor dv = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
   BackwardParams params;
-  params.attention = describe(q, k, v, softmax_scale, causal);
+  params.attention = describe(q, k, v, softmax_scale, mask_of(q, k, window_left, window_right));
   params.attention.out = out.data_ptr();
   const auto o_strides = out.strides(), do_strides = dout.strides();
   params.attention.o_batch_stride = o_strides[0];
@@ -337,14 +349,15 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
 
 STABLE_TORCH_LIBRARY(flashmoe, m) {
   m.def(
-      "fwd_cpu(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int block_m, "
-      "int block_n) -> (Tensor out, Tensor softmax_lse)");
+      "fwd_cpu(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int block_m, int block_n) -> (Tensor out, Tensor softmax_lse)");
   m.def(
-      "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int kernel) -> "
-      "(Tensor out, Tensor softmax_lse)");
+      "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel) -> (Tensor out, Tensor softmax_lse)");
   m.def(
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "float softmax_scale, bool causal, int kernel) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "float softmax_scale, int window_left, int window_right, int kernel) -> "
+      "(Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op)); }

@@ -2,6 +2,8 @@
 // NVRTC has none.
 #pragma once
 
+#include "common/mask.h"
+
 namespace flashmoe {
 
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
@@ -21,7 +23,7 @@ struct AttentionParams {
   long long o_batch_stride, o_row_stride, o_head_stride;
   int batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim;
   float softmax_scale;  // finite and positive
-  int causal;  // 1: query i sees keys j <= i + (seqlen_kv - seqlen_q), aligned bottom-right
+  Mask mask;
 };
 
 }  // namespace flashmoe

@@ -85,7 +85,7 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
   const void* entry = kernel.entries[dtype == DType::bfloat16];
   if (entry == nullptr) return cudaErrorInvalidValue;
   // Only blocks of rows that differ in length are drawn from a counter.
-  unsigned* counter = params.causal ? sm90::next_counter(device, stream) : nullptr;
+  unsigned* counter = params.mask.right >= 0 ? sm90::next_counter(device, stream) : nullptr;
   return sm90::launch(kernel.tile, entry, params, dtype, device, stream, counter);
 }
 

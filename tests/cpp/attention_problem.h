@@ -19,20 +19,20 @@ namespace flashmoe {
 
 struct Problem {
   int batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim;
-  bool causal;
+  Mask mask;
 
   std::string text() const {
     std::string text;
     for (const int n : {batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim}) {
       text += std::to_string(n) + " ";
     }
-    return text + (causal ? "causal" : "full");
+    return text + "window " + std::to_string(mask.left) + " " + std::to_string(mask.right);
   }
 };
 
 // What is wrong with out and softmax_lse, or nothing.
 inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
-                           const std::vector<float>& lse, float scale, bool causal) {
+                           const std::vector<float>& lse, float scale, Mask mask) {
   Tensor magnitude(v.dtype, v.batch, v.seqlen, v.heads, v.head_dim, 0, false);
   for (int b = 0; b < v.batch; ++b)
     for (int s = 0; s < v.seqlen; ++s)
@@ -41,9 +41,9 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
           magnitude.set(b, s, h, d, std::fabs(v.get(b, s, h, d)));
   std::vector<int> order(q.head_dim);
   std::iota(order.begin(), order.end(), 0);
-  const auto want = reference<double>(q, k, v, scale, causal, order);
+  const auto want = reference<double>(q, k, v, scale, mask, order);
   // P and O are rounded to the dtype: relative to the terms of the sum, not to the sum.
-  const auto terms = reference<double>(q, k, magnitude, scale, causal, order);
+  const auto terms = reference<double>(q, k, magnitude, scale, mask, order);
   const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
   for (size_t r = 0; r < want.lse.size(); ++r) {
     const int i = r % q.seqlen, h = r / q.seqlen % q.heads, b = r / q.seqlen / q.heads;
@@ -71,18 +71,28 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
   return "";
 }
 
-// Shapes around a tile's, where blocks of rows see all, some or none of the keys.
-inline Problem random_problem(int head_dim, int block_m, int block_n, std::mt19937_64& random) {
+// Shapes around a tile's, where blocks of rows see all, some or none of the keys; with windows
+// where they are `local`.
+inline Problem random_problem(int head_dim, int block_m, int block_n, bool local,
+                              std::mt19937_64& random) {
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
   Problem x;
   x.head_dim = head_dim - 8 * below(3);
   x.batch = 1 + below(2);
   x.heads_kv = 1 + below(2);
   x.heads_q = x.heads_kv * (1 + below(2));
-  x.causal = below(3) > 0;
+  x.mask = {-1, below(3) > 0 ? 0 : -1};
   x.seqlen_q = 1 + below(3 * block_m);
   x.seqlen_kv = 1 + below(4 * block_n);
   if (below(2) == 0) x.seqlen_q = x.seqlen_kv;
+  if (local) {
+    // Narrower than a tile, or several; one side may be open, and may hide nothing.
+    const auto limit = [&](int seqlen) {
+      return below(4) == 0 ? -1 : below(std::min(seqlen, below(2) ? block_n / 2 : 3 * block_n));
+    };
+    x.mask = {limit(x.seqlen_kv), below(2) ? 0 : limit(x.seqlen_q)};
+    if (!x.mask.is_local()) x.mask.left = below(x.seqlen_kv);
+  }
   return x;
 }
 
@@ -153,8 +163,8 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
 
   fake_device.sm_count = 1 + static_cast<int>(random() % 3);
   fake_device.seed = random();
-  std::string wrong = launch(forward_params(q, k, v, out, lse, scale, x.causal), dtype, random);
-  if (wrong.empty()) wrong = compare(q, k, v, out, lse, scale, x.causal);
+  std::string wrong = launch(forward_params(q, k, v, out, lse, scale, x.mask), dtype, random);
+  if (wrong.empty()) wrong = compare(q, k, v, out, lse, scale, x.mask);
   if (wrong.empty()) return true;
   std::printf("%s, %s, %s, seed %llu: %s\n", name.c_str(), x.text().c_str(),
               dtype == DType::float16 ? "float16" : "bfloat16",
@@ -179,8 +189,8 @@ int run_all(const Instances& instances, int argc, char** argv) {
   for (int round = 0; round < rounds; ++round) {
     for (const auto& instance : instances) {
       if (std::string(instance.name).find(only) == std::string::npos) continue;
-      const Problem x =
-          random_problem(instance.head_dim(), instance.block_m(), instance.block_n(), random);
+      const Problem x = random_problem(instance.head_dim(), instance.block_m(), instance.block_n(),
+                                       instance.local(), random);
       failures += !instance.check(x, random());
       ++runs;
     }

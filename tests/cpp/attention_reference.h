@@ -191,7 +191,7 @@ struct Result {
 };
 
 inline AttentionParams forward_params(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
-                                      std::vector<float>& lse, float scale, bool causal) {
+                                      std::vector<float>& lse, float scale, Mask mask) {
   AttentionParams p{};
   p.q = q.bytes.data(), p.k = k.bytes.data(), p.v = v.bytes.data(), p.out = out.bytes.data();
   p.softmax_lse = lse.data();
@@ -203,14 +203,25 @@ inline AttentionParams forward_params(Tensor& q, Tensor& k, Tensor& v, Tensor& o
   p.v_head_stride = v.head_stride, p.o_head_stride = out.head_stride;
   p.batch = q.batch, p.heads_q = q.heads, p.heads_kv = k.heads;
   p.seqlen_q = q.seqlen, p.seqlen_kv = k.seqlen, p.head_dim = q.head_dim;
-  p.softmax_scale = scale, p.causal = causal;
+  p.softmax_scale = scale, p.mask = mask;
   return p;
+}
+
+// The first key that query i sees, and how many, by trying each.
+inline std::pair<int, int> seen_keys(Mask mask, int i, int seqlen_q, int seqlen_kv) {
+  int first = 0, count = 0;
+  for (int j = 0; j < seqlen_kv; ++j) {
+    const int ahead = j - (i + seqlen_kv - seqlen_q);
+    if ((mask.left >= 0 && ahead < -mask.left) || (mask.right >= 0 && ahead > mask.right)) continue;
+    if (count++ == 0) first = j;
+  }
+  return {first, count};
 }
 
 // softmax(scale * Q K^T) V row by row in Float arithmetic, every sum in the order it is written
 // but those over head_dim, which run through `order`.
 template <typename Float>
-Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, bool causal,
+Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
                         const std::vector<int>& order) {
   const Values<Float> q_values(q), k_values(k), v_values(v);
   const size_t rows = static_cast<size_t>(q.batch) * q.heads * q.seqlen;
@@ -219,11 +230,11 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, bool causa
   for (size_t r = 0; r < rows; ++r) {
     const int i = r % q.seqlen, h = r / q.seqlen % q.heads, b = r / q.seqlen / q.heads;
     const int kv_head = h / (q.heads / k.heads);
-    const int visible = causal ? std::clamp(i + 1 + k.seqlen - q.seqlen, 0, k.seqlen) : k.seqlen;
+    const auto [first, visible] = seen_keys(mask, i, q.seqlen, k.seqlen);
     scores.assign(visible, 0);
     Float max = -INFINITY, sum = 0;
     for (int n = 0; n < visible; ++n) {
-      const Float *q_row = q_values.row(b, i, h), *k_row = k_values.row(b, n, kv_head);
+      const Float *q_row = q_values.row(b, i, h), *k_row = k_values.row(b, first + n, kv_head);
       for (int d : order) scores[n] += q_row[d] * k_row[d];
       scores[n] *= static_cast<Float>(scale);
       max = std::fmax(max, scores[n]);
@@ -232,7 +243,7 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, bool causa
     Float* out_row = &result.out[r * q.head_dim];
     for (int n = 0; n < visible; ++n) {
       const Float p = std::exp(scores[n] - max);
-      const Float* v_row = v_values.row(b, n, kv_head);
+      const Float* v_row = v_values.row(b, first + n, kv_head);
       sum += p;
       for (int d = 0; d < q.head_dim; ++d) out_row[d] += p * v_row[d];
     }

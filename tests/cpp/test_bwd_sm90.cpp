@@ -53,7 +53,7 @@ struct Gradients {
 // By definition, in float64; and how much rounding P, dS, out and the gradients to the dtype may
 // change each element.
 void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& dout,
-                         const std::vector<float>& lse, double scale, bool causal, Gradients& want,
+                         const std::vector<float>& lse, double scale, Mask mask, Gradients& want,
                          Gradients& allowed) {
   const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
   const int group = q.heads / k.heads, dims = q.head_dim;
@@ -63,13 +63,12 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
       for (int i = 0; i < q.seqlen; ++i) {
         const double *qi = qs.row(b, i, h), *oi = os.row(b, i, h), *di = dos.row(b, i, h);
         const double row_lse = lse[(static_cast<size_t>(b) * q.heads + h) * q.seqlen + i];
-        const int visible =
-            causal ? std::clamp(i + 1 + k.seqlen - q.seqlen, 0, k.seqlen) : k.seqlen;
+        const auto [first, visible] = seen_keys(mask, i, q.seqlen, k.seqlen);
         double delta = 0, delta_terms = 0;
         for (int d = 0; d < dims; ++d)
           delta += di[d] * oi[d], delta_terms += std::fabs(di[d] * oi[d]);
         const size_t q_at = ((static_cast<size_t>(b) * q.seqlen + i) * q.heads + h) * dims;
-        for (int j = 0; j < visible; ++j) {
+        for (int j = first; j < first + visible; ++j) {
           const double *kj = ks.row(b, j, h / group), *vj = vs.row(b, j, h / group);
           double s = 0, dp = 0;
           for (int d = 0; d < dims; ++d) s += qi[d] * kj[d], dp += di[d] * vj[d];
@@ -103,6 +102,7 @@ struct Instance {
   int head_dim() const { return tile.head_dim; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
+  bool local() const { return false; }
 
   bool check(const Problem& x, uint64_t seed) const {
     std::mt19937_64 random(seed);
@@ -129,7 +129,7 @@ struct Instance {
     const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
     std::vector<int> order(x.head_dim);
     std::iota(order.begin(), order.end(), 0);
-    const auto forward = reference<double>(q, k, v, scale, x.causal, order);
+    const auto forward = reference<double>(q, k, v, scale, x.mask, order);
     std::vector<float> lse(forward.lse.begin(), forward.lse.end());
     for (size_t r = 0; r < forward.lse.size(); ++r) {
       const int i = r % x.seqlen_q, h = r / x.seqlen_q % x.heads_q, b = r / x.seqlen_q / x.heads_q;
@@ -137,7 +137,7 @@ struct Instance {
     }
 
     BackwardParams params{};
-    params.attention = forward_params(q, k, v, out, lse, scale, x.causal);
+    params.attention = forward_params(q, k, v, out, lse, scale, x.mask);
     params.dout = dout.bytes.data();
     params.do_batch_stride = dout.batch_stride, params.do_row_stride = dout.row_stride;
     params.do_head_stride = dout.head_stride;
@@ -165,7 +165,7 @@ struct Instance {
     Gradients want(forward.out.size(),
                    static_cast<size_t>(x.batch) * x.seqlen_kv * x.heads_kv * x.head_dim);
     Gradients allowed = want;
-    reference_gradients(q, k, v, out, dout, lse, scale, x.causal, want, allowed);
+    reference_gradients(q, k, v, out, dout, lse, scale, x.mask, want, allowed);
     if (wrong.empty()) wrong = compare_gradient("dv", dv, want.dv, allowed.dv);
     if (wrong.empty()) wrong = compare_gradient("dk", dk, want.dk, allowed.dk);
     if (wrong.empty()) wrong = compare_gradient("dq", dq, want.dq, allowed.dq);

@@ -33,9 +33,11 @@ int failures = 0;
     }                                                             \
   } while (0)
 
+constexpr Mask FULL{-1, -1}, CAUSAL{-1, 0};
+
 struct Case {
   int batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim;
-  bool causal;
+  Mask mask;
   DType dtype = DType::float32;
   int block_m = 64, block_n = 64, threads = 2, pad = 0;
   bool heads_first = false;
@@ -45,9 +47,9 @@ struct Case {
   std::string name() const {
     char text[256];
     std::snprintf(text, sizeof(text),
-                  "b%d sq%d skv%d hq%d hkv%d d%d causal%d dtype%d tile%dx%d threads%d pad%d "
+                  "b%d sq%d skv%d hq%d hkv%d d%d window%d,%d dtype%d tile%dx%d threads%d pad%d "
                   "heads_first%d isa%d",
-                  batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, causal,
+                  batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, mask.left, mask.right,
                   static_cast<int>(dtype), block_m, block_n, threads, pad, heads_first,
                   static_cast<int>(isa));
     return text;
@@ -107,7 +109,7 @@ struct Problem {
     return c.scale != 0 ? c.scale : 1.0f / std::sqrt(static_cast<float>(c.head_dim));
   }
 
-  AttentionParams params() { return forward_params(q, k, v, out, lse, scale(), c.causal); }
+  AttentionParams params() { return forward_params(q, k, v, out, lse, scale(), c.mask); }
 
   void run() {
     std::fill(out.bytes.begin(), out.bytes.end(), POISON);
@@ -121,11 +123,11 @@ struct Problem {
   void check() {
     std::vector<int> order(c.head_dim);
     std::iota(order.begin(), order.end(), 0);
-    const Result<double> want = reference<double>(q, k, v, scale(), c.causal, order);
+    const Result<double> want = reference<double>(q, k, v, scale(), c.mask, order);
     double out_error = 0, lse_error = 0;
     std::mt19937 engine(0);
     for (int i = 0; i < 8; ++i) {
-      const Result<float> plain = reference<float>(q, k, v, scale(), c.causal, order);
+      const Result<float> plain = reference<float>(q, k, v, scale(), c.mask, order);
       out_error = std::fmax(out_error, largest_error(plain.out, want.out));
       lse_error = std::fmax(lse_error, largest_error(plain.lse, want.lse));
       std::shuffle(order.begin(), order.end(), engine);
@@ -171,24 +173,24 @@ std::vector<CpuIsa> available_isas() {
 void test_against_reference(CpuIsa isa) {
   const DType f32 = DType::float32, f16 = DType::float16, bf16 = DType::bfloat16;
   const std::vector<Case> cases = {
-      {1, 1, 1, 1, 1, 8, false},
-      {1, 1, 1, 1, 1, 8, true},
-      {2, 7, 13, 3, 3, 8, false, f32, 5, 3},
-      {1, 13, 7, 2, 1, 16, true, f32, 5, 3},  // the first six rows see nothing
-      {1, 64, 64, 2, 2, 64, false, f32, 64, 64},
-      {1, 65, 129, 2, 2, 64, true, f32, 64, 64, 5, 8},
-      {2, 127, 131, 4, 2, 40, true, f32, 24, 16, 1, 3, true},
-      {1, 50, 50, 8, 1, 24, true, f32, 7, 9, 2, 1},
-      {1, 1, 257, 8, 2, 128, true, f32, 32, 48, 5},
-      {1, 3, 300, 6, 6, 128, false, f32, 1000, 1000, 2},
-      {1, 100, 100, 1, 1, 256, true, f32, 48, 1, 2, 0, true},
-      {1, 77, 66, 2, 2, 248, false, f32, 1, 64, 2, 5},
-      {3, 33, 47, 2, 1, 72, true, f32, 1 << 30, 1 << 30, 2},
-      {1, 96, 200, 2, 2, 64, false, f16, 48, 32, 2, 8},
-      {1, 61, 61, 4, 2, 88, true, f16, 30, 20, 5, 1, true},
-      {1, 96, 200, 2, 2, 64, false, bf16, 48, 32, 2, 8},
-      {2, 61, 62, 4, 2, 136, true, bf16, 30, 20, 5, 1, true},
-      {1, 40, 40, 1, 1, 32, true, f32, 16, 16, 2, 0, false, 3.0f},  // peaked rows, rescaling
+      {1, 1, 1, 1, 1, 8, FULL},
+      {1, 1, 1, 1, 1, 8, CAUSAL},
+      {2, 7, 13, 3, 3, 8, FULL, f32, 5, 3},
+      {1, 13, 7, 2, 1, 16, CAUSAL, f32, 5, 3},  // the first six rows see nothing
+      {1, 64, 64, 2, 2, 64, FULL, f32, 64, 64},
+      {1, 65, 129, 2, 2, 64, CAUSAL, f32, 64, 64, 5, 8},
+      {2, 127, 131, 4, 2, 40, CAUSAL, f32, 24, 16, 1, 3, true},
+      {1, 50, 50, 8, 1, 24, CAUSAL, f32, 7, 9, 2, 1},
+      {1, 1, 257, 8, 2, 128, CAUSAL, f32, 32, 48, 5},
+      {1, 3, 300, 6, 6, 128, FULL, f32, 1000, 1000, 2},
+      {1, 100, 100, 1, 1, 256, CAUSAL, f32, 48, 1, 2, 0, true},
+      {1, 77, 66, 2, 2, 248, FULL, f32, 1, 64, 2, 5},
+      {3, 33, 47, 2, 1, 72, CAUSAL, f32, 1 << 30, 1 << 30, 2},
+      {1, 96, 200, 2, 2, 64, FULL, f16, 48, 32, 2, 8},
+      {1, 61, 61, 4, 2, 88, CAUSAL, f16, 30, 20, 5, 1, true},
+      {1, 96, 200, 2, 2, 64, FULL, bf16, 48, 32, 2, 8},
+      {2, 61, 62, 4, 2, 136, CAUSAL, bf16, 30, 20, 5, 1, true},
+      {1, 40, 40, 1, 1, 32, CAUSAL, f32, 16, 16, 2, 0, false, 3.0f},  // peaked rows, rescaling
   };
   unsigned seed = 1;
   for (Case c : cases) {
@@ -203,15 +205,15 @@ void test_against_reference(CpuIsa isa) {
 void test_sweeps(CpuIsa isa) {
   for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
     const DType dtype = static_cast<DType>(head_dim / 8 % 3);
-    Problem problem(
-        {1, 29, 31, 1, 1, head_dim, head_dim % 16 == 0, dtype, 17, 12, 2, 8, false, 0, isa},
-        head_dim);
+    Problem problem({1, 29, 31, 1, 1, head_dim, head_dim % 16 == 0 ? CAUSAL : FULL, dtype, 17, 12,
+                     2, 8, false, 0, isa},
+                    head_dim);
     problem.run();
     problem.check();
   }
   for (int seqlen = 1; seqlen <= 100; ++seqlen) {
-    Problem problem({1, seqlen, 101 - seqlen, 2, 1, 24, seqlen % 2 == 0, DType::float32, 1000, 40,
-                     1, 0, true, 0, isa},
+    Problem problem({1, seqlen, 101 - seqlen, 2, 1, 24, seqlen % 2 ? FULL : CAUSAL, DType::float32,
+                     1000, 40, 1, 0, true, 0, isa},
                     seqlen);
     problem.run();
     problem.check();
@@ -220,8 +222,8 @@ void test_sweeps(CpuIsa isa) {
 
 void test_empty(CpuIsa isa) {
   const std::vector<Case> cases = {
-      {0, 4, 4, 2, 1, 16, false}, {1, 0, 4, 2, 1, 16, true}, {2, 5, 0, 2, 1, 16, false},
-      {2, 5, 0, 2, 1, 16, true},  {0, 0, 0, 1, 1, 8, false},
+      {0, 4, 4, 2, 1, 16, FULL},   {1, 0, 4, 2, 1, 16, CAUSAL}, {2, 5, 0, 2, 1, 16, FULL},
+      {2, 5, 0, 2, 1, 16, CAUSAL}, {0, 0, 0, 1, 1, 8, FULL},
   };
   for (Case c : cases) {
     c.isa = isa;
@@ -237,7 +239,7 @@ void test_special_values(CpuIsa isa) {
   for (DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
     for (int position = 0; position < 60; position += 7) {
       for (int which = 0; which < 9; ++which) {
-        Case c{1, 70, 61, 2, 1, 40, true, dtype, 48, 16, 2, 3, false, 0, isa};
+        Case c{1, 70, 61, 2, 1, 40, CAUSAL, dtype, 48, 16, 2, 3, false, 0, isa};
         Problem problem(c, 100 + position);
         Tensor& tensor = which < 3 ? problem.q : which < 6 ? problem.k : problem.v;
         tensor.set(0, position, 0, position % 40, special[which % 3]);
@@ -247,7 +249,7 @@ void test_special_values(CpuIsa isa) {
     }
   }
   // Everything from one key on is NaN: rows before it stay finite.
-  Case c{1, 64, 64, 1, 1, 64, true, DType::float32, 24, 16, 2, 0, false, 0, isa};
+  Case c{1, 64, 64, 1, 1, 64, CAUSAL, DType::float32, 24, 16, 2, 0, false, 0, isa};
   for (int first = 0; first < 64; ++first) {
     Problem problem(c, first);
     for (int n = first; n < 64; ++n) {
@@ -263,7 +265,7 @@ void test_special_values(CpuIsa isa) {
 void test_conversions(CpuIsa isa) {
   for (DType dtype : {DType::float16, DType::bfloat16}) {
     for (int keys = 1; keys <= 2; ++keys) {
-      Case c{1024, 1, keys, 1, 1, 64, false, dtype, 8, 8, 2, 0, false, 0, isa};
+      Case c{1024, 1, keys, 1, 1, 64, FULL, dtype, 8, 8, 2, 0, false, 0, isa};
       Problem problem(c, 1);
       problem.q.fill([] { return 0.0; });
       problem.k.fill([] { return 0.0; });
@@ -297,7 +299,7 @@ void test_conversions(CpuIsa isa) {
 }
 
 void test_threads_do_not_change_the_result(CpuIsa isa) {
-  Case c{2, 150, 170, 4, 2, 64, true, DType::float32, 32, 48, 1, 0, false, 0, isa};
+  Case c{2, 150, 170, 4, 2, 64, CAUSAL, DType::float32, 32, 48, 1, 0, false, 0, isa};
   Problem problem(c, 9);
   problem.run();
   const std::vector<uint8_t> out(problem.out.bytes.begin(), problem.out.bytes.end());
@@ -311,7 +313,7 @@ void test_threads_do_not_change_the_result(CpuIsa isa) {
 }
 
 void test_bad_arguments() {
-  const Case good{1, 4, 4, 2, 1, 16, false};
+  const Case good{1, 4, 4, 2, 1, 16, FULL};
   std::vector<std::pair<Case, const char*>> bad(10, {good, "got 12"});
   bad[0].first.head_dim = 12;
   bad[1].first.head_dim = 264, bad[1].second = "got 264";

@@ -18,6 +18,7 @@ struct Instance {
   int head_dim() const { return shape[0]; }
   int block_m() const { return shape[1]; }
   int block_n() const { return shape[2]; }
+  bool local() const { return false; }
 
   bool check(const Problem& x, uint64_t seed) const {
     return flashmoe::check(name, x, aligned, seed, [&](const auto& params, DType dtype, auto&) {

@@ -23,6 +23,7 @@ struct Instance {
   int head_dim() const { return tile.head_dim; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
+  bool local() const { return false; }
 
   bool check(const Problem& x, uint64_t seed) const {
     return flashmoe::check(name, x, true, seed, [&](const auto& params, DType dtype, auto& random) {

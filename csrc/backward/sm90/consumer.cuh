@@ -90,7 +90,7 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       const int key = work.n_start + mine * 64 + warp * 16 + lane / 4 + half * 8;
       // The first query that sees it, from this thread's first one on.
-      int first = p.causal ? key - (p.seqlen_kv - p.seqlen_q) - m_start - lane % 4 * 2 : 0;
+      int first = p.mask.right >= 0 ? key - (p.seqlen_kv - p.seqlen_q) - m_start - lane % 4 * 2 : 0;
       if (key >= p.seqlen_kv) first = BLOCK_M;
 #pragma unroll
       for (int i = 0; i < BLOCK_M / 8; ++i) {
@@ -198,7 +198,7 @@ struct Steps {
         (static_cast<long long>(work.batch) * p.heads_q + work.head_kv * group) * params.m_blocks +
         work.m_start;
     const int last_key = first_key + 63;
-    steps.all_seen = p.causal ? last_key - (p.seqlen_kv - p.seqlen_q) : 0;
+    steps.all_seen = p.mask.right >= 0 ? last_key - (p.seqlen_kv - p.seqlen_q) : 0;
     if (last_key >= p.seqlen_kv) steps.all_seen = p.seqlen_q;
     return steps;
   }

@@ -41,7 +41,7 @@ struct Work {
     const AttentionParams& p = params.call.attention;
     Work work;
     int pair, n_block;
-    if (p.causal) {
+    if (p.mask.right >= 0) {
       // The longest first, in sections of heads that L2 holds.
       const int per_section = params.section * params.n_blocks;
       const int first = index / per_section * params.section;
@@ -57,7 +57,7 @@ struct Work {
     work.head_kv = pair - work.batch * p.heads_kv;
     work.n_start = n_block * TILE.block_n;
     const int first_row = work.n_start - (p.seqlen_kv - p.seqlen_q);
-    if (p.causal) {
+    if (p.mask.right >= 0) {
       work.m_first = work.m_start = min(max(first_row, 0) / TILE.block_m, params.m_blocks);
     } else {
       // Each thread block somewhere else, or all would be at the same rows of Q and dQ all the

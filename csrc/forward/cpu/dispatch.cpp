@@ -93,8 +93,9 @@ struct Work {
   // left for the end is small. Otherwise all blocks of a head in a row, for its keys to stay in the
   // cache.
   CpuTask task(long long index) const {
-    const long long head = params.causal ? index % heads : index / row_blocks;
-    const long long block = params.causal ? row_blocks - 1 - index / heads : index % row_blocks;
+    const long long head = params.mask.right >= 0 ? index % heads : index / row_blocks;
+    const long long block =
+        params.mask.right >= 0 ? row_blocks - 1 - index / heads : index % row_blocks;
     const long long begin = block * block_m;
     return {static_cast<int>(head / params.heads_kv), static_cast<int>(head % params.heads_kv),
             begin, std::min(begin + block_m, rows)};

@@ -101,7 +101,7 @@ struct BlockForward {
 
   // Row r sees keys [0, visible_keys(r)).
   long long visible_keys(long long row) const {
-    if (!params.causal) return params.seqlen_kv;
+    if (params.mask.right < 0) return params.seqlen_kv;
     const long long diagonal = row / group + 1 + params.seqlen_kv - params.seqlen_q;
     return clamp<long long>(diagonal, 0, params.seqlen_kv);
   }

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   const int diagonal = params.seqlen_kv - params.seqlen_q;
   int n_end = params.seqlen_kv;
   int n_unmasked = params.seqlen_kv / BLOCK_N;
-  if (params.causal) {
+  if (params.mask.right >= 0) {
     n_end = min(n_end, m_start + BLOCK_M + diagonal);
     n_unmasked = min(n_unmasked, max(m_start + diagonal + 1, 0) / BLOCK_N);
   }
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           int limit = params.seqlen_kv;
-          if (params.causal) limit = min(limit, row + (i / 2) * 8 + diagonal + 1);
+          if (params.mask.right >= 0) limit = min(limit, row + (i / 2) * 8 + diagonal + 1);
 #pragma unroll
           for (int n = 0; n < N_TILES; ++n) {
             if (column0 + n * 8 + (i & 1) >= limit) S_rmem[m][n][i] = -INFINITY;

@@ -223,11 +223,12 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         n_tile = n_tiles - 1;
         n_unmasked = p.seqlen_kv / BLOCK_N;
         // With the tile of the last key that its first row sees: after it, each row saw one.
-        if (p.causal) n_unmasked = min(n_unmasked, max(first + diagonal, 0) / BLOCK_N);
+        if (p.mask.right >= 0) n_unmasked = min(n_unmasked, max(first + diagonal, 0) / BLOCK_N);
         if constexpr (CAN_SKIP) {
           skip = 0;
           // One is kept for rows that see nothing.
-          if (p.causal) skip = n_tile - min(max(first + 63 + diagonal, 0) / BLOCK_N, n_tile);
+          if (p.mask.right >= 0)
+            skip = n_tile - min(max(first + 63 + diagonal, 0) / BLOCK_N, n_tile);
           if (first >= p.seqlen_q) skip = n_tiles;
           n_tile -= skip;
         }

@@ -57,7 +57,7 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   params.m_blocks = FastDivisor::of(static_cast<int>(num_m_blocks));
   params.heads_q = FastDivisor::of(a.heads_q);
   params.group = FastDivisor::of(a.heads_q / a.heads_kv);
-  if (a.causal) {
+  if (a.mask.right >= 0) {
     const int section = section_heads(a, num_m_blocks, grid, here.l2_bytes);
     params.section_heads = FastDivisor::of(section);
     params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));

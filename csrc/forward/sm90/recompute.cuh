@@ -86,7 +86,7 @@ __device__ __forceinline__ void recompute_scores(const AttentionParams& p, const
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     int limit = p.seqlen_kv;
-    if (p.causal) limit = min(limit, my_row + e / 2 * 8 + p.seqlen_kv - p.seqlen_q + 1);
+    if (p.mask.right >= 0) limit = min(limit, my_row + e / 2 * 8 + p.seqlen_kv - p.seqlen_q + 1);
     if (key + lane % 4 * 2 + e % 2 >= limit) S[e] = -INFINITY;
   }
 }
@@ -104,7 +104,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
   const unsigned short* v = static_cast<const unsigned short*>(p.v) + batch * p.v_batch_stride +
                             head_kv * p.v_head_stride + lane / 4;
   int n_end = p.seqlen_kv;
-  if (p.causal) n_end = min(n_end, row + 16 + n_end - p.seqlen_q);
+  if (p.mask.right >= 0) n_end = min(n_end, row + 16 + n_end - p.seqlen_q);
   // Told that a warp agrees on it: ptxas would take the fast path for divergent, too.
   n_end = __shfl_sync(0xffffffff, n_end, 0);
 #pragma unroll 1

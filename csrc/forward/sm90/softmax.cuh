@@ -205,7 +205,7 @@ __device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2], const Atten
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int limit = p.seqlen_kv;
-    if (p.causal) limit = min(limit, row0 + half * 8 + diagonal + 1);
+    if (p.mask.right >= 0) limit = min(limit, row0 + half * 8 + diagonal + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       // A bit for each element of the row in this thread, 8 columns apart: those to keep.

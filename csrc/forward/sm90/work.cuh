@@ -21,7 +21,7 @@ template <Sm90Tile TILE>
 __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   const AttentionParams& p = params.attention;
   int batch_head, m_block;
-  if (p.causal) {
+  if (p.mask.right >= 0) {
     // Sections of heads whose K and V fit L2 together; inside one, the longest blocks first.
     const int section = params.per_section.divide(index);
     const int in_section = index - section * params.per_section.divisor;
@@ -38,7 +38,7 @@ __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   work.head = batch_head - work.batch * p.heads_q;
   work.m_start = m_block * TILE.block_m;
   int n_end = p.seqlen_kv;
-  if (p.causal) n_end = min(n_end, work.m_start + TILE.block_m + p.seqlen_kv - p.seqlen_q);
+  if (p.mask.right >= 0) n_end = min(n_end, work.m_start + TILE.block_m + p.seqlen_kv - p.seqlen_q);
   work.n_tiles = n_end > 0 ? (n_end + TILE.block_n - 1) / TILE.block_n : 0;
   return work;
 }
