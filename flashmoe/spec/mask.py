@@ -84,6 +84,8 @@ class Mask:
         """`visible`, and the mask under which the rows from row_begin to row_end - 1 and those keys
         alone are a problem of their own."""
         begin, end = self.visible(row_begin, row_end, seqlen_q, seqlen_kv)
+        if begin == end:
+            return begin, end, FULL
         # How much further right the last of these rows stands among these keys: never more than 0.
         shift = row_end + seqlen_kv - seqlen_q - end
         left, right = self.left, self.right
