@@ -155,7 +155,9 @@ def assert_gradients_match(
         if x.numel() == 0:
             continue
         error = (x.double() - expected).abs().max().item()
-        bound = error_bound(q.dtype, same_error, max(1.0, expected.abs().max().item()))
+        # dV is a sum over queries, and is rounded by the magnitude of its terms.
+        terms = gradients(dout.abs(), torch.float64)[2] if name == "dv" else expected
+        bound = error_bound(q.dtype, same_error, max(1.0, terms.abs().max().item()))
         assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
 
 
