@@ -39,13 +39,14 @@ def windows(draw, seqlen_q: int, seqlen_kv: int) -> tuple[int, int]:
     return draw(st.one_of(narrow, any_width)), draw(st.one_of(narrow, any_width))
 
 
-@settings(max_examples=200, deadline=None)
+# On a GPU as many as the other random tests have; a CPU takes long over the references.
+@settings(max_examples=200 if DEVICE.type == "cuda" else 60, deadline=None)
 @given(data=st.data())
 def test_random_problems(data):
     backend = data.draw(st.sampled_from(BOTH))
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
     dtype = data.draw(st.sampled_from(dtypes if backend != "cuda" else dtypes[1:]))
-    seqlen_q, seqlen_kv = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 400))
+    seqlen_q, seqlen_kv = data.draw(st.integers(1, 250)), data.draw(st.integers(1, 250))
     group, heads_kv = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(1, 2))
     head_dim, batch = 8 * data.draw(st.integers(1, 16)), data.draw(st.integers(1, 2))
     layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in "qkv"]
