@@ -1,6 +1,6 @@
 // The CPU forward kernel against plain computations in float64 and float32: odd sizes, dtypes, GQA,
-// causal, strides, tiles, instruction sets and thread counts. Every buffer, and the padding between
-// its rows, is NaN where nothing may be read, and outputs are poisoned first.
+// causal, windows, strides, tiles, instruction sets and thread counts. Every buffer, and the
+// padding between its rows, is NaN where nothing may be read, and outputs are poisoned first.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -191,6 +191,16 @@ void test_against_reference(CpuIsa isa) {
       {1, 96, 200, 2, 2, 64, FULL, bf16, 48, 32, 2, 8},
       {2, 61, 62, 4, 2, 136, CAUSAL, bf16, 30, 20, 5, 1, true},
       {1, 40, 40, 1, 1, 32, CAUSAL, f32, 16, 16, 2, 0, false, 3.0f},  // peaked rows, rescaling
+      {1, 200, 200, 2, 2, 64, {31, 0}, f32, 64, 64},
+      {1, 131, 131, 2, 1, 40, {0, 0}, f32, 64, 16, 3, 3},  // the diagonal
+      {1, 150, 150, 1, 1, 64, {3, 5}, f32, 96, 32},        // narrower than a register tile
+      {1, 90, 170, 6, 2, 32, {37, 11}, f16, 50, 24, 2, 1, true},
+      {1, 170, 90, 2, 2, 64, {20, 7}, f32, 64, 64},  // the first 73 rows see nothing
+      {2, 170, 31, 4, 2, 48, {-1, 5}, bf16, 30, 20, 5, 1},
+      {1, 64, 300, 3, 1, 72, {45, -1}, f32, 48, 40},  // the first keys are seen by nobody
+      {1, 300, 300, 1, 1, 64, {200, 150}, f32, 128, 48},
+      {1, 1, 257, 8, 2, 128, {100, 0}, f32, 32, 48, 5},
+      {1, 100, 100, 1, 1, 32, {9, 2}, f32, 64, 16, 2, 0, false, 3.0f},
   };
   unsigned seed = 1;
   for (Case c : cases) {
@@ -220,6 +230,83 @@ void test_sweeps(CpuIsa isa) {
   }
 }
 
+// Windows narrower than a register tile and wider than a block, open on one side or on none.
+void test_random_windows(CpuIsa isa) {
+  std::mt19937 random(17);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  for (int round = 0; round < 150; ++round) {
+    Case c{1 + below(2), 1 + below(160), 1 + below(160), 1 + below(5), 1, 8 * (1 + below(5)), FULL};
+    if (below(3) == 0) c.seqlen_q = c.seqlen_kv;
+    const auto limit = [&](int seqlen) {
+      return below(4) == 0 ? -1 : below(std::min(seqlen, below(2) ? 10 : 160));
+    };
+    c.mask = {limit(c.seqlen_kv), limit(c.seqlen_q)};
+    c.heads_kv += below(2);
+    c.heads_q *= c.heads_kv;
+    c.dtype = static_cast<DType>(below(3));
+    c.block_m = 1 + below(130), c.block_n = 1 + below(60);
+    c.threads = 1 + below(3), c.pad = below(3), c.heads_first = below(2) == 0;
+    if (below(4) == 0) c.scale = 3;
+    c.isa = isa;
+    Problem problem(c, 1000 + round);
+    problem.run();
+    problem.check();
+  }
+}
+
+// Keys before the first row's window lie on pages that cannot be read.
+void test_keys_outside_the_window_are_not_read(CpuIsa isa) {
+  Case c{1, 40, 2000, 2, 1, 64, {31, 0}, DType::float32, 16, 64, 2, 0, false, 0, isa};
+  Problem problem(c, 5);
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto protect = [&](int protection) {
+    for (Tensor* tensor : {&problem.k, &problem.v}) {
+      const auto address = [&](int key) {
+        return reinterpret_cast<uintptr_t>(tensor->at(0, key, 0, 0));
+      };
+      const uintptr_t begin = (address(0) + page - 1) / page * page;
+      const uintptr_t end = address(c.seqlen_kv - c.seqlen_q - c.mask.left) / page * page;
+      CHECK(end > begin, "no page lies before the window");
+      CHECK(mprotect(reinterpret_cast<void*>(begin), end - begin, protection) == 0, "of %zu bytes",
+            static_cast<size_t>(end - begin));
+    }
+  };
+  protect(PROT_NONE);
+  problem.run();
+  protect(PROT_READ | PROT_WRITE);
+  problem.check();
+}
+
+// Values so large that their sum overflows before it is divided: keys are visited a second time.
+void test_large_values(CpuIsa isa) {
+  for (Mask mask : {FULL, CAUSAL, Mask{20, 3}, Mask{-1, 9}, Mask{50, -1}}) {
+    for (DType dtype : {DType::float32, DType::bfloat16}) {
+      Case c{1, 70, 60, 2, 1, 24, mask, dtype, 48, 16, 2, 0, false, 0, isa};
+      Problem problem(c, 3);
+      std::mt19937 engine(4);
+      problem.v.fill([&] { return std::ldexp(1 + engine() % 32 / 64., 127); });
+      problem.run();
+      std::vector<int> order(c.head_dim);
+      std::iota(order.begin(), order.end(), 0);
+      const auto want =
+          reference<double>(problem.q, problem.k, problem.v, problem.scale(), mask, order);
+      const Values<double> got(problem.out);
+      for (size_t r = 0; r < want.lse.size(); ++r) {
+        const int i = r % c.seqlen_q, h = r / c.seqlen_q;
+        CHECK(close(problem.lse[r], want.lse[r], 1e-5), "lse %.9g, want %.9g at h%d i%d of %s",
+              problem.lse[r], want.lse[r], h, i, c.name().c_str());
+        for (int d = 0; d < c.head_dim; ++d) {
+          const double want_d = want.out[r * c.head_dim + d], got_d = got.row(0, i, h)[d];
+          CHECK(close(got_d, want_d, 0x1p-20 * want_d + half_ulp(dtype, want_d)),
+                "out %.9g, want %.9g at h%d i%d d%d of %s", got_d, want_d, h, i, d,
+                c.name().c_str());
+          if (failures > 20) std::exit(1);
+        }
+      }
+    }
+  }
+}
+
 void test_empty(CpuIsa isa) {
   const std::vector<Case> cases = {
       {0, 4, 4, 2, 1, 16, FULL},   {1, 0, 4, 2, 1, 16, CAUSAL}, {2, 5, 0, 2, 1, 16, FULL},
@@ -239,7 +326,8 @@ void test_special_values(CpuIsa isa) {
   for (DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
     for (int position = 0; position < 60; position += 7) {
       for (int which = 0; which < 9; ++which) {
-        Case c{1, 70, 61, 2, 1, 40, CAUSAL, dtype, 48, 16, 2, 3, false, 0, isa};
+        const Mask mask = position % 2 ? CAUSAL : Mask{17, 4};
+        Case c{1, 70, 61, 2, 1, 40, mask, dtype, 48, 16, 2, 3, false, 0, isa};
         Problem problem(c, 100 + position);
         Tensor& tensor = which < 3 ? problem.q : which < 6 ? problem.k : problem.v;
         tensor.set(0, position, 0, position % 40, special[which % 3]);
@@ -248,15 +336,18 @@ void test_special_values(CpuIsa isa) {
       }
     }
   }
-  // Everything from one key on is NaN: rows before it stay finite.
-  Case c{1, 64, 64, 1, 1, 64, CAUSAL, DType::float32, 24, 16, 2, 0, false, 0, isa};
-  for (int first = 0; first < 64; ++first) {
-    Problem problem(c, first);
-    for (int n = first; n < 64; ++n) {
-      for (int d = 0; d < 64; ++d) problem.k.set(0, n, 0, d, NAN), problem.v.set(0, n, 0, d, NAN);
+  // Everything from one key on is NaN, or up to it: rows that see none of it stay finite.
+  for (Mask mask : {CAUSAL, Mask{13, 2}}) {
+    Case c{1, 64, 64, 1, 1, 64, mask, DType::float32, 24, 16, 2, 0, false, 0, isa};
+    for (int first = 0; first < 64; ++first) {
+      Problem problem(c, first);
+      const bool up_to = mask.left >= 0 && first % 2;
+      for (int n = up_to ? 0 : first; n < (up_to ? first : 64); ++n) {
+        for (int d = 0; d < 64; ++d) problem.k.set(0, n, 0, d, NAN), problem.v.set(0, n, 0, d, NAN);
+      }
+      problem.run();
+      problem.check();
     }
-    problem.run();
-    problem.check();
   }
 }
 
@@ -299,16 +390,18 @@ void test_conversions(CpuIsa isa) {
 }
 
 void test_threads_do_not_change_the_result(CpuIsa isa) {
-  Case c{2, 150, 170, 4, 2, 64, CAUSAL, DType::float32, 32, 48, 1, 0, false, 0, isa};
-  Problem problem(c, 9);
-  problem.run();
-  const std::vector<uint8_t> out(problem.out.bytes.begin(), problem.out.bytes.end());
-  const auto lse = problem.lse;
-  for (int threads : {2, 5}) {
-    problem.c.threads = threads;
+  for (Mask mask : {CAUSAL, Mask{40, -1}, Mask{40, 10}}) {
+    Case c{2, 150, 170, 4, 2, 64, mask, DType::float32, 32, 48, 1, 0, false, 0, isa};
+    Problem problem(c, 9);
     problem.run();
-    CHECK(std::equal(out.begin(), out.end(), problem.out.bytes.begin()) && lse == problem.lse, "%s",
-          problem.c.name().c_str());
+    const std::vector<uint8_t> out(problem.out.bytes.begin(), problem.out.bytes.end());
+    const auto lse = problem.lse;
+    for (int threads : {2, 5}) {
+      problem.c.threads = threads;
+      problem.run();
+      CHECK(std::equal(out.begin(), out.end(), problem.out.bytes.begin()) && lse == problem.lse,
+            "%s", problem.c.name().c_str());
+    }
   }
 }
 
@@ -368,6 +461,9 @@ int main() {
   for (CpuIsa isa : available_isas()) {
     test_against_reference(isa);
     test_sweeps(isa);
+    test_random_windows(isa);
+    test_keys_outside_the_window_are_not_read(isa);
+    test_large_values(isa);
     test_empty(isa);
     test_special_values(isa);
     test_conversions(isa);

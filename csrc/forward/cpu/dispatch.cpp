@@ -89,13 +89,15 @@ struct Work {
   long long rows, row_blocks, heads, tasks;
   std::atomic<long long> next_task{0};
 
-  // Causal blocks cost more the later their rows: all heads' last blocks first, so that what is
-  // left for the end is small. Otherwise all blocks of a head in a row, for its keys to stay in the
-  // cache.
+  // With one limit, blocks cost more the later their rows (causal) or the earlier: all heads'
+  // longest blocks first, so that what is left for the end is small. With none or both, nearly all
+  // cost the same: all blocks of a head in a row, for its keys to stay in the cache.
   CpuTask task(long long index) const {
-    const long long head = params.mask.right >= 0 ? index % heads : index / row_blocks;
-    const long long block =
-        params.mask.right >= 0 ? row_blocks - 1 - index / heads : index % row_blocks;
+    const bool left = params.mask.left >= 0, right = params.mask.right >= 0;
+    const bool longest_first = left != right;
+    const long long head = longest_first ? index % heads : index / row_blocks;
+    long long block = longest_first ? index / heads : index % row_blocks;
+    if (longest_first && right) block = row_blocks - 1 - block;
     const long long begin = block * block_m;
     return {static_cast<int>(head / params.heads_kv), static_cast<int>(head % params.heads_kv),
             begin, std::min(begin + block_m, rows)};

@@ -63,7 +63,8 @@ struct BlockForward {
   float* row_max;        // [row], of the scores before softmax_scale, which is positive
   float* row_sum;        // [row]
   float* alpha;          // [PANEL] exp2(old max - new max) of the current panel and tile
-  float* limit;          // [PANEL] visible keys of each row in the current tile
+  float* key_begin;      // [PANEL] first key each row of the current panel sees, counted from the
+  float* key_end;        // [PANEL] first that is computed of the current tile, and past its last
   float* q_rows;         // [8][head_dim]
   long long floats;      // scratch used
   float p_shift = 0.0f;  // P is this many powers of two smaller
@@ -94,17 +95,17 @@ struct BlockForward {
     row_max = take(rows);
     row_sum = take(rows);
     alpha = take(PANEL);
-    limit = take(PANEL);
+    key_begin = take(PANEL);
+    key_end = take(PANEL);
     q_rows = take(8 * head_dim);
     floats = used;
   }
 
-  // Row r sees keys [0, visible_keys(r)).
-  long long visible_keys(long long row) const {
-    if (params.mask.right < 0) return params.seqlen_kv;
-    const long long diagonal = row / group + 1 + params.seqlen_kv - params.seqlen_q;
-    return clamp<long long>(diagonal, 0, params.seqlen_kv);
+  // Neither end ever decreases with the row. A row that sees nothing has {0, 0}.
+  KeyRange visible_at(int position) const {
+    return visible(params.mask, position, position + 1, params.seqlen_q, params.seqlen_kv);
   }
+  KeyRange visible_keys(long long row) const { return visible_at(static_cast<int>(row / group)); }
 
   long long query_head(long long row) const {
     return static_cast<long long>(task.head_kv) * group + row % group;
@@ -173,7 +174,22 @@ struct BlockForward {
     }
   }
 
-  // Online softmax of S^T[keys][rows], in place; keys from `common` on are masked by `limit`.
+  // The first keys' scores become -inf in rows that see only later ones. softmax_panel masks those
+  // that rows no longer see.
+  template <int NV>
+  FLASHMOE_NOINLINE void mask_first(int keys) {
+    const auto neg_inf = Vec::set1(-__builtin_inff());
+    for (int n = 0; n < keys; ++n) {
+      for (int j = 0; j < NV; ++j) {
+        float* s = s_t + n * PANEL + j * WIDTH;
+        const auto begin = Vec::load(key_begin + j * WIDTH);
+        const auto key = Vec::set1(static_cast<float>(n));
+        Vec::store(s, Vec::select_greater(begin, key, neg_inf, Vec::load(s)));
+      }
+    }
+  }
+
+  // Online softmax of S^T[keys][rows], in place; keys from `common` on are masked by key_end.
   // Returns whether any row's maximum moved, i.e. whether O must be rescaled by alpha.
   template <int NV>
   FLASHMOE_NOINLINE bool softmax_panel(int common, int keys, float* m, float* l) {
@@ -190,9 +206,9 @@ struct BlockForward {
         m_odd = Vec::max(Vec::load(s + (n + 1) * PANEL), m_odd);
       }
       if (n < common) m_odd = Vec::max(Vec::load(s + n * PANEL), m_odd);
-      const auto limit_j = Vec::load(limit + j * WIDTH);
+      const auto end_j = Vec::load(key_end + j * WIDTH);
       for (n = common; n < keys; ++n) {
-        const auto masked = Vec::select_greater(limit_j, Vec::set1(static_cast<float>(n)),
+        const auto masked = Vec::select_greater(end_j, Vec::set1(static_cast<float>(n)),
                                                 Vec::load(s + n * PANEL), neg_inf);
         Vec::store(s + n * PANEL, masked);
         m_odd = Vec::max(masked, m_odd);
@@ -223,53 +239,85 @@ struct BlockForward {
   void pv_panel(int rows, const float* v, Accumulate accumulate, float* o_panel) const {
     for (int i = 0; i < rows; i += Vec::PV_ROWS) {
       const int group_rows = rows - i < Vec::PV_ROWS ? rows - i : Vec::PV_ROWS;
-      // limit never decreases with the row: the group's first row sees the fewest keys. Beyond them
-      // each row goes alone up to its own limit, so a V row meets only queries that may see it.
-      const int group_keys = static_cast<int>(limit[i]);
+      const float *begin = key_begin + i, *end = key_end + i;
+      const int last = group_rows - 1;
+      // Neither limit ever decreases with the row: all rows see from where the last begins to where
+      // the first ends. Outside that each row goes alone, between its own limits, so a V row meets
+      // only queries that may see it.
+      const int group_end = static_cast<int>(end[0]);
+      const int group_begin = begin[last] < end[0] ? static_cast<int>(begin[last]) : group_end;
       float* o_group = o_panel + i * o_stride;
-      pv_rows<Vec, Vec::PV_ROWS, NV>(group_rows, group_keys, s_t + i, v, accumulate, alpha + i,
-                                     o_group, o_stride);
-      for (int r = 1; r < group_rows; ++r) {
-        const int extra = static_cast<int>(limit[i + r]) - group_keys;
-        if (extra == 0) continue;
-        pv_tile<Vec, 1, NV>(extra, s_t + group_keys * PANEL + i + r, v + group_keys * V_COLUMNS,
+      pv_rows<Vec, Vec::PV_ROWS, NV>(group_rows, group_end - group_begin,
+                                     s_t + group_begin * PANEL + i, v + group_begin * V_COLUMNS,
+                                     accumulate, alpha + i, o_group, o_stride);
+      const auto add_alone = [&](int r, int from, int to) {
+        if (from >= to) return;
+        pv_tile<Vec, 1, NV>(to - from, s_t + from * PANEL + i + r, v + from * V_COLUMNS,
                             Accumulate::add, alpha, o_group + r * o_stride, o_stride);
+      };
+      for (int r = 0; begin[r] < group_begin; ++r) {  // the last row's is no less
+        add_alone(r, static_cast<int>(begin[r]), group_begin);
+      }
+      for (int r = 1; r < group_rows; ++r) {
+        const int from = begin[r] < end[0] ? group_end : static_cast<int>(begin[r]);
+        add_alone(r, from, static_cast<int>(end[r]));
       }
     }
   }
 
-  // Adds the staged keys [n_begin, n_begin + tile_keys) to one panel of rows.
+  // Adds the staged keys [n_begin, n_begin + tile_keys) to one panel of rows. Not inlined: three
+  // copies in add_keys cost 1 % (Zen 4, 1024 x 1024, head_dim 64).
   template <int NV>
-  void add_tile(long long panel_begin, int rows, long long n_begin, int tile_keys) {
+  FLASHMOE_NOINLINE void add_tile(long long panel_begin, int rows, long long n_begin,
+                                  int tile_keys) {
     if constexpr (NV > 1) {
       if (rows <= (NV - 1) * WIDTH) {
         return add_tile<NV - 1>(panel_begin, rows, n_begin, tile_keys);
       }
     }
-    const auto visible_in_tile = [&](long long row) {
-      return static_cast<int>(clamp<long long>(visible_keys(row) - n_begin, 0, tile_keys));
+    // Some row of the panel sees [first.begin, last.end), all see [last.begin, first.end).
+    const KeyRange first = visible_keys(panel_begin), last = visible_keys(panel_begin + rows - 1);
+    const auto in_tile = [&](int key) {
+      return static_cast<int>(clamp<long long>(key - n_begin, 0, tile_keys));
     };
-    const int common = visible_in_tile(panel_begin);
-    const int keys = visible_in_tile(panel_begin + rows - 1);
-    if (keys == 0) return;
-    for (int i = 0; i < NV * WIDTH; ++i) {
-      const int row = i < rows ? i : rows - 1;
-      limit[i] = static_cast<float>(common == keys ? keys : visible_in_tile(panel_begin + row));
+    if (in_tile(first.begin) == in_tile(last.end)) return;
+    const int skipped = in_tile(first.begin) / KEY_GROUP * KEY_GROUP;  // K is staged in groups
+    const int keys = in_tile(last.end) - skipped;
+    const int common_begin = in_tile(last.begin) - skipped;
+    const int common_end = in_tile(first.end) - skipped;
+    if (common_begin == 0 && common_end == keys) {
+      for (int i = 0; i < NV * WIDTH; ++i) key_begin[i] = 0.0f;
+      for (int i = 0; i < NV * WIDTH; ++i) key_end[i] = static_cast<float>(keys);
+    } else {
+      int position = static_cast<int>(panel_begin / group);
+      // Lanes behind the last row have its limits.
+      for (int i = 0; i < NV * WIDTH; ++position) {
+        const KeyRange seen = visible_at(position);
+        const int next = static_cast<int>((position + 1ll) * group - panel_begin);
+        const int end = next < rows ? next : NV * WIDTH;
+        for (; i < end; ++i) {
+          key_begin[i] = static_cast<float>(in_tile(seen.begin) - skipped);
+          key_end[i] = static_cast<float>(in_tile(seen.end) - skipped);
+        }
+      }
     }
 
     const long long local = panel_begin - task.row_begin;
-    qk_panel<Vec, NV>(keys, k_tile, q_t + local * head_dim, head_dim, s_t);
-    const bool moved = softmax_panel<NV>(common, keys, row_max + local, row_sum + local);
+    qk_panel<Vec, NV>(keys, k_tile + skipped * head_dim, q_t + local * head_dim, head_dim, s_t);
+    if (common_begin > 0) mask_first<NV>(common_begin);
+    const bool moved = softmax_panel<NV>(common_end, keys, row_max + local, row_sum + local);
 
-    const Accumulate accumulate = n_begin == 0 ? Accumulate::overwrite
-                                  : moved      ? Accumulate::rescale
-                                               : Accumulate::add;
+    const bool first_keys = first.begin >= n_begin;  // of the panel: its O is not yet set
+    const Accumulate accumulate = first_keys ? Accumulate::overwrite
+                                  : moved    ? Accumulate::rescale
+                                             : Accumulate::add;
     float* o_panel = o + local * o_stride;
+    const float* v = v_tile + skipped * V_COLUMNS;
     long long d = 0;
     for (; d + V_COLUMNS <= o_stride; d += V_COLUMNS) {
-      pv_panel<2>(rows, v_tile + d / V_COLUMNS * v_stride, accumulate, o_panel + d);
+      pv_panel<2>(rows, v + d / V_COLUMNS * v_stride, accumulate, o_panel + d);
     }
-    if (d < o_stride) pv_panel<1>(rows, v_tile + d / V_COLUMNS * v_stride, accumulate, o_panel + d);
+    if (d < o_stride) pv_panel<1>(rows, v + d / V_COLUMNS * v_stride, accumulate, o_panel + d);
   }
 
   void write_row(long long row) const {
@@ -314,7 +362,7 @@ struct BlockForward {
   }
 
   // Sets O, the maxima and the sums of the task's rows.
-  void add_keys() {
+  FLASHMOE_NOINLINE void add_keys() {
     for (long long begin = task.row_begin; begin < task.row_end; begin += PANEL) {
       const long long local = begin - task.row_begin;
       const int rows = static_cast<int>(clamp<long long>(task.row_end - begin, 0, PANEL));
@@ -325,8 +373,8 @@ struct BlockForward {
       }
     }
 
-    const long long kv_end = visible_keys(task.row_end - 1);
-    for (long long n = 0; n < kv_end; n += block_n) {
+    const long long kv_end = visible_keys(task.row_end - 1).end;
+    for (long long n = visible_keys(task.row_begin).begin; n < kv_end; n += block_n) {
       const int keys = static_cast<int>(clamp<long long>(kv_end - n, 0, block_n));
       stage_k(n, keys);
       stage_v(n, keys);

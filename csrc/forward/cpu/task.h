@@ -7,7 +7,7 @@ namespace flashmoe {
 
 // Rows [row_begin, row_end) of one (batch, kv head). Row r is query position r / group of query
 // head head_kv * group + r % group, group = heads_q / heads_kv: all query heads of a kv head share
-// its tiles, and the number of visible keys never decreases with r.
+// its tiles, and neither end of the visible keys ever decreases with r.
 struct CpuTask {
   int batch, head_kv;
   long long row_begin, row_end;
