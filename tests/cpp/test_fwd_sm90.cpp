@@ -10,20 +10,21 @@ using namespace flashmoe;
 
 namespace {
 
-template <typename T, Sm90Tile TILE>
+template <typename T, Sm90Tile TILE, Variant VARIANT>
 void kernel(const Sm90Params& params) {
-  sm90::attention_forward<T, TILE>(params);
+  sm90::attention_forward<T, TILE, VARIANT>(params);
 }
 
 struct Instance {
   const char* name;
   Sm90Tile tile;
+  Variant variant;
   void (*entries[2])(const Sm90Params&);  // float16, bfloat16
 
   int head_dim() const { return tile.head_dim; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
-  bool local() const { return false; }
+  bool local() const { return variant.local; }
 
   bool check(const Problem& x, uint64_t seed) const {
     return flashmoe::check(name, x, true, seed, [&](const auto& params, DType dtype, auto& random) {
@@ -42,11 +43,14 @@ struct Instance {
   }
 };
 
-template <Sm90Tile TILE>
+template <Sm90Tile TILE, Variant VARIANT = Variant{}>
 Instance instance(const char* name) {
   (void)LegalSm90Tile<TILE>{};
-  return {name, TILE, {kernel<__half, TILE>, kernel<__nv_bfloat16, TILE>}};
+  return {
+      name, TILE, VARIANT, {kernel<__half, TILE, VARIANT>, kernel<__nv_bfloat16, TILE, VARIANT>}};
 }
+
+constexpr Variant LOCAL{.local = true};
 
 // head_dim, block_m, block_n, num_stages, q_stages, pingpong, q_in_registers, exp2_fma,
 // ctas_per_sm, serial
@@ -60,6 +64,21 @@ const Instance INSTANCES[] = {
     instance<{96, 256, 64, 3, 2, true, false, 0, 1, true}>("96:256x64-stages3-q2-pingpong-serial"),
     instance<{64, 256, 48, 2, 2, false, false, 0, 1, true}>("64:256x48-stages2-q2-serial"),
     instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}>("128:64x80-stages2-q2"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}, LOCAL>(
+        "64:128x64-stages2-pingpong-local"),
+    instance<{64, 64, 48, 1, 1, false, false, 0, 2, false}, LOCAL>("64:64x48-stages1-ctas2-local"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, LOCAL>(
+        "64:192x32-stages3-q2-pingpong-fma5-local"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, LOCAL>("64:128x64-stages2-qreg-local"),
+    instance<{80, 256, 64, 3, 1, false, false, 0, 1, true}, LOCAL>(
+        "80:256x64-stages3-serial-local"),
+    instance<{80, 128, 32, 4, 1, true, true, 0, 1, true}, LOCAL>(
+        "80:128x32-stages4-pingpong-qreg-serial-local"),
+    instance<{96, 256, 64, 3, 2, true, false, 0, 1, true}, LOCAL>(
+        "96:256x64-stages3-q2-pingpong-serial-local"),
+    instance<{64, 256, 32, 4, 2, true, false, 0, 1, false}, LOCAL>(
+        "64:256x32-stages4-q2-pingpong-local"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, LOCAL>("128:64x80-stages2-q2-local"),
 };
 
 }  // namespace

@@ -42,7 +42,7 @@ struct Descriptor {
   }
 };
 
-template <typename T, Sm90Tile TILE>
+template <typename T, Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TILE>& smem, int w) {
   using S = Smem<TILE>;
   static_assert(TILE.block_n % 16 == 0 && TILE.block_n >= 32, "BLOCK_N: a multiple of 16");
@@ -53,7 +53,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr bool CAN_SKIP = CONSUMERS > 1;
 
   const AttentionParams& p = params.attention;
-  const int diagonal = p.seqlen_kv - p.seqlen_q;
+  const VisibleKeys<VARIANT> visible_keys{p};
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
 
@@ -170,14 +170,19 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     ptx::fence_registers(O_rmem);
     release_V();
   };
-  auto mask = [&](int n_tile) {
+  // A warpgroup visits tiles of keys from n_tile down to 0, counted from n_first on. Those from
+  // n_unmasked on are masked on the right, those below n_left on the left: not all of its rows see
+  // all of their keys. Before and after them the others visit `skip` and `skip_left` more.
+  int skip = 0, skip_left = 0;
+  int n_tile = 0, n_first = 0, n_unmasked = 0, n_left = 0;
+  auto mask = [&](auto left_only) {
     const int m_start = read_work(smem, work_ring.stage()).m_start;
-    mask_S<BLOCK_N>(S_rmem, p, m_start + w * 64 + warp * 16 + lane / 4,
-                    n_tile * BLOCK_N + (lane & 3) * 2);
+    constexpr bool LEFT_ONLY = decltype(left_only)::value;
+    mask_S<BLOCK_N, VARIANT, LEFT_ONLY>(S_rmem, p, m_start + w * 64 + warp * 16 + lane / 4,
+                                        (n_first + n_tile) * BLOCK_N + (lane & 3) * 2);
+    // Where no maximum is asked for, ptxas would keep what to mask in spilled predicates.
+    if constexpr (LEFT_ONLY) ptx::fence_registers(S_rmem);
   };
-
-  int skip = 0;                    // tiles before those, which this warpgroup does not see
-  int n_tile = 0, n_unmasked = 0;  // tiles from n_tile down to 0, those from n_unmasked on masked
 
   // At the end of a block of rows: computes again what was lost. P of its last tile may not have
   // been multiplied by V yet, which then adds nothing any more.
@@ -191,7 +196,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if (!is_lost<HEAD_DIM>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
     const Work work = read_work(smem, work_ring.stage());
     Rows<HEAD_DIM> rows;
-    recompute_rows<T>(params, work.batch, work.head, work.m_start + w * 64 + warp * 16, rows);
+    recompute_rows<T, VARIANT>(params, work.batch, work.head, work.m_start + w * 64 + warp * 16,
+                               rows);
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = rows.O[i / 4][i % 4];
 #pragma unroll
@@ -219,16 +225,32 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const int n_tiles = __shfl_sync(0xffffffff, work.n_tiles, 0);
       if (n_tiles == NO_WORK) return false;
       if (n_tiles > 0) {
-        const int first = __shfl_sync(0xffffffff, work.m_start, 0) + w * 64;
+        const int m_start = __shfl_sync(0xffffffff, work.m_start, 0), first = m_start + w * 64;
         n_tile = n_tiles - 1;
-        n_unmasked = p.seqlen_kv / BLOCK_N;
-        // With the tile of the last key that its first row sees: after it, each row saw one.
-        if (p.mask.right >= 0) n_unmasked = min(n_unmasked, max(first + diagonal, 0) / BLOCK_N);
+        n_first = visible_keys.template first_tile<BLOCK_N>(m_start);
+        if constexpr (CAN_SKIP && VARIANT.local) {
+          // A warpgroup that sees nothing is at the first keys, or has no rows.
+          skip_left =
+              first < p.seqlen_q ? visible_keys.template first_tile<BLOCK_N>(first) - n_first : 0;
+          n_first += skip_left;
+          n_tile -= skip_left;
+        }
+        // With the tile of the last key that its first row sees: after it, each row saw its last
+        // one, and a maximum may lag.
+        n_unmasked = p.seqlen_kv / BLOCK_N - n_first;
+        if (p.mask.right >= 0) {
+          n_unmasked = min(n_unmasked, max(visible_keys.last(first), 0) / BLOCK_N - n_first);
+        }
+        if constexpr (VARIANT.local) {
+          const int begin = visible_keys(first + 63, first + 63).begin;
+          n_left = (begin + BLOCK_N - 1) / BLOCK_N - n_first;
+        }
         if constexpr (CAN_SKIP) {
           skip = 0;
           // One is kept for rows that see nothing.
-          if (p.mask.right >= 0)
-            skip = n_tile - min(max(first + 63 + diagonal, 0) / BLOCK_N, n_tile);
+          if (p.mask.right >= 0) {
+            skip = n_tile - min(max(visible_keys.last(first + 63), 0) / BLOCK_N - n_first, n_tile);
+          }
           if (first >= p.seqlen_q) skip = n_tiles;
           n_tile -= skip;
         }
@@ -253,6 +275,16 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       if (TILE.stages_output() && staged >= 0) output.release_staged(staged);
       staged = -1;
     };
+    auto pass = [&](int tiles) {
+      for (int i = 0; i < tiles; ++i) {
+        wait_K();
+        turn_begins();
+        turn_ends();
+        release_K();
+        wait_V();
+        release_V();
+      }
+    };
     while (next_work()) {
       const Work work = read_work(smem, work_ring.stage());
       const bool has_rows = n_tile >= 0;
@@ -263,14 +295,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       } else {
         pass_Q();
       }
-      for (int i = 0; i < skip; ++i) {
-        wait_K();
-        turn_begins();
-        turn_ends();
-        release_K();
-        wait_V();
-        release_V();
-      }
+      pass(skip);
       // What the next S needs, computed while O before it runs.
       unsigned K_full, K_parity;
       Descriptor K_desc = K_descriptor();
@@ -282,9 +307,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       look_at_K();
       // Loops of their own for masked tiles and for others: a branch costs where all that follows
       // waits for it.
-      auto step = [&](auto is_first, auto is_masked) {
+      auto step = [&](auto is_first, auto is_masked, auto may_lag) {
         constexpr bool FIRST = decltype(is_first)::value, MASKED = decltype(is_masked)::value;
-        constexpr bool LAGS = MAXIMUM_MAY_LAG<T> && !FIRST && !MASKED;
+        constexpr bool LAGS = MAXIMUM_MAY_LAG<T> && decltype(may_lag)::value;
         trace(1);
         ptx::mbarrier_wait_parity(K_full, K_parity);
         turn_begins();
@@ -297,7 +322,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         const Descriptor V_desc = V_descriptor();
         finish_S(IntConstant<0>{}, FIRST, n_tile == 0);
         trace(4);
-        if (MASKED || (FIRST && n_tile >= n_unmasked)) mask(n_tile);
+        if (MASKED || (FIRST && (VARIANT.local || n_tile >= n_unmasked))) mask(may_lag);
         trace(11);
         if constexpr (FIRST) {
           softmax.template update<true>(S_rmem, rescale);
@@ -316,15 +341,19 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         trace(7);
       };
       if (has_rows) {
-        step(IntConstant<true>{}, IntConstant<false>{});
-        for (--n_tile; n_tile >= n_unmasked; --n_tile) {
-          step(IntConstant<false>{}, IntConstant<true>{});
+        const IntConstant<true> yes;
+        const IntConstant<false> no;
+        step(yes, no, no);
+        for (--n_tile; n_tile >= n_unmasked; --n_tile) step(no, yes, no);
+        for (; n_tile >= n_left; --n_tile) step(no, no, yes);
+        if constexpr (VARIANT.local) {
+          for (; n_tile >= 0; --n_tile) step(no, yes, yes);
         }
-        for (; n_tile >= 0; --n_tile) step(IntConstant<false>{}, IntConstant<false>{});
         mend(false);
         output.store(O_rmem, work, q_buffer(), softmax.minus_max, softmax.row_sum);
         staged = q_buffer();
       }
+      pass(skip_left);
       trace(10);
       leave_work();
       q_ring.next();
@@ -341,9 +370,10 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     wait_V();
     release_V();
   };
-  // Keeps step with the other warpgroups through tiles that this one does not see, and blocks of
-  // rows of which it has none. The V of the last such tile is left; false when nothing follows.
-  auto pass_unseen = [&] {
+  // Keeps step with the other warpgroups through `skip` tiles that this one does not see, at the
+  // end of its block of rows or before those that it sees of the next, and blocks of rows of which
+  // it has none. The V of the last such tile is left; false when nothing follows.
+  auto pass_unseen = [&](bool at_end) {
     while (true) {
       skip_K();
       for (int i = 1; i < skip; ++i) {
@@ -354,7 +384,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         skip_V();
       }
       if (n_tile >= 0) return true;
-      pass_Q();
+      if (!at_end) pass_Q();
+      at_end = false;
       leave_work();
       if (!next_work()) {
         skip_V();
@@ -373,13 +404,13 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   wait_K();
   start_S(K_descriptor());
   finish_S(IntConstant<0>{}, true, n_tile == 0);
-  if (n_tile >= n_unmasked) mask(n_tile);
+  if (VARIANT.local || n_tile >= n_unmasked) mask(IntConstant<false>{});
   softmax.template update<true>(S_rmem, rescale);
   softmax.exponentiate(S_rmem, P_rmem);
   int staged = -1;  // buffer that the TMA may still read
   while (true) {
     if (n_tile > 0) wait_K();
-    auto step = [&](auto masked) {
+    auto step = [&](auto masked, auto may_lag) {
       trace(1);
       const bool V_there = test_V();
       turn_begins();
@@ -396,9 +427,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       finish_S(IntConstant<1>{}, false, n_tile == 0);
       trace(4);
       const bool K_there = test_K();
-      if constexpr (decltype(masked)::value) mask(n_tile);
+      if constexpr (decltype(masked)::value) mask(may_lag);
       trace(11);
-      if constexpr (MAXIMUM_MAY_LAG<T> && !decltype(masked)::value) {
+      if constexpr (MAXIMUM_MAY_LAG<T> && decltype(may_lag)::value) {
         trace(12);
         finish_O();
         trace(7);
@@ -414,23 +445,33 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       if (n_tile > 0) wait_K(K_there);
       trace(6);
     };
-    for (--n_tile; n_tile >= n_unmasked; --n_tile) step(IntConstant<true>{});
-    for (; n_tile >= 0; --n_tile) step(IntConstant<false>{});
+    const IntConstant<true> yes;
+    const IntConstant<false> no;
+    for (--n_tile; n_tile >= n_unmasked; --n_tile) step(yes, no);
+    for (; n_tile >= n_left; --n_tile) step(no, yes);
+    if constexpr (VARIANT.local) {
+      for (; n_tile >= 0; --n_tile) step(yes, yes);
+    }
     mend(true);
     const Work done = read_work(smem, work_ring.stage());
     const int done_buffer = q_buffer();
     const float done_max[2] = {softmax.minus_max[0], softmax.minus_max[1]};
     const float done_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};
-    leave_work();
-    if (!next_work()) {
-      wait_V();
-      start_O(V_descriptor());
-      finish_O();
-      output.store(O_rmem, done, done_buffer, done_max, done_sum);
-      if (TILE.stages_output() && threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group_read<0>();
-      return;
+    const bool at_end = VARIANT.local && CAN_SKIP && skip_left > 0;
+    if (at_end) {
+      skip = skip_left;
+    } else {
+      leave_work();
+      if (!next_work()) {
+        wait_V();
+        start_O(V_descriptor());
+        finish_O();
+        output.store(O_rmem, done, done_buffer, done_max, done_sum);
+        if (TILE.stages_output() && threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group_read<0>();
+        return;
+      }
+      q_ring.next();
     }
-    q_ring.next();
     if (TILE.stages_output() && staged >= 0) output.release_staged(staged);
     if (CAN_SKIP && skip > 0) {
       turn_begins();
@@ -441,7 +482,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       output.store(O_rmem, done, done_buffer, done_max, done_sum);
       if (TILE.stages_output()) output.release_staged(done_buffer);
       staged = -1;
-      if (!pass_unseen()) return;
+      if (!pass_unseen(at_end)) return;
       wait_Q();
       wait_K();
       turn_begins();
@@ -449,7 +490,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       turn_ends();
       finish_S(IntConstant<0>{}, true, n_tile == 0);
       skip_V();
-      if (n_tile >= n_unmasked) mask(n_tile);
+      if (VARIANT.local || n_tile >= n_unmasked) mask(IntConstant<false>{});
       softmax.template update<true>(S_rmem, rescale);
       softmax.exponentiate(S_rmem, P_rmem);
       continue;
@@ -469,7 +510,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     trace(3);
     finish_S(IntConstant<1>{}, true, n_tile == 0);
     trace(4);
-    if (n_tile >= n_unmasked) mask(n_tile);
+    if (VARIANT.local || n_tile >= n_unmasked) mask(IntConstant<false>{});
     softmax.template update<true>(S_rmem, rescale);
     finish_O();
     trace(7);

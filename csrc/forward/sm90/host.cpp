@@ -8,7 +8,7 @@
 namespace flashmoe::sm90 {
 namespace {
 
-// How many (batch, head) pairs of a causal problem are worked on together: few, so that what they
+// How many (batch, head) pairs of a masked problem are worked on together: few, so that what they
 // read stays in L2; enough blocks to level out their lengths; and as many in every section, since
 // the last one ends it all. The factors were measured (H100, docs/hopper-forward.md).
 int section_heads(const AttentionParams& a, long long num_m_blocks, long long grid, int l2_bytes) {
@@ -57,7 +57,10 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   params.m_blocks = FastDivisor::of(static_cast<int>(num_m_blocks));
   params.heads_q = FastDivisor::of(a.heads_q);
   params.group = FastDivisor::of(a.heads_q / a.heads_kv);
-  if (a.mask.right >= 0) {
+  // With a window blocks of rows differ in length at its edges only, or as much as causal ones
+  // where it is as wide as the sequence: one order for all of them, whose draws even out what
+  // differs.
+  if (!a.mask.is_full()) {
     const int section = section_heads(a, num_m_blocks, grid, here.l2_bytes);
     params.section_heads = FastDivisor::of(section);
     params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));

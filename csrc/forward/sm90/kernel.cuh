@@ -13,7 +13,7 @@ namespace flashmoe::sm90 {
 
 // The kernel's whole body. Instances are __global__ functions around it, launched with the tile's
 // num_threads() and smem_bytes(), and bounded by its num_threads() and ctas_per_sm.
-template <typename T, Sm90Tile TILE>
+template <typename T, Sm90Tile TILE, Variant VARIANT = Variant{}>
 __device__ __forceinline__ void attention_forward(const Sm90Params& params) {
   // What the 128-byte swizzle and its descriptors need.
   extern __shared__ __align__(1024) unsigned char smem_raw[];
@@ -43,11 +43,11 @@ __device__ __forceinline__ void attention_forward(const Sm90Params& params) {
   // Through a shuffle, so that the compiler knows it as uniform in a warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
-    ptx::setmaxnreg_dec<TILE.producer_registers()>();
-    if (threadIdx.x == 0) produce<TILE>(params, smem);
+    ptx::setmaxnreg_dec<TILE.producer_registers(VARIANT)>();
+    if (threadIdx.x == 0) produce<TILE, VARIANT>(params, smem);
   } else {
-    ptx::setmaxnreg_inc<TILE.consumer_registers()>();
-    consume<T, TILE>(params, smem, warpgroup - 1);
+    ptx::setmaxnreg_inc<TILE.consumer_registers(VARIANT)>();
+    consume<T, TILE, VARIANT>(params, smem, warpgroup - 1);
   }
 }
 

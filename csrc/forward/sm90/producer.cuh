@@ -10,7 +10,7 @@ namespace flashmoe::sm90 {
 // Fetches in the order in which consumers need it: K one tile ahead of V, across blocks of rows.
 // Also chooses the work: blocks of rows that differ in length are drawn from a counter, as late as
 // their loads allow, so that no thread block is left with more than the others.
-template <Sm90Tile TILE>
+template <Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TILE>& smem) {
   using S = Smem<TILE>;
   // With a second buffer, Q of the next block of rows is fetched while this one is multiplied.
@@ -37,7 +37,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     index = gridDim.x + atomicInc(params.counter, params.num_work - 1);
   };
   auto decode = [&] {
-    return index < params.num_work ? work_at<TILE>(params, index) : Work{NO_WORK, 0, 0, 0};
+    return index < params.num_work ? work_at<TILE, VARIANT>(params, index) : Work{NO_WORK, 0, 0, 0};
   };
   auto load_Q = [&](const Work& work) {
 #pragma unroll 1  // 24 registers are few
@@ -67,11 +67,12 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     ring.next();
   };
   int head_kv = 0, batch = 0;
+  int n_first = 0;  // tiles of a block of rows are counted from this one on
   auto load_K = [&](int n) {
-    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n, k_ring);
+    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n, k_ring);
   };
   auto load_V = [&](int n) {
-    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n, v_ring);
+    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n, v_ring);
   };
   // The last tile of V of a block of rows is fetched with the next one's first of K.
   auto v_owed = [&] { return v_ring.state != k_ring.state; };
@@ -89,6 +90,8 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     }
     work = read_work(smem, slot);  // rather than spill it
     head_kv = params.group.divide(work.head), batch = work.batch;
+    n_first =
+        VisibleKeys<VARIANT>{params.attention}.template first_tile<TILE.block_n>(work.m_start);
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones
     // have nothing else to do until then: K and V are fetched meanwhile.
     if (!TILE.serial && !q_ahead) load_Q(work);

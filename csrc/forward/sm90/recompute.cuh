@@ -65,7 +65,7 @@ struct Rows {
 
 // S of 16 rows from `row` on and the 8 keys from `key` on, -infinity where a row does not see a
 // key.
-template <typename T>
+template <typename T, Variant VARIANT>
 __device__ __forceinline__ void recompute_scores(const AttentionParams& p, const T* q, const T* k,
                                                  int row, int key, float (&S)[4]) {
   const int lane = threadIdx.x % 32;
@@ -85,14 +85,14 @@ __device__ __forceinline__ void recompute_scores(const AttentionParams& p, const
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    int limit = p.seqlen_kv;
-    if (p.mask.right >= 0) limit = min(limit, my_row + e / 2 * 8 + p.seqlen_kv - p.seqlen_q + 1);
-    if (key + lane % 4 * 2 + e % 2 >= limit) S[e] = -INFINITY;
+    const int e_row = my_row + e / 2 * 8, e_key = key + lane % 4 * 2 + e % 2;
+    const KeyRange keys = VisibleKeys<VARIANT>{p}(e_row, e_row);
+    if (e_key >= keys.end || e_key < keys.begin) S[e] = -INFINITY;
   }
 }
 
 // The 16 rows of one warp from `row` on.
-template <typename T, int HEAD_DIM>
+template <typename T, Variant VARIANT, int HEAD_DIM>
 __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int batch, int head,
                                                int row, Rows<HEAD_DIM>& rows) {
   // Enough for O to stay finite over 2^24 keys of the largest values.
@@ -103,18 +103,18 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
   const T* k = static_cast<const T*>(p.k) + batch * p.k_batch_stride + head_kv * p.k_head_stride;
   const unsigned short* v = static_cast<const unsigned short*>(p.v) + batch * p.v_batch_stride +
                             head_kv * p.v_head_stride + lane / 4;
-  int n_end = p.seqlen_kv;
-  if (p.mask.right >= 0) n_end = min(n_end, row + 16 + n_end - p.seqlen_q);
-  // Told that a warp agrees on it: ptxas would take the fast path for divergent, too.
-  n_end = __shfl_sync(0xffffffff, n_end, 0);
+  const KeyRange keys = VisibleKeys<VARIANT>{p}(row, row + 15);
+  // Told that a warp agrees on them: ptxas would take the fast path for divergent, too.
+  const int n_end = __shfl_sync(0xffffffff, keys.end, 0);
+  const int n_begin = VARIANT.local ? __shfl_sync(0xffffffff, keys.begin, 0) : 0;
 #pragma unroll 1
   for (auto& columns : rows.O) {
     for (float& x : columns) x = 0.f;
   }
   float S[4], max[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
-  for (int n = 0; n < n_end; n += 8) {
-    recompute_scores(p, q, k, row, n, S);
+  for (int n = n_begin; n < n_end; n += 8) {
+    recompute_scores<T, VARIANT>(p, q, k, row, n, S);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       max[half] = fmaxf(max[half], fmaxf(S[2 * half], S[2 * half + 1]));
@@ -133,8 +133,8 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
     }
   }
 #pragma unroll 1
-  for (int n = 0; n < n_end; n += 8) {
-    recompute_scores(p, q, k, row, n, S);
+  for (int n = n_begin; n < n_end; n += 8) {
+    recompute_scores<T, VARIANT>(p, q, k, row, n, S);
     unsigned P[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

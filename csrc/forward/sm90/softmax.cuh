@@ -198,19 +198,23 @@ struct Softmax {
 
 // -infinity for the keys that a thread's rows do not see: of row `row0` and the one 8 below,
 // columns from `column0` on.
-template <int BLOCK_N>
+template <int BLOCK_N, Variant VARIANT, bool LEFT_ONLY>
 __device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2], const AttentionParams& p,
                                        int row0, int column0) {
-  const int diagonal = p.seqlen_kv - p.seqlen_q;
+  const VisibleKeys<VARIANT> visible_keys{p};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int limit = p.seqlen_kv;
-    if (p.mask.right >= 0) limit = min(limit, row0 + half * 8 + diagonal + 1);
+    const int row = row0 + half * 8;
+    const KeyRange keys = visible_keys(row, row);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      // A bit for each element of the row in this thread, 8 columns apart: those to keep.
-      const int keep = (limit - column0 - i + 7) >> 3;
-      const unsigned bits = keep <= 0 ? 0 : keep >= 32 ? 0xffffffff : (1u << keep) - 1;
+      // A bit for each element of the row in this thread, 8 columns apart: those before `key`.
+      const auto before = [&](int key) {
+        const int count = (key - column0 - i + 7) >> 3;
+        return count <= 0 ? 0 : count >= 32 ? 0xffffffff : (1u << count) - 1;
+      };
+      unsigned bits = LEFT_ONLY ? 0xffffffff : before(keys.end);
+      if constexpr (VARIANT.local) bits &= ~before(keys.begin);
 #pragma unroll
       for (int n = 0; n < BLOCK_N / 8; ++n) {
         float& s = S_rmem[4 * n + 2 * half + i];

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/variant.h"
 #include "ptx/tensor_map.h"
 
 namespace flashmoe {
@@ -37,10 +38,14 @@ struct Sm90Tile {
     const int registers = 65536 / (num_threads() * ctas_per_sm) / 8 * 8;
     return registers > 255 ? 255 : registers;
   }
-  // What it needs without spills: more would cost the consumers some, where they are two.
-  constexpr int producer_registers() const { return consumers() == 2 && q_stages == 1 ? 24 : 32; }
-  constexpr int consumer_registers() const {
-    const int left = (entry_registers() - producer_registers()) / consumers() + entry_registers();
+  // What it needs without spills: more would cost the consumers some, where they are two. With a
+  // window it keeps the first tile of keys, too.
+  constexpr int producer_registers(Variant variant = {}) const {
+    return consumers() == 2 && q_stages == 1 && !variant.local ? 24 : 32;
+  }
+  constexpr int consumer_registers(Variant variant = {}) const {
+    const int left =
+        (entry_registers() - producer_registers(variant)) / consumers() + entry_registers();
     return left > 240 ? 240 : left / 8 * 8;
   }
   // What ptxas must have at entry to compile the larger wgmma, whatever setmaxnreg adds.

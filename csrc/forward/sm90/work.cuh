@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/variant.h"
 #include "forward/sm90/tile.h"
 #include "ptx/ld_st.cuh"
 #include "ptx/tma.cuh"
@@ -11,22 +12,52 @@ namespace flashmoe::sm90 {
 
 // One block of rows of one head, as the scheduler hands it to the producer and the consumers.
 struct alignas(16) Work {
-  int n_tiles;  // tiles of keys that its last row sees; NO_WORK after the last block of rows
+  int n_tiles;  // tiles of keys that its rows see; NO_WORK after the last block of rows
   int m_start, head, batch;
 };
 constexpr int NO_WORK = -1;
 constexpr float NO_MAXIMUM = 3e38f;  // for minus the scaled maximum of a row without keys so far
 
-template <Sm90Tile TILE>
+// What rows see, in a kernel of this variant: visible() of common/mask.h. Plain kernels are given
+// no mask or a causal one, know that, and spell it so that ptxas makes of it what it made before
+// there were windows.
+template <Variant VARIANT>
+struct VisibleKeys {
+  const AttentionParams& p;
+  const int diagonal = p.seqlen_kv - p.seqlen_q;
+
+  // With a limit on the right: the last key that a row sees if there are so many, or below 0.
+  __device__ __forceinline__ int last(int row) const {
+    return row + diagonal + (VARIANT.local ? p.mask.right : 0);
+  }
+  // Of rows from first_row to last_row, that one too; a plain kernel's end may be below 0.
+  __device__ __forceinline__ KeyRange operator()(int first_row, int last_row) const {
+    if constexpr (VARIANT.local) {
+      return visible(p.mask, first_row, last_row + 1, p.seqlen_q, p.seqlen_kv);
+    }
+    int end = p.seqlen_kv;
+    if (p.mask.right >= 0) end = min(end, last(last_row) + 1);
+    return {0, end};
+  }
+  // The tile of the first key that rows from `row` on see.
+  template <int BLOCK_N>
+  __device__ __forceinline__ int first_tile(int row) const {
+    return (*this)(row, row).begin / BLOCK_N;
+  }
+};
+
+template <Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   const AttentionParams& p = params.attention;
   int batch_head, m_block;
-  if (p.mask.right >= 0) {
+  if (VARIANT.local ? !p.mask.is_full() : p.mask.right >= 0) {
     // Sections of heads whose K and V fit L2 together; inside one, the longest blocks first.
     const int section = params.per_section.divide(index);
     const int in_section = index - section * params.per_section.divisor;
     const int rank = params.section_heads.divide(in_section);
     m_block = params.m_blocks.divisor - 1 - rank;
+    // Without a limit on the right, earlier rows see more keys.
+    if (VARIANT.local && p.mask.right < 0) m_block = rank;
     batch_head =
         section * params.section_heads.divisor + in_section - rank * params.section_heads.divisor;
   } else {
@@ -37,9 +68,10 @@ __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   work.batch = params.heads_q.divide(batch_head);
   work.head = batch_head - work.batch * p.heads_q;
   work.m_start = m_block * TILE.block_m;
-  int n_end = p.seqlen_kv;
-  if (p.mask.right >= 0) n_end = min(n_end, work.m_start + TILE.block_m + p.seqlen_kv - p.seqlen_q);
-  work.n_tiles = n_end > 0 ? (n_end + TILE.block_n - 1) / TILE.block_n : 0;
+  const KeyRange keys = VisibleKeys<VARIANT>{p}(work.m_start, work.m_start + TILE.block_m - 1);
+  work.n_tiles = keys.end > keys.begin
+                     ? (keys.end + TILE.block_n - 1) / TILE.block_n - keys.begin / TILE.block_n
+                     : 0;
   return work;
 }
 
