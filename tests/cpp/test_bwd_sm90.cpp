@@ -14,9 +14,9 @@ template <typename T, Sm90BackwardTile TILE>
 void prepare(const Sm90BackwardParams& params) {
   sm90_backward::prepare<T, TILE>(params);
 }
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 void kernel(const Sm90BackwardParams& params) {
-  sm90_backward::attention_backward<T, TILE>(params);
+  sm90_backward::attention_backward<T, TILE, VARIANT>(params);
 }
 template <typename T, Sm90BackwardTile TILE>
 void finish(const Sm90BackwardParams& params) {
@@ -43,6 +43,19 @@ std::string compare_gradient(const char* name, Tensor& got, const std::vector<do
     return std::to_string(touched) + " bytes written outside the rows of " + name;
   }
   return "";
+}
+
+// NaN where no kernel may look: in blocks of queries that see no key, and of keys that none sees.
+void poison_unseen(Tensor& x, int block, int other_seqlen, Mask mask) {
+  for (int start = 0; start < x.seqlen; start += block) {
+    const int end = std::min(start + block, x.seqlen);
+    const KeyRange seen = visible(mask, start, end, x.seqlen, other_seqlen);
+    if (seen.begin < seen.end) continue;
+    for (int b = 0; b < x.batch; ++b)
+      for (int s = start; s < end; ++s)
+        for (int h = 0; h < x.heads; ++h)
+          for (int d = 0; d < x.head_dim; ++d) x.set(b, s, h, d, NAN);
+  }
 }
 
 struct Gradients {
@@ -96,13 +109,14 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
 struct Instance {
   const char* name;
   Sm90BackwardTile tile;
+  Variant variant;
   using Entry = void (*)(const Sm90BackwardParams&);
   Entry entries[2][3];  // float16, bfloat16
 
   int head_dim() const { return tile.head_dim; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
-  bool local() const { return false; }
+  bool local() const { return variant.local; }
 
   bool check(const Problem& x, uint64_t seed) const {
     std::mt19937_64 random(seed);
@@ -124,6 +138,9 @@ struct Instance {
         return size * normal(random);
       });
     }
+    for (Tensor* tensor : {&q, &dout}) poison_unseen(*tensor, block_m(), x.seqlen_kv, x.mask);
+    for (Tensor* tensor : {&k, &v})
+      poison_unseen(*tensor, block_n(), x.seqlen_q, {x.mask.right, x.mask.left});
     for (Tensor* tensor : {&dq, &dk, &dv})
       std::fill(tensor->bytes.begin(), tensor->bytes.end(), POISON);
     const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
@@ -177,16 +194,19 @@ struct Instance {
   }
 };
 
-template <Sm90BackwardTile TILE>
+template <Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 Instance instance(const char* name) {
   (void)LegalSm90BackwardTile<TILE>{};
   using F = __half;
   using B = __nv_bfloat16;
   return {name,
           TILE,
-          {{prepare<F, TILE>, kernel<F, TILE>, finish<F, TILE>},
-           {prepare<B, TILE>, kernel<B, TILE>, finish<B, TILE>}}};
+          VARIANT,
+          {{prepare<F, TILE>, kernel<F, TILE, VARIANT>, finish<F, TILE>},
+           {prepare<B, TILE>, kernel<B, TILE, VARIANT>, finish<B, TILE>}}};
 }
+
+constexpr Variant LOCAL{true};
 
 // head_dim, block_m, block_n, q_stages, do_stages, ds_stages, late_dq
 const Instance INSTANCES[] = {
@@ -195,6 +215,11 @@ const Instance INSTANCES[] = {
     instance<{96, 64, 128, 3, 2, 1, false}>("96:64x128-q3-do2-ds1"),
     instance<{128, 64, 128, 2, 1, 2, true}>("128:64x128-q2-do1-ds2-late"),
     instance<{256, 64, 64, 2, 2, 1, false}>("256:64x64-q2-do2-ds1"),
+    instance<{64, 128, 128, 2, 2, 2, false}, LOCAL>("64:128x128-q2-do2-ds2-local"),
+    instance<{64, 128, 128, 3, 3, 2, true}, LOCAL>("64:128x128-q3-do3-ds2-late-local"),
+    instance<{96, 64, 128, 3, 2, 1, false}, LOCAL>("96:64x128-q3-do2-ds1-local"),
+    instance<{128, 64, 128, 2, 1, 2, true}, LOCAL>("128:64x128-q2-do1-ds2-late-local"),
+    instance<{256, 64, 64, 2, 2, 1, false}, LOCAL>("256:64x64-q2-do2-ds1-local"),
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ namespace flashmoe::sm90_backward {
 
 // The kernel's whole body. Instances are __global__ functions around it, launched with the tile's
 // num_threads() and smem_bytes().
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& params) {
   ptx::griddepcontrol_launch_dependents();
   // What the 128-byte swizzle and its descriptors need.
@@ -43,25 +43,25 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const Work work = Work::of<TILE>(params, blockIdx.x);
+  const Work work = Work::of<TILE, VARIANT>(params, blockIdx.x);
   // Through a shuffle, so that the compiler knows it as uniform in a warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<TILE.PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce<TILE>(params, smem, work);
+    if (threadIdx.x == 0) produce<TILE, VARIANT>(params, smem, work);
   } else {
     ptx::setmaxnreg_inc<TILE.CONSUMER_REGISTERS>();
     if constexpr (TILE.by_roles()) {
-      const Roles<T, TILE> roles{{params, smem, work, warpgroup - 1}};
+      const Roles<T, TILE, VARIANT> roles{{params, smem, work, warpgroup - 1}};
       if (warpgroup == 1) {
         roles.first();
       } else {
         roles.second();
       }
     } else if constexpr (TILE.late_dq) {
-      consume_keys_late<T, TILE>(params, smem, work, warpgroup - 1);
+      consume_keys_late<T, TILE, VARIANT>(params, smem, work, warpgroup - 1);
     } else {
-      consume_keys<T, TILE>(params, smem, work, warpgroup - 1);
+      consume_keys<T, TILE, VARIANT>(params, smem, work, warpgroup - 1);
     }
   }
 }
