@@ -150,7 +150,7 @@ class CudaBackend(Backend):
         handle = _compiled_handle(tile, q.shape[3])
         assert handle is not None, f"{tile} is not compiled in"
         result: tuple[Tensor, Tensor, Tensor] = _bwd(
-            dout, q, k, v, out, softmax_lse, softmax_scale, causal, handle
+            dout, q, k, v, out, softmax_lse, None, softmax_scale, causal, handle
         )
         return result
 

@@ -66,16 +66,19 @@ struct Gradients {
 // By definition, in float64; and how much rounding P, dS, out and the gradients to the dtype may
 // change each element.
 void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& dout,
-                         const std::vector<float>& lse, double scale, Mask mask, Gradients& want,
-                         Gradients& allowed) {
+                         const std::vector<float>& lse, const float* dlse, double scale, Mask mask,
+                         Gradients& want, Gradients& allowed) {
   const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
+  // A P below 2^-14 is off by this in float16, in which it may be handed on.
+  const double tiny = 0x1p-25;
   const int group = q.heads / k.heads, dims = q.head_dim;
   const Values<double> qs(q), ks(k), vs(v), os(out), dos(dout);
   for (int b = 0; b < q.batch; ++b)
     for (int h = 0; h < q.heads; ++h)
       for (int i = 0; i < q.seqlen; ++i) {
         const double *qi = qs.row(b, i, h), *oi = os.row(b, i, h), *di = dos.row(b, i, h);
-        const double row_lse = lse[(static_cast<size_t>(b) * q.heads + h) * q.seqlen + i];
+        const size_t row = (static_cast<size_t>(b) * q.heads + h) * q.seqlen + i;
+        const double row_lse = lse[row], row_dlse = dlse == nullptr ? 0. : dlse[row];
         const auto [first, visible] = seen_keys(mask, i, q.seqlen, k.seqlen);
         double delta = 0, delta_terms = 0;
         for (int d = 0; d < dims; ++d)
@@ -85,15 +88,19 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
           const double *kj = ks.row(b, j, h / group), *vj = vs.row(b, j, h / group);
           double s = 0, dp = 0;
           for (int d = 0; d < dims; ++d) s += qi[d] * kj[d], dp += di[d] * vj[d];
-          const double p = std::exp(s * scale - row_lse), ds = p * (dp - delta) * scale;
+          const double p = std::exp(s * scale - row_lse);
+          // d out / d s = p (v - out), d softmax_lse / d s = p.
+          const double ds = (p * (dp - delta) + p * row_dlse) * scale;
           const double off =
-              2 * unit * (std::fabs(ds) + p * scale * (delta_terms + 1e-4 * std::fabs(dp)));
+              2 * unit * (std::fabs(ds) + p * scale * (delta_terms + 1e-4 * std::fabs(dp))) +
+              tiny * scale * std::fabs(dp - delta + row_dlse);
           const size_t k_at =
               ((static_cast<size_t>(b) * k.seqlen + j) * k.heads + h / group) * dims;
           for (int d = 0; d < dims; ++d) {
             want.dq[q_at + d] += ds * kj[d], allowed.dq[q_at + d] += off * std::fabs(kj[d]);
             want.dk[k_at + d] += ds * qi[d], allowed.dk[k_at + d] += off * std::fabs(qi[d]);
-            want.dv[k_at + d] += p * di[d], allowed.dv[k_at + d] += 2 * unit * p * std::fabs(di[d]);
+            want.dv[k_at + d] += p * di[d];
+            allowed.dv[k_at + d] += (2 * unit * p + tiny) * std::fabs(di[d]);
           }
         }
       }
@@ -153,9 +160,16 @@ struct Instance {
       for (int d = 0; d < x.head_dim; ++d) out.set(b, i, h, d, forward.out[r * x.head_dim + d]);
     }
 
+    // NaN where softmax_lse is -infinity: there it is a constant.
+    std::vector<float> dlse(lse.size());
+    for (size_t r = 0; r < lse.size(); ++r)
+      dlse[r] = lse[r] == -INFINITY ? NAN : static_cast<float>(normal(random));
+    const float* given_dlse = random() % 2 ? dlse.data() : nullptr;
+
     BackwardParams params{};
     params.attention = forward_params(q, k, v, out, lse, scale, x.mask);
     params.dout = dout.bytes.data();
+    params.dlse = given_dlse;
     params.do_batch_stride = dout.batch_stride, params.do_row_stride = dout.row_stride;
     params.do_head_stride = dout.head_stride;
     params.dq = dq.bytes.data(), params.dk = dk.bytes.data(), params.dv = dv.bytes.data();
@@ -182,7 +196,7 @@ struct Instance {
     Gradients want(forward.out.size(),
                    static_cast<size_t>(x.batch) * x.seqlen_kv * x.heads_kv * x.head_dim);
     Gradients allowed = want;
-    reference_gradients(q, k, v, out, dout, lse, scale, x.mask, want, allowed);
+    reference_gradients(q, k, v, out, dout, lse, given_dlse, scale, x.mask, want, allowed);
     if (wrong.empty()) wrong = compare_gradient("dv", dv, want.dv, allowed.dv);
     if (wrong.empty()) wrong = compare_gradient("dk", dk, want.dk, allowed.dk);
     if (wrong.empty()) wrong = compare_gradient("dq", dq, want.dq, allowed.dq);

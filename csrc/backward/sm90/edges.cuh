@@ -12,7 +12,8 @@ namespace flashmoe::sm90_backward {
 
 constexpr int EDGE_THREADS = 256;
 
-// delta = rowsum(O dO), and softmax_lse as the kernel wants it, of one block of queries of a head.
+// delta = rowsum(O dO) - dlse, and softmax_lse as the kernel wants it, of one block of queries of a
+// head. The derivative of softmax_lse by a score is its P: dS = P (dP - rowsum(O dO) + dlse).
 template <typename T, Sm90BackwardTile TILE>
 __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   ptx::griddepcontrol_launch_dependents();
@@ -51,7 +52,10 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
       delta += __shfl_xor_sync(0xffffffff, delta, mask);
     }
     if (threadIdx.x % LANES == 0) {
-      const float lse = there ? p.softmax_lse[batch_head * p.seqlen_q + row] : -INFINITY;
+      const long long at = batch_head * p.seqlen_q + row;
+      const float lse = there ? p.softmax_lse[at] : -INFINITY;
+      // Where a row sees nothing, softmax_lse is a constant, and dlse may be NaN.
+      if (params.call.dlse != nullptr && lse != -INFINITY) delta -= params.call.dlse[at];
       stats[in_block] = lse == -INFINITY ? -INFINITY : lse * -1.4426950408889634f;
       stats[TILE.block_m + in_block] = delta;
     }
