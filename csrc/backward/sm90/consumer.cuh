@@ -153,6 +153,16 @@ struct Consumer {
                              dQ_rmem[4 * i + 3]);
     }
   }
+  // Around the additions of a step, which are counted from 0 (order.cuh).
+  __device__ __forceinline__ void await_turn(int step) const {
+    if constexpr (VARIANT.deterministic) ptx::mbarrier_wait_parity(smem.turn, step & 1);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (VARIANT.deterministic) {
+      __syncwarp();
+      release(smem.added);
+    }
+  }
   // A gradient to where its K or V was.
   __device__ __forceinline__ void stage(const Gradient& g_rmem, unsigned keys, float scale) const {
     const int row = mine * 64 + warp * 16 + lane % 16;

@@ -40,10 +40,12 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
   auto wait_dS = [&] {
     ptx::mbarrier_wait_parity(smem.full_dS + 8 * dq_ring.stage(), dq_ring.parity());
   };
-  auto add_dQ = [&] {
+  auto add_dQ = [&](int step) {
     c.release(smem.empty_dS + 8 * dq_ring.stage());
     dq_ring.next();
+    c.await_turn(step);
     c.add_dQ(dQ_rmem, block, w);
+    c.pass_turn();
   };
   ptx::mbarrier_wait_parity(smem.full_K, 0);
   if (steps.count > 0) {
@@ -79,7 +81,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
       start_S(step < steps.count);
       ptx::wgmma_wait_group<2>();  // dQ
       ptx::fence_registers(dQ_rmem);
-      if (step > 1) add_dQ();
+      if (step > 1) add_dQ(step - 2);
       block = steps.block;
       ptx::wgmma_wait_group<0>();
       ptx::fence_registers(S_rmem);
@@ -93,7 +95,9 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
     c.start_dQ(dQ_rmem, smem.dS + dq_ring.stage() * TILE.ds_bytes(), w);
     ptx::wgmma_wait_group<0>();
     ptx::fence_registers(dQ_rmem);
+    c.await_turn(steps.count - 1);
     c.add_dQ(dQ_rmem, block, w);
+    c.pass_turn();
   }
   ptx::wgmma_wait_group<0>();
   ptx::fence_registers(dK_rmem);

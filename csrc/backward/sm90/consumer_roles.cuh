@@ -104,7 +104,9 @@ struct Roles : Consumer<T, TILE, VARIANT> {
           }
           if (part == 0) this->release(smem.empty_dO + 8 * do_ring.stage());
           ptx::fence_registers(dQ_rmem);
+          if (part == 0) this->await_turn(step - 1);
           this->add_dQ(dQ_rmem, steps.block, part);
+          if (part == PARTS - 1) this->pass_turn();
         }
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(S_rmem);
@@ -164,7 +166,9 @@ struct Roles : Consumer<T, TILE, VARIANT> {
             this->release(smem.empty_Q + 8 * q_ring.stage());
           }
           ptx::fence_registers(dQ_rmem);
+          if (part == 0) this->await_turn(step - 1);
           this->add_dQ(dQ_rmem, steps.block, PARTS + part);
+          if (part == PARTS - 1) this->pass_turn();
         }
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dP_rmem);

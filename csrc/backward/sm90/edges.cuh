@@ -60,6 +60,8 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
       stats[TILE.block_m + in_block] = delta;
     }
   }
+  if (threadIdx.x == 0) params.turns[block] = 0;
+  if (block == 0 && threadIdx.x == 0) *params.ticket = 0;
   float4* sum = reinterpret_cast<float4*>(params.dq_sum + block * TILE.dq_elements());
 #pragma unroll
   for (int i = threadIdx.x; i < TILE.dq_elements() / 4; i += EDGE_THREADS) {

@@ -12,6 +12,7 @@ template <Sm90BackwardTile TILE>
 struct Smem {
   unsigned K, V, Q, dO, dS, P, stats, full_K, full_V, full_Q, empty_Q, full_dO, empty_dO, full_dS,
       empty_dS;
+  unsigned turn, added, ticket;  // of deterministic kernels
 
   __device__ __forceinline__ explicit Smem(unsigned base) {
     K = base;
@@ -29,6 +30,9 @@ struct Smem {
     empty_dO = full_dO + 8 * TILE.do_stages;
     full_dS = empty_dO + 8 * TILE.do_stages;
     empty_dS = full_dS + 8 * TILE.ds_stages;
+    turn = empty_dS + 8 * TILE.ds_stages;
+    added = turn + 8;
+    ticket = added + 8;
   }
 };
 
@@ -68,15 +72,16 @@ struct Work {
       index %= per_section;
       n_block = index / heads;
       pair = first + index - n_block * heads;
-      // The first keys are seen by the most queries where it is the limit on the right that hides
-      // more, the last ones where it is the other (-1 hides nothing). Between narrow limits all
-      // blocks but those at the ends are as long, and either order does.
-      if (VARIANT.local && unsigned(mask.left) < unsigned(mask.right)) {
-        n_block = params.n_blocks - 1 - n_block;
-      }
     } else {
       pair = index / params.n_blocks;
       n_block = index - pair * params.n_blocks;
+    }
+    // The first keys are seen by the most queries where it is the limit on the right that hides
+    // more, the last ones where it is the other (-1 hides nothing). Between narrow limits all
+    // blocks but those at the ends are as long, and either order does. Deterministic: see
+    // order.cuh.
+    if (VARIANT.deterministic || (VARIANT.local && unsigned(mask.left) < unsigned(mask.right))) {
+      n_block = params.n_blocks - 1 - n_block;
     }
     work.batch = pair / p.heads_kv;
     work.head_kv = pair - work.batch * p.heads_kv;
@@ -91,6 +96,9 @@ struct Work {
     if (mask.right >= 0) {
       // Neighbours begin at other queries, a block of keys apart, and stay apart.
       work.m_first = work.m_start = min(max(first_row, 0) / TILE.block_m, params.m_blocks);
+    } else if (VARIANT.deterministic) {
+      // In step behind one another: each waits for the one before it anyway.
+      work.m_first = work.m_start = 0;
     } else {
       // Each thread block somewhere else, or all would be at the same rows of Q and dQ all the
       // time.
