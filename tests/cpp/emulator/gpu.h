@@ -56,6 +56,8 @@ void mbarrier_init(uint32_t address, int arrivals);
 void mbarrier_arrive(uint32_t address, uint32_t expected_bytes);
 bool mbarrier_test(uint32_t address, uint32_t parity);
 void mbarrier_wait(uint32_t address, uint32_t parity);
+// Until `*address` is `value`.
+void device_memory_wait(const int* address, int value);
 void bar(int id, int threads, bool wait);
 void syncthreads();
 
