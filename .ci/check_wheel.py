@@ -11,13 +11,14 @@ import flashmoe.autotune
 import flashmoe.ratchet
 from flashmoe._extension import KERNEL_SOURCES
 from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.mask import CAUSAL
 
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     q = torch.randn(2, 33, 4, 40).to(dtype).requires_grad_()
     k, v = (torch.randn(2, 50, 2, 40).to(dtype).requires_grad_() for _ in range(2))
     out = flashmoe.flash_attn_func(q, k, v, causal=True)
-    expected, _ = attention_reference(q, k, v, causal=True)
+    expected, _ = attention_reference(q, k, v, mask=CAUSAL)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
     out.float().sum().backward()
     assert torch.isfinite(q.grad).all()

@@ -11,11 +11,13 @@ import torch
 
 from flashmoe.autotune.sampler import SAMPLERS
 from flashmoe.autotune.suite import DEFAULTS
+from flashmoe.spec.mask import WINDOW, parse_window
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 
 PROG = "flashmoe.autotune"
 PROBLEM_OPTIONS = (
     "batch", "heads", "kv_heads", "seqlen", "seqlen_kv", "head_dim", "dtype", "causal",
+    "window",
 )  # fmt: skip
 _BACKENDS_WITH_TILES = ("cuda", "triton", "cpu")
 
@@ -123,6 +125,7 @@ def parser() -> Parser:
     problem.add_argument("--head-dim", type=_head_dim, metavar="N")
     problem.add_argument("--dtype", choices=tuple(DTYPE_BYTES))
     problem.add_argument("--causal", action=argparse.BooleanOptionalAction)
+    problem.add_argument("--window", type=parse_window, metavar="LEFT,RIGHT", help=WINDOW)
     problem.add_argument(
         "--shapes",
         type=Path,

@@ -16,6 +16,7 @@ from flashmoe.backends import BACKENDS
 from flashmoe.measure import timing
 from flashmoe.measure.quiet import measure_quietly
 from flashmoe.measure.timing import Measurement
+from flashmoe.spec.call import Call
 from flashmoe.spec.problem import Problem
 
 
@@ -165,9 +166,8 @@ class DeviceRunner:
     def _forward(
         self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        backend = BACKENDS[candidate.backend]
-        scale = float(q.shape[-1] ** -0.5)
-        return backend.forward(q, k, v, scale, self._problem.causal, candidate.tile)
+        run = BACKENDS[candidate.backend].bind(Problem.of(q, k, self._problem.mask), candidate.tile)
+        return run(Call(q, k, v, float(q.shape[-1] ** -0.5)))
 
     def _checked(self, candidate: Candidate, inputs: Inputs) -> Measurement:
         start = time.perf_counter()

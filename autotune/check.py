@@ -104,7 +104,7 @@ def ragged_inputs(problem: Problem, device: torch.device, seed: int) -> Inputs:
         min(odd, length | 1)
         for odd, length in zip(_RAGGED, (problem.seqlen_q, problem.seqlen_kv), strict=True)
     )
-    if problem.causal and problem.seqlen_q == problem.seqlen_kv:
+    if not problem.mask.is_full and problem.seqlen_q == problem.seqlen_kv:
         seqlen_kv = seqlen_q
     group = problem.heads_q // problem.heads_kv
     small = replace(
@@ -174,18 +174,17 @@ def _expect(
     heads: slice,
     rows: slice,
 ) -> _Expected:
-    keys = problem.seqlen_kv
-    if problem.causal:
-        # Cutting the keys behind the last visible one keeps the bottom-right alignment.
-        keys = rows.stop + problem.seqlen_kv - problem.seqlen_q
+    first, last, mask = problem.mask.of_rows(
+        rows.start, rows.stop, problem.seqlen_q, problem.seqlen_kv
+    )
     part_q = q[batch : batch + 1, rows, heads]
-    if keys <= 0:
+    if first == last:
         out = torch.zeros_like(part_q[0], dtype=torch.float64)
         lse = torch.full(out.shape[1::-1], float("-inf"), dtype=torch.float64, device=q.device)
         return _Expected(batch, heads, rows, out, lse, (0.0, 0.0))
-    part_k, part_v = (x[batch : batch + 1, :keys, head : head + 1] for x in (k, v))
-    exact = attention_reference(part_q, part_k, part_v, causal=problem.causal)
-    same = attention_reference(part_q, part_k, part_v, causal=problem.causal, dtype=q.dtype)
+    part_k, part_v = (x[batch : batch + 1, first:last, head : head + 1] for x in (k, v))
+    exact = attention_reference(part_q, part_k, part_v, mask=mask)
+    same = attention_reference(part_q, part_k, part_v, mask=mask, dtype=q.dtype)
     out_error, lse_error = (
         _largest((got.double() - want)[torch.isfinite(want)])
         for want, got in zip(exact, same, strict=True)

@@ -15,6 +15,7 @@ from flashmoe.autotune.sensitivity import steps
 from flashmoe.autotune.trials import Trial
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import Interval
+from flashmoe.spec.mask import arguments_of
 
 SCHEMA = 2
 
@@ -150,13 +151,13 @@ def _suggestion(result: Result) -> list[str]:
     ]
     if best.tile is not None:
         lines.append(f"export FLASHMOE_TILE={best.tile}")
-    causal = ", causal=True" if result.problem.causal else ""
+    mask = arguments_of(result.problem.mask)
     tile = f', tile="{best.tile}"' if best.tile is not None else ""
     lines += [
         "```",
         "",
         "```python",
-        f'flashmoe.flash_attn_func(q, k, v{causal}, backend="{best.backend}"{tile})',
+        f'flashmoe.flash_attn_func(q, k, v{mask}, backend="{best.backend}"{tile})',
         "```",
     ]
     return lines + _sensitivity_lines(result)

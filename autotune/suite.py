@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from flashmoe.spec.mask import FULL, Mask, causal_if
 from flashmoe.spec.problem import Problem
 
 
@@ -60,7 +61,8 @@ def _problem(
     heads_kv: int | None = None,
     causal: bool = False,
 ) -> Problem:
-    return Problem(batch, heads, heads_kv or heads, seqlen, seqlen, head_dim, dtype, causal)
+    mask = causal_if(causal)
+    return Problem(batch, heads, heads_kv or heads, seqlen, seqlen, head_dim, dtype, mask)
 
 
 # Sizes that a laptop's CPU finishes in a tenth of a second.
@@ -91,10 +93,10 @@ def default_suite(device_type: str) -> tuple[Problem, ...]:
 
 def named_problem(device_type: str, given: dict[str, Any]) -> Problem | None:
     """The problem described by the options that were `given` (by name: batch, heads, kv_heads,
-    seqlen, seqlen_kv, head_dim, dtype, causal), None when there are none.
+    seqlen, seqlen_kv, head_dim, dtype, causal, window), None when there are none.
 
-    heads_kv defaults to heads, seqlen_kv to seqlen, causal to False, the others to DEFAULTS.
-    Raises ValueError naming the option, its value and what is allowed.
+    heads_kv defaults to heads, seqlen_kv to seqlen, causal to False, window to none, the others to
+    DEFAULTS. Raises ValueError naming the option, its value and what is allowed.
     """
     if not given:
         return None
@@ -102,6 +104,7 @@ def named_problem(device_type: str, given: dict[str, Any]) -> Problem | None:
     heads, kv_heads = option["heads"], option.get("kv_heads", option["heads"])
     if heads % kv_heads:
         raise ValueError(f"--kv-heads must divide --heads ({heads}), got {kv_heads}")
+    window: Mask = option.get("window", FULL)
     try:
         return Problem(
             batch=option["batch"],
@@ -111,7 +114,7 @@ def named_problem(device_type: str, given: dict[str, Any]) -> Problem | None:
             seqlen_kv=option.get("seqlen_kv", option["seqlen"]),
             head_dim=option["head_dim"],
             dtype=option["dtype"],
-            causal=option.get("causal", False),
+            mask=Mask(window.left, 0 if option.get("causal") else window.right),
         )
     except ValueError as error:
         # What is left after argparse: a head dimension that no kernel has.

@@ -23,10 +23,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import flashmoe
 from flashmoe import _extension, flash_attn_func
 from flashmoe.backends.sdpa import torch_sdpa
-from flashmoe.frontend.ops import problem_of
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.stats import median_interval, paired_ratio
 from flashmoe.measure.timing import Limits, measure, measure_limits
+from flashmoe.spec.mask import causal_if
+from flashmoe.spec.problem import Problem
 
 Shape = tuple[int, int, int, int, bool]
 DEVICE = torch.device("cuda", 0)
@@ -77,7 +78,7 @@ def compare(
     backward: bool = False,
 ) -> dict[str, object]:
     q, k, _ = qkv(shape)
-    problem = problem_of(q, k, shape[4])
+    problem = Problem.of(q, k, causal_if(shape[4]))
     flops, nbytes = problem.flops * (3.5 if backward else 1), problem.bytes
     measured = measure(candidates, DEVICE, rounds=rounds, warmup=5)
     print(f"{label}: {problem.label}")
@@ -155,7 +156,7 @@ def host_cost(calls: int = 1000, repeats: int = 9) -> dict[str, list[float]]:
     print("host cost of one forward call, us:", end="")
     for name, values in samples.items():
         print(f"  {name} {sorted(values)[repeats // 2]:.2f}", end="")
-    print(f"  (plan: {flashmoe.make_plan(problem_of(q, k, False), DEVICE)})", flush=True)
+    print(f"  (plan: {flashmoe.make_plan(Problem.of(q, k), DEVICE)})", flush=True)
     return samples
 
 

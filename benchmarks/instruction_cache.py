@@ -30,6 +30,7 @@ from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.timing import cuda_sampler
 from flashmoe.planning import database
+from flashmoe.spec.call import Call
 
 DEVICE = torch.device("cuda", 0)
 
@@ -49,9 +50,8 @@ def call_of(problem: Problem, candidate: Candidate) -> Callable[[], object]:
 
     q = tensor(problem.heads_q, problem.seqlen_q)
     k, v = (tensor(problem.heads_kv, problem.seqlen_kv) for _ in range(2))
-    scale = float(problem.head_dim**-0.5)
-    forward = BACKENDS[candidate.backend].forward
-    return functools.partial(forward, q, k, v, scale, problem.causal, candidate.tile)
+    run = BACKENDS[candidate.backend].bind(problem, candidate.tile)
+    return functools.partial(run, Call(q, k, v, float(problem.head_dim**-0.5)))
 
 
 def timed(calls: dict[str, Callable[[], object]], rounds: int, evict_code: bool) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _sm90_call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, causal: bool) ->
     if handle is None:
         handle = _loaded(kernel)
     scale = q.shape[-1] ** -0.5
-    return lambda: torch.ops.flashmoe.fwd_cuda(q, k, v, scale, causal, handle)[0]
+    return lambda: torch.ops.flashmoe.fwd_cuda(q, k, v, scale, -1, 0 if causal else -1, handle)[0]
 
 
 _handles: dict[Kernel, int] = {}
@@ -150,7 +150,7 @@ def _sdpa_call(
 
 def sdpa_runs(problem: Problem) -> bool:
     """SDPA's causal mask is aligned top-left: the same where all is seen or both lengths agree."""
-    return not problem.causal or problem.seqlen_q in (1, problem.seqlen_kv)
+    return not problem.mask.is_causal or problem.seqlen_q in (1, problem.seqlen_kv)
 
 
 def calls_of(
@@ -159,7 +159,7 @@ def calls_of(
     """What is timed, by name; and why some of it cannot be."""
     calls: Calls = {}
     failed: dict[str, str] = {}
-    causal = problem.causal
+    causal = problem.mask.is_causal
     for kernel in kernels_for(problem):
         try:
             calls[str(kernel)] = _sm90_call(kernel, q, k, v, causal)

@@ -77,7 +77,9 @@ def expected_seconds(problem: Problem) -> float:
     """About what the problem takes on an H200."""
     work = 4.0 * problem.batch * problem.heads_q * problem.head_dim
     work *= _padded(problem.seqlen_q) * _padded(problem.seqlen_kv)
-    if problem.causal:  # what a row sees in the mean, where there are no more queries than keys
+    if (
+        problem.mask.is_causal
+    ):  # what a row sees in the mean, where there are no more queries than keys
         work *= 1 - (problem.seqlen_q - 1) / (2 * problem.seqlen_kv)
     return _LAUNCH + max(work / _FLOPS, problem.bytes / _BYTES_PER_SECOND)
 

@@ -43,6 +43,7 @@ from flashmoe.backends import BACKENDS, jit
 from flashmoe.machine import device
 from flashmoe.machine.device import Arch
 from flashmoe.measure.fingerprint import fingerprint
+from flashmoe.spec.mask import CAUSAL
 from flashmoe.tiles import sm90_head_dim
 
 SCHEMA = 2
@@ -50,23 +51,23 @@ ROUNDS = 32
 BATCH = 16
 GPU_PROBLEMS = (
     Problem(32, 8, 8, 512, 512, 256, "bfloat16"),
-    Problem(32, 8, 8, 512, 512, 256, "bfloat16", causal=True),
-    Problem(8, 8, 8, 2048, 2048, 256, "bfloat16", causal=True),
-    Problem(4, 16, 4, 1024, 1024, 256, "bfloat16", causal=True),
+    Problem(32, 8, 8, 512, 512, 256, "bfloat16", mask=CAUSAL),
+    Problem(8, 8, 8, 2048, 2048, 256, "bfloat16", mask=CAUSAL),
+    Problem(4, 16, 4, 1024, 1024, 256, "bfloat16", mask=CAUSAL),
     Problem(1, 8, 8, 4096, 4096, 256, "bfloat16"),
     Problem(4, 16, 2, 100, 3000, 256, "bfloat16"),
     Problem(8, 16, 16, 1024, 1024, 128, "bfloat16"),
     Problem(2, 16, 16, 4096, 4096, 128, "bfloat16"),
-    Problem(2, 16, 16, 4096, 4096, 128, "bfloat16", causal=True),
-    Problem(4, 32, 8, 2048, 2048, 128, "bfloat16", causal=True),
+    Problem(2, 16, 16, 4096, 4096, 128, "bfloat16", mask=CAUSAL),
+    Problem(4, 32, 8, 2048, 2048, 128, "bfloat16", mask=CAUSAL),
     Problem(32, 8, 8, 512, 512, 64, "bfloat16"),
-    Problem(2, 32, 32, 4096, 4096, 64, "bfloat16", causal=True),
+    Problem(2, 32, 32, 4096, 4096, 64, "bfloat16", mask=CAUSAL),
 )
 CPU_PROBLEMS = (
     Problem(1, 8, 8, 256, 256, 64, "float32"),
-    Problem(1, 8, 8, 256, 256, 64, "float32", causal=True),
+    Problem(1, 8, 8, 256, 256, 64, "float32", mask=CAUSAL),
     Problem(1, 4, 4, 512, 512, 64, "float32"),
-    Problem(1, 4, 1, 512, 512, 64, "float32", causal=True),
+    Problem(1, 4, 1, 512, 512, 64, "float32", mask=CAUSAL),
     Problem(1, 2, 2, 512, 512, 128, "float32"),
     Problem(4, 8, 8, 128, 128, 32, "float32"),
 )

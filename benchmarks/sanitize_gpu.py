@@ -12,8 +12,10 @@ import torch
 
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
-from flashmoe.frontend.ops import problem_of
 from flashmoe.machine.device import arch
+from flashmoe.spec.call import Call
+from flashmoe.spec.mask import causal_if
+from flashmoe.spec.problem import Problem
 
 DEVICE = torch.device("cuda", 0)
 # seqlen_q, seqlen_kv, causal
@@ -35,9 +37,10 @@ def main() -> None:
                     torch.randn(1, seqlen_kv, 2, head_dim - 8, device=DEVICE).bfloat16()
                     for _ in "kv"
                 )
-                if tile.violations(arch(DEVICE), problem_of(q, k, causal)):
+                problem = Problem.of(q, k, causal_if(causal))
+                if tile.violations(arch(DEVICE), problem):
                     continue
-                BACKENDS["cuda"].forward(q, k, v, 0.1, causal, tile)
+                BACKENDS["cuda"].bind(problem, tile)(Call(q, k, v, 0.1))
                 calls += 1
     torch.cuda.synchronize()
     print(f"{calls} calls")

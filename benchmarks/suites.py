@@ -5,16 +5,17 @@ from __future__ import annotations
 from hopper.rows import ROWS
 
 from flashmoe import Problem
+from flashmoe.spec.mask import causal_if
 
 
 def _bf16(
     batch: int, heads_q: int, heads_kv: int, lengths: tuple[int, int], head_dim: int, causal: bool
 ) -> Problem:
-    return Problem(batch, heads_q, heads_kv, *lengths, head_dim, "bfloat16", causal)
+    return Problem(batch, heads_q, heads_kv, *lengths, head_dim, "bfloat16", mask=causal_if(causal))
 
 
 def _float32(batch: int, heads: int, seqlen: int, head_dim: int, causal: bool) -> Problem:
-    return Problem(batch, heads, heads, seqlen, seqlen, head_dim, "float32", causal)
+    return Problem(batch, heads, heads, seqlen, seqlen, head_dim, "float32", mask=causal_if(causal))
 
 
 # By name: what the Hopper kernel is judged by (benchmarks/hopper/rows.py); what else runs on the

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numbers
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from flashmoe.backends import BACKENDS
-from flashmoe.backends.sdpa import torch_sdpa
+from flashmoe.backends.base import Run
+from flashmoe.backends.sdpa import attend_by_sdpa, torch_sdpa
 from flashmoe.frontend import ops
-from flashmoe.frontend.validation import is_normal, validate, validate_tensors, validate_window
-from flashmoe.planning.plan import make_plan, reload_databases
+from flashmoe.frontend.validation import is_normal, mask_of, validate, validate_tensors
+from flashmoe.machine.environment import variable
+from flashmoe.planning.plan import planned, reload_databases
 from flashmoe.spec import shapes
-from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.spec.call import Call
+from flashmoe.spec.mask import Mask
+from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM, Problem
 from flashmoe.tiles import Tile
 
 _Result = Tensor | tuple[Tensor, Tensor, None]
@@ -47,7 +49,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -65,6 +67,9 @@ def flash_attn_func(
             query head h uses head h // (heads_q // heads_kv).
         softmax_scale: positive and at most 2.3e38; default 1 / sqrt(head_dim).
         causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
+        window_size: (left, right); query i sees key j when
+            -left <= j - (i + seqlen_kv - seqlen_q) <= right. -1 or None: no limit on that side.
+            With `causal`, right is 0.
         deterministic: the same gradients bit by bit every time, as under
             `torch.use_deterministic_algorithms(True)`. Otherwise dQ may be added up in any order on
             Hopper, which is faster. `backend="sdpa"`, whose gradients are torch's own, refuses it
@@ -79,20 +84,24 @@ def flash_attn_func(
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what is allowed.
-        NotImplementedError: dropout_p, window_size, softcap, alibi_slopes other than the default;
-            nested tensors; forward-mode AD, torch.func.grad and its kin; double backward.
+        NotImplementedError: dropout_p, softcap, alibi_slopes other than the default; nested
+            tensors; forward-mode AD, torch.func.grad and its kin; double backward.
 
     Source: FlashAttention-2 (arXiv:2307.08691).
     """
     if dropout_p != 0.0:
         raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
-    if type(window_size) is not tuple or window_size != (-1, -1):
-        validate_window(window_size)
+    if type(window_size) is not tuple:
+        mask = mask_of(causal, window_size)
+        window_size = mask.left, mask.right
     if softcap != 0.0:
         raise NotImplementedError(f"softcap must be 0.0 (not supported yet), got {softcap}")
     if alibi_slopes is not None:
         raise NotImplementedError("alibi_slopes must be None (not supported yet)")
-    return _attend(q, k, v, softmax_scale, causal, deterministic, return_attn_probs, backend, tile)
+    asked = Asked(
+        softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
+    )
+    return _attend(q, k, v, asked)
 
 
 def scaled_dot_product_attention(
@@ -137,12 +146,7 @@ def scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        None if scale is None else float(scale),
-        is_causal,
-        False,
-        False,
-        None,
-        None,
+        Asked(None if scale is None else float(scale), is_causal),
     )
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)
@@ -212,17 +216,19 @@ def _is_our_scale(scale: object) -> bool:
     return isinstance(scale, (int, float, numbers.Real)) and is_normal(scale)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    causal: bool,
-    deterministic: bool,
-    return_lse: bool,
-    backend: str | None,
-    tile: Tile | str | None,
-) -> _Result:
+class Asked(NamedTuple):
+    """The arguments of a call beside its tensors, as users give them."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int | None, int | None] = (-1, -1)
+    deterministic: bool = False
+    return_lse: bool = False
+    backend: str | None = None
+    tile: Tile | str | None = None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
     by_op = torch.compiler.is_compiling() or not _plain(q, k, v)
     if by_op:
         validate_tensors(q, k, v)
@@ -235,9 +241,10 @@ def _attend(
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (q, k, v)
         )
-    if by_op or _wants_gradient(q, k, v):
-        return _attend_op(q, k, v, softmax_scale, causal, deterministic, return_lse, backend, tile)
+    if by_op:
+        return _attend_op(q, k, v, asked)
     try:
+        wants = _wants_gradient(q, k, v)
         key = (
             q.shape,
             k.shape,
@@ -248,83 +255,95 @@ def _attend(
             q.device,
             k.device,
             v.device,
-            softmax_scale,
-            causal,
-            return_lse,
-            backend,
-            tile,
+            wants,
+            asked,
         )
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
-        validate(q, k, v, softmax_scale, causal, backend, tile)
+        _validated(q, k, v, asked)
         raise
     if call is None and torch._C._is_tracing():  # whose sizes are tensors, so no key is known
-        return _attend_op(q, k, v, softmax_scale, causal, deterministic, return_lse, backend, tile)
+        return _attend_op(q, k, v, asked)
     if shapes.recorder is not None:
-        validate(q, k, v, softmax_scale, causal, backend, tile)
-        shapes.recorder[ops.problem_of(q, k, causal)] += 1
+        _, mask = _validated(q, k, v, asked)
+        if not wants:  # otherwise ops.run_forward does
+            shapes.recorder[Problem.of(q, k, mask)] += 1
     if call is None:
-        call = _prepare(q, k, v, softmax_scale, causal, return_lse, backend, tile)
+        call = _prepare(q, k, v, asked)
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
         _calls[key] = call
     return call(q, k, v)
 
 
-def _attend_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    causal: bool,
-    deterministic: bool,
-    return_lse: bool,
-    backend: str | None,
-    tile: Tile | str | None,
-) -> _Result:
+def _validated(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> tuple[float, Mask]:
+    """The scale and the mask to use. Raises for what no kernel may see."""
+    scale = validate(q, k, v, asked.softmax_scale, asked.backend, asked.tile)
+    return scale, mask_of(asked.causal, asked.window_size)
+
+
+def _asks_for_sdpa(asked: Asked) -> bool:
+    override = asked.backend or (None if asked.tile else variable("FLASHMOE_BACKEND"))
+    return override == "sdpa" and not asked.tile and not asked.return_lse
+
+
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call | None:
+    """SDPA, which asked for by name brings its own backward; None where it cannot run this."""
+    scale, mask = _validated(q, k, v, asked)
+    mask = mask.reduced(q.shape[1], k.shape[1])
+    if mask.is_local or (mask.is_causal and q.shape[1] != k.shape[1]):
+        return None
+    if asked.deterministic and _wants_gradient(q, k, v):
+        raise ValueError("deterministic must be False with backend 'sdpa', got True")
+    return lambda q, k, v: attend_by_sdpa(Call(q, k, v, scale), mask.is_causal)
+
+
+def _attend_op(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
     """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
-    scale = validate(q, k, v, softmax_scale, causal, backend, tile)
-    override = backend or (None if tile else os.environ.get("FLASHMOE_BACKEND"))
-    if override == "sdpa" and not tile and not return_lse:
-        masked = ops.masks(q, causal)
-        if not (masked and q.shape[1] != k.shape[1]):
-            # Asked for by name, SDPA brings its own backward.
-            if deterministic and _wants_gradient(q, k, v):
-                raise ValueError("deterministic must be False with backend 'sdpa', got True")
-            return BACKENDS["sdpa"].forward(q, k, v, scale, masked, None)[0]
-    arguments = (q, k, v, scale, bool(causal), backend or "", str(tile or ""), bool(deterministic))
-    if return_lse:
+    scale, mask = _validated(q, k, v, asked)
+    if _asks_for_sdpa(asked) and (call := _by_sdpa(q, k, v, asked)) is not None:
+        return call(q, k, v)
+    overrides = asked.backend or "", str(asked.tile or ""), bool(asked.deterministic)
+    arguments = (q, k, v, scale, mask.left, mask.right, *overrides)
+    if asked.return_lse:
         out, lse = ops.attention(*arguments)
         return out, lse.detach(), None
     return ops.attention_without_lse(*arguments)  # type: ignore[no-any-return]
 
 
-def _prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    causal: bool,
-    return_lse: bool,
-    backend: str | None,
-    tile: Tile | str | None,
-) -> _Call:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call:
     """The call for all later tensors like these, with nothing left to decide."""
-    scale = validate(q, k, v, softmax_scale, causal, backend, tile)
-    problem = ops.problem_of(q, k, causal)
-    masked = problem.causal
-    plan = make_plan(problem, q.device, backend, tile, need_lse=return_lse)
-    forward = BACKENDS[plan.backend].bind(plan.tile, problem)
+    scale, mask = _validated(q, k, v, asked)
+    if _wants_gradient(q, k, v):
+        if _asks_for_sdpa(asked) and (by_sdpa := _by_sdpa(q, k, v, asked)) is not None:
+            return by_sdpa
+        return _with_gradient(scale, mask, asked)
+    problem = Problem.of(q, k, mask)
+    run: Run = planned(problem, q.device, asked.backend, asked.tile, asked.return_lse).run
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return forward(q, k, v, scale, masked)[0]
+        return run(Call(q, k, v, scale))[0]
 
     def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, lse = forward(q, k, v, scale, masked)
+        out, lse = run(Call(q, k, v, scale))
         assert lse is not None
         return out, lse, None
 
-    return call_with_lse if return_lse else call
+    return call_with_lse if asked.return_lse else call
+
+
+def _with_gradient(scale: float, mask: Mask, asked: Asked) -> _Call:
+    fixed = scale, mask, asked.backend, asked.tile, bool(asked.deterministic)
+    attend: Callable[..., tuple[Tensor, Tensor]] = ops.EagerAttention.apply
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, *fixed)[0]
+
+    def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+        out, lse = attend(q, k, v, *fixed)
+        return out, lse, None
+
+    return call_with_lse if asked.return_lse else call
 
 
 def forget_plans() -> None:

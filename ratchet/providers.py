@@ -55,7 +55,7 @@ def _sdpa(backend: SDPBackend) -> Callable[[Case], Attend]:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return torch_sdpa(q, k, v, is_causal=p.causal, enable_gqa=grouped)
+                return torch_sdpa(q, k, v, is_causal=p.mask.is_causal, enable_gqa=grouped)
 
         return attend
 
@@ -74,9 +74,11 @@ def _flex(case: Case) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nonlocal mask
-        if p.causal and mask is None:
+        if not p.mask.is_full and mask is None:
             mask = create_block_mask(
-                lambda b, h, i, j: i >= j, None, None, p.seqlen_q, p.seqlen_kv, device=q.device.type
+                lambda b, h, i, j: ~p.mask.hides(i, j, p.seqlen_q, p.seqlen_kv),
+                *(None, None, p.seqlen_q, p.seqlen_kv),
+                device=q.device.type,
             )
         out = compiled(q, k, v, block_mask=mask, enable_gqa=p.heads_q != p.heads_kv)
         assert isinstance(out, Tensor)
@@ -90,10 +92,10 @@ def _of_module(module: str, function: str) -> Callable[[Case], Attend]:
 
     def make(case: Case) -> Attend:
         call = getattr(importlib.import_module(module), function)
-        causal = case.problem.causal
+        window = case.problem.mask.left, case.problem.mask.right
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = call(q, k, v, causal=causal)
+            out = call(q, k, v, window_size=window)
             found: Tensor = out[0] if isinstance(out, tuple) else out
             return found
 
@@ -107,7 +109,9 @@ def _xformers(case: Case) -> Attend:
     p = case.problem
     if p.heads_q != p.heads_kv:
         raise NotImplementedError("grouped heads need five dimensions")
-    bias = ops.LowerTriangularMask() if p.causal else None
+    if p.mask.is_local:
+        raise NotImplementedError("its windows are biases of packed sequences")
+    bias = ops.LowerTriangularMask() if p.mask.is_causal else None
     return lambda q, k, v: ops.memory_efficient_attention(q, k, v, attn_bias=bias)
 
 
@@ -118,12 +122,14 @@ def _flashinfer(case: Case) -> Attend:
         raise NotImplementedError("has no backward")
     if p.batch != 1:
         raise NotImplementedError("one sequence a call; batches are for paged caches")
+    if p.mask.is_local:
+        raise NotImplementedError("its window has a left limit only, and is not timed here")
     if p.seqlen_q == 1:
         return lambda q, k, v: flashinfer.single_decode_with_kv_cache(q[0, 0], k[0], v[0])[
             None, None
         ]
     return lambda q, k, v: flashinfer.single_prefill_with_kv_cache(
-        q[0], k[0], v[0], causal=p.causal
+        q[0], k[0], v[0], causal=p.mask.is_causal
     )[None]
 
 

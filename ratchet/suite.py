@@ -8,13 +8,18 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from flashmoe.ratchet.errors import UserError
+from flashmoe.spec.mask import FULL
+from flashmoe.spec.mask import parse as parse_mask
 from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
-NAME_FORM = "(fwd|fwdbwd)-bBATCH-hHEADS[kKV_HEADS]-sSEQLEN[xSEQLEN_KV]-dHEAD_DIM-DTYPE[-causal]"
+NAME_FORM = (
+    "(fwd|fwdbwd)-bBATCH-hHEADS[kKV_HEADS]-sSEQLEN[xSEQLEN_KV]-dHEAD_DIM-DTYPE"
+    "[-causal|-window-LEFT-RIGHT]"
+)
 _NAME = re.compile(
     r"(?P<mode>fwd|fwdbwd)-b(?P<batch>\d+)-h(?P<heads_q>\d+)(?:k(?P<heads_kv>\d+))?"
     r"-s(?P<seqlen_q>\d+)(?:x(?P<seqlen_kv>\d+))?-d(?P<head_dim>\d+)"
-    rf"-(?P<dtype>{'|'.join(DTYPE_BYTES)})(?P<causal>-causal)?"
+    rf"-(?P<dtype>{'|'.join(DTYPE_BYTES)})(?:-(?P<mask>causal|window-\w+-\w+))?"
 )
 
 
@@ -29,11 +34,6 @@ class Case:
         p = self.problem
         if p.direction != "fwd":
             raise ValueError(f"direction must be fwd, got {p.direction!r}")
-        if p.causal and p.seqlen_q != p.seqlen_kv:
-            raise ValueError(
-                "causal needs seqlen_q equal to seqlen_kv (SDPA aligns its mask top-left), "
-                f"got {p.seqlen_q} and {p.seqlen_kv}"
-            )
         if 0 in (p.batch, p.seqlen_q, p.seqlen_kv):
             raise ValueError("batch, seqlen_q and seqlen_kv must be at least 1")
 
@@ -45,7 +45,17 @@ class Case:
         heads = f"h{p.heads_q}" + (f"k{p.heads_kv}" if p.heads_kv != p.heads_q else "")
         seqlen = f"s{p.seqlen_q}" + (f"x{p.seqlen_kv}" if p.seqlen_kv != p.seqlen_q else "")
         parts = [mode, f"b{p.batch}", heads, seqlen, f"d{p.head_dim}", p.dtype]
-        return "-".join([*parts, "causal"] if p.causal else parts)
+        return "-".join(parts if p.mask.is_full else [*parts, str(p.mask)])
+
+    @property
+    def yardstick(self) -> Problem:
+        """What SDPA is timed on: this problem where SDPA computes the same. It has no windows, and
+        aligns a causal mask top-left: otherwise a full problem with as many keys as a query sees in
+        the mean, whose only job is not to change."""
+        p = self.problem
+        if p.mask.is_full or (p.mask.is_causal and p.seqlen_q == p.seqlen_kv):
+            return p
+        return replace(p, seqlen_kv=max(1, p.visible_pairs // p.seqlen_q), mask=FULL)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -78,7 +88,7 @@ def parse(name: str) -> Case:
             n.get("seqlen_kv", n["seqlen_q"]),
             n["head_dim"],
             match["dtype"],
-            match["causal"] is not None,
+            parse_mask(match["mask"] or "full"),
         )
         return Case(problem, match["mode"] == "fwdbwd")
     except ValueError as error:

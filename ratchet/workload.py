@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 import flashmoe
 from flashmoe.measure.reference import attention_reference, error_bound
 from flashmoe.ratchet.suite import Case
+from flashmoe.spec.mask import Mask
 
 # Torch's own, whatever torch.nn.functional calls so by now: users put ours there. Not by the
 # library's name for it, which older builds lack.
@@ -63,23 +64,26 @@ class Workload:
         self._dout = randn(p.seqlen_q, p.heads_q) if case.backward else None
         q, k, v = (x.transpose(1, 2).contiguous() for x in self._inputs)
         self._sdpa_inputs = (q, k, v)
+        self._yardstick: _Inputs = self._sdpa_inputs
+        if case.yardstick != p:
+            keys = case.yardstick.seqlen_kv
+            self._yardstick = (q, k[:, :, :keys].clone(), v[:, :, :keys].clone())
         self._sdpa_dout = None if self._dout is None else self._dout.transpose(1, 2).contiguous()
-        for x in (*self._inputs, *self._sdpa_inputs):
+        for x in (*self._inputs, *self._sdpa_inputs, *self._yardstick):
             x.requires_grad_(case.backward)
 
     def ours(self) -> _Results:
         """out, and dq, dk, dv with the backward."""
-        out = flashmoe.flash_attn_func(
-            *self._inputs, causal=self._case.problem.causal, **self._options
-        )
+        arguments = _mask_arguments(self._case.problem.mask) | self._options
+        out = flashmoe.flash_attn_func(*self._inputs, **arguments)
         assert isinstance(out, Tensor)
         return self._with_gradients(out, self._inputs, self._dout)
 
     def sdpa(self) -> _Results:
-        """As `ours`, in SDPA's layout."""
-        p = self._case.problem
-        out = torch_sdpa(*self._sdpa_inputs, is_causal=p.causal, enable_gqa=p.heads_q != p.heads_kv)
-        return self._with_gradients(out, self._sdpa_inputs, self._sdpa_dout)
+        """The yardstick, in SDPA's layout."""
+        p, inputs = self._case.yardstick, self._yardstick
+        out = torch_sdpa(*inputs, is_causal=p.mask.is_causal, enable_gqa=p.heads_q != p.heads_kv)
+        return self._with_gradients(out, inputs, self._sdpa_dout)
 
     def other(
         self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], heads_first: bool
@@ -98,9 +102,9 @@ class Workload:
 
     def sdpa_backend(self) -> str:
         """Which of its own backends SDPA runs on these inputs, by the function it asks itself."""
-        p = self._case.problem
+        p = self._case.yardstick
         chosen = torch._fused_sdp_choice(
-            *self._sdpa_inputs, is_causal=p.causal, enable_gqa=p.heads_q != p.heads_kv
+            *self._yardstick, is_causal=p.mask.is_causal, enable_gqa=p.heads_q != p.heads_kv
         )
         return str(SDPBackend(chosen).name).lower()
 
@@ -148,7 +152,7 @@ class Workload:
     ) -> _Results:
         q, k, v = (x.detach().to(dtype).requires_grad_(dout is not None) for x in inputs)
         scores = (q, k) if order is None else (q[..., order], k[..., order])
-        out, _ = attention_reference(*scores, v, causal=self._case.problem.causal, dtype=dtype)
+        out, _ = attention_reference(*scores, v, mask=self._case.problem.mask, dtype=dtype)
         return self._with_gradients(out, (q, k, v), None if dout is None else dout.to(dtype))
 
     def _slices(self) -> Iterator[tuple[slice, slice, slice]]:
@@ -164,6 +168,13 @@ class Workload:
         for b in range(p.batch):
             for h in range(p.heads_kv):
                 yield slice(b, b + 1), slice(h, h + 1), slice(h * group, (h + 1) * group)
+
+
+def _mask_arguments(mask: Mask) -> dict[str, Any]:
+    """As flash_attn_func of any build takes it: older ones know no window."""
+    if mask.is_local:
+        return {"window_size": (mask.left, mask.right)}
+    return {"causal": mask.is_causal}
 
 
 class _Judge:

@@ -74,10 +74,10 @@ def worse_tile(case: Case, device: torch.device, least: float) -> Worse | None:
 
 
 def _with_tile(case: Case, backend: str, tile: str) -> Attend:
+    window = case.problem.mask.left, case.problem.mask.right
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flashmoe.flash_attn_func(
-            q, k, v, causal=case.problem.causal, backend=backend, tile=tile
-        )
+        out = flashmoe.flash_attn_func(q, k, v, window_size=window, backend=backend, tile=tile)
         assert isinstance(out, Tensor)
         return out
 

@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashmoe.backends import BACKENDS
+from flashmoe.frontend.validation import mask_of
 from flashmoe.measure.reference import attention_reference, error_bound
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import FULL, Mask
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 # How q, k and v lie in memory. All have a contiguous last dimension but `transposed_last`.
 LAYOUTS = ("contiguous", "heads_first", "packed", "padded", "unaligned")
@@ -52,7 +58,7 @@ def same_dtype_error(
     k: Tensor,
     v: Tensor,
     softmax_scale: float | None,
-    causal: bool,
+    mask: Mask,
     expected: Tensor,
     seen: Tensor,
 ) -> float:
@@ -67,10 +73,10 @@ def same_dtype_error(
     for _ in range(8 if expected.numel() < 1 << 20 else 1):
         order = torch.randperm(q.shape[-1], generator=generator).to(q.device)
         keys = torch.arange(k.shape[1], device=q.device)
-        if not causal:
+        if mask.is_full:
             keys = torch.randperm(k.shape[1], generator=generator).to(q.device)
         same, _ = attention_reference(
-            q[..., order], k[:, keys][..., order], v[:, keys], softmax_scale, causal, q.dtype
+            q[..., order], k[:, keys][..., order], v[:, keys], softmax_scale, mask, q.dtype
         )
         errors.append((same.double() - expected)[seen].abs().max().item())
     return max(errors)
@@ -84,10 +90,12 @@ def assert_matches_reference(
     v: Tensor,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
 ) -> None:
     """Error at most twice that of the same-dtype PyTorch computation, plus rounding; empty rows
     exactly 0 with lse -inf."""
-    expected, expected_lse = attention_reference(q, k, v, softmax_scale, causal)
+    mask = mask_of(causal, window)
+    expected, expected_lse = attention_reference(q, k, v, softmax_scale, mask)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
     empty = expected_lse.transpose(1, 2) == float("-inf")
@@ -100,7 +108,7 @@ def assert_matches_reference(
         return
     seen = ~empty
     error = (out.double() - expected)[seen].abs().max().item()
-    same_error = same_dtype_error(q, k, v, softmax_scale, causal, expected, seen)
+    same_error = same_dtype_error(q, k, v, softmax_scale, mask, expected, seen)
     bound = error_bound(q.dtype, same_error, max(1.0, expected.abs().max().item()))
     assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
 
@@ -113,12 +121,13 @@ def assert_gradients_match(
     v: Tensor,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
 ) -> None:
     """dq, dk, dv against autograd through the reference, by the same rule as the forward."""
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        out, _ = attention_reference(*leaves, softmax_scale, causal, dtype=dtype)
+        out, _ = attention_reference(*leaves, softmax_scale, mask_of(causal, window), dtype)
         return torch.autograd.grad(out, leaves, dout.to(dtype))
 
     for name, x, expected, same in zip(
@@ -132,6 +141,26 @@ def assert_gradients_match(
         same_error = (same.double() - expected).nan_to_num().abs().max().item()
         bound = error_bound(q.dtype, same_error, max(1.0, expected.abs().max().item()))
         assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
+
+
+def run_forward(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask = FULL, tile: Tile | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """out and softmax_lse of a backend, past the plan, with the usual scale."""
+    call = Call(q, k, v, float(q.shape[3] ** -0.5))
+    return BACKENDS[backend].bind(Problem.of(q, k, mask), tile)(call)
+
+
+def run_backward(
+    backend: str,
+    call: Call,
+    saved: Saved,
+    mask: Mask = FULL,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of a backend, past the plan."""
+    problem = Problem.of(call.q, call.k, mask, "bwd")
+    return BACKENDS[backend].bind_backward(problem, tile)(call, saved)
 
 
 def missing(what: str) -> NoReturn:

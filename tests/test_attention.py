@@ -23,6 +23,7 @@ from flashmoe.machine.device import arch
 from flashmoe.measure.fingerprint import kernel_hash
 from flashmoe.planning import database
 from flashmoe.planning.plan import why_not
+from flashmoe.spec.mask import causal_if
 
 PROBLEM = Problem(1, 1, 1, 16, 16, 64, "bfloat16")
 FORWARD_BACKENDS = [name for name in BACKENDS if not why_not(name, PROBLEM, DEVICE)]
@@ -34,7 +35,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def runs(backend: str, q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
-    problem = flashmoe.frontend.ops.problem_of(q, k, causal)
+    problem = Problem.of(q, k, causal_if(causal))
     return not why_not(backend, problem, q.device)
 
 
@@ -229,7 +230,7 @@ def test_a_single_query_sees_every_key_with_sdpa_too(how):
     if how == "compiled":
         f = torch.compile(f, fullgraph=True, backend="aot_eager")
     if how == "op":
-        out = flashmoe.frontend.ops.attention_without_lse(q, k, v, 32**-0.5, True, "sdpa", "")
+        out = flashmoe.frontend.ops.attention_without_lse(q, k, v, 32**-0.5, -1, 0, "sdpa", "")
     else:
         out = f(q, k, v)
     torch.testing.assert_close(out, flash_attn_func(q, k, v), rtol=1e-4, atol=1e-5)

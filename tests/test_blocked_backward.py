@@ -6,20 +6,21 @@ import contextlib
 
 import pytest
 import torch
-from support import DEVICE
+from support import DEVICE, run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmoe import flash_attn_func
-from flashmoe.backends import BACKENDS
 from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import causal_if
 
 
 def backward(dout, q, k, v, softmax_scale, causal=False):
     """dq, dk, dv from a forward's out and softmax_lse in the dtypes that they have."""
-    out, lse = attention_reference(q, k, v, softmax_scale, causal)
-    return BACKENDS["blocked"].backward(
-        dout, q, k, v, out.to(q.dtype), lse.float(), softmax_scale, causal, None
-    )
+    mask = causal_if(causal)
+    out, lse = attention_reference(q, k, v, softmax_scale, mask)
+    saved = Saved(dout, out.to(q.dtype), lse.float())
+    return run_backward("blocked", Call(q, k, v, softmax_scale), saved, mask)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -145,5 +146,5 @@ class Matmuls(TorchDispatchMode):
 def test_matmuls_that_torch_would_round_are_made_in_float64(mode, exact, dtype):
     q, k, v, dout = (torch.randn(1, 9, 2, 32).to(dtype) for _ in range(4))
     with mode(), Matmuls() as matmuls:
-        BACKENDS["blocked"].backward(dout, q, k, v, q, q, 0.2, False, None)
+        run_backward("blocked", Call(q, k, v, 0.2), Saved(dout, q, q))
     assert matmuls.dtypes == {exact}

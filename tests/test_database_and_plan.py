@@ -16,6 +16,7 @@ from flashmoe.machine.device import Arch, arch, slug
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning import database
 from flashmoe.planning.plan import Plan, make_plan, reload_databases, repeatable
+from flashmoe.spec.mask import CAUSAL
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -316,7 +317,7 @@ def test_sdpa_plan_is_used_and_never_asked_for_lse(user_database):
         ({"seqlen_q": 1, "heads_kv": 4}, "cpu"),
         ({"seqlen_q": 1, "dtype": "bfloat16"}, "cpu"),
         # Whose mask SDPA aligns otherwise.
-        ({"seqlen_q": 1, "causal": True}, "cpu"),
+        ({"seqlen_q": 1, "mask": CAUSAL}, "sdpa"),
     ],
 )
 def test_a_query_or_two_on_a_cpu_go_to_sdpa(user_database, changes, backend):
@@ -393,7 +394,7 @@ def test_nothing_is_extrapolated_and_other_kinds_are_no_neighbours(user_database
     ratios = {"cpu:64x64": 0.5}
     database.update(user_database, {**tuned(256, ratios), **tuned(512, ratios)})
     assert make_plan(PROBLEM, CPU).source == "heuristic"
-    database.update(user_database, tuned(4096, ratios, causal=True))
+    database.update(user_database, tuned(4096, ratios, mask=CAUSAL))
     database.update(user_database, tuned(4096, ratios, head_dim=128))
     reload_databases()
     assert make_plan(PROBLEM, CPU).source == "heuristic"

@@ -10,11 +10,12 @@ from flashmoe import _extension
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch
 from flashmoe.planning import database, explain, plan
+from flashmoe.spec.mask import CAUSAL
 from flashmoe.spec.problem import Problem
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 DEVICE = torch.device("cuda", 0)
-PROBLEM = Problem(8, 16, 16, 2048, 2048, 128, "bfloat16", causal=True)
+PROBLEM = Problem(8, 16, 16, 2048, 2048, 128, "bfloat16", mask=CAUSAL)
 needs_sm90 = pytest.mark.skipif(
     ("sm90", 128) not in _extension.load().instances, reason="this build has no CUDA kernels"
 )

@@ -9,13 +9,15 @@ from functools import partial
 
 import pytest
 import torch
-from support import DEVICE
+from support import DEVICE, run_backward
 from torch import Tensor
 
 from flashmoe import flash_attn_func
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
 from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import CAUSAL, causal_if
 from flashmoe.spec.problem import Problem
 
 ON_GPU = DEVICE.type == "cuda"
@@ -87,7 +89,9 @@ CASES: dict[str, Callable[[], Inputs]] = {
 def problem(q: Tensor, causal: bool, direction: str = "fwd") -> Problem:
     dtype = str(q.dtype).removeprefix("torch.")
     batch, seqlen, heads, head_dim = q.shape
-    return Problem(batch, heads, heads, seqlen, seqlen, head_dim, dtype, causal, direction)
+    return Problem(
+        batch, heads, heads, seqlen, seqlen, head_dim, dtype, causal_if(causal), direction
+    )
 
 
 def skip_unless_runs(backend: str, q: Tensor, causal: bool, direction: str = "fwd") -> None:
@@ -107,12 +111,12 @@ def skip_unless_runs(backend: str, q: Tensor, causal: bool, direction: str = "fw
 def test_a_finite_reference_means_a_finite_result(case: str, causal: bool, backend: str) -> None:
     q, k, v = (x.to(DEVICE) for x in CASES[case]())
     skip_unless_runs(backend, q, causal)
-    expected, expected_lse = attention_reference(q, k, v, causal=causal)
+    expected, expected_lse = attention_reference(q, k, v, mask=causal_if(causal))
     assert expected.isfinite().all()
     out, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True, backend=backend)
     assert out.isfinite().all()
     # Relative to what is added up: P is rounded to the dtype.
-    terms, _ = attention_reference(q, k, v.abs(), causal=causal)
+    terms, _ = attention_reference(q, k, v.abs(), mask=causal_if(causal))
     eps = max(torch.finfo(q.dtype).eps, 1e-5)
     assert ((out.double() - expected).abs() <= 2 * eps * terms).all()
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=1e-3)
@@ -133,17 +137,9 @@ def test_gradients_are_finite(case: str, backend: str) -> None:
     q, k, v = (x.to(DEVICE) for x in CASES[case]())
     skip_unless_runs(backend, q, True, "bwd")
     out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
-    arguments = (
-        torch.ones_like(out),
-        q,
-        k,
-        v,
-        torch.zeros_like(out),
-        lse,
-        q.shape[-1] ** -0.5,
-        True,
-    )
+    call = Call(q, k, v, q.shape[-1] ** -0.5)
+    saved = Saved(torch.ones_like(out), torch.zeros_like(out), lse)
     tile = BACKENDS[backend].default_tile(problem(q, True, "bwd"), arch(DEVICE))
-    for gradient in BACKENDS[backend].backward(*arguments, tile):
+    for gradient in run_backward(backend, call, saved, CAUSAL, tile):
         # dS is a sum of products of what is finite, and may exceed float16.
         assert not gradient.isnan().any()

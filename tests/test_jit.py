@@ -20,6 +20,8 @@ from flashmoe.backends import cuda as cuda_backend
 from flashmoe.backends.base import Default, first_default
 from flashmoe.machine.device import Arch
 from flashmoe.planning import database, plan
+from flashmoe.spec.call import Call
+from flashmoe.spec.mask import CAUSAL, FULL
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -340,10 +342,11 @@ def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):
     monkeypatch.setattr(cuda_backend, "_fwd", lambda *arguments: arguments)
     problem = replace(PROBLEM, head_dim=72, dtype="float16")
     for _ in range(2):
-        forward = CUDA.bind(SMALL, problem)
-        assert forward("q", "k", "v", 0.5, True) == ("q", "k", "v", 0.5, True, 77)
+        call = Call("q", "k", "v", 0.5)
+        assert CUDA.bind(problem, SMALL)(call) == ("q", "k", "v", 0.5, -1, -1, 77)
     assert loaded == [(SMALL, 80, "float16")]
-    assert CUDA.bind(COMPILED, problem)("q", "k", "v", 0.5, True)[-1] == 1
+    causal = replace(problem, mask=CAUSAL)
+    assert CUDA.bind(causal, COMPILED)(call) == ("q", "k", "v", 0.5, -1, 0, 1)
     assert len(loaded) == 1
 
 
@@ -354,9 +357,9 @@ def test_the_first_default_that_applies_is_taken():
     def taken(**changes):
         return first_default(table, replace(PROBLEM, **changes), H200)
 
-    assert taken(causal=True) == a
-    assert taken(causal=False) == b
-    assert taken(causal=True, seqlen_q=999) == c
+    assert taken(mask=CAUSAL) == a
+    assert taken(mask=FULL) == b
+    assert taken(mask=CAUSAL, seqlen_q=999) == c
     assert taken(head_dim=136) == c
     assert taken(dtype="float32") is None
 

@@ -9,6 +9,7 @@ from support import DEVICE
 import flashmoe
 from flashmoe import _extension, flash_attn_func
 from flashmoe.frontend import ops
+from flashmoe.planning import plan
 
 
 def qkv(requires_grad=False, dtype=torch.bfloat16):
@@ -22,7 +23,7 @@ def qkv(requires_grad=False, dtype=torch.bfloat16):
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the op of the cpu")
 def test_opcheck_fwd_cpu():
-    torch.library.opcheck(torch.ops.flashmoe.fwd_cpu.default, (*qkv(), 0.2, True, 32, 32))
+    torch.library.opcheck(torch.ops.flashmoe.fwd_cpu.default, (*qkv(), 0.2, -1, 0, 32, 32))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="the op of CUDA devices")
@@ -32,7 +33,7 @@ def test_opcheck_fwd_cuda(kernel):
     found = [handle for (d, tile), handle in handles.items() if d == 64 and tile.kernel == kernel]
     if not found or (kernel == "sm90" and torch.cuda.get_device_capability(DEVICE)[0] != 9):
         pytest.skip(f"{kernel} kernels do not run here")
-    torch.library.opcheck(torch.ops.flashmoe.fwd_cuda.default, (*qkv(), 0.2, True, found[0]))
+    torch.library.opcheck(torch.ops.flashmoe.fwd_cuda.default, (*qkv(), 0.2, -1, 0, found[0]))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.2, float("nan")])
@@ -40,25 +41,25 @@ def test_fwd_refuses_a_scale_that_is_not_positive(scale):
     cpu = DEVICE.type == "cpu"
     fwd = torch.ops.flashmoe.fwd_cpu if cpu else torch.ops.flashmoe.fwd_cuda
     with pytest.raises(RuntimeError, match=r"softmax_scale must be .*positive, got "):
-        fwd(*qkv(), scale, True, *([32, 32] if cpu else [0]))
+        fwd(*qkv(), scale, -1, 0, *([32, 32] if cpu else [0]))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("op", [ops.attention, ops.attention_without_lse], ids=str)
 def test_opcheck_attention(op, requires_grad):
-    torch.library.opcheck(op, (*qkv(requires_grad), 0.2, True, "", ""))
+    torch.library.opcheck(op, (*qkv(requires_grad), 0.2, -1, 0, "", ""))
 
 
 def test_opcheck_attention_without_lse_by_sdpa():
     q, k, v = (torch.randn(2, 4, 9, 64, device=DEVICE).transpose(1, 2) for _ in "qkv")
-    torch.library.opcheck(ops.attention_without_lse, (q, k, v, 0.2, True, "sdpa", ""))
+    torch.library.opcheck(ops.attention_without_lse, (q, k, v, 0.2, -1, 0, "sdpa", ""))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_attention_backward(requires_grad):
     q, k, v = qkv(requires_grad)
-    out, lse = (x.detach() for x in ops.attention(q, k, v, 0.2, True, "", ""))
-    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.2, True, "")
+    out, lse = (x.detach() for x in ops.attention(q, k, v, 0.2, -1, 0, "", ""))
+    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.2, -1, 0, "")
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not requires_grad:  # the gradients' gradients do not exist
         checks.append("test_aot_dispatch_dynamic")
@@ -68,8 +69,8 @@ def test_opcheck_attention_backward(requires_grad):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_the_op_without_lse_is_the_op_with_it(requires_grad):
     q, k, v = qkv(requires_grad)
-    out = ops.attention_without_lse(q, k, v, 0.2, True, "", "")
-    expected, lse = ops.attention(q, k, v, 0.2, True, "", "")
+    out = ops.attention_without_lse(q, k, v, 0.2, -1, 0, "", "")
+    expected, lse = ops.attention(q, k, v, 0.2, -1, 0, "", "")
     assert torch.equal(out, expected)
     assert not lse.requires_grad
     if requires_grad:
@@ -116,11 +117,11 @@ def test_compiles_with_dynamic_shapes_and_sdpa_signature():
 def test_compiled_inference_may_run_a_plan_without_lse(monkeypatch, lse):
     needed = []
 
-    def plan(problem, device, backend, tile, need_lse):
+    def planned(problem, device, backend, tile, need_lse):
         needed.append(need_lse)
-        return flashmoe.make_plan(problem, device, "" if need_lse else "sdpa", tile, need_lse)
+        return plan.planned(problem, device, "" if need_lse else "sdpa", tile, need_lse)
 
-    monkeypatch.setattr(ops, "remembered_plan", plan)
+    monkeypatch.setattr(ops, "planned", planned)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def f(q, k, v):
@@ -175,7 +176,7 @@ def test_backward_inside_autocast_is_as_accurate_as_outside(compiled):
 
 def test_the_ops_compute_in_their_inputs_dtype_inside_autocast():
     q, k, v = qkv(dtype=torch.float32)
-    arguments = (q, k[:, :17], v[:, :17], 0.2, False, "sdpa", "")
+    arguments = (q, k[:, :17], v[:, :17], 0.2, -1, -1, "sdpa", "")
     expected = ops.attention_without_lse(*arguments)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         out = ops.attention_without_lse(*arguments)
@@ -194,7 +195,7 @@ def test_training_plans_a_problem_once():
     q, k, v = (torch.randn(1, 40, 2, 24, requires_grad=True) for _ in "qkv")
     for _ in range(3):
         flash_attn_func(q, k, v).sum().backward()
-    planned = flashmoe.planning.plan.remembered_plan.cache_info()
+    planned = flashmoe.planning.plan.planned.cache_info()
     assert (planned.misses, planned.hits) == (2, 4)  # forward and backward
     flashmoe.api.forget_plans()
-    assert flashmoe.planning.plan.remembered_plan.cache_info().currsize == 0
+    assert flashmoe.planning.plan.planned.cache_info().currsize == 0

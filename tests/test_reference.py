@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.mask import CAUSAL, causal_if
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -13,7 +14,7 @@ from flashmoe.measure.reference import attention_reference
 def test_equal_keys_are_averaged_whatever_the_scale(softmax_scale, causal):
     q = k = torch.full((1, 7, 1, 8), 3.0)
     v = torch.randn(1, 7, 1, 8)
-    out, _ = attention_reference(q, k, v, softmax_scale, causal)
+    out, _ = attention_reference(q, k, v, softmax_scale, causal_if(causal))
     count = torch.arange(1, 8).view(1, 7, 1, 1)
     expected = v.double().cumsum(1) / count if causal else v.double().mean(1, keepdim=True)
     torch.testing.assert_close(out, expected.expand_as(out))
@@ -21,7 +22,7 @@ def test_equal_keys_are_averaged_whatever_the_scale(softmax_scale, causal):
 
 def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients():
     q, k, v = (torch.randn(2, n, 2, 8, requires_grad=True) for n in (6, 4, 4))
-    out, lse = attention_reference(q, k, v, causal=True)
+    out, lse = attention_reference(q, k, v, mask=CAUSAL)
     assert not out[:, :2].any()
     assert (lse[..., :2] == -torch.inf).all()
     gradients = torch.autograd.grad(out.sum(), (q, k, v))

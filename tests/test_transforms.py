@@ -72,7 +72,7 @@ class TestForwardMode:
     @pytest.mark.parametrize("op", [ops.attention, ops.attention_without_lse], ids=str)
     def test_is_refused_by_the_ops(self, mode, op):
         def out(q, k, v):
-            found = op(q, k, v, 0.3, False, "", "")
+            found = op(q, k, v, 0.3, -1, -1, "", "")
             return found if isinstance(found, torch.Tensor) else found[0]
 
         with pytest.raises(NotImplementedError, match="forward-mode AD"):
@@ -90,11 +90,11 @@ class TestForwardMode:
 
 def test_the_backward_op_refuses_tangents():
     q, k, v = qkv()
-    out, lse = ops.attention(q, k, v, 0.3, False, "", "")
+    out, lse = ops.attention(q, k, v, 0.3, -1, -1, "", "")
     with forward_ad.dual_level():
         dout = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
         with pytest.raises(NotImplementedError, match="forward-mode AD"):
-            ops.attention_backward(dout, q, k, v, out, lse, 0.3, False, "")
+            ops.attention_backward(dout, q, k, v, out, lse, 0.3, -1, -1, "")
 
 
 def test_without_a_tangent_a_dual_level_changes_nothing():

@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 from flashmoe.backends import triton_fwd
 from flashmoe.backends.triton_bwd import attention_backward
 from flashmoe.backends.triton_fwd import attention_forward, can_use_tma, heads_per_section
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import CAUSAL, FULL, causal_if
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -67,7 +69,7 @@ def gradients(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-    out, _ = attention_reference(*leaves, scale, causal, dtype)
+    out, _ = attention_reference(*leaves, scale, causal_if(causal), dtype)
     return torch.autograd.grad(out, leaves, dout.to(dtype))
 
 
@@ -93,20 +95,19 @@ def check(
         guarded(shape, dtype, seed + i, (order + i) % 6)
         for i, shape in enumerate((q_shape, kv_shape, kv_shape, q_shape))
     )
+    call, mask = Call(q, k, v, scale), causal_if(causal)
     block_m, block_n = tile
     options = {"num_stages": 1, "num_warps": 4, "use_tma": use_tma}
-    out, lse = attention_forward(
-        q, k, v, scale, causal, block_m=block_m, block_n=block_n, **options
-    )
-    gold, gold_lse = attention_reference(q, k, v, scale, causal)
-    same, _ = attention_reference(q, k, v, scale, causal, dtype)
+    out, lse = attention_forward(call, mask, block_m=block_m, block_n=block_n, **options)
+    gold, gold_lse = attention_reference(q, k, v, scale, mask)
+    same, _ = attention_reference(q, k, v, scale, mask, dtype)
     within_bound(out, gold, same)
     assert lse.shape == (batch, heads_q, seqlen_q)
     assert lse.dtype == torch.float32
     assert lse.is_contiguous()
     torch.testing.assert_close(lse.double(), gold_lse, rtol=1e-5, atol=1e-5)
     computed = attention_backward(
-        dout, q, k, v, out, lse, scale, causal, block_m=block_n, block_n=block_m, **options
+        call, Saved(dout, out, lse), mask, block_m=block_n, block_n=block_m, **options
     )
     expected = gradients(q, k, v, dout, scale, causal, torch.float64)
     same_dtype = gradients(q, k, v, dout, scale, causal, dtype)
@@ -158,11 +159,11 @@ def test_rows_that_see_no_key(use_tma: bool) -> None:
         torch.randn(1, n, 2, 16, device=DEVICE, dtype=torch.float16) for n in (40, 5, 5, 40)
     )
     options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4, "use_tma": use_tma}
-    out, lse = attention_forward(q, k, v, 0.25, True, **options)
+    out, lse = attention_forward(Call(q, k, v, 0.25), CAUSAL, **options)
     assert torch.equal(out[:, :35], torch.zeros_like(out[:, :35]))
     assert (lse[:, :, :35] == float("-inf")).all()
     assert lse[:, :, 35:].isfinite().all()
-    dq, dk, dv = attention_backward(dout, q, k, v, out, lse, 0.25, True, **options)
+    dq, dk, dv = attention_backward(Call(q, k, v, 0.25), Saved(dout, out, lse), CAUSAL, **options)
     assert torch.equal(dq[:, :35], torch.zeros_like(dq[:, :35]))
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
@@ -173,10 +174,10 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     q = torch.randn(batch, seqlen_q, 2, 16, device=DEVICE)
     k = torch.randn(batch, seqlen_kv, 2, 16, device=DEVICE)
     options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
-    out, lse = attention_forward(q, k, k, 0.25, False, **options)
+    out, lse = attention_forward(Call(q, k, k, 0.25), FULL, **options)
     assert torch.equal(out, torch.zeros_like(q))
     assert torch.equal(lse, torch.full((batch, 2, seqlen_q), float("-inf"), device=DEVICE))
-    grads = attention_backward(q, q, k, k, out, lse, 0.25, False, **options)
+    grads = attention_backward(Call(q, k, k, 0.25), Saved(q, out, lse), FULL, **options)
     for grad, x in zip(grads, (q, k, k), strict=True):
         assert torch.equal(grad, torch.zeros_like(x))
 
@@ -186,7 +187,7 @@ def test_tiles_above_the_diagonal_are_not_read() -> None:
     k[:, 32:] = float("nan")
     v[:, 32:] = float("nan")
     options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
-    out, lse = attention_forward(q, k, v, 0.25, True, **options)
+    out, lse = attention_forward(Call(q, k, v, 0.25), CAUSAL, **options)
     assert out[:, :32].isfinite().all()
     assert lse[:, :, :32].isfinite().all()
     assert out[:, 32:].isnan().all()
@@ -197,10 +198,10 @@ def test_dout_with_any_strides(dtype: torch.dtype) -> None:
     """Also those that the accelerator cannot follow: it was asked for, pointers take over."""
     q, k, v = (torch.randn(1, 20, 2, 16, device=DEVICE, dtype=dtype) for _ in range(3))
     options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4, "use_tma": True}
-    out, lse = attention_forward(q, k, v, 0.25, False, **options)
+    out, lse = attention_forward(Call(q, k, v, 0.25), FULL, **options)
     strided = torch.randn(16, 2, 20, 1, device=DEVICE, dtype=dtype).permute(3, 2, 1, 0)
     for dout in (torch.ones((), device=DEVICE, dtype=dtype).expand(out.shape), strided):
-        computed = attention_backward(dout, q, k, v, out, lse, 0.25, False, **options)
+        computed = attention_backward(Call(q, k, v, 0.25), Saved(dout, out, lse), FULL, **options)
         expected = gradients(q, k, v, dout, 0.25, False, torch.float64)
         same_dtype = gradients(q, k, v, dout, 0.25, False, dtype)
         for a, g, s in zip(computed, expected, same_dtype, strict=True):
@@ -212,9 +213,10 @@ def test_gradients_are_bitwise_repeatable(dtype: torch.dtype) -> None:
     seqlen = 2000 if ON_GPU else 40
     q, k, v, dout = (torch.randn(1, seqlen, 4, 16, device=DEVICE, dtype=dtype) for _ in range(4))
     options = {"block_m": 32, "block_n": 32, "num_stages": 1, "num_warps": 4, "use_tma": True}
-    out, lse = attention_forward(q, k, v, 0.25, True, **options)
+    out, lse = attention_forward(Call(q, k, v, 0.25), CAUSAL, **options)
     first, second = (
-        attention_backward(dout, q, k, v, out, lse, 0.25, True, **options) for _ in range(2)
+        attention_backward(Call(q, k, v, 0.25), Saved(dout, out, lse), CAUSAL, **options)
+        for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

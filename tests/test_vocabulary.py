@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch
+from flashmoe.spec.mask import CAUSAL, Mask, causal_if
 from flashmoe.spec.problem import DTYPE_BYTES, Problem
 from flashmoe.tiles import (
     SM80_HEAD_DIMS,
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_flops_and_bytes():
     assert PROBLEM.flops == 4 * 32 * 8 * 512 * 512 * 64
-    assert replace(PROBLEM, causal=True).flops == 4 * 32 * 8 * (512 * 513 // 2) * 64
+    assert replace(PROBLEM, mask=CAUSAL).flops == 4 * 32 * 8 * (512 * 513 // 2) * 64
     assert replace(PROBLEM, direction="bwd").flops == PROBLEM.flops * 2.5
     tensor = 32 * 512 * 8 * 64 * 2
     assert PROBLEM.bytes == 4 * tensor + 32 * 8 * 512 * 4
@@ -59,7 +60,7 @@ def test_flops_and_bytes():
         ("seqlen_kv", 2**63, r"seqlen_kv must be an integer from 0 to 2\*\*63 - 1, got 92233"),
         ("batch", True, "batch must be an integer .*, got True"),
         ("head_dim", 64.0, "head_dim must be an integer .*, got 64.0"),
-        ("causal", "false", "causal must be true or false, got 'false'"),
+        ("mask", False, "mask must be a Mask, got False"),
         ("dtype", ["float32"], r"dtype must be one of .*, got \['float32'\]"),
     ],
 )
@@ -77,19 +78,17 @@ problems = st.builds(
     seqlen_kv=st.integers(0, 9000),
     head_dim=st.integers(1, 32).map(lambda n: 8 * n),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    causal=st.booleans(),
+    mask=st.builds(Mask, st.integers(-1, 9000), st.integers(-1, 9000)),
     direction=st.sampled_from(["fwd", "bwd"]),
 )
 
 
-@given(st.integers(0, 40), st.integers(0, 40), st.booleans())
-def test_flops_count_what_each_query_sees(seqlen_q, seqlen_kv, causal):
-    pairs = sum(
-        not causal or j <= i + seqlen_kv - seqlen_q
-        for i in range(seqlen_q)
-        for j in range(seqlen_kv)
-    )
-    problem = Problem(3, 4, 2, seqlen_q, seqlen_kv, 8, "float32", causal)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 50), st.integers(-1, 50))
+def test_flops_count_what_each_query_sees(seqlen_q, seqlen_kv, left, right):
+    mask = Mask(left, right)
+    pairs = mask.pairs(seqlen_q, seqlen_kv)
+    problem = Problem(3, 4, 2, seqlen_q, seqlen_kv, 8, "float32", mask=mask)
+    assert problem.mask == mask.reduced(seqlen_q, seqlen_kv)
     assert problem.flops == 4 * 3 * 4 * 8 * pairs
     assert replace(problem, direction="bwd").flops == 10 * 3 * 4 * 8 * pairs
 
@@ -115,7 +114,7 @@ def test_problem_json_errors():
 @given(problems, problems)
 def test_one_bucket_never_mixes_what_changes_a_kernel(a, b):
     if a.bucket == b.bucket:
-        for field in ("direction", "dtype", "causal", "head_dim"):
+        for field in ("direction", "dtype", "mask", "head_dim"):
             assert getattr(a, field) == getattr(b, field)
         assert a.heads_q // a.heads_kv == b.heads_q // b.heads_kv
         assert max(a.seqlen_kv, 1) < 2 * max(b.seqlen_kv, 1)
@@ -288,7 +287,9 @@ def test_triton_defaults_and_search_spaces_are_legal(arch, direction, dtype):
     for head_dim in range(8, 257, 8):
         for causal in (False, True):
             for seqlen in (1, 4096):
-                problem = Problem(1, 1, 1, seqlen, seqlen, head_dim, dtype, causal, direction)
+                problem = Problem(
+                    1, 1, 1, seqlen, seqlen, head_dim, dtype, causal_if(causal), direction
+                )
                 default, space = triton.default_tile(problem, arch), triton.tiles(problem, arch)
                 assert default.violations(arch, problem) == []
                 assert default in space
@@ -313,7 +314,7 @@ def test_every_compiled_backward_tile_is_legal_on_an_h200():
 
 def test_python_and_cpp_agree_on_shared_memory_and_registers():
     """tile.h states the same two formulas; read them rather than trust a comment."""
-    text = (ROOT / "csrc" / "attention" / "tile.h").read_text()
+    text = (ROOT / "csrc" / "forward" / "sm80" / "tile.h").read_text()
 
     def expression(name):
         return re.search(rf"{name} =\s*([^;]+);", text)[1].replace("/", "//")
@@ -339,6 +340,7 @@ def test_python_and_cpp_agree_on_shared_memory_and_registers():
 
 
 CXX = shutil.which("c++") or shutil.which("g++")
+INCLUDES = ("-I", str(ROOT / "csrc"))
 HEADER = f'#include "{ROOT}/csrc/forward/sm90/tile.h"\n'
 
 
@@ -367,7 +369,9 @@ def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
         "t.consumer_registers());\n  }\n}\n"
     )
     program = tmp_path / "numbers"
-    subprocess.run([CXX, "-std=c++20", tmp_path / "numbers.cpp", "-o", program], check=True)
+    subprocess.run(
+        [CXX, "-std=c++20", *INCLUDES, tmp_path / "numbers.cpp", "-o", program], check=True
+    )
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     for line, (head_dim, tile) in zip(said.splitlines(), space, strict=True):
         expected = (sm90_smem_bytes(tile, head_dim), *sm90_registers(tile, head_dim))
@@ -402,7 +406,7 @@ def test_cpp_asserts_what_python_calls_illegal(head_dim, tile, message, tmp_path
     initializer = sm90_initializer(tile, head_dim)
     unit.write_text(f"{HEADER}template struct flashmoe::LegalSm90Tile<{initializer}>;\n")
     done = subprocess.run(
-        [CXX, "-std=c++20", "-fsyntax-only", unit], capture_output=True, text=True
+        [CXX, "-std=c++20", *INCLUDES, "-fsyntax-only", unit], capture_output=True, text=True
     )
     assert (done.returncode == 0) == (not message)
     assert message in done.stderr
@@ -438,7 +442,7 @@ def test_python_and_cpp_agree_on_the_backward_tiles(tmp_path):
     source = tmp_path / "numbers.cpp"
     source.write_text(f"#include <cstdio>\n{header}int main() {{\n{''.join(lines)}}}\n")
     program = tmp_path / "numbers"
-    subprocess.run([CXX, "-std=c++20", source, "-o", program], check=True)
+    subprocess.run([CXX, "-std=c++20", *INCLUDES, source, "-o", program], check=True)
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
     legal = {}
     for smem, (head_dim, tile) in zip(said, BACKWARD_TILES, strict=True):
@@ -449,6 +453,6 @@ def test_python_and_cpp_agree_on_the_backward_tiles(tmp_path):
     for (head_dim, tile), expected in legal.items():
         legal_tile = f"LegalSm90BackwardTile<{initializer(head_dim, tile)}>"
         source.write_text(f"{header}template struct flashmoe::{legal_tile};")
-        command = [CXX, "-std=c++20", "-fsyntax-only", source]
+        command = [CXX, "-std=c++20", *INCLUDES, "-fsyntax-only", source]
         done = subprocess.run(command, capture_output=True, check=False)
         assert (done.returncode == 0) == expected, (head_dim, str(tile))

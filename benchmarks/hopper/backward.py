@@ -10,6 +10,7 @@ time, the floor from the limits measured in the same run.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -31,6 +32,8 @@ from flashmoe.machine.device import Arch, arch
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.stats import median_interval
 from flashmoe.measure.timing import Limits, measure, measure_limits
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import causal_if
 
 DEVICE = torch.device("cuda", 0)
 SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION}
@@ -83,7 +86,20 @@ _SIZES = tuple(
     for causal in (False, True)
 )
 ROWS = tuple(
-    Row(Problem(batch, 2048 // d, 2048 // d, seqlen, seqlen, d, "bfloat16", causal, "bwd"), *peers)
+    Row(
+        Problem(
+            batch,
+            2048 // d,
+            2048 // d,
+            seqlen,
+            seqlen,
+            d,
+            "bfloat16",
+            causal_if(causal),
+            "bwd",
+        ),
+        *peers,
+    )
     for d, rows in _PEERS.items()
     for (batch, seqlen, causal), peers in zip(_SIZES, rows, strict=True)
 )
@@ -157,27 +173,21 @@ def plain_gradients(x: Inputs, causal: bool) -> tuple[Tensor, ...]:
 
 
 def backward_call(x: Inputs, causal: bool, backend: str, tile: Tile | None) -> Callable[[], Any]:
-    scale = x.q.shape[-1] ** -0.5
-    forward = BACKENDS["cuda"]
-    p = Problem(
-        x.q.shape[0], x.q.shape[2], x.k.shape[2], x.q.shape[1], x.k.shape[1], x.q.shape[3],
-        str(x.q.dtype).removeprefix("torch."), causal,
-    )  # fmt: skip
-    out, lse = forward.forward(
-        x.q, x.k, x.v, scale, causal, forward.compiled_in(p, arch(DEVICE))[0]
-    )
+    call, mask = Call(x.q, x.k, x.v, x.q.shape[-1] ** -0.5), causal_if(causal)
+    forward, cuda = Problem.of(x.q, x.k, mask), BACKENDS["cuda"]
+    out, lse = cuda.bind(forward, cuda.compiled_in(forward, arch(DEVICE))[0])(call)
     assert lse is not None
-    run = BACKENDS[backend].backward
-    return lambda: run(x.dout, x.q, x.k, x.v, out, lse, scale, causal, tile)
+    run = BACKENDS[backend].bind_backward(Problem.of(x.q, x.k, mask, "bwd"), tile)
+    return functools.partial(run, call, Saved(x.dout, out, lse))
 
 
 def check(p: Problem, tile: Tile, strided: bool) -> str:
     """What is wrong with the gradients of a tile; empty when they are right."""
     torch.manual_seed(p.seqlen_q)
     x = inputs_of(p, strided)
-    exact = plain_gradients(Inputs(*(t.float() for t in x)), p.causal)
-    plain = plain_gradients(x, p.causal)
-    got = backward_call(x, p.causal, "cuda", tile)()
+    exact = plain_gradients(Inputs(*(t.float() for t in x)), p.mask.is_causal)
+    plain = plain_gradients(x, p.mask.is_causal)
+    got = backward_call(x, p.mask.is_causal, "cuda", tile)()
     wrong = []
     for name, ours, same, want in zip(("dq", "dk", "dv"), got, plain, exact, strict=True):
         error = (ours.float() - want).abs().max().item()
@@ -192,7 +202,7 @@ def check_all(here: Arch, count: int) -> list[str]:
     small = [
         Problem(
             1, 2, 2, r.problem.seqlen_q, r.problem.seqlen_kv, r.problem.head_dim, "bfloat16",
-            r.problem.causal, "bwd",
+            r.problem.mask.is_causal, "bwd",
         )
         for r in ROWS
     ]  # fmt: skip
@@ -221,12 +231,12 @@ def time_row(row: Row, limits: Limits, here: Arch, rounds: int, peers: bool) -> 
     torch.manual_seed(0)
     x = inputs_of(p)
     tiles = BACKENDS["cuda"].compiled_in(p, here)
-    calls = {str(tile): backward_call(x, p.causal, "cuda", tile) for tile in tiles}
+    calls = {str(tile): backward_call(x, p.mask.is_causal, "cuda", tile) for tile in tiles}
     if peers:
         default = BACKENDS["triton"].default_tile(p, here)
-        calls["triton"] = backward_call(x, p.causal, "triton", default)
+        calls["triton"] = backward_call(x, p.mask.is_causal, "triton", default)
         for name, backend in SDPA.items():
-            calls[name] = sdpa_backward(x, p.causal, backend)
+            calls[name] = sdpa_backward(x, p.mask.is_causal, backend)
     floor = limits.floor(p.flops, p.bytes)
     times = {}
     samples = {}
@@ -255,7 +265,7 @@ def print_kernels(row: Row, here: Arch) -> None:
     p = row.problem
     x = inputs_of(p)
     for tile in BACKENDS["cuda"].compiled_in(p, here):
-        call = backward_call(x, p.causal, "cuda", tile)
+        call = backward_call(x, p.mask.is_causal, "cuda", tile)
         call()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(5):

@@ -129,7 +129,7 @@ def time_problem(problem: Problem, rounds: int) -> tuple[dict[str, float], Tile,
 
     def ours(tile: Tile | None) -> Callable[[], object]:
         where: dict[str, Any] = {"backend": "cuda"} if tile is None else {"tile": tile}
-        return lambda: flash_attn_func(q, k, v, causal=problem.causal, **where)
+        return lambda: flash_attn_func(q, k, v, causal=problem.mask.is_causal, **where)
 
     first: dict[str, Any] = {}
     second: dict[str, Any] = {}
@@ -137,7 +137,7 @@ def time_problem(problem: Problem, rounds: int) -> tuple[dict[str, float], Tile,
     tuned = Tile.parse(min(chosen, key=lambda name: chosen[name]))
     calls = {"default": ours(None), "tuned": ours(tuned)}
     for name, backend in SDPA.items():
-        calls[name] = lambda backend=backend: sdpa(q, k, v, problem.causal, backend)
+        calls[name] = lambda backend=backend: sdpa(q, k, v, problem.mask.is_causal, backend)
     times = medians(calls, rounds, second)
     return times, tuned, {"chosen_from": first, "measured": second}
 

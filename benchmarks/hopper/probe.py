@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flashmoe.spec.mask import causal_if
+
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = ("nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr")
 OPTIONS = {
@@ -70,7 +72,8 @@ class Params(ctypes.Structure):
             for name in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv", "head_dim")
         ),
         ("softmax_scale", ctypes.c_float),
-        ("causal", ctypes.c_int),
+        ("window_left", ctypes.c_int),
+        ("window_right", ctypes.c_int),
     )
 
 
@@ -187,7 +190,8 @@ def run(
                 setattr(params, f"{tensor}_{axis}_stride", x.stride(dim))
         params.batch, params.seqlen_q, params.heads_q, params.head_dim = q.shape
         params.seqlen_kv, params.heads_kv = k.shape[1], k.shape[2]
-        params.softmax_scale, params.causal = q.shape[3] ** -0.5, int(causal)
+        params.softmax_scale = q.shape[3] ** -0.5
+        params.window_left, params.window_right = -1, 0 if causal else -1
         return params, out, lse
 
     def launch(name: str, params: Params) -> None:
@@ -255,8 +259,8 @@ def run(
                     q, k, v = qkv(*shape, d)
                     if growing:  # scores of hundreds, the largest in the tiles that come last
                         k *= torch.linspace(60, 1, k.shape[1], device=device)[None, :, None, None]
-                    expected = attention_reference(q, k, v, causal=causal)
-                    same, _ = attention_reference(q, k, v, causal=causal, dtype=q.dtype)
+                    expected = attention_reference(q, k, v, mask=causal_if(causal))
+                    same, _ = attention_reference(q, k, v, mask=causal_if(causal), dtype=q.dtype)
                     references[key] = (q, k, v, *expected, same)
                 q, k, v, expected, expected_lse, same = references[key]
                 params, out, lse = prepare(q, k, v, causal)
@@ -284,7 +288,7 @@ def run(
     for problem in dict.fromkeys([row.problem for row in ROWS] + [odd for odd, _ in UNEVEN]):
         if only and not re.search(only, problem.label):
             continue
-        d, causal = problem.head_dim, problem.causal
+        d, causal = problem.head_dim, problem.mask.is_causal
         q, k, v = qkv(
             problem.batch,
             problem.heads_q,

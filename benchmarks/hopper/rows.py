@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import Problem
 
 
@@ -20,7 +21,16 @@ class Row(NamedTuple):
 def _problem(
     batch: int, heads_q: int, heads_kv: int, seqlen: int, head_dim: int, causal: bool
 ) -> Problem:
-    return Problem(batch, heads_q, heads_kv, seqlen, seqlen, head_dim, "bfloat16", causal)
+    return Problem(
+        batch,
+        heads_q,
+        heads_kv,
+        seqlen,
+        seqlen,
+        head_dim,
+        "bfloat16",
+        mask=causal_if(causal),
+    )
 
 
 # head_dim: of batch 32, 8, 2, 1 and seqlen 512, 2048, 8192, 16384, each not causal and causal.

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from flashmoe.machine.device import Arch
+from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
-# q, k, v, softmax_scale, causal -> out, softmax_lse: a forward whose tile is decided.
-Forward = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+# out as q (contiguous), and softmax_lse (batch, heads_q, seqlen_q), float32, natural logarithm;
+# None where the backend does not return it.
+Run = Callable[[Call], tuple[Tensor, Tensor | None]]
+# dq, dk, dv, contiguous, as q, k and v.
+RunBackward = Callable[[Call, Saved], tuple[Tensor, Tensor, Tensor]]
+
+
+# What a backend computes beyond full and causal attention, by direction (Problem.features). No
+# entry for a direction that it does not have.
+Features = Mapping[str, frozenset[str]]
 
 
 class Backend(Protocol):
-    """What a backend does not say itself, it inherits. Tensors are (batch, seqlen, heads, head_dim)
-    with any strides; softmax_lse is (batch, heads_q, seqlen_q) float32, natural logarithm."""
+    """What a backend does not say itself, it inherits."""
 
     name: str
+    features: ClassVar[Features]
     repeats: bool = True  # whether gradients are the same bits every time
 
     def unavailable(self, device: torch.device) -> str:
@@ -29,7 +38,7 @@ class Backend(Protocol):
 
     def unsupported(self, problem: Problem, arch: Arch) -> str:
         """Why `problem` cannot run here whatever the tile; empty when it can."""
-        ...
+        return lacking(self, problem)
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         """The tile used untuned; None for a backend without tiles. Legal for `problem`."""
@@ -56,42 +65,14 @@ class Backend(Protocol):
         """Why this backend cannot run `problem` with `tile`; empty when it can."""
         ...
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """out as q (contiguous) and softmax_lse, None where the backend does not tell it."""
-        ...
+    def bind(self, problem: Problem, tile: Tile | None) -> Run:
+        """The forward of `problem` with `tile`, with as little left to do in a call as there can
+        be."""
+        missing = f"the {self.name} backend has no forward kernel"
+        raise NotImplementedError(missing)
 
-    def bind(self, tile: Tile | None, problem: Problem) -> Forward:
-        """forward with `tile` for tensors of `problem`'s dtype and head_dim, with as little left to
-        do in a call as there can be."""
-
-        def forward(
-            q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
-        ) -> tuple[Tensor, Tensor | None]:
-            return self.forward(q, k, v, softmax_scale, causal, tile)
-
-        return forward
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv from the forward's out and softmax_lse."""
+    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
+        """The same for the backward of `problem`, whose direction is bwd."""
         missing = f"the {self.name} backend has no backward kernel"
         raise NotImplementedError(missing)
 
@@ -119,6 +100,15 @@ class Enumerates(Protocol):
         ...
 
 
+def lacking(backend: Backend, problem: Problem) -> str:
+    """What `problem` needs that `backend` does not have, as a reason; empty when it has all."""
+    features = backend.features.get(problem.direction)
+    if features is None:
+        return f"has no {'backward' if problem.direction == 'bwd' else 'forward'} kernel"
+    missing = sorted(problem.features - features)
+    return f"has no {', '.join(missing)} in this direction" if missing else ""
+
+
 def reasons_of(
     considered: Iterable[Tile], tiles: Iterable[Tile], problem: Problem, arch: Arch
 ) -> dict[Tile, str]:
@@ -133,8 +123,8 @@ def reasons_of(
 
 
 class Default(NamedTuple):
-    """The default tile for head dimensions up to head_dim, if causal is what it says (None: either)
-    and there are min_seqlen_q queries."""
+    """The default tile for head dimensions up to head_dim, if the mask has a right limit or not as
+    causal says (None: either) and there are min_seqlen_q queries."""
 
     head_dim: int
     tile: Tile
@@ -147,7 +137,7 @@ def first_default(defaults: Iterable[Default], problem: Problem, arch: Arch) -> 
     for default in defaults:
         if (
             problem.head_dim <= default.head_dim
-            and default.causal in (None, problem.causal)
+            and default.causal in (None, problem.mask.right >= 0)
             and problem.seqlen_q >= default.min_seqlen_q
             and not default.tile.violations(arch, problem)
         ):

@@ -5,11 +5,21 @@ Serves every device without a backward kernel of its own.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from flashmoe.backends.base import Backend, matmul_dtype, reject_without_tiles
+from flashmoe.backends.base import (
+    Backend,
+    Features,
+    RunBackward,
+    matmul_dtype,
+    reject_without_tiles,
+)
 from flashmoe.machine.device import Arch
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -18,12 +28,10 @@ _BLOCK_M = 256
 
 class BlockedBackend(Backend):
     name = "blocked"
+    features: ClassVar[Features] = {"bwd": frozenset({"window"})}
 
     def unavailable(self, device: torch.device) -> str:
         return ""
-
-    def unsupported(self, problem: Problem, arch: Arch) -> str:
-        return "" if problem.direction == "bwd" else "has a backward only"
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         return None
@@ -34,41 +42,23 @@ class BlockedBackend(Backend):
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_without_tiles(self.name, tile)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("the blocked backend has a backward only")
+    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
+        mask = problem.mask
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # A block has whole rows, so it needs neither out nor softmax_lse.
-        return _attention_backward(dout, q, k, v, softmax_scale, causal)
+        def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+            # A block has whole rows, so it needs neither out nor softmax_lse.
+            return _attention_backward(call, saved.dout, mask)
+
+        return run
 
 
-def _attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(call: Call, dout: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the inputs' dtype, computed in float32. Deterministic.
 
     P is the softmax of the row and not exp(scores - softmax_lse), and delta the sum of P * dP and
     not of out * dout: of scores beyond 2**24, softmax_lse keeps too few digits for an exponent.
     """
+    q, k, v, softmax_scale = call
     if not (q.numel() and k.numel()):
         return _zeros(q), _zeros(k), _zeros(v)
     batch, seqlen_q, heads_q, head_dim = q.shape
@@ -82,29 +72,28 @@ def _attention_backward(
     dk, dv = (x.new_zeros(batch, heads_kv, seqlen_kv, head_dim) for x in (kh, vh))
     for start in range(0, seqlen_q, _BLOCK_M):
         stop = min(start + _BLOCK_M, seqlen_q)
-        # Keys past the last one that the block's last row sees add nothing.
-        seen = min(seqlen_kv, max(stop + seqlen_kv - seqlen_q, 0)) if causal else seqlen_kv
-        if seen == 0:
+        first, last = mask.visible(start, stop, seqlen_q, seqlen_kv)
+        if first == last:
             continue
-        keys, values = kh[..., :seen, :], vh[..., :seen, :]
+        keys, values = kh[..., first:last, :], vh[..., first:last, :]
         qb, do = qh[..., start:stop, :], doh[..., start:stop, :]
         scores = qb @ keys.transpose(-1, -2)
-        if causal:
+        if not mask.is_full:
             i = torch.arange(start, stop, device=q.device).unsqueeze(1)
-            j = torch.arange(seen, device=q.device)
-            hidden = j > i + (seqlen_kv - seqlen_q)
+            j = torch.arange(first, last, device=q.device)
+            hidden = mask.hides(i, j, seqlen_q, seqlen_kv)
             scores.masked_fill_(hidden, float("-inf"))
         # Less the maximum before they are scaled: scaled, they may be more than float32 holds.
         scores -= scores.amax(-1, keepdim=True)
         p = torch.softmax(scores.mul_(softmax_scale), dim=-1)
-        if causal:
+        if not mask.is_full:
             p.masked_fill_(hidden, 0.0)  # a row that sees nothing has no softmax
         ds = p * (do @ values.transpose(-1, -2))
         ds -= p * ds.sum(-1, keepdim=True)
         dq[..., start:stop, :] = ds @ keys
         # Sum over the group: fold it into the contracted dimension.
-        dk[..., :seen, :] += _fold(ds).transpose(-1, -2) @ _fold(qb)
-        dv[..., :seen, :] += _fold(p).transpose(-1, -2) @ _fold(do)
+        dk[..., first:last, :] += _fold(ds).transpose(-1, -2) @ _fold(qb)
+        dv[..., first:last, :] += _fold(p).transpose(-1, -2) @ _fold(do)
     dq = (dq * softmax_scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
     dk, dv = (dk * softmax_scale).transpose(1, 2), dv.transpose(1, 2)
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()

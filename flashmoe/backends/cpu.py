@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from flashmoe import _extension, tiles
-from flashmoe.backends.base import Backend, reasons_of, reject_illegal
+from flashmoe.backends.base import Backend, Features, Run, reasons_of, reject_illegal
 from flashmoe.machine.device import Arch
+from flashmoe.spec.call import Call
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -25,12 +28,10 @@ class CpuBackend(Backend):
     """A block's rows are (position, query head) pairs: a GQA group shares each tile of K and V."""
 
     name = "cpu"
+    features: ClassVar[Features] = {"fwd": frozenset({"window"})}
 
     def unavailable(self, device: torch.device) -> str:
         return "" if device.type == "cpu" else f"runs on cpu tensors, not on {device.type}"
-
-    def unsupported(self, problem: Problem, arch: Arch) -> str:
-        return "has no backward kernel" if problem.direction == "bwd" else ""
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         """block_m 256, 512 for head_dim above 64 (Zen 3, 2 threads, float32: within 2 % of the best
@@ -61,20 +62,15 @@ class CpuBackend(Backend):
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_illegal(tile, problem, arch)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor]:
+    def bind(self, problem: Problem, tile: Tile | None) -> Run:
         assert tile is not None, "the cpu forward needs a tile"
-        result: tuple[Tensor, Tensor] = _fwd(
-            q, k, v, softmax_scale, causal, tile.block_m, tile.block_n
-        )
-        return result
+        fixed = (problem.mask.left, problem.mask.right, tile.block_m, tile.block_n)
+
+        def run(call: Call) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = _fwd(*call, *fixed)
+            return result
+
+        return run
 
 
 def _considered() -> list[Tile]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flashmoe import _extension
 from flashmoe.backends import jit
-from flashmoe.backends.base import Backend, Forward
+from flashmoe.backends.base import Backend, Features, Run, RunBackward, lacking
 from flashmoe.machine.device import Arch
 from flashmoe.machine.environment import variable
 from flashmoe.prediction import costs
+from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile, grid, sm90_head_dim
 
@@ -36,6 +38,7 @@ _SM90_SPACE = {
 
 class CudaBackend(Backend):
     name = "cuda"
+    features: ClassVar[Features] = {"fwd": frozenset(), "bwd": frozenset()}
     repeats = False  # dQ is added up by atomics
 
     def unavailable(self, device: torch.device) -> str:
@@ -47,6 +50,8 @@ class CudaBackend(Backend):
         return "" if major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"
 
     def unsupported(self, problem: Problem, arch: Arch) -> str:
+        if missing := lacking(self, problem):
+            return missing
         if problem.direction == "bwd" and arch.capability[0] != 9:
             return "has a backward kernel for compute capability 9.x only"
         if not _compiled_in(problem, arch):
@@ -119,52 +124,32 @@ class CudaBackend(Backend):
         compiled = ", ".join(map(str, _compiled_in(problem, arch)))
         return f"not compiled in; compiled are {compiled}"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor]:
-        assert tile is not None, "the cuda forward needs a tile"
-        handle = _handle(tile, q.shape[3], q.dtype)
-        result: tuple[Tensor, Tensor] = _fwd(q, k, v, softmax_scale, causal, handle)
-        return result
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dK and dV are the same bits every time; dQ is added to by atomics, in any order."""
-        assert tile is not None, "the cuda backward needs a tile"
-        handle = _compiled_handle(tile, q.shape[3])
-        assert handle is not None, f"{tile} is not compiled in"
-        result: tuple[Tensor, Tensor, Tensor] = _bwd(
-            dout, q, k, v, out, softmax_lse, softmax_scale, causal, handle
-        )
-        return result
-
-    def bind(self, tile: Tile | None, problem: Problem) -> Forward:
+    def bind(self, problem: Problem, tile: Tile | None) -> Run:
         assert tile is not None, "the cuda forward needs a tile"
         handle = _handle(tile, problem.head_dim, getattr(torch, problem.dtype))
+        left, right = problem.mask.left, problem.mask.right
 
-        def forward(
-            q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
-        ) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = _fwd(q, k, v, softmax_scale, causal, handle)
+        def run(call: Call) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = _fwd(*call, left, right, handle)
             return result
 
-        return forward
+        return run
+
+    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
+        """dK and dV are the same bits every time; dQ is added to by atomics, in any order."""
+        assert tile is not None, "the cuda backward needs a tile"
+        handle = _compiled_handle(tile, problem.head_dim)
+        assert handle is not None, f"{tile} is not compiled in"
+        left, right = problem.mask.left, problem.mask.right
+
+        def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v, softmax_scale = call
+            dout, out, lse = saved
+            arguments = (dout, q, k, v, out, lse, softmax_scale, left, right, handle)
+            result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments)
+            return result
+
+        return run
 
 
 def _instance_head_dim(kernel: str, head_dim: int) -> int | None:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashmoe.backends.base import Backend, Forward, matmul_dtype, reject_without_tiles
+from flashmoe.backends.base import (
+    Backend,
+    Features,
+    Run,
+    lacking,
+    matmul_dtype,
+    reject_without_tiles,
+)
 from flashmoe.machine.device import Arch, arch
 from flashmoe.prediction import costs, kernels
+from flashmoe.spec.call import Call
+from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -26,6 +36,7 @@ _READ_BYTES = 16
 
 class SdpaBackend(Backend):
     name = "sdpa"
+    features: ClassVar[Features] = {"fwd": frozenset()}
 
     def unavailable(self, device: torch.device) -> str:
         return ""
@@ -33,7 +44,9 @@ class SdpaBackend(Backend):
     def unsupported(self, problem: Problem, arch: Arch) -> str:
         if problem.direction == "bwd":
             return "its backward belongs to its own autograd graph"
-        if problem.causal and problem.seqlen_q != problem.seqlen_kv:
+        if missing := lacking(self, problem):
+            return missing
+        if problem.mask.is_causal and problem.seqlen_q != problem.seqlen_kv:
             return "its causal mask is aligned top-left when seqlen_q differs from seqlen_kv"
         if arch.kind == "cuda" and max(problem.batch, problem.heads_q) > _MAX_GRID_YZ:
             return f"its kernels cannot launch more than {_MAX_GRID_YZ} sequences or heads"
@@ -53,34 +66,23 @@ class SdpaBackend(Backend):
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_without_tiles(self.name, tile)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, None]:
-        """Differentiable by torch's own autograd. Does not tell softmax_lse."""
-        return _forward(q, k, v, softmax_scale, causal)
+    def bind(self, problem: Problem, tile: Tile | None) -> Run:
+        """Differentiable by torch's own autograd. Does not return softmax_lse."""
+        causal = problem.mask.is_causal
 
-    def bind(self, tile: Tile | None, problem: Problem) -> Forward:
-        return _forward
+        def run(call: Call) -> tuple[Tensor, None]:
+            return attend_by_sdpa(call, causal), None
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError("the sdpa backend is differentiated by torch's autograd")
+        return run
+
+
+def attend_by_sdpa(call: Call, causal: bool) -> Tensor:
+    """out, contiguous and differentiable. `causal` needs seqlen_q equal to seqlen_kv."""
+    if call.q.numel() == 0:  # some of its kernels return no tensor then
+        return call.q.contiguous() + (call.k.sum() + call.v.sum())
+    attend = _on_cuda if call.q.is_cuda else _on_cpu
+    # Its kernels lay out their results each in its own way.
+    return attend(*call, causal).contiguous()
 
 
 def _choice(q: Tensor, k: Tensor, causal: bool) -> AbstractContextManager[None]:
@@ -100,20 +102,12 @@ def _flash_is_faster(
 ) -> bool:
     batch, seqlen_q, heads_q, head_dim = q
     problem = Problem(
-        *(batch, heads_q, k[2], seqlen_q, k[1], head_dim), str(dtype).removeprefix("torch."), causal
+        *(batch, heads_q, k[2], seqlen_q, k[1], head_dim),
+        dtype=str(dtype).removeprefix("torch."),
+        mask=causal_if(causal),
     )
     times = costs.sdpa_microseconds(problem, arch(device))
     return bool(times) and min(times, key=times.__getitem__) != kernels.SDPA
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
-) -> tuple[Tensor, None]:
-    if q.numel() == 0:  # some of its kernels return no tensor then
-        return q.contiguous() + (k.sum() + v.sum()), None
-    attend = _on_cuda if q.is_cuda else _on_cpu
-    # Its kernels lay out their results each in its own way.
-    return attend(q, k, v, softmax_scale, causal).contiguous(), None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,16 @@ from flashmoe import tiles
 from flashmoe.backends.base import (
     Backend,
     Default,
+    Features,
+    Run,
+    RunBackward,
     first_default,
     last_contiguous,
     reasons_of,
     reject_illegal,
 )
 from flashmoe.machine.device import Arch
+from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -91,6 +96,7 @@ def _interpreted() -> bool:
 
 class TritonBackend(Backend):
     name = "triton"
+    features: ClassVar[Features] = {"fwd": frozenset(), "bwd": frozenset()}
 
     def unavailable(self, device: torch.device) -> str:
         if importlib.util.find_spec("triton") is None:
@@ -101,9 +107,6 @@ class TritonBackend(Backend):
         if device.type == "cpu" and _interpreted():
             return ""
         return f"needs a CUDA device (or TRITON_INTERPRET=1), got {device.type}"
-
-    def unsupported(self, problem: Problem, arch: Arch) -> str:
-        return ""
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile:
         if arch.kind == "cpu":
@@ -142,74 +145,41 @@ class TritonBackend(Backend):
 
         q = empty(problem.seqlen_q, problem.heads_q)
         k, v = (empty(problem.seqlen_kv, problem.heads_kv) for _ in range(2))
-        attention_forward(
-            q,
-            k,
-            v,
-            float(problem.head_dim**-0.5),
-            problem.causal,
-            block_m=tile.block_m,
-            block_n=tile.block_n,
-            num_stages=tile.num_stages,
-            num_warps=tile.num_warps,
-            use_tma=tile.tma,
-            launch=False,
-        )
+        call = Call(q, k, v, float(problem.head_dim**-0.5))
+        attention_forward(call, problem.mask, **_options(tile), launch=False)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor]:
+    def bind(self, problem: Problem, tile: Tile | None) -> Run:
         from flashmoe.backends.triton_fwd import attention_forward
 
         assert tile is not None, "the triton forward needs a tile"
-        q, k, v = (last_contiguous(x) for x in (q, k, v))
-        return attention_forward(
-            q,
-            k,
-            v,
-            softmax_scale,
-            causal,
-            block_m=tile.block_m,
-            block_n=tile.block_n,
-            num_stages=tile.num_stages,
-            num_warps=tile.num_warps,
-            use_tma=tile.tma,
-        )
+        mask, options = problem.mask, _options(tile)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        tile: Tile | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        def run(call: Call) -> tuple[Tensor, Tensor]:
+            q, k, v = (last_contiguous(x) for x in call[:3])
+            return attention_forward(Call(q, k, v, call.softmax_scale), mask, **options)
+
+        return run
+
+    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
         from flashmoe.backends.triton_bwd import attention_backward
 
         assert tile is not None, "the triton backward needs a tile"
-        dout, q, k, v = (last_contiguous(x) for x in (dout, q, k, v))
-        return attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            softmax_lse,
-            softmax_scale,
-            causal,
-            block_m=tile.block_m,
-            block_n=tile.block_n,
-            num_stages=tile.num_stages,
-            num_warps=tile.num_warps,
-            use_tma=tile.tma,
-        )
+        mask, options = problem.mask, _options(tile)
+
+        def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v, dout = (last_contiguous(x) for x in (*call[:3], saved.dout))
+            contiguous = Call(q, k, v, call.softmax_scale)
+            return attention_backward(contiguous, saved._replace(dout=dout), mask, **options)
+
+        return run
+
+
+def _options(tile: Tile) -> dict[str, Any]:
+    """The tile as its kernels take it."""
+    return {
+        "block_m": tile.block_m,
+        "block_n": tile.block_n,
+        "num_stages": tile.num_stages,
+        "num_warps": tile.num_warps,
+        "use_tma": tile.tma,
+    }

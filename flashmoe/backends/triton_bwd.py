@@ -34,6 +34,8 @@ from flashmoe.backends.triton_fwd import (
     heads_per_section,
     tma_descriptor,
 )
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import Mask
 
 # The workspaces' rows per (batch, head) are a multiple of this, so that no access to them needs a
 # mask; block_m and block_n must divide it.
@@ -277,14 +279,9 @@ def _backward_dq_kernel(
 
 
 def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    softmax_scale: float,
-    causal: bool,
+    call: Call,
+    saved: Saved,
+    mask: Mask,
     *,
     block_m: int,
     block_n: int,
@@ -294,13 +291,15 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv), contiguous and in the inputs' dtype.
 
-    Shapes as in attention_forward, whose out and softmax_lse these must be; dout as out, with any
-    strides. A program keeps block_n keys and visits block_m queries a step; the pass over queries
-    swaps the two. Both must divide 128. use_tma reads what is visited through the tensor memory
-    accelerator, where that can.
+    `saved` has what attention_forward returned; its dout may have any strides. A program keeps
+    block_n keys and visits block_m queries a step; the pass over queries swaps the two. Both must
+    divide 128. use_tma reads what is visited through the tensor memory accelerator, where that can.
     """
+    q, k, v, softmax_scale = call
+    dout, out, softmax_lse = saved
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
+    causal = mask.right >= 0
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)

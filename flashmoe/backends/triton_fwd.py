@@ -16,6 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashmoe.spec.call import Call
+from flashmoe.spec.mask import Mask
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # From here on (in units of log 2) the rounding of a row's maximum can exceed the exponent's range.
@@ -334,11 +337,8 @@ def can_use_tma(*tensors: Tensor) -> bool:
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
+    call: Call,
+    mask: Mask,
     *,
     block_m: int,
     block_n: int,
@@ -349,16 +349,16 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale * Q K^T) V and the natural log-sum-exp of every row of scores.
 
-    q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim), any
-    strides with a contiguous last dimension. Returns out (contiguous, as q) and softmax_lse
-    (batch, heads_q, seqlen_q) in float32; a row that sees no key has out 0 and lse -inf. `causal`
-    lets query i see keys up to i + seqlen_kv - seqlen_q. A key that no query sees is not read past
-    its block_m x block_n tile; inside such a tile it is read, and NaN or inf in V there spreads.
-    use_tma reads K and V through the tensor memory accelerator, where that can. Without `launch`
-    the kernel is only compiled, and the results are not computed.
+    The last dimension of q, k and v is contiguous. Returns out (contiguous, as q) and softmax_lse
+    (batch, heads_q, seqlen_q) in float32; a row that sees no key has out 0 and lse -inf. A key that
+    no query sees is not read past its block_m x block_n tile; inside such a tile it is read, and
+    NaN or inf in V there spreads. use_tma reads K and V through the tensor memory accelerator,
+    where that can. Without `launch` the kernel is only compiled, and the results are not computed.
     """
+    q, k, v, softmax_scale = call
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
+    causal = mask.right >= 0
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:

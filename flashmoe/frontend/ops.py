@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashmoe import _extension
-from flashmoe.backends import BACKENDS
-from flashmoe.planning.plan import remembered_plan, repeatable
+from flashmoe.backends.base import Run, RunBackward
+from flashmoe.planning.plan import planned
 from flashmoe.spec import shapes
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
 
 _extension.load()
 
@@ -21,28 +24,6 @@ _extension.load()
 # registered goes with it. custom_op would not do: its autograd kernel drops forward-mode tangents
 # of tensors that require no gradient.
 _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def masks(q: Tensor, causal: bool) -> bool:
-    """Whether a causal mask hides anything from q (batch, seqlen_q, heads, head_dim): the last
-    query sees every key, so a single one does."""
-    return bool(causal) and q.shape[1] > 1
-
-
-def problem_of(q: Tensor, k: Tensor, causal: bool, direction: str = "fwd") -> Problem:
-    """The Problem of q (batch, seqlen_q, heads_q, head_dim) and k (batch, seqlen_kv, heads_kv,
-    head_dim). Its `causal` is what kernels are to be given: false where `causal` hides nothing."""
-    return Problem(
-        batch=q.shape[0],
-        heads_q=q.shape[2],
-        heads_kv=k.shape[2],
-        seqlen_q=q.shape[1],
-        seqlen_kv=k.shape[1],
-        head_dim=q.shape[3],
-        dtype=str(q.dtype).removeprefix("torch."),
-        causal=masks(q, causal),
-        direction=direction,
-    )
 
 
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -54,34 +35,60 @@ for _kernel_op in ("fwd_cpu", "fwd_cuda"):
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
 
 
+def run_forward(
+    call: Call,
+    mask: Mask,
+    backend: str | None,
+    tile: Tile | str | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The planned kernel's out and softmax_lse; the latter may be None unless `need_lse`."""
+    problem = Problem.of(call.q, call.k, mask)
+    if shapes.recorder is not None:
+        shapes.recorder[problem] += 1
+    run: Run = planned(problem, call.q.device, backend, tile, need_lse).run
+    with _without_autocast(call.q):
+        return run(call)
+
+
+def run_backward(
+    call: Call, saved: Saved, mask: Mask, backend: str | None, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The planned kernel's dq, dk and dv."""
+    problem = Problem.of(call.q, call.k, mask, "bwd")
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    run: RunBackward = planned(problem, call.q.device, backend, deterministic=deterministic).run
+    # .backward() may be called inside an autocast block, which would round a float32 gradient's
+    # matmuls to 16 bits.
+    with _without_autocast(call.q):
+        return run(call, saved)
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _run(*arguments, need_lse=True)
+    assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
+    return out, lse
+
+
+def _attention_without_lse(*arguments: Any) -> Tensor:
+    return _run(*arguments, need_lse=False)[0]
+
+
 def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     softmax_scale: float,
-    causal: bool,
+    window_left: int,
+    window_right: int,
     backend: str,
     tile: str,
     _deterministic: bool = False,  # every forward is
     *,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    problem = problem_of(q, k, causal)
-    if shapes.recorder is not None:
-        shapes.recorder[problem] += 1
-    plan = remembered_plan(problem, q.device, backend, tile, need_lse=need_lse)
-    with _without_autocast(q):
-        return BACKENDS[plan.backend].forward(q, k, v, softmax_scale, problem.causal, plan.tile)
-
-
-def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _run(*arguments, need_lse=True)
-    assert lse is not None, "need_lse chose a backend that does not tell lse"
-    return out, lse
-
-
-def _attention_without_lse(*arguments: Any) -> Tensor:
-    return _run(*arguments, need_lse=False)[0]
+    mask = Mask(window_left, window_right)
+    return run_forward(Call(q, k, v, softmax_scale), mask, backend, tile, need_lse)
 
 
 def _attention_backward(
@@ -92,49 +99,42 @@ def _attention_backward(
     out: Tensor,
     softmax_lse: Tensor,
     softmax_scale: float,
-    causal: bool,
+    window_left: int,
+    window_right: int,
     backend: str,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = problem_of(q, k, causal, "bwd")
-    plan = remembered_plan(problem, q.device, backend)
-    if deterministic or torch.are_deterministic_algorithms_enabled():
-        plan = repeatable(plan, problem, q.device)
-    # .backward() may be called inside an autocast block, which would round a float32 gradient's
-    # matmuls to 16 bits.
-    with _without_autocast(q):
-        return BACKENDS[plan.backend].backward(
-            dout, q, k, v, out, softmax_lse, softmax_scale, problem.causal, plan.tile
-        )
+    call, saved = Call(q, k, v, softmax_scale), Saved(dout, out, softmax_lse)
+    return run_backward(call, saved, Mask(window_left, window_right), backend, deterministic)
 
 
 _FORWARD = (
-    "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, str backend, str tile, "
-    "bool deterministic=False"
+    "Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right, "
+    "str backend, str tile, bool deterministic=False"
 )
 for _schema in (
     f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_without_lse({_FORWARD}) -> Tensor",
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-    "float softmax_scale, bool causal, str backend, bool deterministic=False) -> "
+    "float softmax_scale, int window_left, int window_right, str backend, "
+    "bool deterministic=False) -> "
     "(Tensor dq, Tensor dk, Tensor dv)",
 ):
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
 
 attention = torch.ops.flashmoe.attention.default
-"""(q, k, v, softmax_scale, causal, backend, tile, deterministic=False) -> out, softmax_lse;
-differentiable in q, k and v through out. The plan is made at run time, by the first call for a
-problem, so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override.
-With `deterministic` the gradients are the same bits every time."""
+"""(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False) -> out,
+softmax_lse; differentiable in q, k and v through out. The plan is made at run time, by the first
+call for a problem, so a compiled graph follows the tuned database. Empty `backend` and `tile` do
+not override. With `deterministic` the gradients are the same bits every time."""
 
 attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
-"""out alone, so that backends that do not tell softmax_lse may run; `attention` where a gradient is
-asked for."""
+"""out alone, so that backends that do not return softmax_lse may run; `attention` where a gradient
+is asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
-"""(dout, q, k, v, out, softmax_lse, softmax_scale, causal, backend, deterministic=False) -> dq, dk,
-dv, contiguous,
-shaped and typed as q, k, v. Not differentiable."""
+"""(dout, q, k, v, out, softmax_lse, softmax_scale, window_left, window_right, backend,
+deterministic=False) -> dq, dk, dv, contiguous, shaped and typed as q, k, v. Not differentiable."""
 
 
 def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -187,9 +187,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         out, lse = _below_autograd(attention, keyset, *arguments)
-        q, k, v, softmax_scale, causal, backend, _, *deterministic = arguments
+        q, k, v, softmax_scale, left, right, backend, _, *deterministic = arguments
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = (softmax_scale, causal, backend, *deterministic)
+        ctx.arguments = (softmax_scale, left, right, backend, *deterministic)
         ctx.others = (None,) * (len(arguments) - 3)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -202,6 +202,46 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = attention_backward(dout, q, k, v, out, lse, *ctx.arguments)
         return None, dq, dk, dv, *ctx.others
+
+
+class EagerAttention(torch.autograd.Function):
+    """(q, k, v, softmax_scale, mask, backend, tile, deterministic) -> out, softmax_lse: what the op
+    `attention` computes, without the dispatcher, which takes longer than a small problem. For
+    ordinary tensors, where nothing is traced or transformed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        mask: Mask,
+        backend: str | None,
+        tile: Tile | str | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = run_forward(Call(q, k, v, softmax_scale), mask, backend, tile, need_lse=True)
+        assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = softmax_scale, mask, backend, deterministic
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 8
+        q, k, v, out, lse = ctx.saved_tensors
+        softmax_scale, mask, backend, deterministic = ctx.arguments
+        if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
+            arguments = (softmax_scale, mask.left, mask.right, backend or "", deterministic)
+            gradients = attention_backward(dout, q, k, v, out, lse, *arguments)
+        else:
+            call = Call(q, k, v, softmax_scale)
+            gradients = run_backward(call, Saved(dout, out, lse), mask, backend, deterministic)
+        return *gradients, None, None, None, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashmoe.backends import BACKENDS
+from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
 
@@ -26,18 +27,28 @@ def is_normal(scale: float | numbers.Real) -> bool:
         return False
 
 
-def validate_window(window_size: object) -> None:
-    """Raise for all but (-1, -1), as a list or otherwise."""
+def mask_of(causal: bool, window_size: object) -> Mask:
+    """The Mask of flash-attn's two arguments. Raises for what they cannot be."""
+    if not isinstance(causal, (bool, int, np.bool_)):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
+    if window_size is None:
+        window_size = (None, None)
     if (
         not isinstance(window_size, (tuple, list))
         or len(window_size) != 2
-        or not all(isinstance(x, (int, np.integer)) for x in window_size)
+        or not all(x is None or isinstance(x, (int, np.integer)) for x in window_size)
+        or any(isinstance(x, bool) for x in window_size)
     ):
-        raise TypeError(f"window_size must be (left, right), two integers, got {window_size!r}")
-    if tuple(window_size) != (-1, -1):
-        raise NotImplementedError(
-            f"window_size must be (-1, -1) (not supported yet), got {window_size}"
+        raise TypeError(
+            "window_size must be (left, right), two integers or None for no limit, "
+            f"got {window_size!r}"
         )
+    left, right = (-1 if x is None else int(x) for x in window_size)
+    if not (-1 <= left < 2**63 and -1 <= right < 2**63):
+        raise ValueError(
+            f"window_size must be of limits of at least 0, or -1 for none, got {window_size!r}"
+        )
+    return Mask(left, 0 if causal else right)
 
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -55,14 +66,11 @@ def validate(
     k: Tensor,
     v: Tensor,
     softmax_scale: float | None,
-    causal: bool,
     backend: str | None,
     tile: Tile | str | None,
 ) -> float:
     """Raise for what no kernel may see; return the softmax scale to use."""
     validate_tensors(q, k, v)
-    if not isinstance(causal, (bool, int, np.bool_)):
-        raise TypeError(f"causal must be True or False, got {causal!r}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if tile is not None and not isinstance(tile, (str, Tile)):

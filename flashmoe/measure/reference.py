@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def visible(seqlen_q: int, seqlen_kv: int, causal: bool, device: torch.device) -> Tensor:
-    """Boolean (seqlen_q, seqlen_kv): which keys a query sees, causal aligned bottom-right."""
-    ones = torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool, device=device)
-    return ones.tril(seqlen_kv - seqlen_q) if causal else ones
+from flashmoe.spec.mask import FULL, Mask
 
 
 def attention_reference(
@@ -17,7 +13,7 @@ def attention_reference(
     k: Tensor,
     v: Tensor,
     softmax_scale: float | None = None,
-    causal: bool = False,
+    mask: Mask = FULL,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V, materialized, differentiable, computed in `dtype`.
@@ -33,10 +29,11 @@ def attention_reference(
     kh = k.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
     vh = v.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
     scores = qh @ kh.transpose(-1, -2) * scale
-    mask = visible(q.shape[1], k.shape[1], causal, q.device)
-    scores = scores.masked_fill(~mask, float("-inf"))
+    i, j = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
+    hidden = mask.hides(i.unsqueeze(1), j, q.shape[1], k.shape[1])
+    scores = scores.masked_fill(hidden, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
-    empty = ~mask.any(-1)
+    empty = hidden.all(-1)
     # A row that sees nothing is 0 by definition, where softmax gives NaN. Not exp(scores - lse): a
     # large lse is rounded by more than the logarithm of the number of keys.
     empty = empty.unsqueeze(-1)

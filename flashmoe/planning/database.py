@@ -95,7 +95,8 @@ class Entry:
     def to_json(self) -> dict[str, Any]:
         bare = Entry(self.problem, self.backend, self.tile, self.default)
         empty = {f.name for f in fields(self) if getattr(self, f.name) == getattr(bare, f.name)}
-        return {k: v for k, v in asdict(self).items() if k in _REQUIRED or k not in empty}
+        data = asdict(self) | {"problem": self.problem.to_json()}
+        return {k: v for k, v in data.items() if k in _REQUIRED or k not in empty}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
@@ -187,7 +188,7 @@ def nearest(entries: Mapping[str, Entry], problem: Problem) -> list[Entry]:
         sizes = sum(abs(math.log2(max(here[a], 1) / max(there[a], 1))) for a in here)
         other = entry.problem
         group = problem.heads_q * other.heads_kv != other.heads_q * problem.heads_kv
-        return sizes + (problem.causal != other.causal) + group
+        return sizes + (problem.mask != other.mask) + group
 
     related = [
         entry

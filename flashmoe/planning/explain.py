@@ -10,6 +10,7 @@ import torch
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch, arch
 from flashmoe.planning import plan
+from flashmoe.spec.mask import FULL, WINDOW, Mask, parse_window
 from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
 _LISTED = 12
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen-kv", type=int, help="default: as --seqlen")
     parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument(
+        "--window", type=parse_window, default=FULL, metavar="LEFT,RIGHT", help=WINDOW
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -31,7 +35,8 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
     a = arguments
     heads = a.heads, a.heads if a.kv_heads is None else a.kv_heads
     seqlens = a.seqlen, a.seqlen if a.seqlen_kv is None else a.seqlen_kv
-    return Problem(a.batch, *heads, *seqlens, a.head_dim, a.dtype, a.causal)
+    mask = Mask(a.window.left, 0 if a.causal else a.window.right)
+    return Problem(a.batch, *heads, *seqlens, a.head_dim, a.dtype, mask)
 
 
 def lines(problem: Problem, device: torch.device) -> list[str]:

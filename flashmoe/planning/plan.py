@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,7 +74,7 @@ def make_plan(
 
     `backend` and `tile` override; so do the environment variables FLASHMOE_BACKEND and
     FLASHMOE_TILE, wherever they can run the problem's direction. `need_lse` excludes backends that
-    do not tell softmax_lse. Raises ValueError for an override that cannot run, saying why.
+    do not return softmax_lse. Raises ValueError for an override that cannot run, saying why.
     """
     chosen = _override(problem, device, backend, tile)
     if chosen is not None:
@@ -99,9 +99,31 @@ def make_plan(
     return untuned
 
 
-# What `make_plan` said, until `api.forget_plans`: planning takes tens of microseconds, and hundreds
-# where it searches a database for neighbours.
-remembered_plan = functools.lru_cache(maxsize=4096)(make_plan)
+class Planned(NamedTuple):
+    """A plan, and the call of its kernel: a Run, or a RunBackward, by the problem's direction."""
+
+    plan: Plan
+    run: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def planned(
+    problem: Problem,
+    device: torch.device,
+    backend: str | None = None,
+    tile: Tile | str | None = None,
+    need_lse: bool = False,
+    deterministic: bool = False,
+) -> Planned:
+    """What `make_plan` says, bound to its kernel, until `api.forget_plans`: planning takes tens of
+    microseconds, and hundreds where it searches a database for neighbours."""
+    plan = make_plan(problem, device, backend, tile, need_lse)
+    if deterministic:
+        plan = repeatable(plan, problem, device)
+    chosen = BACKENDS[plan.backend]
+    if problem.direction == "bwd":
+        return Planned(plan, chosen.bind_backward(problem, plan.tile))
+    return Planned(plan, chosen.bind(problem, plan.tile))
 
 
 def repeatable(plan: Plan, problem: Problem, device: torch.device) -> Plan:
@@ -155,7 +177,7 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
 def reload_databases() -> None:
     """Forget the databases read so far, so that the next plan sees what a tuner wrote."""
     databases.cache_clear()
-    remembered_plan.cache_clear()
+    planned.cache_clear()
 
 
 def _preference(problem: Problem, here: Arch) -> list[str]:

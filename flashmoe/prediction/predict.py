@@ -130,7 +130,7 @@ def tiled_work(
     if group and group < block_m and steps:
         seen, *_ = _visited(problem, -(-problem.seqlen_q // group), group, block_n)
         idle = 1.0 - seen * group / (steps * block_m)
-        if not problem.causal and m_blocks > 1:
+        if problem.mask.right < 0 and m_blocks > 1:
             # Blocks are dealt in turn: a slot gets one in m_blocks that is partly past the end, or
             # where slots and m_blocks have a common divisor, some get none and end last.
             slots = sm_count * per_sm
@@ -144,7 +144,7 @@ def tiled_work(
         shortest=shortest,
         slots=sm_count * per_sm,
         per_sm=per_sm,
-        masked=problem.causal,
+        masked=not problem.mask.is_full,
         ahead=ahead,
         idle=idle,
         ragged=problem.head_dim % _ALIGNED != 0,
@@ -165,8 +165,10 @@ def _visited(problem: Problem, m_blocks: int, block_m: int, block_n: int) -> tup
     """Tiles of keys that the blocks of rows of one head visit: in all, and the one that visits most
     and least. Exact, as csrc/forward/sm90/work.cuh counts them."""
     most = -(-problem.seqlen_kv // block_n)
-    if not problem.causal:
+    if problem.mask.is_full:
         return m_blocks * most, most, most
+    if problem.mask.is_local:
+        return _visited_in_window(problem, m_blocks, block_m, block_n)
     # Block i sees keys up to block_m * (i + 1) + shift, from block `first` on any, from `whole` on
     # all of them.
     shift = problem.seqlen_kv - problem.seqlen_q
@@ -176,6 +178,20 @@ def _visited(problem: Problem, m_blocks: int, block_m: int, block_n: int) -> tup
     partly = _floor_sum(whole - first, block_n, block_m, rounded)
     least = min(max(-(-(block_m + shift) // block_n), 0), most)
     return partly + (m_blocks - whole) * most, most, least
+
+
+def _visited_in_window(
+    problem: Problem, m_blocks: int, block_m: int, block_n: int
+) -> tuple[int, int, int]:
+    """By trying at most 64 blocks of rows, evenly spread; what lies between is interpolated."""
+    tried = min(m_blocks, 64)
+    picked = [i * (m_blocks - 1) // max(tried - 1, 1) for i in range(tried)]
+    counts = []
+    for i in picked:
+        rows = block_m * i, min(block_m * (i + 1), problem.seqlen_q)
+        first, last = problem.mask.visible(*rows, problem.seqlen_q, problem.seqlen_kv)
+        counts.append(-(-last // block_n) - first // block_n if last > first else 0)
+    return round(sum(counts) * m_blocks / len(counts)), max(counts), min(counts)
 
 
 def _floor_sum(n: int, m: int, a: int, b: int) -> int:

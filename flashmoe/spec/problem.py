@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.spec.mask import FULL, Mask, causal_if
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DIRECTIONS = ("fwd", "bwd")
@@ -24,8 +29,7 @@ def _require_integer(name: str, value: object, least: int) -> None:
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One attention problem: q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv,
-    heads_kv, head_dim). `causal` is aligned bottom-right: query i sees key j when
-    j <= i + seqlen_kv - seqlen_q.
+    heads_kv, head_dim). `mask` says which keys a query sees; limits that hide nothing are dropped.
 
     Raises ValueError, naming the field, its value and what is allowed.
     """
@@ -37,7 +41,7 @@ class Problem:
     seqlen_kv: int
     head_dim: int
     dtype: str
-    causal: bool = False
+    mask: Mask = FULL
     direction: str = "fwd"
 
     def __post_init__(self) -> None:
@@ -53,23 +57,35 @@ class Problem:
             raise ValueError(
                 f"head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM}, got {self.head_dim}"
             )
-        if not isinstance(self.causal, bool):
-            raise ValueError(f"causal must be true or false, got {self.causal!r}")
+        if not isinstance(self.mask, Mask):
+            raise ValueError(f"mask must be a Mask, got {self.mask!r}")
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         if self.direction not in DIRECTIONS:
             raise ValueError(
                 f"direction must be one of {', '.join(DIRECTIONS)}, got {self.direction!r}"
             )
+        # One problem has one spelling.
+        object.__setattr__(self, "mask", self.mask.reduced(self.seqlen_q, self.seqlen_kv))
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, mask: Mask = FULL, direction: str = "fwd") -> Problem:
+        """The problem of q (batch, seqlen_q, heads_q, head_dim) and k (batch, seqlen_kv, heads_kv,
+        head_dim)."""
+        batch, seqlen_q, heads_q, head_dim = q.shape
+        seqlen_kv, heads_kv = k.shape[1], k.shape[2]
+        sizes = (batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim)
+        return cls(*sizes, str(q.dtype).removeprefix("torch."), mask, direction)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a kernel must have beyond full and causal attention of equal head counts."""
+        return frozenset({"window"} if self.mask.is_local else ())
 
     @property
     def visible_pairs(self) -> int:
         """How many (query, key) pairs the mask of one head lets through."""
-        if not self.causal:
-            return self.seqlen_q * self.seqlen_kv
-        # The last rows see all keys, all but one, ...; rows before the first key see none.
-        rows = min(self.seqlen_q, self.seqlen_kv)
-        return rows * self.seqlen_kv - rows * (rows - 1) // 2
+        return self.mask.pairs(self.seqlen_q, self.seqlen_kv)
 
     @property
     def flops(self) -> int:
@@ -93,7 +109,7 @@ class Problem:
     def bucket(self) -> str:
         """The key under which tuned results are stored.
 
-        Exact in direction, dtype, causal, head_dim and group size; batch * heads_q, seqlen_q and
+        Exact in direction, dtype, mask, head_dim and group size; batch * heads_q, seqlen_q and
         seqlen_kv rounded up to a power of two.
         """
         return "-".join([self.bucket_kind, *(f"{a}{n}" for a, n in self.bucket_sizes.items())])
@@ -101,9 +117,8 @@ class Problem:
     @property
     def bucket_kind(self) -> str:
         """The part of the bucket that is exact."""
-        mask = "causal" if self.causal else "full"
         group = self.heads_q // self.heads_kv
-        return f"{self.direction}-{self.dtype}-{mask}-d{self.head_dim}-g{group}"
+        return f"{self.direction}-{self.dtype}-{self.mask}-d{self.head_dim}-g{group}"
 
     @property
     def bucket_sizes(self) -> dict[str, int]:
@@ -124,21 +139,38 @@ class Problem:
         seqlen = str(self.seqlen_q)
         if self.seqlen_kv != self.seqlen_q:
             seqlen += f"x{self.seqlen_kv}"
-        mask = " causal" if self.causal else ""
+        mask = "" if self.mask.is_full else f" {self.mask}"
         return (
             f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.head_dim} {self.dtype}{mask}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Its fields; the mask as `causal`, and `window` [left, right] where it is neither full nor
+        causal."""
+        data = dataclasses.asdict(self) | {"causal": self.mask.is_causal}
+        if self.mask.is_local:
+            data["window"] = [self.mask.left, self.mask.right]
+        del data["mask"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Problem:
         """Raises ValueError for unknown or missing fields as well as for illegal values."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - names):
-            raise ValueError(f"problem has unknown fields {unknown}; known are {sorted(names)}")
+        fields = dict(data)
+        causal, window = fields.pop("causal", False), fields.pop("window", None)
+        names = {field.name for field in dataclasses.fields(cls)} - {"mask"}
+        if unknown := sorted(set(fields) - names):
+            known = sorted([*names, "causal", "window"])
+            raise ValueError(f"problem has unknown fields {unknown}; known are {known}")
+        if not isinstance(causal, bool):
+            raise ValueError(f"causal must be true or false, got {causal!r}")
+        mask = causal_if(causal)
+        if window is not None:
+            if not isinstance(window, list) or len(window) != 2:
+                raise ValueError(f"window must be [left, right], got {window!r}")
+            left, right = window
+            mask = Mask(left, 0 if causal else right)
         try:
-            return cls(**data)
+            return cls(**fields, mask=mask)
         except TypeError as error:
             raise ValueError(f"problem is incomplete: {error}") from None

@@ -35,6 +35,7 @@ from flashmoe.autotune.space import AXES, Space
 from flashmoe.autotune.study import open_study
 from flashmoe.machine.device import Arch
 from flashmoe.measure.timing import Measurement
+from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 from flashmoe.tiles import grid as tile_grid
@@ -210,7 +211,7 @@ def synthetic(seed: int = 0) -> list[Grid]:
         (64, 512, False), (64, 4096, True), (128, 1024, False), (128, 4096, False),
         (128, 4096, True), (64, 8192, False),
     ):  # fmt: skip
-        problem = Problem(2, 16, 16, seqlen, seqlen, head_dim, "bfloat16", causal)
+        problem = Problem(2, 16, 16, seqlen, seqlen, head_dim, "bfloat16", mask=causal_if(causal))
         own = effects(0.02)
         legal = [tile for tile in everything if not tile.violations(HOPPER, problem)]
         times = {

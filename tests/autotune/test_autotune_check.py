@@ -8,22 +8,23 @@ from torch import Tensor
 
 from flashmoe.autotune.check import Forward, Inputs, ragged_inputs, timed_inputs
 from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.mask import CAUSAL
 from flashmoe.spec.problem import Problem
 
 CPU = torch.device("cpu")
 PROBLEM = Problem(2, 4, 2, 65, 97, 24, "float32")
-CAUSAL = Problem(1, 2, 2, 97, 65, 16, "float32", causal=True)
+MASKED = Problem(1, 2, 2, 97, 65, 16, "float32", mask=CAUSAL)
 
 
 def right(problem: Problem) -> Forward:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attention_reference(q, k, v, causal=problem.causal)
+        out, lse = attention_reference(q, k, v, mask=problem.mask)
         return out.to(q.dtype).contiguous(), lse.float()
 
     return forward
 
 
-@pytest.mark.parametrize("problem", [PROBLEM, CAUSAL], ids=["grouped", "rows that see nothing"])
+@pytest.mark.parametrize("problem", [PROBLEM, MASKED], ids=["grouped", "rows that see nothing"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_right_answer_passes(problem: Problem, dtype: str) -> None:
     import dataclasses
@@ -76,10 +77,10 @@ def test_a_wrong_answer_is_told(change: str, told: str) -> None:
 
 
 def test_rows_that_see_nothing_must_be_zero() -> None:
-    inputs = timed_inputs(CAUSAL, CPU, seed=1)
+    inputs = timed_inputs(MASKED, CPU, seed=1)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse = right(CAUSAL)(q, k, v)
+        out, lse = right(MASKED)(q, k, v)
         assert lse is not None
         return out, lse.nan_to_num(neginf=0.0)
 
@@ -98,7 +99,7 @@ def test_reading_behind_a_sequence_is_told() -> None:
 
 
 def test_ragged_lengths_are_odd() -> None:
-    for problem in (PROBLEM, Problem(8, 8, 2, 4096, 4096, 64, "float32", causal=True)):
+    for problem in (PROBLEM, Problem(8, 8, 2, 4096, 4096, 64, "float32", mask=CAUSAL)):
         small = ragged_inputs(problem, CPU, seed=1).problem
         assert small.seqlen_q % 2 == 1
         assert small.seqlen_kv % 2 == 1
@@ -107,7 +108,7 @@ def test_ragged_lengths_are_odd() -> None:
 
 
 def test_large_problems_are_compared_in_part_from_both_ends() -> None:
-    inputs = timed_inputs(Problem(3, 3, 3, 6001, 1501, 8, "float32", causal=False), CPU, seed=1)
+    inputs = timed_inputs(Problem(3, 3, 3, 6001, 1501, 8, "float32"), CPU, seed=1)
     rows = {(part.rows.start, part.rows.stop) for part in inputs.expected}
     assert min(rows)[0] == 0
     assert max(rows)[1] == 6001
@@ -117,10 +118,10 @@ def test_large_problems_are_compared_in_part_from_both_ends() -> None:
 
 
 def test_causal_parts_agree_with_the_whole() -> None:
-    problem = Problem(1, 1, 1, 3001, 2500, 8, "float32", causal=True)
+    problem = Problem(1, 1, 1, 3001, 2500, 8, "float32", mask=CAUSAL)
     inputs = timed_inputs(problem, CPU, seed=1)
     assert len(inputs.expected) == 3
-    out, lse = attention_reference(inputs.q, inputs.k, inputs.v, causal=True)
+    out, lse = attention_reference(inputs.q, inputs.k, inputs.v, mask=CAUSAL)
     for part in inputs.expected:
         torch.testing.assert_close(part.out, out[0, part.rows, part.heads])
         torch.testing.assert_close(part.lse, lse[0, part.heads, part.rows])

@@ -23,12 +23,13 @@ from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.stats import Interval
 from flashmoe.planning import database
 from flashmoe.planning.plan import Plan, make_plan
+from flashmoe.spec.mask import CAUSAL
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 CPU = torch.device("cpu")
 HERE = fingerprint(CPU)
-PROBLEM = Problem(2, 16, 16, 8192, 8192, 120, "bfloat16", causal=True)
+PROBLEM = Problem(2, 16, 16, 8192, 8192, 120, "bfloat16", mask=CAUSAL)
 SM80 = Tile("sm80", 128, 64, 2, 4)
 RESULT = Result(
     problem=PROBLEM,
@@ -79,7 +80,7 @@ RUN_HERE = [Candidate.of_tile(Tile("cpu", 96, 256)), Candidate("sdpa")]
 def test_every_line_of_the_suggestions_does_what_it_says(
     best: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = Problem(1, 2, 2, 64, 64, 32, "float32", causal=True)
+    problem = Problem(1, 2, 2, 64, 64, 32, "float32", mask=CAUSAL)
     text = suggestions(dataclasses.replace(RESULT, problem=problem, best=best))
     monkeypatch.setenv("FLASHMOE_BACKEND", "blocked")
     monkeypatch.delenv("FLASHMOE_TILE", raising=False)

@@ -21,6 +21,7 @@ from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning import database
 from flashmoe.planning.plan import make_plan, reload_databases
 from flashmoe.spec import shapes
+from flashmoe.spec.mask import CAUSAL
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -293,7 +294,7 @@ def test_sdpa_is_no_rival_where_it_computes_something_else(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    chunk = Problem(1, 2, 2, 64, 200, 16, "float32", causal=True)
+    chunk = Problem(1, 2, 2, 64, 200, 16, "float32", mask=CAUSAL)
     monkeypatch.setitem(script.SUITES, "cpu", (chunk,))
     tile = Candidate.of_tile
     times(script, monkeypatch, {tile(DEFAULT): 200.0, tile(OTHER): 100.0, SDPA: 1.0})

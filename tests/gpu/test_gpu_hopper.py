@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, assert_gradients_match, assert_matches_reference, guarded
+from support import LAYOUTS, assert_gradients_match, assert_matches_reference, guarded, run_forward
 
 from flashmoe import Tile, _extension, flash_attn_func
 from flashmoe.backends import BACKENDS, jit
-from flashmoe.frontend.ops import problem_of
 from flashmoe.machine.device import arch
+from flashmoe.spec.mask import CAUSAL, causal_if
+from flashmoe.spec.problem import Problem
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -43,7 +44,7 @@ def tensors(batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, dtype, layo
 
 
 def run(q, k, v, causal, tile):
-    return CUDA.forward(q, k, v, q.shape[3] ** -0.5, causal, tile)
+    return run_forward("cuda", q, k, v, causal_if(causal), tile)
 
 
 # 200 problems in all, in parts that run beside each other.
@@ -240,7 +241,7 @@ def test_tiles_compiled_here(dtype, tmp_path, monkeypatch):
     for head_dim, names in texts.items():
         tiles = [Tile.parse(f"sm90:{name}") for name in names]
         q, k, v = tensors(2, 333, 417, 4, 2, head_dim, dtype, ["packed"] * 3)
-        problem = problem_of(q, k, True)
+        problem = Problem.of(q, k, CAUSAL)
         assert [tile.violations(arch(DEVICE), problem) for tile in tiles] == [[]] * len(tiles)
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda tile, p=problem: CUDA.precompile(tile, p, DEVICE), tiles))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, assert_gradients_match, assert_matches_reference, guarded
+from support import LAYOUTS, assert_gradients_match, assert_matches_reference, guarded, run_forward
 
 import flashmoe
 from flashmoe import Problem, _extension, flash_attn_func
 from flashmoe.backends import BACKENDS
-from flashmoe.frontend.ops import problem_of
 from flashmoe.machine.device import arch
+from flashmoe.spec.mask import causal_if
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -34,9 +34,9 @@ COMPILED = [
 def test_every_compiled_tile(head_dim, tile, dtype, causal, seqlen_q, seqlen_kv):
     q = guarded((2, seqlen_q, 4, head_dim), dtype, "padded", DEVICE)
     k, v = (guarded((2, seqlen_kv, 2, head_dim), dtype, "packed", DEVICE) for _ in range(2))
-    if tile.violations(arch(DEVICE), problem_of(q, k, causal)):
+    if tile.violations(arch(DEVICE), Problem.of(q, k, causal_if(causal))):
         pytest.skip("does not fit this GPU")
-    out, lse = CUDA.forward(q, k, v, head_dim**-0.5, causal, tile)
+    out, lse = run_forward("cuda", q, k, v, causal_if(causal), tile)
     assert_matches_reference(out, lse, q, k, v, causal=causal)
 
 
@@ -55,12 +55,12 @@ def test_cuda_on_random_problems(data):
     shape_q = (batch, seqlen_q, heads_kv * group, head_dim)
     q = guarded(shape_q, dtype, layouts[0], DEVICE, generator)
     k, v = (guarded(shape_kv, dtype, layout, DEVICE, generator) for layout in layouts[1:])
-    problem, instances = problem_of(q, k, causal), _extension.load().instances
+    problem, instances = Problem.of(q, k, causal_if(causal)), _extension.load().instances
     instance = min(d for kernel, d in instances if kernel == "sm80" and d >= head_dim)
     compiled = instances["sm80", instance]
     tiles = [tile for tile in compiled if not tile.violations(arch(DEVICE), problem)]
     tile = data.draw(st.sampled_from(tiles))
-    out, lse = CUDA.forward(q, k, v, head_dim**-0.5, causal, tile)
+    out, lse = run_forward("cuda", q, k, v, causal_if(causal), tile)
     assert_matches_reference(out, lse, q, k, v, causal=causal)
 
 

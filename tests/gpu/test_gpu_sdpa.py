@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, assert_matches_reference, guarded
+from support import LAYOUTS, assert_matches_reference, guarded, run_backward
 
 import flashmoe
 from flashmoe import flash_attn_func
 from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.mask import CAUSAL, causal_if
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -40,7 +42,7 @@ def test_any_layout_of_a_few_queries(data):
     assert out.is_contiguous()
     if seqlen_kv:
         # As close as torch's kernels come.
-        expected, _ = attention_reference(q, k, v, causal=causal)
+        expected, _ = attention_reference(q, k, v, mask=causal_if(causal))
         tolerance = 8 * torch.finfo(dtype).eps
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     else:
@@ -95,8 +97,8 @@ def test_tf32_changes_nothing_in_float32():
 
     def blocked():
         out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
-        backend = flashmoe.backends.BACKENDS["blocked"]
-        return backend.backward(dout, q, k, v, out, lse, 64**-0.5, True, None)
+        call = Call(*(x.detach() for x in (q, k, v)), 64**-0.5)
+        return run_backward("blocked", call, Saved(dout, out.detach(), lse), CAUSAL)
 
     expected = results() + blocked()
     torch.set_float32_matmul_precision("high")

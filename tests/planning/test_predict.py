@@ -11,6 +11,7 @@ from statistics import fmean, pstdev
 import pytest
 
 from flashmoe.prediction.predict import Costs, Work, microseconds, split_work, tiled_work
+from flashmoe.spec.mask import CAUSAL, causal_if
 from flashmoe.spec.problem import Problem
 
 PROBLEM = Problem(2, 33, 33, 1000, 1000, 64, "bfloat16")
@@ -32,7 +33,7 @@ def visits(problem: Problem, block_m: int, block_n: int) -> list[int]:
     found = []
     for start in range(0, problem.seqlen_q, block_m):
         end = problem.seqlen_kv
-        if problem.causal:
+        if problem.mask.is_causal:
             end = min(end, start + block_m + problem.seqlen_kv - problem.seqlen_q)
         found.append(-(-max(end, 0) // block_n))
     return found
@@ -43,7 +44,7 @@ def test_tiles_of_keys_are_counted_exactly():
     for _ in range(3000):
         problem = Problem(
             *(rng.randint(1, 3), 6, rng.choice((1, 2, 3, 6)), rng.randint(1, 700)),
-            *(rng.randint(1, 700), 64, "bfloat16", rng.random() < 0.8),
+            *(rng.randint(1, 700), 64, "bfloat16", causal_if(rng.random() < 0.8)),
         )
         block_m, block_n = rng.choice((16, 64, 128, 192, 256)), rng.randrange(16, 257, 16)
         work = tiled_work(problem, 132, block_m, block_n)
@@ -145,7 +146,7 @@ def test_the_schedule_agrees_with_a_simulation(ahead):
         seqlen_kv = round(2 ** rng.uniform(6, 14))
         seqlen_q = round(seqlen_kv ** rng.uniform(0.7, 1))
         heads = round(2 ** rng.uniform(0, 9))
-        problem = Problem(1, heads, heads, seqlen_q, seqlen_kv, 64, "bfloat16", causal=True)
+        problem = Problem(1, heads, heads, seqlen_q, seqlen_kv, 64, "bfloat16", mask=CAUSAL)
         work = tiled_work(problem, 132, 64, 128, ahead=ahead)
         if not work.slots < work.blocks < 20_000:
             continue

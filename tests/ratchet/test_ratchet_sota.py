@@ -28,7 +28,7 @@ def test_suites_are_large_enough() -> None:
         cases = [parse(name) for name in names]
         assert any(case.backward for case in cases)
         assert any(case.problem.seqlen_q == 1 for case in cases)
-        assert {case.problem.causal for case in cases} == {False, True}
+        assert {case.problem.mask.is_causal for case in cases} == {False, True}
 
 
 def made_up(**factors: float) -> list[Compared]:

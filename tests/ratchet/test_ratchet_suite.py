@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.suite import SUITES, Case, parse, select
+from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
 sizes = st.integers(1, 5000)
@@ -18,8 +19,18 @@ def test_a_name_says_all(
     batch: int, kv: int, group: int, sq: int, skv: int, d: int, backward: bool, data: st.DataObject
 ) -> None:
     dtype = data.draw(st.sampled_from(list(DTYPE_BYTES)))
-    causal = data.draw(st.booleans())
-    problem = Problem(batch, kv * group, kv, sq, sq if causal else skv, 8 * d, dtype, causal)
+    limits = st.integers(-1, 20)
+    mask = data.draw(st.one_of(st.sampled_from([FULL, CAUSAL]), st.builds(Mask, limits, limits)))
+    problem = Problem(
+        batch,
+        kv * group,
+        kv,
+        sq,
+        skv,
+        8 * d,
+        dtype,
+        mask,
+    )
     case = Case(problem, backward)
     assert parse(case.name) == case
 
@@ -60,7 +71,7 @@ def test_work_of_forward_and_backward() -> None:
         ("fwd-b1-h2-s64-d32-float64", "case must look like"),
         ("fwd-b1-h2-s64-d30-float32", "head_dim must be a multiple of 8"),
         ("fwd-b1-h3k2-s64-d32-float32", "heads_q must be a multiple of heads_kv"),
-        ("fwd-b1-h2-s64x128-d32-float32-causal", "causal needs seqlen_q equal to seqlen_kv"),
+        ("fwd-b1-h2-s64-d32-float32-window-1-x", "mask must be full, causal or window-LEFT-RIGHT"),
         ("fwd-b0-h2-s64-d32-float32", "must be at least 1"),
     ],
 )
@@ -69,10 +80,20 @@ def test_bad_names(name: str, message: str) -> None:
         parse(name)
 
 
+def test_the_yardstick_is_what_sdpa_computes_too() -> None:
+    for name in ("fwd-b1-h2-s64-d32-float32-causal", "fwd-b1-h2-s64x8-d32-float32"):
+        assert parse(name).yardstick == parse(name).problem
+    # Rows see 33 keys in the mean, and at most 17.
+    for name, keys in (("s64x65-d32-float32-causal", 33), ("s64-d32-float32-window-16-0", 14)):
+        case = parse(f"fwd-b1-h2-{name}")
+        yardstick = case.yardstick
+        assert (yardstick.mask, yardstick.seqlen_q, yardstick.seqlen_kv) == (FULL, 64, keys)
+
+
 def test_select_patterns_and_names() -> None:
     causal = select("quick", "cpu", ["*-causal"])
     assert causal
-    assert all(case.problem.causal for case in causal)
+    assert all(case.problem.mask.is_causal for case in causal)
     name = "fwd-b1-h2-s64-d32-float32"
     assert [case.name for case in select("quick", "cpu", [name, name])] == [name]
     with pytest.raises(UserError, match="no case matches 'nothing\\*'"):
