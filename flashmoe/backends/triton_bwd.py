@@ -296,7 +296,9 @@ def attention_backward(
     divide 128. use_tma reads what is visited through the tensor memory accelerator, where that can.
     """
     q, k, v, softmax_scale = call
-    dout, out, softmax_lse = saved
+    dout, out, softmax_lse, dlse = saved
+    if dlse is not None:
+        raise NotImplementedError("the triton backward has no gradient of softmax_lse")
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
     causal = mask.right >= 0
