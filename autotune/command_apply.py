@@ -43,10 +43,10 @@ def run(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     name = args.model or device.arch(parse_device(args.device, None)).name
     # What won in a shipped database is compiled in already where it is worth it.
-    winners = winning_tiles(database.load(database.user_path(name)))
+    winners = winning_lines(database.load(database.user_path(name)))
     if not winners:
         raise UsageError(f"no CUDA tile has won on {name}: there is nothing to compile in")
-    for kernel, tiles in winners.items():
+    for kernel, lines in winners.items():
         path = args.instances / _LISTS[kernel]
         try:
             before = path.read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def run(words: Sequence[str]) -> int:
                 f"--instances must be the folder of {path.name}, got {str(args.instances)!r}: "
                 f"{error.strerror}"
             ) from None
-        after = with_first(before, tiles)
+        after = with_first(before, lines)
         if after == before:
             print(f"{path}: as it should be")
             continue
@@ -72,9 +72,10 @@ def run(words: Sequence[str]) -> int:
     return DONE
 
 
-def winning_tiles(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, list[Tile]]]:
-    """By kernel and head dimension of its instances, the tiles that won, most frequent first."""
-    counts: dict[str, dict[int, dict[Tile, int]]] = {}
+def winning_lines(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, list[str]]]:
+    """By kernel and head dimension of its instances, the lines of the tiles that won, most frequent
+    first."""
+    counts: dict[str, dict[int, dict[str, int]]] = {}
     for entry in entries.values():
         try:
             tile = Tile.parse(entry.best_tile)
@@ -86,25 +87,25 @@ def winning_tiles(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, 
         of_head_dim = of_kernel.setdefault(
             instances.head_dim_of(tile.kernel, entry.problem.head_dim), {}
         )
-        of_head_dim[tile] = of_head_dim.get(tile, 0) + 1
+        line = instances.line_of(entry.problem, tile)
+        of_head_dim[line] = of_head_dim.get(line, 0) + 1
     return {
         kernel: {
-            head_dim: sorted(tiles, key=lambda tile: -tiles[tile])
-            for head_dim, tiles in sorted(of_head_dim.items())
+            head_dim: sorted(lines, key=lambda line: -lines[line])
+            for head_dim, lines in sorted(of_head_dim.items())
         }
         for kernel, of_head_dim in counts.items()
     }
 
 
-def with_first(text: str, winners: Mapping[int, Sequence[Tile]]) -> str:
+def with_first(text: str, winners: Mapping[int, Sequence[str]]) -> str:
     """A list of instances (autotune/instances.py says what a line is) with the winners first of
     their head dimension; other lines, comments among them, stay where they are."""
     lines = text.splitlines()
-    for head_dim, tiles in winners.items():
-        wanted = [instances.line(head_dim, tile) for tile in tiles]
+    for head_dim, wanted in winners.items():
         first = next((i for i, line in enumerate(lines) if _head_dim(line) == head_dim), len(lines))
         rest = [line for line in lines[first:] if " ".join(line.split()) not in wanted]
-        lines = lines[:first] + wanted + rest
+        lines = [*lines[:first], *wanted, *rest]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from flashmoe.tiles import Tile, instance_head_dim, sm90_head_dim
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import PLAIN, Tile, Variant, instance_head_dim, sm90_head_dim
 
 # The columns behind the head dimension, as the head of KERNEL.txt names them.
 COLUMNS = {
@@ -19,9 +20,16 @@ def head_dim_of(kernel: str, head_dim: int) -> int:
     return sm90_head_dim(head_dim) if kernel == "sm90" else instance_head_dim(head_dim)
 
 
-def line(head_dim: int, tile: Tile) -> str:
+def line(head_dim: int, tile: Tile, variant: Variant = PLAIN) -> str:
     """The tile's line; `head_dim` is the instance's."""
-    return " ".join(str(int(x)) for x in (head_dim, *_values(tile)))
+    return " ".join([*(str(int(x)) for x in (head_dim, *_values(tile))), *variant.names])
+
+
+def line_of(problem: Problem, tile: Tile) -> str:
+    """The line of the instance that runs a tile for a problem."""
+    # The other kernel decides at run time what variants are for.
+    variant = Variant.of(problem) if tile.kernel == "sm90" else PLAIN
+    return line(head_dim_of(tile.kernel, problem.head_dim), tile, variant)
 
 
 def _values(tile: Tile) -> list[int]:

@@ -28,6 +28,7 @@ from flashmoe.measure.stats import median_interval, paired_ratio
 from flashmoe.measure.timing import Limits, measure, measure_limits
 from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles import PLAIN
 
 Shape = tuple[int, int, int, int, bool]
 DEVICE = torch.device("cuda", 0)
@@ -105,7 +106,7 @@ def forward_case(shape: Shape, limits: Limits, rounds: int) -> dict[str, object]
     q, k, v = qkv(shape)
     causal = shape[4]
     flexed = flex(causal, shape[2])
-    sm80 = _extension.load().instances["sm80", shape[3]][0]
+    sm80 = _extension.load().instances["sm80", shape[3], PLAIN][0]
     candidates = {
         "flashmoe sm80": lambda: flash_attn_func(q, k, v, causal=causal, tile=sm80),
         "flashmoe cuda": lambda: flash_attn_func(q, k, v, causal=causal, backend="cuda"),

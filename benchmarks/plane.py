@@ -43,6 +43,7 @@ from flashmoe.machine import device
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.timing import cuda_sampler, measure_limits
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles import PLAIN
 
 SCHEMA = 1
 # Rounds, and how far behind the best a candidate may be to take part in the next ones.
@@ -64,7 +65,7 @@ Calls = dict[str, Callable[[], Any]]
 def compile_kernels(pool: ThreadPoolExecutor) -> list[str]:
     """All tiles that are not compiled in, into the cache unless they are there; what failed."""
     handles = _extension.load().handles
-    wanted = [k for d in INSTANCES for k in kernels_at(d) if (d, k.tile) not in handles]
+    wanted = [k for d in INSTANCES for k in kernels_at(d) if (d, k.tile, PLAIN) not in handles]
 
     def compile_one(kernel: Kernel) -> str:
         target = jit.Target(kernel.tile, kernel.head_dim, "bfloat16")
@@ -112,7 +113,7 @@ def inputs(problem: Problem, where: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 
 def _sm90_call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Any]:
-    handle = _extension.load().handles.get((kernel.head_dim, kernel.tile))
+    handle = _extension.load().handles.get((kernel.head_dim, kernel.tile, PLAIN))
     if handle is None:
         handle = _loaded(kernel)
     scale = q.shape[-1] ** -0.5
@@ -124,8 +125,8 @@ _handles: dict[Kernel, int] = {}
 
 def _loaded(kernel: Kernel) -> int:
     if kernel not in _handles:
-        code = jit.cubin(jit.Target(kernel.tile, kernel.head_dim, "bfloat16"))
-        _handles[kernel] = _extension.load_kernel(code, kernel.tile, kernel.head_dim, "bfloat16")
+        target = jit.Target(kernel.tile, kernel.head_dim, "bfloat16")
+        _handles[kernel] = _extension.load_kernel(jit.cubin(target), *target)
     return _handles[kernel]
 
 

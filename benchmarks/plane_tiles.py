@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flashmoe import _extension
 from flashmoe.machine.device import Arch
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile
+from flashmoe.tiles import PLAIN, Tile
 
 # An H200 (and an H100), as far as legality goes: to compile where there is none.
 HOPPER = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
@@ -140,7 +140,7 @@ class Kernel(NamedTuple):
 def kernels_at(head_dim: int) -> list[Kernel]:
     """The sm90 kernels of one instance that are legal on an H200, those compiled in first."""
     problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16")
-    compiled = _extension.load().instances.get(("sm90", head_dim), ())
+    compiled = _extension.load().instances.get(("sm90", head_dim, PLAIN), ())
     more = [Tile.parse(f"sm90:{name}") for name in _TILES[head_dim].split()]
     tiles = [*compiled, *(t for t in more if not t.violations(HOPPER, problem))]
     return [Kernel(head_dim, tile) for tile in dict.fromkeys(tiles)]
@@ -149,7 +149,11 @@ def kernels_at(head_dim: int) -> list[Kernel]:
 def kernels_for(problem: Problem) -> list[Kernel]:
     """The sm90 kernels to measure for a problem: of the smallest instance that is compiled in and
     holds its head_dim, and of one that is not if that is smaller."""
-    compiled = {d for kernel, d in _extension.load().instances if kernel == "sm90"}
+    compiled = {
+        d
+        for kernel, d, variant in _extension.load().instances
+        if (kernel, variant) == ("sm90", PLAIN)
+    }
     holding = [d for d in INSTANCES if d >= problem.head_dim]
     first = min(d for d in holding if d in compiled)
     return [k for d in holding if d <= first for k in kernels_at(d)]

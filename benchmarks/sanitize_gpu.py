@@ -16,6 +16,7 @@ from flashmoe.machine.device import arch
 from flashmoe.spec.call import Call
 from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles import PLAIN
 
 DEVICE = torch.device("cuda", 0)
 # seqlen_q, seqlen_kv, causal
@@ -27,8 +28,8 @@ def main() -> None:
     parser.add_argument("--kernel", choices=("sm80", "sm90"), help="only tiles of this kernel")
     arguments = parser.parse_args()
     calls = 0
-    for (kernel, head_dim), tiles in _extension.load().instances.items():
-        if kernel not in ("sm80", "sm90") or arguments.kernel not in (None, kernel):
+    for (kernel, head_dim, variant), tiles in _extension.load().instances.items():
+        if variant != PLAIN or arguments.kernel not in (None, kernel):
             continue
         for tile in tiles:
             for seqlen_q, seqlen_kv, causal in SIZES:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CSRC = Path(__file__).resolve().parent
 
@@ -45,16 +46,22 @@ INSTANCE_FIELDS = {
         "late_dq",
     ),
 }
+# Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
+# columns of a line. And those that it decides at run time, so that every instance has both.
+VARIANT_FIELDS = {"sm80": (), "sm90": ("local",), "sm90_bwd": ()}
+RUNTIME_FIELDS = {"sm80": ("local",), "sm90": (), "sm90_bwd": ()}
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
 
 
 class Instance(NamedTuple):
-    """One compiled tile of one kernel; `shape` are the values of INSTANCE_FIELDS[kernel]."""
+    """One compiled tile of one kernel; `shape` are the values of INSTANCE_FIELDS[kernel],
+    `variant` those of VARIANT_FIELDS[kernel] that it is compiled with."""
 
     kernel: str
     head_dim: int
     shape: tuple[int, ...]
+    variant: tuple[str, ...] = ()
 
     @property
     def is_backward(self) -> bool:
@@ -63,7 +70,17 @@ class Instance(NamedTuple):
     @property
     def symbol(self) -> str:
         name = "bwd_sm90" if self.is_backward else f"fwd_{self.kernel}"
-        return "_".join(map(str, (name, self.head_dim, *self.shape)))
+        return "_".join(map(str, (name, self.head_dim, *self.shape, *self.variant)))
+
+    @property
+    def variants(self) -> list[tuple[str, ...]]:
+        """The variants whose problems it computes."""
+        runtime = RUNTIME_FIELDS[self.kernel]
+        return [
+            (*self.variant, *chosen)
+            for n in range(len(runtime) + 1)
+            for chosen in itertools.combinations(runtime, n)
+        ]
 
     def to_json(self) -> dict[str, int | str]:
         fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
@@ -83,16 +100,23 @@ def instances() -> list[Instance]:
     for kernel, names in INSTANCE_FIELDS.items():
         path = CSRC / "instances" / f"{kernel}.txt"
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            columns = line.partition("#")[0].split()
-            if not columns:
+            words = line.partition("#")[0].split()
+            if not words:
                 continue
+            columns, variant = words[: 1 + len(names)], tuple(words[1 + len(names) :])
+            known = [name for name in VARIANT_FIELDS[kernel] if name in variant]
             if len(columns) != 1 + len(names) or not all(column.isdigit() for column in columns):
                 raise ValueError(
                     f"{path.name}:{number}: expected integers for head_dim, {', '.join(names)}, "
                     f"got {line!r}"
                 )
+            if variant != tuple(known):
+                allowed = ", ".join(VARIANT_FIELDS[kernel]) or "nothing"
+                raise ValueError(
+                    f"{path.name}:{number}: expected {allowed} behind the columns, got {line!r}"
+                )
             head_dim, *shape = map(int, columns)
-            found.append(Instance(kernel, head_dim, tuple(shape)))
+            found.append(Instance(kernel, head_dim, tuple(shape), variant))
     return found
 
 
@@ -212,6 +236,7 @@ def _sm90_source(instance: Instance, is_default: bool) -> str:
         "namespace flashmoe {",
         "",
         f"constexpr Sm90Tile TILE{_sm90_tile(instance)};",
+        f"constexpr Variant VARIANT{_variant(instance.variant)};",
         "template struct LegalSm90Tile<TILE>;",
         "",
     ]
@@ -220,7 +245,7 @@ def _sm90_source(instance: Instance, is_default: bool) -> str:
         lines += [
             "__global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_sm)",
             f"    {instance.symbol}{dtype}(const __grid_constant__ Sm90Params params) {{",
-            f"  sm90::attention_forward<{dtype}, TILE>(params);",
+            f"  sm90::attention_forward<{dtype}, TILE, VARIANT>(params);",
             "}",
             "",
         ]
@@ -279,6 +304,11 @@ def _sm90_bwd_tile(instance: Instance) -> str:
     return _initializer(instance, ("late_dq",))
 
 
+def _variant(names: tuple[str, ...]) -> str:
+    """The initializer of a Variant."""
+    return "{" + ", ".join(f".{name} = true" for name in names) + "}"
+
+
 def _initializer(instance: Instance, flags: tuple[str, ...]) -> str:
     fields = instance.to_json()
     for flag in flags:
@@ -299,24 +329,28 @@ def _registry_source(
             "cuda_archs": archs,
             "cuda_version": cuda_version,
             "fields": INSTANCE_FIELDS,
-            "instances": [instance.to_json() for instance in forward],
-            "backward_instances": [instance.to_json() for instance in backward],
+            "variant_fields": VARIANT_FIELDS,
+            "instances": [_listed(instance) for instance in forward],
+            "backward_instances": [_listed(instance) for instance in backward],
             "source_hashes": source_hashes(),
         }
     )
     declarations, entries, backward_entries = [], [], []
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
+        variant = _variant((*instance.variant, *RUNTIME_FIELDS[instance.kernel]))
         if instance.kernel == "sm80":
             default = first["sm80", head_dim]
             declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
             if instance == default:
                 declarations.append(f"cudaError_t {symbol}_unaligned({_ARGUMENTS});")
-            entries.append(f"    {{{head_dim}, {symbol}, {default.symbol}_unaligned, {{}}, {{}}}},")
+            entries.append(
+                f"    {{{head_dim}, {symbol}, {default.symbol}_unaligned, {{}}, {variant}, {{}}}},"
+            )
         else:
             declarations.append(f"extern const void* const {symbol}[2];")
             entries.append(
-                f"    {{{head_dim}, nullptr, nullptr, {_sm90_tile(instance)}, "
+                f"    {{{head_dim}, nullptr, nullptr, {_sm90_tile(instance)}, {variant}, "
                 f"{{{symbol}[0], {symbol}[1]}}}},"
             )
     for instance in backward:
@@ -339,6 +373,11 @@ def _registry_source(
         lines.append("")
     lines += [f'const char build_info[] = R"({info})";', "", "}  // namespace flashmoe", ""]
     return "\n".join(lines)
+
+
+def _listed(instance: Instance) -> dict[str, Any]:
+    """An instance as flashmoe/_extension.py reads it."""
+    return {**instance.to_json(), "variants": instance.variants}
 
 
 def _write(path: Path, text: str) -> None:

@@ -324,20 +324,21 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
 
 FLASHMOE_EXPORT const char* flashmoe_build_info() { return flashmoe::build_info; }
 
-// The handle of the kernel in a cubin, or -1 and why not. `fields` are head_dim and the fields of
-// csrc/build_config.py's INSTANCE_FIELDS, `num_fields` of them.
+// The handle of the kernel in a cubin, or -1 and why not. `fields` are head_dim and those of
+// csrc/build_config.py's INSTANCE_FIELDS, then VARIANT_FIELDS, `num_fields` of them.
 FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubin,
                                                [[maybe_unused]] const int* fields, int num_fields,
                                                [[maybe_unused]] int bfloat16, char* error,
                                                size_t error_size) {
 #ifdef FLASHMOE_WITH_CUDA
   try {
-    if (num_fields != 10) throw std::runtime_error("expected 10 fields of a tile");
+    if (num_fields != 11) throw std::runtime_error("expected 10 fields of a tile and a variant's");
     const flashmoe::Sm90Tile tile{fields[0], fields[1],      fields[2],      fields[3],
                                   fields[4], fields[5] != 0, fields[6] != 0, fields[7],
                                   fields[8], fields[9] != 0};
     return flashmoe::load_kernel(
-        cubin, tile, bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16);
+        cubin, tile, {.local = fields[10] != 0},
+        bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16);
   } catch (const std::exception& exception) {
     std::snprintf(error, error_size, "%s", exception.what());
   }

@@ -71,9 +71,10 @@ def _describe() -> int:
     cuda = f"CUDA {info.cuda_version} kernels for sm_{', sm_'.join(info.cuda_archs)}"
     print(f"flashmoe {flashmoe.__version__}, torch {torch.__version__}")
     print(f"built with: cpu kernel, {cuda if info.cuda_archs else 'no CUDA kernels'}")
-    for (kernel, head_dim), tiles in sorted(info.instances.items()):
+    by_name = {(kernel, d, v.names): tiles for (kernel, d, v), tiles in info.instances.items()}
+    for (kernel, head_dim, names), tiles in sorted(by_name.items()):
         shapes = ", ".join(str(tile).partition(":")[2] for tile in tiles)
-        print(f"  {kernel} head_dim {head_dim}: {shapes}")
+        print(f"  {' '.join((kernel, *names))} head_dim {head_dim}: {shapes}")
     reason = jit.unavailable()
     print(f"other sm90 tiles are compiled here: {'no: ' + reason if reason else jit.compiler()}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]

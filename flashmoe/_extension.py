@@ -12,29 +12,34 @@ from typing import Any
 
 import torch
 
-from flashmoe.tiles import Tile
+from flashmoe.tiles import Tile, Variant
 
 _PACKAGE = Path(__file__).parent
 # The headers that the extension's sm90 kernels were compiled from.
 KERNEL_SOURCES = _PACKAGE / "kernels"
+# By kernel, head dimension and variant; and by those of one tile.
+Instances = dict[tuple[str, int, Variant], tuple[Tile, ...]]
+Handles = dict[tuple[int, Tile, Variant], int]
 _FLAGS = {field.name for field in fields(Tile) if field.type in (bool, "bool")}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildInfo:
     """What setup.py compiled: CUDA architectures (empty without CUDA), for each CUDA kernel the
-    fields of Tile that it is compiled for, for each (kernel, head_dim) the tiles that are compiled
-    in and for each of those its handle, the same for each head_dim of the backward kernel, whose
-    handles are its own, and for each kind of device a hash of the kernels' sources.
+    fields of Tile and of Variant that it is compiled for, for each (kernel, head_dim, variant) the
+    tiles that are compiled in and for each of those its handle, the same of the backward kernel,
+    whose handles are its own, and for each kind of device a hash of the kernels' sources. Where a
+    kernel decides at run time what a variant is for, its tiles stand under every one.
     """
 
     cuda_archs: tuple[str, ...]
     cuda_version: str
     fields: dict[str, tuple[str, ...]]
-    instances: dict[tuple[str, int], tuple[Tile, ...]]
-    handles: dict[tuple[int, Tile], int]
-    backward_instances: dict[int, tuple[Tile, ...]]
-    backward_handles: dict[tuple[int, Tile], int]
+    variant_fields: dict[str, tuple[str, ...]]
+    instances: Instances
+    handles: Handles
+    backward_instances: Instances
+    backward_handles: Handles
     source_hashes: dict[str, str]
 
 
@@ -53,19 +58,19 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _tiles(
-    shapes: list[dict[str, Any]],
-) -> tuple[dict[tuple[str, int], tuple[Tile, ...]], dict[tuple[int, Tile], int]]:
-    """Tiles by (kernel, head_dim), and handles, of instances as the build lists them."""
-    instances: dict[tuple[str, int], list[Tile]] = {}
-    handles: dict[tuple[int, Tile], int] = {}
+def _tiles(shapes: list[dict[str, Any]]) -> tuple[Instances, Handles]:
+    """Tiles and handles of instances as the build lists them."""
+    instances: dict[tuple[str, int, Variant], list[Tile]] = {}
+    handles: Handles = {}
     for handle, shape in enumerate(shapes):
         head_dim = shape.pop("head_dim")
+        variants = [Variant.named(names) for names in shape.pop("variants")]
         # The build's lists hold integers only.
         flags = {name: bool(shape[name]) for name in _FLAGS & shape.keys()}
         tile = Tile(**(shape | flags))
-        instances.setdefault((tile.kernel, head_dim), []).append(tile)
-        handles[head_dim, tile] = handle
+        for variant in variants:
+            instances.setdefault((tile.kernel, head_dim, variant), []).append(tile)
+            handles[head_dim, tile, variant] = handle
     return {key: tuple(tiles) for key, tiles in instances.items()}, handles
 
 
@@ -82,20 +87,23 @@ def load() -> BuildInfo:
         tuple(info["cuda_archs"]),
         info["cuda_version"],
         {kernel: tuple(names) for kernel, names in info["fields"].items()},
+        {kernel: tuple(names) for kernel, names in info["variant_fields"].items()},
         forward,
         handles,
-        {head_dim: tiles for (_, head_dim), tiles in backward.items()},
+        backward,
         backward_handles,
         info["source_hashes"],
     )
 
 
-def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str) -> int:
-    """The handle of an sm90 kernel that was compiled for `tile`, `head_dim` and `dtype`.
+def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:
+    """The handle of an sm90 kernel that was compiled for all of these.
 
     Raises RuntimeError when CUDA cannot load it.
     """
-    values = (head_dim, *(int(getattr(tile, name)) for name in load().fields["sm90"]))
+    info = load()
+    shape = [getattr(tile, name) for name in info.fields["sm90"]]
+    values = [head_dim, *shape, *(getattr(variant, name) for name in info.variant_fields["sm90"])]
     array = (ctypes.c_int * len(values))(*values)
     error = ctypes.create_string_buffer(512)
     handle: int = _library().flashmoe_load_kernel(

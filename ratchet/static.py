@@ -25,11 +25,12 @@ FAIL, CHANGED, IMPROVED, INTEGRITY = "FAIL", "CHANGED", "IMPROVED", "INTEGRITY"
 _ORDER = (FAIL, INTEGRITY, CHANGED, IMPROVED)
 _TENSOR_CORES = ("HGMMA", "HMMA")
 _MOST_ROWS = 200
-# How a symbol spells its tile: head_dim, then these fields (csrc/build_config.py), then others.
+# How a symbol spells its tile: head_dim, then these fields (csrc/build_config.py), then others, and
+# what its variant is for.
 _TILES = {
     "sm80": (re.compile(r"Sm80TileI((?:Li\d+E)+)E"), ("block_m", "block_n", "num_stages")),
     "sm90": (
-        re.compile(r"fwd_sm90_(\d+(?:_\d+)+)__"),
+        re.compile(r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*__"),
         ("block_m", "block_n", "num_stages", "q_stages"),
     ),
 }

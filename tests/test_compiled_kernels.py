@@ -15,7 +15,7 @@ from flashmoe.ratchet.errors import UserError
 INFO = _extension.load()
 pytestmark = pytest.mark.skipif(not INFO.cuda_archs, reason="this build has no CUDA kernels")
 BACKWARD = sum(len(tiles) for tiles in INFO.backward_instances.values())
-HOPPER = sum(len(tiles) for (kernel, _), tiles in INFO.instances.items() if kernel == "sm90")
+HOPPER = sum(len(tiles) for (kernel, *_), tiles in INFO.instances.items() if kernel == "sm90")
 # Bytes of a thread's stack. ptxas spills a few of the 255 registers of the widest sm80 tiles, which
 # are nevertheless the fastest of theirs. A Hopper tile keeps O and P there while it computes rows
 # again, at most 256 + 176 columns.
@@ -87,7 +87,7 @@ def test_what_stays_in_registers_is_not_overwritten(library):
     shared = {k: both for k, both in shared_operands(library).items() if "bwd" not in k}
     wanted = [
         tile
-        for (kernel, _), tiles in INFO.instances.items()
+        for (kernel, *_), tiles in INFO.instances.items()
         if kernel == "sm90"
         for tile in tiles
         if tile.q_in_registers

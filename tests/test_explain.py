@@ -12,12 +12,13 @@ from flashmoe.machine.device import Arch
 from flashmoe.planning import database, explain, plan
 from flashmoe.spec.mask import CAUSAL
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles import PLAIN
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(8, 16, 16, 2048, 2048, 128, "bfloat16", mask=CAUSAL)
 needs_sm90 = pytest.mark.skipif(
-    ("sm90", 128) not in _extension.load().instances, reason="this build has no CUDA kernels"
+    ("sm90", 128, PLAIN) not in _extension.load().instances, reason="this build has no CUDA kernels"
 )
 
 
@@ -55,7 +56,7 @@ def test_the_least_predicted_time_is_chosen(hopper):
 
 @needs_sm90
 def test_what_was_measured_stands_beside_it(hopper):
-    tile = _extension.load().instances["sm90", 128][-1]
+    tile = _extension.load().instances["sm90", 128, PLAIN][-1]
     samples = {str(tile): (2e-4, 3e-4, 4e-4), "sdpa": (5e-4,)}
     entry = database.Entry(
         PROBLEM, "cuda", str(tile), "", samples=samples, judged=_extension.kernel_hash("cuda")

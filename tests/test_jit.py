@@ -21,9 +21,9 @@ from flashmoe.backends.base import Default, first_default
 from flashmoe.machine.device import Arch
 from flashmoe.planning import database, plan
 from flashmoe.spec.call import Call
-from flashmoe.spec.mask import CAUSAL, FULL
+from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile
+from flashmoe.tiles import PLAIN, Tile, Variant
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 A100 = Arch("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
@@ -32,6 +32,8 @@ PROBLEM = Problem(2, 16, 16, 8192, 8192, 128, "bfloat16")
 COMPILED = Tile.parse("sm90:128x128-stages2-q2-pingpong-qreg")
 BUILT_IN = (COMPILED, Tile.parse("sm90:192x64-stages4-q1"), Tile.parse("sm90:64x64-ctas2-serial"))
 SMALL = Tile.parse("sm90:64x48-stages1")
+# One tile of both variants: kernels of their own.
+WINDOWED, LOCAL = BUILT_IN[1], Variant(local=True)
 CUDA = BACKENDS["cuda"]
 TARGET = jit.Target(SMALL, 64, "bfloat16")
 
@@ -74,13 +76,19 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """An H200 whose build has three sm90 tiles and an sm80 tile for head_dim 128."""
+    """An H200 and a build with four sm90 kernels, one of them for windows, and an sm80 one."""
     sm80 = Tile("sm80", 128, 64, 1, 4)
     info = replace(
         _extension.load(),
         cuda_archs=("80", "90"),
-        instances={("sm80", 128): (sm80,), ("sm90", 128): BUILT_IN},
-        handles={(128, tile): handle for handle, tile in enumerate((sm80, *BUILT_IN))},
+        instances={
+            ("sm80", 128, PLAIN): (sm80,),
+            ("sm90", 128, PLAIN): BUILT_IN,
+            ("sm80", 128, LOCAL): (sm80,),
+            ("sm90", 128, LOCAL): (WINDOWED,),
+        },
+        handles={(128, tile, PLAIN): handle for handle, tile in enumerate((sm80, *BUILT_IN))}
+        | {(128, sm80, LOCAL): 0, (128, WINDOWED, LOCAL): 4},
     )
     monkeypatch.setattr(_extension, "load", lambda: info)
     monkeypatch.setattr(plan, "arch", lambda device: H200)
@@ -113,13 +121,14 @@ def test_a_tile_is_compiled_once_and_kept(cache, compiler):
 
 def test_the_key_is_all_that_the_code_depends_on(compiler, monkeypatch):
     names = {jit._stem(TARGET)}
-    for change in ({"head_dim": 128}, {"dtype": "float16"}, {"tile": replace(SMALL, exp2_fma=1)}):
+    changes = ({"head_dim": 128}, {"dtype": "float16"}, {"tile": replace(SMALL, exp2_fma=1)})
+    for change in (*changes, {"variant": LOCAL}):
         names.add(jit._stem(TARGET._replace(**change)))
     monkeypatch.setattr(jit, "_headers_digest", lambda: "other headers")
     names.add(jit._stem(TARGET))
     monkeypatch.setattr(jit, "NVCC_OPTIONS", ("-O0",))
     names.add(jit._stem(TARGET))
-    assert len(names) == 6
+    assert len(names) == 7
 
 
 def test_another_compiler_compiles_anew_but_running_takes_none(compiler):
@@ -259,8 +268,8 @@ def test_default_tile_and_tiles_on_hopper(hopper, compiler):
 
 def test_without_a_compiler_only_compiled_tiles_are_tried(hopper, no_compiler):
     assert CUDA.tiles(PROBLEM, H200) == [
-        *hopper.instances["sm90", 128],
-        *hopper.instances["sm80", 128],
+        *hopper.instances["sm90", 128, PLAIN],
+        *hopper.instances["sm80", 128, PLAIN],
     ]
     assert CUDA.rejects(COMPILED, PROBLEM, H200) == ""
     reason = CUDA.rejects(SMALL, PROBLEM, H200)
@@ -334,8 +343,8 @@ def test_a_plan_looks_for_no_compiler(hopper, monkeypatch):
 def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):
     loaded = []
 
-    def load_kernel(cubin, tile, head_dim, dtype):
-        loaded.append((tile, head_dim, dtype))
+    def load_kernel(cubin, *target):
+        loaded.append(target)
         return 77
 
     monkeypatch.setattr(_extension, "load_kernel", load_kernel)
@@ -344,10 +353,31 @@ def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):
     for _ in range(2):
         call = Call("q", "k", "v", 0.5)
         assert CUDA.bind(problem, SMALL)(call) == ("q", "k", "v", 0.5, -1, -1, 77)
-    assert loaded == [(SMALL, 80, "float16")]
+    assert loaded == [(SMALL, 80, "float16", PLAIN)]
     causal = replace(problem, mask=CAUSAL)
     assert CUDA.bind(causal, COMPILED)(call) == ("q", "k", "v", 0.5, -1, 0, 1)
     assert len(loaded) == 1
+
+
+def test_a_window_runs_on_kernels_of_its_variant(hopper, compiler, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(_extension, "load_kernel", lambda cubin, *target: loaded.append(target))
+    monkeypatch.setattr(cuda_backend, "_fwd", lambda *arguments: arguments)
+    window = replace(PROBLEM, mask=Mask(100, 7))
+    assert CUDA.unsupported(window, H200) == ""
+    assert CUDA.compiled_in(window, H200) == [WINDOWED, *hopper.instances["sm80", 128, PLAIN]]
+    assert CUDA.default_tile(window, H200) in CUDA.compiled_in(window, H200)
+    call = Call("q", "k", "v", 0.5)
+    assert CUDA.bind(window, WINDOWED)(call) == ("q", "k", "v", 0.5, 100, 7, 4)
+    assert CUDA.bind(PROBLEM, WINDOWED)(call)[-1] == 2
+    assert not loaded
+    # A tile that is compiled in for other masks is another kernel with a window.
+    assert not CUDA.is_compiled(COMPILED, window)
+    CUDA.bind(window, COMPILED)
+    assert loaded == [(COMPILED, 128, "bfloat16", LOCAL)]
+    assert CUDA.is_compiled(COMPILED, window)
+    (text,) = compiler.compiled
+    assert "VARIANT{.local = true}" in text
 
 
 def test_the_first_default_that_applies_is_taken():
@@ -366,12 +396,12 @@ def test_the_first_default_that_applies_is_taken():
 
 def test_loading_what_is_no_kernel_is_an_error():
     with pytest.raises(RuntimeError, match=r"loading sm90:64x48\S* for head_dim 64: "):
-        _extension.load_kernel(b"not a kernel", SMALL, 64, "bfloat16")
+        _extension.load_kernel(b"not a kernel", SMALL, 64, "bfloat16", PLAIN)
 
 
 def compiles():
     """A real compiler makes machine code, in several threads at once, and names what it refuses."""
-    targets = [TARGET, jit.Target(replace(SMALL, exp2_fma=4), 80, "float16")]
+    targets = [TARGET, jit.Target(replace(SMALL, exp2_fma=4), 80, "float16", LOCAL)]
     with ThreadPoolExecutor(2) as pool:
         for code in pool.map(jit.cubin, targets):
             assert code.startswith(b"\x7fELF")

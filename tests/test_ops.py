@@ -10,6 +10,7 @@ import flashmoe
 from flashmoe import _extension, flash_attn_func
 from flashmoe.frontend import ops
 from flashmoe.planning import plan
+from flashmoe.tiles import PLAIN
 
 
 def qkv(requires_grad=False, dtype=torch.bfloat16):
@@ -30,7 +31,11 @@ def test_opcheck_fwd_cpu():
 @pytest.mark.parametrize("kernel", ["sm80", "sm90"])
 def test_opcheck_fwd_cuda(kernel):
     handles = _extension.load().handles
-    found = [handle for (d, tile), handle in handles.items() if d == 64 and tile.kernel == kernel]
+    found = [
+        handle
+        for (d, tile, variant), handle in handles.items()
+        if (d, tile.kernel, variant) == (64, kernel, PLAIN)
+    ]
     if not found or (kernel == "sm90" and torch.cuda.get_device_capability(DEVICE)[0] != 9):
         pytest.skip(f"{kernel} kernels do not run here")
     torch.library.opcheck(torch.ops.flashmoe.fwd_cuda.default, (*qkv(), 0.2, -1, 0, found[0]))

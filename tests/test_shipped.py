@@ -19,7 +19,7 @@ from flashmoe.machine.device import Arch
 from flashmoe.planning import database, plan
 from flashmoe.planning.database import Entry
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile, sm90_head_dim
+from flashmoe.tiles import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
 # The GPUs of which a database may ship, and what tiles must fit there.
@@ -123,7 +123,7 @@ def test_a_winner_of_more_than_a_percent_runs_without_a_compiler(stem: str) -> N
         assert not tile.violations(ARCHS[stem], entry.problem)
         assert entry.speedup_default is not None
         if entry.speedup_default[0] > 1.01:
-            assert instances.line(sm90_head_dim(entry.problem.head_dim), tile) in lines
+            assert instances.line_of(entry.problem, tile) in lines
 
 
 def test_the_list_is_what_the_script_says(generate: ModuleType) -> None:

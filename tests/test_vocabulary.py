@@ -297,7 +297,7 @@ def test_triton_defaults_and_search_spaces_are_legal(arch, direction, dtype):
 
 
 def test_every_compiled_tile_is_legal_on_an_h200():
-    for (kernel, head_dim), compiled in _extension.load().instances.items():
+    for (kernel, head_dim, _), compiled in _extension.load().instances.items():
         problem = replace(PROBLEM, head_dim=head_dim)
         for tile in compiled:
             assert tile.kernel == kernel
@@ -305,7 +305,7 @@ def test_every_compiled_tile_is_legal_on_an_h200():
 
 
 def test_every_compiled_backward_tile_is_legal_on_an_h200():
-    for head_dim, compiled in _extension.load().backward_instances.items():
+    for (_, head_dim, _), compiled in _extension.load().backward_instances.items():
         problem = replace(PROBLEM, head_dim=head_dim, direction="bwd")
         for tile in compiled:
             assert tile.kernel == "sm90_bwd"

@@ -30,7 +30,7 @@ from flashmoe.backends import jit
 from flashmoe.machine.device import Arch
 from flashmoe.ratchet.cubins import kernels, shared_operands
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile, sm90_registers
+from flashmoe.tiles import PLAIN, Tile, sm90_registers
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -135,8 +135,8 @@ def print_instances(workers: int) -> None:
     found = _extension.load().instances.items()
     rows = [
         [{"head_dim": head_dim, "tile": str(tile), "dtype": dtype} for dtype in DTYPES]
-        for (kernel, head_dim), tiles in found
-        if kernel == "sm90"
+        for (kernel, head_dim, variant), tiles in found
+        if (kernel, variant) == ("sm90", PLAIN)
         for tile in tiles
     ]
     with ThreadPoolExecutor(workers) as pool:

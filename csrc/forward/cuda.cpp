@@ -56,13 +56,13 @@ const Kernel* find_kernel(long long handle) {
   return index < loaded_kernels.size() ? &loaded_kernels[index] : nullptr;
 }
 
-long long load_kernel(const void* cubin, const Sm90Tile& tile, DType dtype) {
+long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, DType dtype) {
   cudaLibrary_t library;
   check(cudaLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0),
         "cudaLibraryLoadData");
   cudaKernel_t entry;
   check(cudaLibraryGetKernel(&entry, library, "attention"), "cudaLibraryGetKernel");
-  Kernel kernel{tile.head_dim, nullptr, nullptr, tile, {nullptr, nullptr}};
+  Kernel kernel{tile.head_dim, nullptr, nullptr, tile, variant, {nullptr, nullptr}};
   kernel.entries[dtype == DType::bfloat16] = reinterpret_cast<const void*>(entry);
   const std::unique_lock<std::shared_mutex> lock(loaded_mutex);
   loaded_kernels.push_back(kernel);
@@ -71,7 +71,10 @@ long long load_kernel(const void* cubin, const Sm90Tile& tile, DType dtype) {
 
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
                            int device, cudaStream_t stream) {
-  if (params.head_dim > kernel.head_dim || dtype == DType::float32) return cudaErrorInvalidValue;
+  if (params.head_dim > kernel.head_dim || dtype == DType::float32 ||
+      (params.mask.is_local() && !kernel.variant.local)) {
+    return cudaErrorInvalidValue;
+  }
   if (kernel.launch != nullptr) {
     const auto launch = rows_aligned(params) ? kernel.launch : kernel.launch_unaligned;
     return launch(params, dtype, device, stream);
@@ -85,7 +88,7 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
   const void* entry = kernel.entries[dtype == DType::bfloat16];
   if (entry == nullptr) return cudaErrorInvalidValue;
   // Only blocks of rows that differ in length are drawn from a counter.
-  unsigned* counter = params.mask.right >= 0 ? sm90::next_counter(device, stream) : nullptr;
+  unsigned* counter = params.mask.is_full() ? nullptr : sm90::next_counter(device, stream);
   return sm90::launch(kernel.tile, entry, params, dtype, device, stream, counter);
 }
 

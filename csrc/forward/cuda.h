@@ -7,6 +7,7 @@
 #include <cstddef>
 
 #include "common/params.h"
+#include "common/variant.h"
 #include "forward/sm90/tile.h"
 
 namespace flashmoe {
@@ -21,6 +22,7 @@ struct Kernel {
   ForwardLauncher launch;
   ForwardLauncher launch_unaligned;  // the head_dim's default tile, for rows not 16-byte aligned
   Sm90Tile tile;
+  Variant variant;         // what it can do
   const void* entries[2];  // float16, bfloat16; null where the dtype was not compiled
 };
 
@@ -28,12 +30,13 @@ struct Kernel {
 // order of build_info's instances, then those loaded.
 const Kernel* find_kernel(long long handle);
 
-// The handle of a kernel of `tile` and `dtype` in a cubin. Throws std::runtime_error when the CUDA
-// runtime cannot load it.
-long long load_kernel(const void* cubin, const Sm90Tile& tile, DType dtype);
+// The handle of a kernel of `tile`, `variant` and `dtype` in a cubin. Throws std::runtime_error
+// when the CUDA runtime cannot load it.
+long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, DType dtype);
 
 // Launches `kernel`, or the default sm80 kernel where the TMA cannot fetch the tensors. Needs
-// batch, heads_q and seqlen_q above 0.
+// batch, heads_q and seqlen_q above 0. A window needs a local variant: cudaErrorInvalidValue
+// without.
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
                            int device, cudaStream_t stream);
 

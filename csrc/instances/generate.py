@@ -13,13 +13,14 @@ from pathlib import Path
 
 from flashmoe.autotune import instances
 from flashmoe.planning import database
-from flashmoe.tiles import Tile, sm90_head_dim
+from flashmoe.tiles import Tile
 
 FOLDER = Path(__file__).parent
 MIN_SPEEDUP = 1.01
 _HEAD = f"""\
 # Written by generate.py: tiles of the Hopper forward kernel that are compiled ahead of time, each
 # for float16 and bfloat16. The others are compiled when they are asked for.
+# A line may end with what its variant is for (csrc/common/variant.h): local ones compute windows.
 # head_dim {" ".join(instances.COLUMNS["sm90"])}
 """
 
@@ -37,7 +38,7 @@ def earned(entries: Mapping[str, database.Entry]) -> Iterator[str]:
         name = entry.default if entry.kept else entry.tile
         gain = entry.speedup_default
         if name.startswith("sm90:") and (entry.kept or gain is None or gain[0] > MIN_SPEEDUP):
-            yield instances.line(sm90_head_dim(entry.problem.head_dim), Tile.parse(name))
+            yield instances.line_of(entry.problem, Tile.parse(name))
 
 
 def generated() -> str:

@@ -17,7 +17,7 @@ from flashmoe.machine.environment import variable
 from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile, grid, sm90_head_dim
+from flashmoe.tiles import Tile, Variant, grid, sm90_head_dim
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
@@ -38,7 +38,7 @@ _SM90_SPACE = {
 
 class CudaBackend(Backend):
     name = "cuda"
-    features: ClassVar[Features] = {"fwd": frozenset(), "bwd": frozenset()}
+    features: ClassVar[Features] = {"fwd": frozenset({"window"}), "bwd": frozenset()}
     repeats = False  # dQ is added up by atomics
 
     def unavailable(self, device: torch.device) -> str:
@@ -69,8 +69,9 @@ class CudaBackend(Backend):
     def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
         if tile is None or problem.direction != "fwd":
             return None
-        head_dim = _instance_head_dim(tile.kernel, problem.head_dim)
-        if head_dim is None or (head_dim, tile) not in _extension.load().handles:
+        variant = Variant.of(problem)
+        head_dim = _instance_head_dim(tile.kernel, problem.head_dim, variant)
+        if head_dim is None or (head_dim, tile, variant) not in _extension.load().handles:
             head_dim = sm90_head_dim(problem.head_dim)
         return costs.tile_microseconds(tile, head_dim, problem, arch)
 
@@ -101,15 +102,17 @@ class CudaBackend(Backend):
         return waits or tile is None or self.is_compiled(tile, problem)
 
     def is_compiled(self, tile: Tile, problem: Problem) -> bool:
-        if _compiled_handle(tile, problem.head_dim) is not None:
+        variant = Variant.of(problem)
+        if _compiled_handle(tile, problem.head_dim, variant) is not None:
             return True
         return tile.kernel == "sm90" and jit.is_cached(
-            _target(tile, problem.head_dim, problem.dtype)
+            _target(tile, problem.head_dim, problem.dtype, variant)
         )
 
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
-        if _compiled_handle(tile, problem.head_dim) is None:
-            jit.precompile(_target(tile, problem.head_dim, problem.dtype))
+        variant = Variant.of(problem)
+        if _compiled_handle(tile, problem.head_dim, variant) is None:
+            jit.precompile(_target(tile, problem.head_dim, problem.dtype, variant))
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         if tile is None:
@@ -126,7 +129,7 @@ class CudaBackend(Backend):
 
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         assert tile is not None, "the cuda forward needs a tile"
-        handle = _handle(tile, problem.head_dim, getattr(torch, problem.dtype))
+        handle = _handle(tile, problem.head_dim, problem.dtype, Variant.of(problem))
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
@@ -138,7 +141,7 @@ class CudaBackend(Backend):
     def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
         """dK and dV are the same bits every time; dQ is added to by atomics, in any order."""
         assert tile is not None, "the cuda backward needs a tile"
-        handle = _compiled_handle(tile, problem.head_dim)
+        handle = _compiled_handle(tile, problem.head_dim, Variant.of(problem))
         assert handle is not None, f"{tile} is not compiled in"
         left, right = problem.mask.left, problem.mask.right
 
@@ -152,23 +155,23 @@ class CudaBackend(Backend):
         return run
 
 
-def _instance_head_dim(kernel: str, head_dim: int) -> int | None:
+def _instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | None:
     """The smallest head dimension that `kernel` is compiled in for and that holds `head_dim`."""
-    held = [d for name, d in _extension.load().instances if name == kernel and d >= head_dim]
+    info = _extension.load()
+    instances = info.backward_instances if kernel == "sm90_bwd" else info.instances
+    held = [d for name, d, v in instances if (name, v) == (kernel, variant) and d >= head_dim]
     return min(held, default=None)
 
 
 def _compiled_in(problem: Problem, arch: Arch) -> list[Tile]:
     """The legal tiles in the binary, Hopper's first."""
-    if problem.direction == "bwd":
-        head_dim = _backward_head_dim(problem.head_dim)
-        tiles = _extension.load().backward_instances.get(head_dim, ()) if head_dim else ()
-        return [tile for tile in tiles if not tile.violations(arch, problem)]
-    instances = _extension.load().instances
+    info, variant = _extension.load(), Variant.of(problem)
+    backward = problem.direction == "bwd"
+    instances = info.backward_instances if backward else info.instances
     held = [
-        instances[kernel, head_dim]
-        for kernel in ("sm90", "sm80")
-        if (head_dim := _instance_head_dim(kernel, problem.head_dim)) is not None
+        instances[kernel, head_dim, variant]
+        for kernel in (("sm90_bwd",) if backward else ("sm90", "sm80"))
+        if (head_dim := _instance_head_dim(kernel, problem.head_dim, variant)) is not None
     ]
     kind = problem.head_dim, problem.dtype, problem.direction
     return [tile for tiles in held for tile in _legal(tiles, *kind, arch)]
@@ -183,34 +186,26 @@ def _legal(
     return tuple(tile for tile in tiles if not tile.violations(arch, problem))
 
 
-def _backward_head_dim(head_dim: int) -> int | None:
-    """The smallest head dimension that the backward is compiled in for and that holds it."""
-    held = [d for d in _extension.load().backward_instances if d >= head_dim]
-    return min(held, default=None)
+def _compiled_handle(tile: Tile, head_dim: int, variant: Variant) -> int | None:
+    info = _extension.load()
+    handles = info.backward_handles if tile.kernel == "sm90_bwd" else info.handles
+    instance = _instance_head_dim(tile.kernel, head_dim, variant)
+    return None if instance is None else handles.get((instance, tile, variant))
 
 
-def _compiled_handle(tile: Tile, head_dim: int) -> int | None:
-    if tile.kernel == "sm90_bwd":
-        instance = _backward_head_dim(head_dim)
-        handles = _extension.load().backward_handles
-        return None if instance is None else handles.get((instance, tile))
-    instance = _instance_head_dim(tile.kernel, head_dim)
-    return None if instance is None else _extension.load().handles.get((instance, tile))
-
-
-def _target(tile: Tile, head_dim: int, dtype: str) -> jit.Target:
-    return jit.Target(tile, sm90_head_dim(head_dim), dtype)
+def _target(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> jit.Target:
+    return jit.Target(tile, sm90_head_dim(head_dim), dtype, variant)
 
 
 @functools.cache
-def _handle(tile: Tile, head_dim: int, dtype: torch.dtype) -> int:
+def _handle(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:
     """The handle of the kernel that runs a tile: the compiled-in one, or else it is loaded from the
     cache, or else compiled."""
-    handle = _compiled_handle(tile, head_dim)
+    handle = _compiled_handle(tile, head_dim, variant)
     if handle is not None:
         return handle
-    target = _target(tile, head_dim, str(dtype).removeprefix("torch."))
-    return _extension.load_kernel(jit.cubin(target), tile, target.head_dim, target.dtype)
+    target = _target(tile, head_dim, dtype, variant)
+    return _extension.load_kernel(jit.cubin(target), *target)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ from flashmoe.machine.cache import (
     set_aside,
 )
 from flashmoe.machine.environment import variable
-from flashmoe.tiles import Tile
+from flashmoe.tiles import PLAIN, Tile, Variant
 
 _ARCH = "sm_90a"
 NVRTC_OPTIONS = {"arch": _ARCH, "std": "c++20", "device_as_default_execution_space": True}
@@ -43,10 +43,11 @@ _SOURCE = """\
 #endif
 #include "forward/sm90/kernel.cuh"
 constexpr flashmoe::Sm90Tile TILE{{{fields}}};
+constexpr flashmoe::Variant VARIANT{{{variant}}};
 template struct flashmoe::LegalSm90Tile<TILE>;
 extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_sm) attention(
     const __grid_constant__ flashmoe::Sm90Params params) {{
-  flashmoe::sm90::attention_forward<{type}, TILE>(params);
+  flashmoe::sm90::attention_forward<{type}, TILE, VARIANT>(params);
 }}
 """
 _DIGEST_BYTES = 32
@@ -60,6 +61,7 @@ class Target(NamedTuple):
     tile: Tile
     head_dim: int
     dtype: str
+    variant: Variant = PLAIN
 
 
 class CompilerUnavailable(RuntimeError):
@@ -134,7 +136,8 @@ def source(target: Target) -> str:
         *(getattr(target.tile, name) for name in _extension.load().fields["sm90"]),
     )
     fields = ", ".join(str(value).lower() for value in values)
-    return _SOURCE.format(fields=fields, type=_CXX_TYPE[target.dtype])
+    variant = ", ".join(f".{name} = true" for name in target.variant.names)
+    return _SOURCE.format(fields=fields, variant=variant, type=_CXX_TYPE[target.dtype])
 
 
 class _Compiler(Protocol):

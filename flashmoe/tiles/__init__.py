@@ -7,11 +7,14 @@ from flashmoe.tiles.sm90 import sm90_head_dim, sm90_registers, sm90_smem_bytes
 from flashmoe.tiles.sm90_bwd import SM90_BWD_HEAD_DIMS, sm90_bwd_smem_bytes
 from flashmoe.tiles.tile import Tile, grid
 from flashmoe.tiles.triton import triton_head_dim, triton_registers, triton_smem_bytes
+from flashmoe.tiles.variant import PLAIN, Variant
 
 __all__ = [
+    "PLAIN",
     "SM80_HEAD_DIMS",
     "SM90_BWD_HEAD_DIMS",
     "Tile",
+    "Variant",
     "grid",
     "instance_head_dim",
     "sm80_smem_bytes",

@@ -11,11 +11,12 @@ import pytest
 from autotune_simulated import PROBLEM
 
 from flashmoe.autotune.cli import main
-from flashmoe.autotune.command_apply import winning_tiles, with_first
+from flashmoe.autotune.command_apply import winning_lines, with_first
 from flashmoe.autotune.instances import COLUMNS
 from flashmoe.machine.device import cpu_name
 from flashmoe.measure.fingerprint import kernel_hash
 from flashmoe.planning import database
+from flashmoe.spec.mask import Mask
 from flashmoe.tiles import Tile
 
 OTHER = dataclasses.replace(PROBLEM, head_dim=120, dtype="bfloat16")
@@ -133,7 +134,7 @@ def test_apply_puts_the_winner_first_of_its_head_dimension(tmp_path: Path) -> No
     lines = Path("sm80.txt").read_text().splitlines()
     assert lines[2:4] == ["128 128 64 2 4", "128 64 64 2 4"]
     assert sorted(lines) == sorted(INSTANCES.splitlines())
-    assert with_first("\n".join(lines) + "\n", {128: [SM80]}) == "\n".join(lines) + "\n"
+    assert with_first("\n".join(lines) + "\n", {128: ["128 128 64 2 4"]}) == "\n".join(lines) + "\n"
 
 
 def test_a_hopper_tile_joins_the_list_that_the_others_are_generated_from(tmp_path: Path) -> None:
@@ -153,9 +154,9 @@ def test_a_hopper_tile_joins_the_list_that_the_others_are_generated_from(tmp_pat
 
 
 def test_a_tile_that_is_not_listed_is_added() -> None:
-    new = Tile("sm80", 64, 128, 1, 4)
-    assert "256 64 128 1 4\n256 64 32 1 4\n" in with_first(INSTANCES, {256: [new]})
-    assert with_first(INSTANCES, {32: [new]}).endswith("256 64 32 1 4\n32 64 128 1 4\n")
+    more = with_first(INSTANCES, {256: ["256 64 128 1 4"]})
+    assert "256 64 128 1 4\n256 64 32 1 4\n" in more
+    assert with_first(INSTANCES, {32: ["32 64 128 1 4"]}).endswith("256 64 32 1 4\n32 64 128 1 4\n")
 
 
 @pytest.mark.parametrize(
@@ -172,5 +173,15 @@ def test_the_tile_that_won_most_problems_comes_first() -> None:
     problems = [dataclasses.replace(OTHER, batch=2**n) for n in range(3)]
     entries = [entry(problems[0], str(rare)), *(entry(p, str(SM80)) for p in problems[1:])]
     entries.append(entry(THIRD, "", tile_with_lse=str(SM80)))
-    found = winning_tiles({str(n): e for n, e in enumerate(entries)})
-    assert found == {"sm80": {128: [SM80, rare]}}
+    found = winning_lines({str(n): e for n, e in enumerate(entries)})
+    assert found == {"sm80": {128: ["128 128 64 2 4", "128 64 64 1 4"]}}
+
+
+def test_a_tile_that_won_with_a_window_is_listed_with_its_variant() -> None:
+    window = dataclasses.replace(OTHER, mask=Mask(100, 0))
+    for tile, line in (
+        ("sm90:128x64-stages2", "128 128 64 2 1 0 0 0 1 0 local"),
+        (str(SM80), "128 128 64 2 4"),
+    ):
+        kernel = tile.partition(":")[0]
+        assert winning_lines({"x": entry(window, tile)}) == {kernel: {128: [line]}}

@@ -16,19 +16,23 @@ from support import LAYOUTS, assert_gradients_match, assert_matches_reference, g
 from flashmoe import Tile, _extension, flash_attn_func
 from flashmoe.backends import BACKENDS, jit
 from flashmoe.machine.device import arch
-from flashmoe.spec.mask import CAUSAL, causal_if
+from flashmoe.spec.mask import CAUSAL, Mask, causal_if
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles import PLAIN, Variant
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 DEVICE = torch.device("cuda", 0)
 CUDA = BACKENDS["cuda"]
-COMPILED = {
-    head_dim: tiles
-    for (kernel, head_dim), tiles in _extension.load().instances.items()
-    if kernel == "sm90"
-}
+COMPILED, LOCAL = (
+    {
+        head_dim: tiles
+        for (kernel, head_dim, variant), tiles in _extension.load().instances.items()
+        if (kernel, variant) == ("sm90", wanted)
+    }
+    for wanted in (PLAIN, Variant(local=True))
+)
 PAIRS = [(head_dim, tile) for head_dim, tiles in COMPILED.items() for tile in tiles]
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -89,6 +93,29 @@ def test_enough_blocks_for_every_scheduler(head_dim, tile, causal):
         again, again_lse = run(q, k, v, causal, tile)
         assert torch.equal(again, out)
         assert torch.equal(again_lse, lse)
+
+
+# Narrower than a tile, of several, open on one side.
+WINDOWS = [Mask(0, 0), Mask(63, 0), Mask(17, 40), Mask(300, 5), Mask(-1, 20), Mask(200, -1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", WINDOWS, ids=str)
+@pytest.mark.parametrize("head_dim", LOCAL)
+def test_windows(head_dim, mask, dtype):
+    for tile in LOCAL[head_dim]:
+        for seqlen_q, seqlen_kv in ((1500, 1500), (333, 1300), (1300, 333)):
+            layouts = ["padded", "packed", "packed"]
+            q, k, v = tensors(2, seqlen_q, seqlen_kv, 8, 4, head_dim, dtype, layouts)
+            out, lse = run_forward("cuda", q, k, v, mask, tile)
+            assert_matches_reference(out, lse, q, k, v, window=(mask.left, mask.right))
+
+
+def test_a_plain_kernel_refuses_a_window():
+    (tile, *_), handles = COMPILED[64], _extension.load().handles
+    q, k, v = tensors(1, 100, 100, 2, 2, 64, torch.bfloat16, ["packed"] * 3)
+    with pytest.raises(RuntimeError, match="launching the forward kernel failed: invalid argument"):
+        torch.ops.flashmoe.fwd_cuda(q, k, v, 0.1, 10, 0, handles[64, tile, PLAIN])
 
 
 def check_every_tile(batch, seqlens, heads_q, heads_kv, dtype, layout, causal, change=None):

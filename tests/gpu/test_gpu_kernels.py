@@ -13,6 +13,7 @@ from flashmoe import Problem, _extension, flash_attn_func
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
 from flashmoe.spec.mask import causal_if
+from flashmoe.tiles import PLAIN
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -22,8 +23,9 @@ CUDA = BACKENDS["cuda"]
 TRITON = BACKENDS["triton"]
 COMPILED = [
     (head_dim, tile)
-    for (_, head_dim), tiles in _extension.load().instances.items()
+    for (_, head_dim, variant), tiles in _extension.load().instances.items()
     for tile in tiles
+    if variant == PLAIN
 ]
 
 
@@ -56,8 +58,8 @@ def test_cuda_on_random_problems(data):
     q = guarded(shape_q, dtype, layouts[0], DEVICE, generator)
     k, v = (guarded(shape_kv, dtype, layout, DEVICE, generator) for layout in layouts[1:])
     problem, instances = Problem.of(q, k, causal_if(causal)), _extension.load().instances
-    instance = min(d for kernel, d in instances if kernel == "sm80" and d >= head_dim)
-    compiled = instances["sm80", instance]
+    instance = min(d for kernel, d, _ in instances if kernel == "sm80" and d >= head_dim)
+    compiled = instances["sm80", instance, PLAIN]
     tiles = [tile for tile in compiled if not tile.violations(arch(DEVICE), problem)]
     tile = data.draw(st.sampled_from(tiles))
     out, lse = run_forward("cuda", q, k, v, causal_if(causal), tile)

@@ -128,6 +128,7 @@ def test_changes(now: Snapshot, verdict: str, code: int, what: str) -> None:
 
 SM80 = "_ZN8flashmoe4sm8024attention_forward_kernelI6__halfNS_8Sm80TileILi96ELi128ELi32ELi2ELi4EEEE"
 SM90 = "_ZN8flashmoe46fwd_sm90_96_192_112_2_1_1_0_0_1_0__nv_bfloat16ENS_10Sm90ParamsE"
+LOCAL = SM90.replace("46fwd", "52fwd").replace("__nv", "_local__nv")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,7 @@ SM90 = "_ZN8flashmoe46fwd_sm90_96_192_112_2_1_1_0_0_1_0__nv_bfloat16ENS_10Sm90Pa
         # Q and two buffers each of K and V, 16-bit; Hopper's in rows of 128 columns, and 512 more.
         (SM80, 2 * 96 * (128 + 2 * 2 * 32)),
         (SM90, 512 + 2 * 128 * (192 + 2 * 2 * 112)),
+        (LOCAL, 512 + 2 * 128 * (192 + 2 * 2 * 112)),
         ("_Zfirst", 0),
     ],
 )

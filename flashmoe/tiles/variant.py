@@ -1,0 +1,34 @@
+"""What a CUDA kernel is compiled for besides the plain dense call. csrc/common/variant.h says the
+same in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from flashmoe.spec.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """local: any window; without, a kernel computes full and causal attention."""
+
+    local: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem) -> Variant:
+        """The one that computes a problem."""
+        return cls(local=problem.mask.is_local)
+
+    @classmethod
+    def named(cls, names: Iterable[str]) -> Variant:
+        """The inverse of names. Raises TypeError for one that is unknown."""
+        return cls(**dict.fromkeys(names, True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are set, as lists of instances spell a variant."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+
+PLAIN = Variant()

@@ -1,0 +1,88 @@
+"""The lists of compiled-in tiles (csrc/instances), and what the build makes of a line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+LINE = "64 128 64 3 1 0 0 0 2 1"
+
+
+@pytest.fixture
+def build_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module, with lists of this test's."""
+    spec = importlib.util.spec_from_file_location("build_config", CSRC / "build_config.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "build_config", module)
+    spec.loader.exec_module(module)
+    shutil.copytree(CSRC / "ptx", tmp_path / "ptx")
+    (tmp_path / "instances").mkdir()
+    (tmp_path / "torch_ops.cpp").touch()
+    for room in ("common", "forward", "backward"):
+        (tmp_path / room).mkdir()
+    lists = {"sm80": "64 128 64 2 4\n", "sm90": f"{LINE}\n{LINE} local  # of windows\n"}
+    for kernel in module.INSTANCE_FIELDS:
+        path = tmp_path / "instances" / f"{kernel}.txt"
+        path.write_text(lists.get(kernel, ""), encoding="utf-8")
+    monkeypatch.setattr(module, "CSRC", tmp_path)
+    return module
+
+
+def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
+    sm80, plain, local = build_config.instances()
+    assert sm80.variants == [(), ("local",)]  # it decides at run time
+    assert plain.variants == [()]
+    assert local.variants == [("local",)]
+    assert plain.to_json() == local.to_json()
+    assert local.symbol == plain.symbol + "_local"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "line", "message"),
+    [
+        ("sm90", f"{LINE} paged", r"sm90.txt:1: expected local behind the columns, got '.* paged'"),
+        ("sm90", f"{LINE} local local", "sm90.txt:1: expected local behind"),
+        ("sm90", f"{LINE} 1", "sm90.txt:1: expected local behind"),
+        ("sm90", "64 128 local", "sm90.txt:1: expected integers for head_dim, block_m"),
+        ("sm80", "64 128 64 2 4 local", "sm80.txt:1: expected nothing behind"),
+    ],
+)
+def test_a_bad_line_is_named(
+    build_config: ModuleType, kernel: str, line: str, message: str
+) -> None:
+    (build_config.CSRC / "instances" / f"{kernel}.txt").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        build_config.instances()
+
+
+def test_kernels_are_registered_with_what_they_can_do(
+    build_config: ModuleType, tmp_path: Path
+) -> None:
+    found = build_config.generate(tmp_path / "generated", ("90",), "13.0")
+    text = found.registry.read_text(encoding="utf-8")
+    variants = [
+        re.search(r"(\{[^{}]*\}), \{[^{}]*\}\},$", row)
+        for row in text.splitlines()
+        if row.startswith("    {64, ")
+    ]
+    assert [match and match[1] for match in variants] == [
+        "{.local = true}",
+        "{}",
+        "{.local = true}",
+    ]
+    info = json.loads(re.search(r'R"\((.*)\)"', text)[1])  # type: ignore[index]
+    assert [x["variants"] for x in info["instances"]] == [[[], ["local"]], [[]], [["local"]]]
+    plain, local = (path.read_text(encoding="utf-8") for path in found.instances["sm90"])
+    assert "constexpr Variant VARIANT{};" in plain
+    assert "constexpr Variant VARIANT{.local = true};" in local
+    assert "attention_forward<__half, TILE, VARIANT>" in plain
