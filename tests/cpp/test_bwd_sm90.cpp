@@ -10,9 +10,9 @@ using namespace flashmoe;
 
 namespace {
 
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 void prepare(const Sm90BackwardParams& params) {
-  sm90_backward::prepare<T, TILE>(params);
+  sm90_backward::prepare<T, TILE, VARIANT>(params);
 }
 template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 void kernel(const Sm90BackwardParams& params) {
@@ -225,8 +225,8 @@ Instance instance(const char* name) {
   return {name,
           TILE,
           VARIANT,
-          {{prepare<F, TILE>, kernel<F, TILE, VARIANT>, finish<F, TILE>},
-           {prepare<B, TILE>, kernel<B, TILE, VARIANT>, finish<B, TILE>}}};
+          {{prepare<F, TILE, VARIANT>, kernel<F, TILE, VARIANT>, finish<F, TILE>},
+           {prepare<B, TILE, VARIANT>, kernel<B, TILE, VARIANT>, finish<B, TILE>}}};
 }
 
 constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true};

@@ -144,18 +144,31 @@ struct Consumer {
     for (int k = 0; k < BLOCK_M / 16; ++k) ptx::stmatrix_x4_trans(dst + k * 2048, dS_rmem[k]);
     ptx::fence_proxy_async_shared();
   }
-  __device__ __forceinline__ void add_dQ(const PartOfDQ& dQ_rmem, long long block, int part) const {
+  // To where nobody has added yet it is stored: there are no zeros (order.cuh).
+  __device__ __forceinline__ void add_dQ(const PartOfDQ& dQ_rmem, long long block, int part,
+                                         bool first) const {
     float* dst = params.dq_sum + block * TILE.dq_elements() + part * (64 * DQ_COLUMNS) +
                  threadIdx.x % 128 * 4;
+    if (VARIANT.deterministic && first) {
+#pragma unroll
+      for (int i = 0; i < DQ_COLUMNS / 8; ++i) {
+        *reinterpret_cast<float4*>(dst + i * 512) =
+            float4{dQ_rmem[4 * i], dQ_rmem[4 * i + 1], dQ_rmem[4 * i + 2], dQ_rmem[4 * i + 3]};
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < DQ_COLUMNS / 8; ++i) {
       ptx::red_global_add_v4(dst + i * 512, dQ_rmem[4 * i], dQ_rmem[4 * i + 1], dQ_rmem[4 * i + 2],
                              dQ_rmem[4 * i + 3]);
     }
   }
-  // Around the additions of a step, which are counted from 0 (order.cuh).
-  __device__ __forceinline__ void await_turn(int step) const {
-    if constexpr (VARIANT.deterministic) ptx::mbarrier_wait_parity(smem.turn, step & 1);
+  // Around the additions of a step, which are counted from 0 (order.cuh). Whether they are the
+  // first.
+  __device__ __forceinline__ bool await_turn(int step) const {
+    if constexpr (!VARIANT.deterministic) return false;
+    ptx::mbarrier_wait_parity(smem.turn, step & 1);
+    return ptx::ld_shared_b32(smem.first) != 0;
   }
   __device__ __forceinline__ void pass_turn() const {
     if constexpr (VARIANT.deterministic) {

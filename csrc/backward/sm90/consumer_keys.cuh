@@ -69,8 +69,7 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
       start_S(step < steps.count);
       ptx::wgmma_wait_group<2>();  // dQ
       ptx::fence_registers(dQ_rmem);
-      c.await_turn(step - 1);
-      c.add_dQ(dQ_rmem, steps.block, w);
+      c.add_dQ(dQ_rmem, steps.block, w, c.await_turn(step - 1));
       c.pass_turn();
       ptx::wgmma_wait_group<0>();
       ptx::fence_registers(S_rmem);

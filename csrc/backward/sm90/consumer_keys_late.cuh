@@ -43,8 +43,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
   auto add_dQ = [&](int step) {
     c.release(smem.empty_dS + 8 * dq_ring.stage());
     dq_ring.next();
-    c.await_turn(step);
-    c.add_dQ(dQ_rmem, block, w);
+    c.add_dQ(dQ_rmem, block, w, c.await_turn(step));
     c.pass_turn();
   };
   ptx::mbarrier_wait_parity(smem.full_K, 0);
@@ -95,8 +94,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
     c.start_dQ(dQ_rmem, smem.dS + dq_ring.stage() * TILE.ds_bytes(), w);
     ptx::wgmma_wait_group<0>();
     ptx::fence_registers(dQ_rmem);
-    c.await_turn(steps.count - 1);
-    c.add_dQ(dQ_rmem, block, w);
+    c.add_dQ(dQ_rmem, block, w, c.await_turn(steps.count - 1));
     c.pass_turn();
   }
   ptx::wgmma_wait_group<0>();

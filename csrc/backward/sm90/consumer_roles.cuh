@@ -88,6 +88,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         this->start_gradient(dV_rmem, P_rmem, smem.dO + do_ring.stage() * TILE.q_bytes());
         this->release(smem.empty_Q + 8 * q_ring.stage());
         ptx::bar_sync(C::BARRIER_DS, C::ALL);
+        bool adds_first = false;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
           this->start_dQ(dQ_rmem, smem.dS, part);
@@ -104,8 +105,8 @@ struct Roles : Consumer<T, TILE, VARIANT> {
           }
           if (part == 0) this->release(smem.empty_dO + 8 * do_ring.stage());
           ptx::fence_registers(dQ_rmem);
-          if (part == 0) this->await_turn(step - 1);
-          this->add_dQ(dQ_rmem, steps.block, part);
+          if (part == 0) adds_first = this->await_turn(step - 1);
+          this->add_dQ(dQ_rmem, steps.block, part, adds_first);
           if (part == PARTS - 1) this->pass_turn();
         }
         ptx::wgmma_wait_group<0>();
@@ -150,6 +151,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         this->differentiate(P_rmem, dP_rmem, dS_rmem, stats + 4 * BLOCK_M);
         this->store_dS(dS_rmem, smem.dS);
         ptx::bar_sync(C::BARRIER_DS, C::ALL);
+        bool adds_first = false;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
           this->start_dQ(dQ_rmem, smem.dS, PARTS + part);
@@ -166,8 +168,8 @@ struct Roles : Consumer<T, TILE, VARIANT> {
             this->release(smem.empty_Q + 8 * q_ring.stage());
           }
           ptx::fence_registers(dQ_rmem);
-          if (part == 0) this->await_turn(step - 1);
-          this->add_dQ(dQ_rmem, steps.block, PARTS + part);
+          if (part == 0) adds_first = this->await_turn(step - 1);
+          this->add_dQ(dQ_rmem, steps.block, PARTS + part, adds_first);
           if (part == PARTS - 1) this->pass_turn();
         }
         ptx::wgmma_wait_group<0>();

@@ -2,7 +2,7 @@
 // of dQ; dQ in 16 bits.
 #pragma once
 
-#include "backward/sm90/tile.h"
+#include "backward/sm90/work.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "ptx/ld_st.cuh"
@@ -48,7 +48,7 @@ struct EdgeRows {
 
 // delta = rowsum(O dO) - dlse, and softmax_lse as the kernel wants it, of one block of queries of a
 // head. The derivative of softmax_lse by a score is its P: dS = P (dP - rowsum(O dO) + dlse).
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   ptx::griddepcontrol_launch_dependents();
   using E = EdgeRows<TILE>;
@@ -56,10 +56,19 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   static_assert(E::COUNT % AT_ONCE == 0 && E::COUNT <= E::LANES, "a lane has one row's statistics");
   const AttentionParams& p = params.call.attention;
   const EdgeWork work = EdgeWork::of<TILE>(params);
+  bool needs_zeros = true;
+  if constexpr (VARIANT.deterministic) {
+    // Who adds first stores; there are blocks to which nobody does.
+    const KeyRange keys = visible(mask_of<VARIANT>(p), work.m_start, work.m_start + TILE.block_m,
+                                  p.seqlen_q, p.seqlen_kv);
+    needs_zeros = keys.begin == keys.end;
+  }
   // Before the loads, or the compiler keeps these until the loads have come.
-  float4* sum = E::sums(params, work);
+  if (needs_zeros) {
+    float4* sum = E::sums(params, work);
 #pragma unroll
-  for (int i = 0; i < E::SUMS; ++i) sum[i * EDGE_THREADS] = float4{0.f, 0.f, 0.f, 0.f};
+    for (int i = 0; i < E::SUMS; ++i) sum[i * EDGE_THREADS] = float4{0.f, 0.f, 0.f, 0.f};
+  }
   if (threadIdx.x == 0) params.turns[work.block] = 0;
   if (work.block == 0 && threadIdx.x == 0) *params.ticket = 0;
   const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES, column = lane * 8;

@@ -35,6 +35,7 @@ __device__ __forceinline__ void keep_order(const Sm90BackwardParams& params, con
       const KeyRange keys = visible(mask, row, row + TILE.block_m, p.seqlen_q, p.seqlen_kv);
       const int last = (keys.end + TILE.block_n - 1) / TILE.block_n - 1;
       ptx::ld_acquire_gpu_until(turns + m, last - n_block);
+      ptx::st_shared_b32(smem.first, last == n_block);
       ptx::mbarrier_arrive(smem.turn);
       ptx::mbarrier_wait_parity(smem.added, parity);
       ptx::red_release_gpu_add(turns + m, 1);

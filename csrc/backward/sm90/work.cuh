@@ -12,7 +12,7 @@ template <Sm90BackwardTile TILE>
 struct Smem {
   unsigned K, V, Q, dO, dS, P, stats, full_K, full_V, full_Q, empty_Q, full_dO, empty_dO, full_dS,
       empty_dS;
-  unsigned turn, added, ticket;  // of deterministic kernels
+  unsigned turn, added, first, ticket;  // of deterministic kernels
 
   __device__ __forceinline__ explicit Smem(unsigned base) {
     K = base;
@@ -32,7 +32,8 @@ struct Smem {
     empty_dS = full_dS + 8 * TILE.ds_stages;
     turn = empty_dS + 8 * TILE.ds_stages;
     added = turn + 8;
-    ticket = added + 8;
+    first = added + 8;
+    ticket = first + 4;
   }
 };
 

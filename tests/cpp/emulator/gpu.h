@@ -8,6 +8,7 @@
 //   data later, after or before others that started earlier. A TMA store reads its source later.
 // - A wgmma reads its operands, registers too, and writes its accumulators later, in order with the
 //   others of its warp. Lanes of a warp run in step, warps of a warpgroup do not.
+// - Thread blocks begin in the order of their numbers, or in any.
 // - Threads that wait for one another for ever are reported, with what each waits for.
 //
 // Not modelled: the order of memory (an access happens when it is executed; fences do nothing),
