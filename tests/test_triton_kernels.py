@@ -253,6 +253,33 @@ def test_dout_with_any_strides(dtype: torch.dtype) -> None:
             within_bound(a, g, s)
 
 
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask(12, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_log_sum_exp(mask: Mask, dtype: torch.dtype) -> None:
+    """With any strides, and NaN where a row sees no key."""
+    q, dout = (guarded((2, 37, 4, 16), dtype, seed, 0) for seed in (0, 1))
+    k, v = (guarded((2, 29, 2, 16), dtype, seed, 0) for seed in (2, 3))
+    dlse = torch.randn(37, 4, 2, device=DEVICE).permute(2, 1, 0)
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    out, lse = attention_forward(Call(q, k, v, 0.25), mask, **options)
+    empty = lse == float("-inf")
+    assert empty.any() == (mask != FULL)
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = attention_reference(*leaves, 0.25, mask, dtype)
+        lse = lse.masked_fill(empty, 0.0)
+        return torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)))
+
+    computed = attention_backward(
+        Call(q, k, v, 0.25), Saved(dout, out, lse), mask, **options,
+        dlse=dlse.masked_fill(empty, float("nan")),
+    )  # fmt: skip
+    golds = expected(torch.float64)
+    for a, g, s in zip(computed, golds, expected(dtype), strict=True):
+        within_bound(a, g, s)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients_are_bitwise_repeatable(dtype: torch.dtype) -> None:
     seqlen = 2000 if ON_GPU else 40

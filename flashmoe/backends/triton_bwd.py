@@ -48,11 +48,11 @@ _ROWS_PER_PROGRAM = 32
 
 @triton.jit(do_not_specialize=["heads_q", "seqlen_q", "rows_padded"])
 def _backward_prepare_kernel(
-    out_ptr, dout_ptr, lse_ptr, lse2_ptr, delta_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     stride_db, stride_dm, stride_dh, heads_q, seqlen_q, rows_padded,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) and lse in log2, in rows_padded rows.
+    """delta = rowsum(out * dout) - dlse and lse in log2, in rows_padded rows.
 
     A row that sees no key has lse -inf, a padding row none: +inf makes their probabilities 0. An
     lse so large that its rounding can exceed the exponent's range no longer tells probabilities:
@@ -73,6 +73,10 @@ def _backward_prepare_kernel(
     rows = start + offs_m
     lse_row = batch_head.to(tl.int64) * seqlen_q
     lse = tl.load(lse_ptr + lse_row + rows, mask=rows < seqlen_q, other=float("-inf"))
+    if HAS_DLSE:
+        # A row that sees no key has probabilities 0, which must not meet a NaN here.
+        dlse = tl.load(dlse_ptr + lse_row + rows, mask=rows < seqlen_q, other=0.0)
+        delta -= tl.where(lse == float("-inf"), 0.0, dlse)
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     magnitude = tl.abs(lse2)
     lse2 += tl.where(magnitude >= COARSE_MAXIMUM, magnitude * 2.0**-22, 0.0)
@@ -322,12 +326,15 @@ def attention_backward(
     num_stages: int,
     num_warps: int,
     use_tma: bool = False,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv), contiguous and in the inputs' dtype.
 
     `saved` has what attention_forward returned; its dout may have any strides. A program keeps
     block_n keys and visits block_m queries a step; the pass over queries swaps the two. Both must
     divide 128. use_tma reads what is visited through the tensor memory accelerator, where that can.
+    dlse (batch, heads_q, seqlen_q) is the gradient of softmax_lse, where that has one: d lse / d S
+    is P, so that it shifts delta.
     """
     q, k, v, softmax_scale = call
     dout, out, softmax_lse, dlse = saved
@@ -344,6 +351,7 @@ def attention_backward(
     if dout.stride(3) != 1:
         dout = dout.contiguous()
     out = out.contiguous()
+    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     group = heads_q // heads_kv
@@ -371,8 +379,9 @@ def attention_backward(
     }  # fmt: skip
     with device_guard(q):
         _backward_prepare_kernel[(rows // _ROWS_PER_PROGRAM,)](
-            out, dout, softmax_lse, lse2, delta, *dout.stride()[:3],
-            heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
+            out, dout, softmax_lse, softmax_lse if dlse is None else dlse, lse2, delta,
+            *dout.stride()[:3], heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
+            HAS_DLSE=dlse is not None,
         )  # fmt: skip
         _backward_dkdv_kernel[(triton.cdiv(seqlen_kv, block_n) * batch * heads_kv,)](
             tma_descriptor(q, block_m, block_d) if use_tma else q,
