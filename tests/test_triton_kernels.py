@@ -247,8 +247,8 @@ def test_dout_with_any_strides(dtype: torch.dtype) -> None:
     strided = torch.randn(16, 2, 20, 1, device=DEVICE, dtype=dtype).permute(3, 2, 1, 0)
     for dout in (torch.ones((), device=DEVICE, dtype=dtype).expand(out.shape), strided):
         computed = attention_backward(Call(q, k, v, 0.25), Saved(dout, out, lse), FULL, **options)
-        expected = gradients(q, k, v, dout, 0.25, False, torch.float64)
-        same_dtype = gradients(q, k, v, dout, 0.25, False, dtype)
+        expected = gradients(q, k, v, dout, 0.25, FULL, torch.float64)
+        same_dtype = gradients(q, k, v, dout, 0.25, FULL, dtype)
         for a, g, s in zip(computed, expected, same_dtype, strict=True):
             within_bound(a, g, s)
 
