@@ -366,3 +366,11 @@ def test_softmax_lse_is_differentiable(window, how, through):
     for x, wanted in zip(gradients, expected, strict=True):
         wanted = torch.zeros_like(v).double() if wanted is None else wanted
         torch.testing.assert_close(x.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_rows_that_see_nothing_pass_on_no_gradient_of_their_lse():
+    q, k, v = (torch.randn(1, n, 2, 32, device=DEVICE, requires_grad=True) for n in (9, 4, 4))
+    _, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert (lse[..., :5] == -torch.inf).all()
+    gradients = torch.autograd.grad(lse.exp().sum() + lse.square().sum(), (q, k))
+    assert all(x.isfinite().all() for x in gradients)

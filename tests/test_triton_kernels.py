@@ -271,10 +271,8 @@ def test_gradient_of_the_log_sum_exp(mask: Mask, dtype: torch.dtype) -> None:
         lse = lse.masked_fill(empty, 0.0)
         return torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)))
 
-    computed = attention_backward(
-        Call(q, k, v, 0.25), Saved(dout, out, lse), mask, **options,
-        dlse=dlse.masked_fill(empty, float("nan")),
-    )  # fmt: skip
+    saved = Saved(dout, out, lse, dlse.masked_fill(empty, float("nan")))
+    computed = attention_backward(Call(q, k, v, 0.25), saved, mask, **options)
     golds = expected(torch.float64)
     for a, g, s in zip(computed, golds, expected(dtype), strict=True):
         within_bound(a, g, s)

@@ -326,20 +326,16 @@ def attention_backward(
     num_stages: int,
     num_warps: int,
     use_tma: bool = False,
-    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv), contiguous and in the inputs' dtype.
 
     `saved` has what attention_forward returned; its dout may have any strides. A program keeps
     block_n keys and visits block_m queries a step; the pass over queries swaps the two. Both must
     divide 128. use_tma reads what is visited through the tensor memory accelerator, where that can.
-    dlse (batch, heads_q, seqlen_q) is the gradient of softmax_lse, where that has one: d lse / d S
-    is P, so that it shifts delta.
+    dlse only shifts delta, for d lse / d S is P.
     """
     q, k, v, softmax_scale = call
     dout, out, softmax_lse, dlse = saved
-    if dlse is not None:
-        raise NotImplementedError("the triton backward has no gradient of softmax_lse")
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
     mask = mask.reduced(seqlen_q, seqlen_kv)

@@ -186,10 +186,13 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 
 
 def _saved(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Saved:
-    """With gradients of which autograd gives one or both, and as they come."""
+    """With gradients of which autograd gives one or both, and as they come. What a row that sees
+    nothing has for a softmax_lse of -inf may be no number, and reaches nothing."""
     if dout is None:
         dout = torch.zeros_like(out)
-    return Saved(dout, out, lse, None if dlse is None else dlse.contiguous())
+    if dlse is not None:
+        dlse = dlse.masked_fill(lse == float("-inf"), 0.0).contiguous()
+    return Saved(dout, out, lse, dlse)
 
 
 class _Attention(torch.autograd.Function):
