@@ -6,7 +6,7 @@ import sys
 
 from flashmoe.machine.environment import TOOL_PACKAGES, missing_packages
 
-# As in exits.py, which needs the packages.
+# As in cli/exits.py, which needs the packages.
 BAD_USAGE, INTERRUPTED = 2, 130
 
 
@@ -15,10 +15,10 @@ def main() -> int:
         print(f"flashmoe.autotune: error: {missing}", file=sys.stderr)
         return BAD_USAGE
     try:
-        from flashmoe.autotune import cli  # takes seconds
+        from flashmoe.autotune.cli import dispatch  # takes seconds
     except KeyboardInterrupt:
         return INTERRUPTED
-    return cli.main()
+    return dispatch.main()
 
 
 if __name__ == "__main__":

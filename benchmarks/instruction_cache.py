@@ -25,7 +25,7 @@ from shipping import candidate_of
 from suites import SUITES
 
 from flashmoe import Problem
-from flashmoe.autotune.candidate import SDPA, Candidate, default_candidate, runs
+from flashmoe.autotune.running.candidate import SDPA, Candidate, default_candidate, runs
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.timing import cuda_sampler

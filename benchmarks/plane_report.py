@@ -24,7 +24,7 @@ from plane_fit import Row, load, work_of
 from flashmoe.prediction import kernels
 from flashmoe.prediction.costs import Table
 from flashmoe.prediction.predict import fastest, microseconds
-from flashmoe.ratchet import svg
+from flashmoe.ratchet.report import svg
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 

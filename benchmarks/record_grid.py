@@ -36,9 +36,9 @@ from typing import Any
 import torch
 
 from flashmoe import Problem, Tile, tiles
-from flashmoe.autotune.candidate import SDPA, Candidate, searched_backends
-from flashmoe.autotune.isolated import IsolatedBench, Processes
-from flashmoe.autotune.suite import Group
+from flashmoe.autotune.running.candidate import SDPA, Candidate, searched_backends
+from flashmoe.autotune.running.isolated import IsolatedBench, Processes
+from flashmoe.autotune.schedule.suite import Group
 from flashmoe.backends import BACKENDS, jit
 from flashmoe.machine import device
 from flashmoe.machine.device import Arch

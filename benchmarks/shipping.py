@@ -12,8 +12,8 @@ from typing import NamedTuple
 from suites import SHIPPED
 
 from flashmoe import Problem
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.decide import MIN_GAIN
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.verdict.decide import MIN_GAIN
 from flashmoe.measure.stats import Interval, ratio_by_process
 from flashmoe.planning import database
 from flashmoe.planning.database import DEFAULT, SDPA, Entry

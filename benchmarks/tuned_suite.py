@@ -38,10 +38,10 @@ from shipping import candidate_of, read, ship, speedup
 from suites import SUITES
 
 from flashmoe import Problem
-from flashmoe.autotune.candidate import SDPA, Candidate, default_candidate, runs
-from flashmoe.autotune.decide import AGAIN
-from flashmoe.autotune.isolated import Processes
-from flashmoe.autotune.suite import Group
+from flashmoe.autotune.running.candidate import SDPA, Candidate, default_candidate, runs
+from flashmoe.autotune.running.isolated import Processes
+from flashmoe.autotune.schedule.suite import Group
+from flashmoe.autotune.verdict.decide import AGAIN
 from flashmoe.machine import device
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.stats import Interval

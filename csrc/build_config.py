@@ -205,11 +205,11 @@ _ARGUMENTS = "const AttentionParams& params, DType dtype, int device, cudaStream
 
 # In the order of DType.
 _SM90_DTYPES = ("__half", "__nv_bfloat16")
-# What runs one after the other, and in how many threads.
+# What runs one after the other, and its launch bounds: threads, thread blocks of an SM at once.
 _SM90_BWD_FUNCTIONS = {
-    "prepare": "sm90_backward::EDGE_THREADS",
-    "attention_backward": "TILE.num_threads()",
-    "finish": "sm90_backward::EDGE_THREADS",
+    "prepare": "sm90_backward::EDGE_THREADS, 4",
+    "attention_backward": "TILE.num_threads(), 1",
+    "finish": "sm90_backward::EDGE_THREADS, 4",
 }
 
 
@@ -269,9 +269,9 @@ def _sm90_bwd_source(instance: Instance, is_default: bool) -> str:
         "",
     ]
     for dtype in _SM90_DTYPES:
-        for function, threads in _SM90_BWD_FUNCTIONS.items():
+        for function, bounds in _SM90_BWD_FUNCTIONS.items():
             lines += [
-                f"__global__ void __launch_bounds__({threads}, 1)",
+                f"__global__ void __launch_bounds__({bounds})",
                 f"    {instance.symbol}_{function}{dtype}("
                 "const __grid_constant__ Sm90BackwardParams params) {",
                 f"  sm90_backward::{function}<{dtype}, TILE>(params);",

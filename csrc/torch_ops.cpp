@@ -249,6 +249,7 @@ Tensor fetchable(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tensor& q_in,
                                                const Tensor& k_in, const Tensor& v_in,
                                                const Tensor& out_in, const Tensor& softmax_lse,
+                                               const std::optional<Tensor>& dlse,
                                                double softmax_scale, int64_t window_left,
                                                int64_t window_right, int64_t handle) {
   const int device = static_cast<int>(q_in.get_device_index());
@@ -256,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   check_inputs(q_in, k_in, v_in);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
-  const auto q_sizes = q_in.sizes(), k_sizes = k_in.sizes(), lse_sizes = softmax_lse.sizes();
+  const auto q_sizes = q_in.sizes(), k_sizes = k_in.sizes();
   for (const Tensor* x : {&dout_in, &out_in}) {
     STD_TORCH_CHECK(
         x->dim() == 4 && x->scalar_type() == q_in.scalar_type() && same_device(*x, q_in),
@@ -265,11 +266,13 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
       STD_TORCH_CHECK(x->sizes()[i] == q_sizes[i], "dout and out must have q's shape");
     }
   }
-  STD_TORCH_CHECK(softmax_lse.dim() == 3 && softmax_lse.scalar_type() == ScalarType::Float &&
-                      same_device(softmax_lse, q_in) && lse_sizes[0] == q_sizes[0] &&
-                      lse_sizes[1] == q_sizes[2] && lse_sizes[2] == q_sizes[1] &&
-                      softmax_lse.is_contiguous(),
-                  "softmax_lse must be a contiguous float32 (batch, heads_q, seqlen_q)");
+  for (const Tensor* x : {&softmax_lse, dlse ? &*dlse : &softmax_lse}) {
+    const auto sizes = x->sizes();
+    STD_TORCH_CHECK(x->dim() == 3 && x->scalar_type() == ScalarType::Float &&
+                        same_device(*x, q_in) && sizes[0] == q_sizes[0] && sizes[1] == q_sizes[2] &&
+                        sizes[2] == q_sizes[1] && x->is_contiguous(),
+                    "softmax_lse and dlse must be contiguous float32 (batch, heads_q, seqlen_q)");
+  }
   const BackwardKernel* kernel = find_backward_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(q_sizes[3] <= kernel->tile.head_dim, "kernel ", handle, " takes head_dim up to ",
@@ -283,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
   Tensor dq = empty_contiguous<4>({q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]}, code, q);
   Tensor dk = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
   Tensor dv = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
-  BackwardParams params;
+  BackwardParams params{};
   params.attention = describe(q, k, v, softmax_scale, mask_of(q, k, window_left, window_right));
   params.attention.out = out.data_ptr();
   const auto o_strides = out.strides(), do_strides = dout.strides();
@@ -292,6 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
   params.attention.o_head_stride = o_strides[2];
   params.attention.softmax_lse = static_cast<float*>(softmax_lse.data_ptr());
   params.dout = dout.data_ptr();
+  if (dlse) params.dlse = static_cast<const float*>(dlse->data_ptr());
   params.do_batch_stride = do_strides[0];
   params.do_row_stride = do_strides[1];
   params.do_head_stride = do_strides[2];
@@ -357,7 +361,7 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "int window_right, int kernel) -> (Tensor out, Tensor softmax_lse)");
   m.def(
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "float softmax_scale, int window_left, int window_right, int kernel) -> "
+      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel) -> "
       "(Tensor dq, Tensor dk, Tensor dv)");
 }
 

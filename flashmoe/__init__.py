@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashmoe.api import flash_attn_func, scaled_dot_product_attention
 from flashmoe.machine.device import Arch
 from flashmoe.planning.plan import Plan, make_plan
+from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.spec.shapes import record_problems
 from flashmoe.tiles import Tile
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Arch",
+    "Mask",
     "Plan",
     "Problem",
     "Tile",

@@ -79,7 +79,7 @@ def flash_attn_func(
 
     Returns:
         out, shaped and typed as q, contiguous. softmax_lse is (batch, heads_q, seqlen_q) float32,
-        natural logarithm, not differentiable. A row that sees no key has out 0 and softmax_lse
+        natural logarithm, differentiable. A row that sees no key has out 0 and softmax_lse
         -inf.
 
     Raises:
@@ -307,7 +307,7 @@ def _attend_op(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
     arguments = (q, k, v, scale, mask.left, mask.right, *overrides)
     if asked.return_lse:
         out, lse = ops.attention(*arguments)
-        return out, lse.detach(), None
+        return out, lse, None
     return ops.attention_without_lse(*arguments)  # type: ignore[no-any-return]
 
 

@@ -12,8 +12,8 @@ from types import ModuleType
 from flashmoe.machine.terminal import lenient
 from flashmoe.ratchet.commands.common import PROGRAM
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import check_writable
-from flashmoe.ratchet.gate import EXIT_BAD_INPUT
+from flashmoe.ratchet.gate.decide import EXIT_BAD_INPUT
+from flashmoe.ratchet.results.files import check_writable
 
 COMMANDS = ("bench", "gate", "ab", "static", "selftest", "trend", "profile", "sota")
 INTERRUPTED = 130

@@ -21,9 +21,10 @@ from flashmoe import Problem, Tile, flash_attn_func
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
 from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.measure.reference import attention_reference
 from flashmoe.planning import database
 from flashmoe.planning.plan import why_not
-from flashmoe.spec.mask import causal_if
+from flashmoe.spec.mask import Mask, causal_if
 
 PROBLEM = Problem(1, 1, 1, 16, 16, 64, "bfloat16")
 FORWARD_BACKENDS = [name for name in BACKENDS if not why_not(name, PROBLEM, DEVICE)]
@@ -256,12 +257,6 @@ def test_gradients_of_a_single_causal_query():
     assert_gradients_match(gradients, dout, q, k, v, causal=True)
 
 
-def test_lse_is_not_differentiable():
-    q, k, v = (torch.randn(1, 4, 2, 32, device=DEVICE, requires_grad=True) for _ in range(3))
-    _, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
-    assert not lse.requires_grad
-
-
 def test_repeated_calls_are_bitwise_identical():
     q, k, v = (guarded((2, 200, 4, 64), torch.bfloat16) for _ in range(3))
     first = flash_attn_func(q, k, v, causal=True)
@@ -341,3 +336,33 @@ class TestScaledDotProductAttention:
         q = torch.randn(2, 4, 9, 32, device=DEVICE)
         with pytest.raises(RuntimeError):
             flashmoe.scaled_dot_product_attention(q, q[:, :3], q[:, :3])
+
+
+@pytest.mark.parametrize("through", ["lse", "both"])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (7, 3)])
+def test_softmax_lse_is_differentiable(window, how, through):
+    """A z-loss adds up its squares; context parallelism merges parts by it."""
+    dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
+    q = torch.randn(2, 40, 4, 32, device=DEVICE, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(2, 56, 2, 32, device=DEVICE, dtype=dtype, requires_grad=True) for _ in "kv")
+    dout = torch.randn_like(q) if through == "both" else torch.zeros_like(q)
+
+    def loss(out, lse):
+        z = lse.square().sum()
+        return z if through == "lse" else z + (out * dout).sum()
+
+    def f(q, k, v):
+        return flash_attn_func(q, k, v, window_size=window, return_attn_probs=True)[:2]
+
+    if how == "compiled":
+        f = torch.compile(f, fullgraph=True, backend="aot_eager")
+    gradients = torch.autograd.grad(loss(*f(q, k, v)), (q, k, v), allow_unused=True)
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(
+        loss(*attention_reference(*leaves, mask=Mask(*window))), leaves, allow_unused=True
+    )
+    tolerance = 2e-2 if dtype == torch.float16 else 2e-5
+    for x, wanted in zip(gradients, expected, strict=True):
+        wanted = torch.zeros_like(v).double() if wanted is None else wanted
+        torch.testing.assert_close(x.double(), wanted, rtol=tolerance, atol=tolerance)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flashmoe import _extension
-from flashmoe.ratchet.cubins import find_cuobjdump, shared_operands
 from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.machine_code.cubins import find_cuobjdump, shared_operands
 
 INFO = _extension.load()
 pytestmark = pytest.mark.skipif(not INFO.cuda_archs, reason="this build has no CUDA kernels")

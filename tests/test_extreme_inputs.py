@@ -17,7 +17,7 @@ from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
 from flashmoe.measure.reference import attention_reference
 from flashmoe.spec.call import Call, Saved
-from flashmoe.spec.mask import CAUSAL, causal_if
+from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import Problem
 
 ON_GPU = DEVICE.type == "cuda"
@@ -86,18 +86,16 @@ CASES: dict[str, Callable[[], Inputs]] = {
 }
 
 
-def problem(q: Tensor, causal: bool, direction: str = "fwd") -> Problem:
+def problem(q: Tensor, mask: Mask, direction: str = "fwd") -> Problem:
     dtype = str(q.dtype).removeprefix("torch.")
     batch, seqlen, heads, head_dim = q.shape
-    return Problem(
-        batch, heads, heads, seqlen, seqlen, head_dim, dtype, causal_if(causal), direction
-    )
+    return Problem(batch, heads, heads, seqlen, seqlen, head_dim, dtype, mask, direction)
 
 
-def skip_unless_runs(backend: str, q: Tensor, causal: bool, direction: str = "fwd") -> None:
+def skip_unless_runs(backend: str, q: Tensor, mask: Mask, direction: str = "fwd") -> None:
     candidate = BACKENDS[backend]
     reason = candidate.unavailable(DEVICE) or candidate.unsupported(
-        problem(q, causal, direction), arch(DEVICE)
+        problem(q, mask, direction), arch(DEVICE)
     )
     if reason:
         pytest.skip(reason)
@@ -106,17 +104,20 @@ def skip_unless_runs(backend: str, q: Tensor, causal: bool, direction: str = "fw
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask(25, 3)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_a_finite_reference_means_a_finite_result(case: str, causal: bool, backend: str) -> None:
+def test_a_finite_reference_means_a_finite_result(case: str, mask: Mask, backend: str) -> None:
     q, k, v = (x.to(DEVICE) for x in CASES[case]())
-    skip_unless_runs(backend, q, causal)
-    expected, expected_lse = attention_reference(q, k, v, mask=causal_if(causal))
+    skip_unless_runs(backend, q, mask)
+    expected, expected_lse = attention_reference(q, k, v, mask=mask)
     assert expected.isfinite().all()
-    out, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True, backend=backend)
+    window = (mask.left, mask.right)
+    out, lse, _ = flash_attn_func(
+        q, k, v, window_size=window, return_attn_probs=True, backend=backend
+    )
     assert out.isfinite().all()
     # Relative to what is added up: P is rounded to the dtype.
-    terms, _ = attention_reference(q, k, v.abs(), mask=causal_if(causal))
+    terms, _ = attention_reference(q, k, v.abs(), mask=mask)
     eps = max(torch.finfo(q.dtype).eps, 1e-5)
     assert ((out.double() - expected).abs() <= 2 * eps * terms).all()
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=1e-3)
@@ -126,7 +127,7 @@ def test_a_finite_reference_means_a_finite_result(case: str, causal: bool, backe
 @pytest.mark.parametrize("case", ["65504 everywhere", "133120 everywhere, head_dim 64, seqlen 257"])
 def test_every_compiled_tile_bears_them(case: str) -> None:
     q, k, v = (x.to(DEVICE) for x in CASES[case]())
-    for tile in BACKENDS["cuda"].compiled_in(problem(q, False), arch(DEVICE)):
+    for tile in BACKENDS["cuda"].compiled_in(problem(q, FULL), arch(DEVICE)):
         out = flash_attn_func(q, k, v, tile=tile)
         assert (out == v).all(), tile
 
@@ -135,11 +136,11 @@ def test_every_compiled_tile_bears_them(case: str) -> None:
 @pytest.mark.parametrize("case", [name for name in CASES if "everywhere" in name or "-" in name])
 def test_gradients_are_finite(case: str, backend: str) -> None:
     q, k, v = (x.to(DEVICE) for x in CASES[case]())
-    skip_unless_runs(backend, q, True, "bwd")
+    skip_unless_runs(backend, q, CAUSAL, "bwd")
     out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     call = Call(q, k, v, q.shape[-1] ** -0.5)
     saved = Saved(torch.ones_like(out), torch.zeros_like(out), lse)
-    tile = BACKENDS[backend].default_tile(problem(q, True, "bwd"), arch(DEVICE))
+    tile = BACKENDS[backend].default_tile(problem(q, CAUSAL, "bwd"), arch(DEVICE))
     for gradient in run_backward(backend, call, saved, CAUSAL, tile):
         # dS is a sum of products of what is finite, and may exceed float16.
         assert not gradient.isnan().any()

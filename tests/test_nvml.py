@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashmoe.machine import nvml
-from flashmoe.ratchet.telemetry import Watch
+from flashmoe.ratchet.measuring.telemetry import Watch
 
 GPU = torch.device("cuda", 0)
 

@@ -64,7 +64,7 @@ def test_opcheck_attention_without_lse_by_sdpa():
 def test_opcheck_attention_backward(requires_grad):
     q, k, v = qkv(requires_grad)
     out, lse = (x.detach() for x in ops.attention(q, k, v, 0.2, -1, 0, "", ""))
-    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.2, -1, 0, "")
+    arguments = (torch.randn_like(out), q, k, v, out, lse, None, 0.2, -1, 0, "")
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not requires_grad:  # the gradients' gradients do not exist
         checks.append("test_aot_dispatch_dynamic")

@@ -12,7 +12,7 @@ import torch
 
 import flashmoe
 from flashmoe import Problem
-from flashmoe.autotune.cli import main
+from flashmoe.autotune.cli.dispatch import main
 from flashmoe.spec import shapes
 
 PROBLEM = Problem(1, 8, 8, 1024, 1024, 64, "float32").to_json()

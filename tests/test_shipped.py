@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flashmoe import _extension
-from flashmoe.autotune import instances
-from flashmoe.autotune.candidate import default_candidate
+from flashmoe.autotune.report import instances
+from flashmoe.autotune.running.candidate import default_candidate
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch
 from flashmoe.planning import database, plan

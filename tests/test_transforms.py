@@ -94,7 +94,7 @@ def test_the_backward_op_refuses_tangents():
     with forward_ad.dual_level():
         dout = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
         with pytest.raises(NotImplementedError, match="forward-mode AD"):
-            ops.attention_backward(dout, q, k, v, out, lse, 0.3, -1, -1, "")
+            ops.attention_backward(dout, q, k, v, out, lse, None, 0.3, -1, -1, "")
 
 
 def test_without_a_tangent_a_dual_level_changes_nothing():

@@ -19,7 +19,7 @@ from flashmoe.backends import triton_fwd
 from flashmoe.backends.triton_bwd import attention_backward
 from flashmoe.backends.triton_fwd import attention_forward, can_use_tma, heads_per_section
 from flashmoe.spec.call import Call, Saved
-from flashmoe.spec.mask import CAUSAL, FULL, causal_if
+from flashmoe.spec.mask import CAUSAL, FULL, Mask, causal_if
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -66,10 +66,10 @@ def within_bound(actual: Tensor, gold: Tensor, same_dtype: Tensor) -> None:
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, causal: bool, dtype: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, mask: Mask, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-    out, _ = attention_reference(*leaves, scale, causal_if(causal), dtype)
+    out, _ = attention_reference(*leaves, scale, mask, dtype)
     return torch.autograd.grad(out, leaves, dout.to(dtype))
 
 
@@ -81,7 +81,7 @@ def check(
     seqlen_kv: int = 32,
     head_dim: int = 32,
     dtype: torch.dtype = torch.float32,
-    causal: bool = False,
+    mask: Mask = FULL,
     scale: float | None = None,
     tile: tuple[int, int] = (32, 16),
     use_tma: bool = False,
@@ -95,7 +95,7 @@ def check(
         guarded(shape, dtype, seed + i, (order + i) % 6)
         for i, shape in enumerate((q_shape, kv_shape, kv_shape, q_shape))
     )
-    call, mask = Call(q, k, v, scale), causal_if(causal)
+    call = Call(q, k, v, scale)
     block_m, block_n = tile
     options = {"num_stages": 1, "num_warps": 4, "use_tma": use_tma}
     out, lse = attention_forward(call, mask, block_m=block_m, block_n=block_n, **options)
@@ -109,34 +109,52 @@ def check(
     computed = attention_backward(
         call, Saved(dout, out, lse), mask, block_m=block_n, block_n=block_m, **options
     )
-    expected = gradients(q, k, v, dout, scale, causal, torch.float64)
-    same_dtype = gradients(q, k, v, dout, scale, causal, dtype)
+    expected = gradients(q, k, v, dout, scale, mask, torch.float64)
+    same_dtype = gradients(q, k, v, dout, scale, mask, dtype)
     for a, g, s in zip(computed, expected, same_dtype, strict=True):
         within_bound(a, g, s)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask(18, 5)], ids=str)
 @pytest.mark.parametrize("use_tma", [False, True])
-def test_odd_lengths(dtype: torch.dtype, causal: bool, use_tma: bool) -> None:
-    check(1, 1, 1, 37, 45, dtype=dtype, causal=causal, use_tma=use_tma)
+def test_odd_lengths(dtype: torch.dtype, mask: Mask, use_tma: bool) -> None:
+    check(1, 1, 1, 37, 45, dtype=dtype, mask=mask, use_tma=use_tma)
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 40, 96, 256])
 def test_head_dims(head_dim: int) -> None:
-    check(1, 1, 1, 19, 21, head_dim, causal=True, dtype=torch.float16)
+    check(1, 1, 1, 19, 21, head_dim, mask=CAUSAL, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "window", [(7, 0), (0, 0), (40, 0), (3, 9), (29, 18), (21, -1), (-1, 6)], ids=str
+)
+@pytest.mark.parametrize("seqlens", [(96, 96), (50, 83), (75, 40)])
+def test_windows(window: tuple[int, int], seqlens: tuple[int, int]) -> None:
+    """Narrower than a tile or as wide as several, of one side or both; in the last problem many
+    rows see nothing, in the second no row sees the first keys."""
+    check(1, 2, 1, *seqlens, head_dim=16, mask=Mask(*window), tile=(16, 16))
+
+
+@pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 32)])
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_windows_and_tiles(tile: tuple[int, int], use_tma: bool) -> None:
+    check(
+        2, 3, 1, 90, 101, 24, torch.float16, Mask(45, 13), tile=tile, use_tma=use_tma, order=4
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tile", [(16, 16), (16, 32), (64, 32)])
 @pytest.mark.parametrize("seqlens", [(64, 64), (50, 64), (64, 50), (1, 40), (40, 1)])
 def test_tiles_and_lengths(tile: tuple[int, int], seqlens: tuple[int, int]) -> None:
-    check(heads_q=1, heads_kv=1, seqlen_q=seqlens[0], seqlen_kv=seqlens[1], causal=True, tile=tile)
+    check(heads_q=1, heads_kv=1, seqlen_q=seqlens[0], seqlen_kv=seqlens[1], mask=CAUSAL, tile=tile)
 
 
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2)])
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_query_heads_share_key_heads(heads: tuple[int, int], use_tma: bool) -> None:
-    check(1, *heads, 17, 20, dtype=torch.float16, causal=True, use_tma=use_tma)
+    check(1, *heads, 17, 20, dtype=torch.float16, mask=CAUSAL, use_tma=use_tma)
 
 
 @pytest.mark.skipif(not HAS_TMA, reason="needs the tensor memory accelerator of Hopper")
@@ -144,13 +162,13 @@ def test_query_heads_share_key_heads(heads: tuple[int, int], use_tma: bool) -> N
 def test_tensor_memory_accelerator(causal: bool, order: int) -> None:
     check(
         batch=2, heads_q=2, heads_kv=1, seqlen_q=23, seqlen_kv=33, head_dim=24, dtype=torch.float16,
-        causal=causal, use_tma=True, order=order,
+        mask=causal_if(causal), use_tma=True, order=order,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3, 2.0])
 def test_any_scale(scale: float) -> None:
-    check(1, 1, 1, seqlen_q=21, seqlen_kv=25, scale=scale, causal=True)
+    check(1, 1, 1, seqlen_q=21, seqlen_kv=25, scale=scale, mask=CAUSAL)
 
 
 @pytest.mark.parametrize("use_tma", [False, True])
@@ -193,6 +211,33 @@ def test_tiles_above_the_diagonal_are_not_read() -> None:
     assert out[:, 32:].isnan().all()
 
 
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_tiles_outside_a_window_are_not_read(use_tma: bool) -> None:
+    """Tiles of keys that no query sees, and of queries that see no key."""
+    dtype = torch.float16
+    q, dout = (torch.randn(1, 20, 1, 16, device=DEVICE, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(1, 90, 1, 16, device=DEVICE, dtype=dtype) for _ in range(2))
+    # The first row sees the keys from 90 - 20 - 9 on: 61, and 48 is the first of its tile.
+    k[:, :48] = v[:, :48] = float("nan")
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4, "use_tma": use_tma}
+    call, mask = Call(q, k, v, 0.25), Mask(9, 2)
+    out, lse = attention_forward(call, mask, **options)
+    assert out.isfinite().all()
+    grads = attention_backward(call, Saved(dout, out, lse), mask, **options)
+    assert all(x.isfinite().all() for x in grads)
+    assert torch.equal(grads[1][:, :61], torch.zeros_like(grads[1][:, :61]))
+    # Query 70 of 90 stands level with key 0 of 20; two further ahead, 68 is the first to see one.
+    q, dout = (torch.randn(1, 90, 1, 16, device=DEVICE, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(1, 20, 1, 16, device=DEVICE, dtype=dtype) for _ in range(2))
+    q[:, :64] = dout[:, :64] = float("nan")
+    call = Call(q, k, v, 0.25)
+    out, lse = attention_forward(call, mask, **options)
+    assert torch.equal(out[:, :68], torch.zeros_like(out[:, :68]))
+    assert out[:, 68:].isfinite().all()
+    grads = attention_backward(call, Saved(dout, out, lse), mask, **options)
+    assert all(x.isfinite().all() for x in grads[1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dout_with_any_strides(dtype: torch.dtype) -> None:
     """Also those that the accelerator cannot follow: it was asked for, pointers take over."""
@@ -202,10 +247,37 @@ def test_dout_with_any_strides(dtype: torch.dtype) -> None:
     strided = torch.randn(16, 2, 20, 1, device=DEVICE, dtype=dtype).permute(3, 2, 1, 0)
     for dout in (torch.ones((), device=DEVICE, dtype=dtype).expand(out.shape), strided):
         computed = attention_backward(Call(q, k, v, 0.25), Saved(dout, out, lse), FULL, **options)
-        expected = gradients(q, k, v, dout, 0.25, False, torch.float64)
-        same_dtype = gradients(q, k, v, dout, 0.25, False, dtype)
+        expected = gradients(q, k, v, dout, 0.25, FULL, torch.float64)
+        same_dtype = gradients(q, k, v, dout, 0.25, FULL, dtype)
         for a, g, s in zip(computed, expected, same_dtype, strict=True):
             within_bound(a, g, s)
+
+
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask(12, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_log_sum_exp(mask: Mask, dtype: torch.dtype) -> None:
+    """With any strides, and NaN where a row sees no key."""
+    q, dout = (guarded((2, 37, 4, 16), dtype, seed, 0) for seed in (0, 1))
+    k, v = (guarded((2, 29, 2, 16), dtype, seed, 0) for seed in (2, 3))
+    dlse = torch.randn(37, 4, 2, device=DEVICE).permute(2, 1, 0)
+    options = {"block_m": 16, "block_n": 16, "num_stages": 1, "num_warps": 4}
+    out, lse = attention_forward(Call(q, k, v, 0.25), mask, **options)
+    empty = lse == float("-inf")
+    assert empty.any() == (mask != FULL)
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = attention_reference(*leaves, 0.25, mask, dtype)
+        lse = lse.masked_fill(empty, 0.0)
+        return torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)))
+
+    computed = attention_backward(
+        Call(q, k, v, 0.25), Saved(dout, out, lse), mask, **options,
+        dlse=dlse.masked_fill(empty, float("nan")),
+    )  # fmt: skip
+    golds = expected(torch.float64)
+    for a, g, s in zip(computed, golds, expected(dtype), strict=True):
+        within_bound(a, g, s)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -227,7 +299,7 @@ def test_every_order_of_programs_covers_every_tile(
 ) -> None:
     """Sections of one, two (the last one short) and all five heads."""
     monkeypatch.setattr(triton_fwd, "_L2_BUDGET_BYTES", budget)
-    check(1, 5, 5, 33, 33, 16, causal=True)
+    check(1, 5, 5, 33, 33, 16, mask=CAUSAL)
 
 
 def test_a_section_of_heads_fits_in_l2() -> None:
@@ -262,7 +334,8 @@ def test_the_accelerator_is_used_only_where_it_can_read() -> None:
     seqlen_q=st.integers(1, 50),
     seqlen_kv=st.integers(1, 50),
     head_dim=st.integers(1, 8).map(lambda n: 8 * n),
-    causal=st.booleans(),
+    mask=st.sampled_from([FULL, CAUSAL, None]),
+    window=st.tuples(st.integers(-1, 40), st.integers(-1, 40)),
     tile=st.sampled_from([(16, 16), (32, 16), (32, 32), (64, 32)]),
     use_tma=st.booleans(),
     order=st.integers(0, 5),
@@ -270,9 +343,10 @@ def test_the_accelerator_is_used_only_where_it_can_read() -> None:
 )
 def test_any_problem(
     batch: int, heads_kv: int, group: int, seqlen_q: int, seqlen_kv: int, head_dim: int,
-    dtype: torch.dtype, causal: bool, tile: tuple[int, int], use_tma: bool, order: int, seed: int,
+    dtype: torch.dtype, mask: Mask | None, window: tuple[int, int], tile: tuple[int, int],
+    use_tma: bool, order: int, seed: int,
 ) -> None:  # fmt: skip
     check(
-        batch, heads_kv * group, heads_kv, seqlen_q, seqlen_kv, head_dim, dtype, causal,
-        tile=tile, use_tma=use_tma, order=order, seed=seed,
+        batch, heads_kv * group, heads_kv, seqlen_q, seqlen_kv, head_dim, dtype,
+        mask or Mask(*window), tile=tile, use_tma=use_tma, order=order, seed=seed,
     )  # fmt: skip

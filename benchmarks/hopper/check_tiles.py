@@ -28,7 +28,7 @@ from flashmoe import _extension
 from flashmoe._extension import KERNEL_SOURCES
 from flashmoe.backends import jit
 from flashmoe.machine.device import Arch
-from flashmoe.ratchet.cubins import kernels, shared_operands
+from flashmoe.ratchet.machine_code.cubins import kernels, shared_operands
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import PLAIN, Tile, sm90_registers
 

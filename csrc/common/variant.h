@@ -6,6 +6,8 @@ namespace flashmoe {
 
 struct Variant {
   bool local = false;  // any window; the plain variant has none, or is causal
+  // Of a backward: dQ is the same bits every time.
+  bool deterministic = false;
 };
 
 }  // namespace flashmoe

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flashmoe.autotune import instances
+from flashmoe.autotune.report import instances
 from flashmoe.planning import database
 from flashmoe.tiles import Tile
 

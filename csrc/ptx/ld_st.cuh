@@ -12,6 +12,12 @@ __device__ __forceinline__ int4 ld_shared_v4(unsigned src_smem) {
   return x;
 }
 
+__device__ __forceinline__ int ld_shared_b32(unsigned src_smem) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(src_smem) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ float2 ld_shared_v2(unsigned src_smem) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
@@ -47,6 +53,23 @@ __device__ __forceinline__ void st_global_v4_if(bool condition, void* dst_gmem, 
       "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}\n" ::
           "r"(int(condition)),
       "l"(dst_gmem), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// Returns when the value in device memory is x: what was released with it is visible then.
+__device__ __forceinline__ void ld_acquire_gpu_until(const int* src_gmem, int x) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      ".reg .b32 value;\n"
+      "WAIT:\n"
+      "ld.acquire.gpu.global.b32 value, [%0];\n"
+      "setp.eq.s32 done, value, %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"l"(src_gmem),
+      "r"(x)
       : "memory");
 }
 

@@ -11,4 +11,10 @@ __device__ __forceinline__ void red_global_add_v4(float* dst_gmem, float x, floa
                : "memory");
 }
 
+// What this thread did before, and what it has seen others do, is visible to whoever acquires the
+// sum.
+__device__ __forceinline__ void red_release_gpu_add(int* dst_gmem, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(dst_gmem), "r"(x) : "memory");
+}
+
 }  // namespace flashmoe::ptx

@@ -47,12 +47,14 @@ class BlockedBackend(Backend):
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             # A block has whole rows, so it needs neither out nor softmax_lse.
-            return _attention_backward(call, saved.dout, mask)
+            return _attention_backward(call, saved.dout, saved.dlse, mask)
 
         return run
 
 
-def _attention_backward(call: Call, dout: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(
+    call: Call, dout: Tensor, dlse: Tensor | None, mask: Mask
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the inputs' dtype, computed in float32. Deterministic.
 
     P is the softmax of the row and not exp(scores - softmax_lse), and delta the sum of P * dP and
@@ -89,7 +91,10 @@ def _attention_backward(call: Call, dout: Tensor, mask: Mask) -> tuple[Tensor, T
         if not mask.is_full:
             p.masked_fill_(hidden, 0.0)  # a row that sees nothing has no softmax
         ds = p * (do @ values.transpose(-1, -2))
-        ds -= p * ds.sum(-1, keepdim=True)
+        shift = ds.sum(-1, keepdim=True)
+        if dlse is not None:
+            shift -= dlse.to(dtype).reshape(*ds.shape[:3], -1, 1)[..., start:stop, :]
+        ds -= p * shift
         dq[..., start:stop, :] = ds @ keys
         # Sum over the group: fold it into the contracted dimension.
         dk[..., first:last, :] += _fold(ds).transpose(-1, -2) @ _fold(qb)

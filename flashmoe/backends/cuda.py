@@ -147,8 +147,8 @@ class CudaBackend(Backend):
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             q, k, v, softmax_scale = call
-            dout, out, lse = saved
-            arguments = (dout, q, k, v, out, lse, softmax_scale, left, right, handle)
+            dout, out, lse, dlse = saved
+            arguments = (dout, q, k, v, out, lse, dlse, softmax_scale, left, right, handle)
             result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments)
             return result
 

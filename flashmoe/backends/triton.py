@@ -96,7 +96,7 @@ def _interpreted() -> bool:
 
 class TritonBackend(Backend):
     name = "triton"
-    features: ClassVar[Features] = {"fwd": frozenset(), "bwd": frozenset()}
+    features: ClassVar[Features] = {"fwd": frozenset({"window"}), "bwd": frozenset({"window"})}
 
     def unavailable(self, device: torch.device) -> str:
         if importlib.util.find_spec("triton") is None:

@@ -25,6 +25,7 @@ from flashmoe.backends.triton_fwd import (
     _head_base,
     _load_rows,
     _load_tile,
+    _sees,
     _store_rows,
     _tile_of_program,
     _visible_keys,
@@ -33,6 +34,7 @@ from flashmoe.backends.triton_fwd import (
     dot_precision,
     heads_per_section,
     tma_descriptor,
+    window_limits,
 )
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.mask import Mask
@@ -46,11 +48,11 @@ _ROWS_PER_PROGRAM = 32
 
 @triton.jit(do_not_specialize=["heads_q", "seqlen_q", "rows_padded"])
 def _backward_prepare_kernel(
-    out_ptr, dout_ptr, lse_ptr, lse2_ptr, delta_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     stride_db, stride_dm, stride_dh, heads_q, seqlen_q, rows_padded,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) and lse in log2, in rows_padded rows.
+    """delta = rowsum(out * dout) - dlse and lse in log2, in rows_padded rows.
 
     A row that sees no key has lse -inf, a padding row none: +inf makes their probabilities 0. An
     lse so large that its rounding can exceed the exponent's range no longer tells probabilities:
@@ -71,6 +73,10 @@ def _backward_prepare_kernel(
     rows = start + offs_m
     lse_row = batch_head.to(tl.int64) * seqlen_q
     lse = tl.load(lse_ptr + lse_row + rows, mask=rows < seqlen_q, other=float("-inf"))
+    if HAS_DLSE:
+        # A row that sees no key has probabilities 0, which must not meet a NaN here.
+        dlse = tl.load(dlse_ptr + lse_row + rows, mask=rows < seqlen_q, other=0.0)
+        delta -= tl.where(lse == float("-inf"), 0.0, dlse)
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     magnitude = tl.abs(lse2)
     lse2 += tl.where(magnitude >= COARSE_MAXIMUM, magnitude * 2.0**-22, 0.0)
@@ -89,10 +95,11 @@ def _load_statistic(base, row, start, offs_m, USE_TMA: tl.constexpr):
 @triton.jit
 def _visit_queries(
     dk, dv, k, v, q_base, dout_base, lse2_base, delta_base,
-    stride_qm, stride_dm, batch, head, row, begin, end, start_n, seqlen_q, seqlen_kv, scale,
+    stride_qm, stride_dm, batch, head, row, begin, end, start_n, seqlen_q, seqlen_kv,
+    window_left, window_right, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows begin..end give a tile of keys."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -116,9 +123,12 @@ def _visit_queries(
         dprobs_t = _dot(v, tl.trans(dout), zeros, PRECISION)
         probs_t = tl.math.exp2(scores_t * scale - lse2[None, :])
         if MASKED:
-            if CAUSAL:
-                limit = start + offs_m + (seqlen_kv - seqlen_q)
-                probs_t = tl.where(keys[:, None] <= limit[None, :], probs_t, 0.0)
+            if CAUSAL or IS_LOCAL:
+                level_key = start + offs_m + (seqlen_kv - seqlen_q)
+                visible = _sees(
+                    level_key[None, :], keys[:, None], window_left, window_right, IS_LOCAL
+                )
+                probs_t = tl.where(visible, probs_t, 0.0)
             if not EVEN_N:
                 probs_t = tl.where((keys < seqlen_kv)[:, None], probs_t, 0.0)
         dscores_t = (probs_t * (dprobs_t - delta[None, :])).to(q.dtype)
@@ -128,14 +138,16 @@ def _visit_queries(
 
 
 @triton.jit(do_not_specialize=["batch_heads_kv", "heads_kv", "group", "seqlen_q", "seqlen_kv",
-                               "section", "rows_padded"])  # fmt: skip
+                               "section", "rows_padded", "window_left",
+                               "window_right"])  # fmt: skip
 def _backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
     softmax_scale, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb,
     stride_vn, stride_vh, stride_db, stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
-    seqlen_q, seqlen_kv, section, rows_padded, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    seqlen_q, seqlen_kv, section, rows_padded, window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     tile, batch_head_kv = _tile_of_program(
@@ -153,10 +165,17 @@ def _backward_dkdv_kernel(
     k = _load_rows(k_base, start_n, stride_kn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D, not EVEN_N)
     v = _load_rows(v_base, start_n, stride_vn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D, not EVEN_N)
 
-    # Query rows begin..masked_end see some of the keys, masked_end..seqlen_q see all of them.
+    # Query rows begin..masked_end see some of the keys, masked_end..full_end all of them, and from
+    # there to end some again.
     begin = 0
     masked_end = 0
-    if CAUSAL:
+    full_end = seqlen_q
+    end = seqlen_q
+    if IS_LOCAL:
+        begin, masked_end, full_end, end = _visible_keys(
+            start_n, seqlen_kv, seqlen_q, window_right, window_left, BLOCK_N, BLOCK_M, False, True
+        )
+    elif CAUSAL:
         first_row = start_n - (seqlen_kv - seqlen_q)
         begin = tl.maximum(first_row, 0) // BLOCK_M * BLOCK_M
         masked_end = tl.cdiv(tl.maximum(first_row + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
@@ -164,7 +183,8 @@ def _backward_dkdv_kernel(
     if not EVEN_N:
         # Keys past the end read as 0, so that only a mask keeps their probability at 0.
         tail = start_n + BLOCK_N > seqlen_kv
-        masked_end = tl.where(tail, tl.cdiv(seqlen_q, BLOCK_M) * BLOCK_M, masked_end)
+        all_rows = full_end if IS_LOCAL else tl.cdiv(seqlen_q, BLOCK_M) * BLOCK_M
+        masked_end = tl.where(tail, all_rows, masked_end)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -175,19 +195,26 @@ def _backward_dkdv_kernel(
         row = batch_head * rows_padded if USE_TMA else batch_head.to(tl.int64) * rows_padded
         q_base = _head_base(q_ptr, batch, head, stride_qb, stride_qh, USE_TMA)
         dout_base = _head_base(dout_ptr, batch, head, stride_db, stride_dh, USE_TMA)
-        if CAUSAL or not EVEN_N:
+        if CAUSAL or IS_LOCAL or not EVEN_N:
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, begin, masked_end, start_n,
-                seqlen_q, seqlen_kv, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                CAUSAL, True, EVEN_M, EVEN_N, USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, USE_TMA, PRECISION,
             )  # fmt: skip
         dk, dv = _visit_queries(
             dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
-            stride_qm, stride_dm, batch, head, row, masked_end, seqlen_q, start_n,
-            seqlen_q, seqlen_kv, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            CAUSAL, False, EVEN_M, EVEN_N, USE_TMA, PRECISION,
+            stride_qm, stride_dm, batch, head, row, masked_end, full_end, start_n,
+            seqlen_q, seqlen_kv, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_M, EVEN_N, USE_TMA, PRECISION,
         )  # fmt: skip
+        if IS_LOCAL:
+            dk, dv = _visit_queries(
+                dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
+                stride_qm, stride_dm, batch, head, row, full_end, end, start_n,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, USE_TMA, PRECISION,
+            )  # fmt: skip
 
     dk = dk * softmax_scale
     _store_rows(dk_ptr, dk, batch, head_kv, start_n, heads_kv, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D)
@@ -197,9 +224,9 @@ def _backward_dkdv_kernel(
 @triton.jit
 def _visit_keys(
     dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-    begin, end, seqlen_kv, causal_limit, scale,
+    begin, end, seqlen_kv, level_key, window_left, window_right, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr,
+    CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys begin..end give the dQ of a tile of queries."""
@@ -219,8 +246,9 @@ def _visit_keys(
         dprobs = _dot(dout, tl.trans(v), zeros, PRECISION)
         probs = tl.math.exp2(scores * scale - lse2[:, None])
         if MASKED:
-            if CAUSAL:
-                visible = (start + offs_n)[None, :] <= causal_limit[:, None]
+            if CAUSAL or IS_LOCAL:
+                keys = (start + offs_n)[None, :]
+                visible = _sees(level_key[:, None], keys, window_left, window_right, IS_LOCAL)
                 probs = tl.where(visible, probs, 0.0)
             if not EVEN_N:
                 probs = tl.where((start + offs_n < seqlen_kv)[None, :], probs, 0.0)
@@ -230,14 +258,16 @@ def _visit_keys(
 
 
 @triton.jit(do_not_specialize=["batch_heads", "heads_q", "group", "seqlen_q", "seqlen_kv",
-                               "section", "rows_padded"])  # fmt: skip
+                               "section", "rows_padded", "window_left",
+                               "window_right"])  # fmt: skip
 def _backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, scale, softmax_scale,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_db, stride_dm, stride_dh,
-    batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded,
+    batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
+    window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
@@ -260,19 +290,27 @@ def _backward_dq_kernel(
     k_base = _head_base(k_ptr, batch, head_kv, stride_kb, stride_kh, USE_TMA)
     v_base = _head_base(v_ptr, batch, head_kv, stride_vb, stride_vh, USE_TMA)
 
-    causal_limit = rows + (seqlen_kv - seqlen_q)
-    full_end, end = _visible_keys(start_m, seqlen_q, seqlen_kv, BLOCK_M, BLOCK_N, CAUSAL)
+    level_key = rows + (seqlen_kv - seqlen_q)
+    begin, full_begin, full_end, end = _visible_keys(
+        start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
+    )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _visit_keys(
-        dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-        0, full_end, seqlen_kv, causal_limit, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        CAUSAL, False, EVEN_N, USE_TMA, PRECISION,
-    )  # fmt: skip
-    if CAUSAL or not EVEN_N:
+    if IS_LOCAL:
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-            full_end, end, seqlen_kv, causal_limit, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            CAUSAL, True, EVEN_N, USE_TMA, PRECISION,
+            begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, USE_TMA, PRECISION,
+        )  # fmt: skip
+    dq = _visit_keys(
+        dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+        full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM,
+        BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, USE_TMA, PRECISION,
+    )  # fmt: skip
+    if CAUSAL or IS_LOCAL or not EVEN_N:
+        dq = _visit_keys(
+            dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+            full_end, end, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = dq * softmax_scale
     _store_rows(dq_ptr, dq, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
@@ -288,18 +326,23 @@ def attention_backward(
     num_stages: int,
     num_warps: int,
     use_tma: bool = False,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv), contiguous and in the inputs' dtype.
 
     `saved` has what attention_forward returned; its dout may have any strides. A program keeps
     block_n keys and visits block_m queries a step; the pass over queries swaps the two. Both must
     divide 128. use_tma reads what is visited through the tensor memory accelerator, where that can.
+    dlse (batch, heads_q, seqlen_q) is the gradient of softmax_lse, where that has one: d lse / d S
+    is P, so that it shifts delta.
     """
     q, k, v, softmax_scale = call
-    dout, out, softmax_lse = saved
+    dout, out, softmax_lse, dlse = saved
+    if dlse is not None:
+        raise NotImplementedError("the triton backward has no gradient of softmax_lse")
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
-    causal = mask.right >= 0
+    mask = mask.reduced(seqlen_q, seqlen_kv)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -308,6 +351,7 @@ def attention_backward(
     if dout.stride(3) != 1:
         dout = dout.contiguous()
     out = out.contiguous()
+    dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     group = heads_q // heads_kv
@@ -320,8 +364,9 @@ def attention_backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     common = (softmax_scale * LOG2_E.value, softmax_scale, *strides)
     lengths = (group, seqlen_q, seqlen_kv)
+    window = window_limits(mask, seqlen_q, seqlen_kv)
     section_kv, section_q = 1, 1
-    if causal:
+    if mask.is_causal:
         size = q.element_size()
         # A program of the first pass reads Q and dO of a group of heads, one of the second K and V.
         section_kv = heads_per_section(batch * heads_kv, 1, group * seqlen_q, head_dim, size)
@@ -329,13 +374,14 @@ def attention_backward(
     # Triton 3.10 no longer fuses multiply and add unasked.
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "enable_fp_fusion": True}
     options: dict[str, Any] = {
-        **shape, "CAUSAL": causal, "USE_TMA": use_tma, "PRECISION": dot_precision(q),
-        "num_stages": num_stages, "num_warps": num_warps,
+        **shape, "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local, "USE_TMA": use_tma,
+        "PRECISION": dot_precision(q), "num_stages": num_stages, "num_warps": num_warps,
     }  # fmt: skip
     with device_guard(q):
         _backward_prepare_kernel[(rows // _ROWS_PER_PROGRAM,)](
-            out, dout, softmax_lse, lse2, delta, *dout.stride()[:3],
-            heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
+            out, dout, softmax_lse, softmax_lse if dlse is None else dlse, lse2, delta,
+            *dout.stride()[:3], heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
+            HAS_DLSE=dlse is not None,
         )  # fmt: skip
         _backward_dkdv_kernel[(triton.cdiv(seqlen_kv, block_n) * batch * heads_kv,)](
             tma_descriptor(q, block_m, block_d) if use_tma else q,
@@ -344,7 +390,7 @@ def attention_backward(
             TensorDescriptor.from_tensor(lse2, [block_m]) if use_tma else lse2,
             TensorDescriptor.from_tensor(delta, [block_m]) if use_tma else delta,
             dk, dv,
-            *common, batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded,
+            *common, batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded, *window,
             BLOCK_M=block_m, BLOCK_N=block_n,
             EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0, **options,
         )  # fmt: skip
@@ -353,7 +399,7 @@ def attention_backward(
             tma_descriptor(k, block_m, block_d) if use_tma else k,
             tma_descriptor(v, block_m, block_d) if use_tma else v,
             dout, lse2, delta, dq,
-            *common, batch * heads_q, heads_q, *lengths, section_q, rows_padded,
+            *common, batch * heads_q, heads_q, *lengths, section_q, rows_padded, *window,
             BLOCK_M=block_n, BLOCK_N=block_m,
             EVEN_M=seqlen_q % block_n == 0, EVEN_N=seqlen_kv % block_m == 0, **options,
         )  # fmt: skip

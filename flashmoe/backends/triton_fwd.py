@@ -2,7 +2,8 @@
 
 The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691): the scores of a
 block_m x block_n tile never leave the chip, the running maximum and sum rescale the output tile,
-and tiles above the causal diagonal are never visited.
+and tiles that no query of a program sees are never visited. A mask of both sides (IS_LOCAL) is a
+kernel of its own: without it the code is what it would be if there were no windows.
 """
 
 from __future__ import annotations
@@ -122,34 +123,62 @@ def _store_rows(
 
 
 @triton.jit
+def _sees(level_key, key, window_left, window_right, IS_LOCAL: tl.constexpr):
+    """Whether queries see keys, causally or in their windows, as Mask.hides says. A query's level
+    key is its index plus seqlen_kv - seqlen_q."""
+    if IS_LOCAL:
+        ahead = key - level_key
+        seen = (ahead >= -window_left) & (ahead <= window_right)
+    else:
+        seen = key <= level_key
+    return seen
+
+
+@triton.jit
 def _visible_keys(
-    start_m, seqlen_q, seqlen_kv, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
-):
-    """(full_end, end): every row of a tile of queries sees the keys 0..full_end, a multiple of
-    BLOCK_N, and some rows see full_end..end."""
+    start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N:
+    tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr,
+):  # fmt: skip
+    """(begin, full_begin, full_end, end): some row of a tile of queries sees the keys begin..end,
+    as Mask.visible says, every row sees full_begin..full_end. All but end are multiples of BLOCK_N;
+    without IS_LOCAL the first two are 0.
+
+    With queries and keys swapped, and left and right, these are the queries that see a tile of
+    keys.
+    """
+    begin = 0
+    full_begin = 0
     end = seqlen_kv
     full_end = seqlen_kv // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        first_limit = start_m + (seqlen_kv - seqlen_q)
+    first_limit = start_m + (seqlen_kv - seqlen_q)
+    if IS_LOCAL:
+        last_limit = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1 + (seqlen_kv - seqlen_q)
+        begin = tl.maximum(first_limit - window_left, 0) // BLOCK_N * BLOCK_N
+        end = tl.minimum(end, last_limit + window_right + 1)
+        full_begin = tl.cdiv(tl.maximum(last_limit - window_left, 0), BLOCK_N) * BLOCK_N
+        full_end = tl.minimum(full_end, (first_limit + window_right + 1) // BLOCK_N * BLOCK_N)
+        full_end = tl.maximum(full_end, begin)
+        full_begin = tl.minimum(full_begin, full_end)
+    elif CAUSAL:
         end = tl.maximum(tl.minimum(end, first_limit + BLOCK_M), 0)
         full_end = tl.maximum(tl.minimum(full_end, (first_limit + 1) // BLOCK_N * BLOCK_N), 0)
-    return full_end, end
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, end,
-    seqlen_kv, causal_limit, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M:
-    tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N:
-    tl.constexpr, POSITIVE_SCALE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM: tl.constexpr, BLOCK_D:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
+    tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
 
     row_max is in units of log2: scale contains log2(e). If CAREFUL it is in units of the scores,
     whose differences are scaled, so that none is rounded by its own magnitude, and probabilities
     are 2^CAREFUL_SHIFT times smaller, so that their sums with any values are finite. Only a MASKED
-    range looks at the causal limit of each row (its last visible key) and at seqlen_kv.
+    range looks at which keys each row sees and at seqlen_kv.
     """
     offs_n = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
@@ -164,8 +193,9 @@ def _attend(
             # The maximum below is taken before scaling, which only a positive scale allows.
             scores = scores * scale
         if MASKED:
-            if CAUSAL:
-                visible = (start + offs_n)[None, :] <= causal_limit[:, None]
+            if CAUSAL or IS_LOCAL:
+                keys = (start + offs_n)[None, :]
+                visible = _sees(level_key[:, None], keys, window_left, window_right, IS_LOCAL)
                 scores = tl.where(visible, scores, float("-inf"))
             if not EVEN_N:
                 scores = tl.where((start + offs_n < seqlen_kv)[None, :], scores, float("-inf"))
@@ -195,26 +225,34 @@ def _attend(
 
 @triton.jit
 def _attend_all(
-    q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, full_end, end, seqlen_kv,
-    causal_limit, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE:
-    tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
+    seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM: tl.constexpr, BLOCK_D:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
+    tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The tile's output before normalization, its row sums and maxima, from all keys it sees."""
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-        0, full_end, seqlen_kv, causal_limit, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, EVEN_N, POSITIVE_SCALE,
-        USE_TMA, PRECISION, CAREFUL,
-    )  # fmt: skip
-    if CAUSAL or not EVEN_N:
+    if IS_LOCAL:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-            full_end, end, seqlen_kv, causal_limit, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, EVEN_N, POSITIVE_SCALE,
+            begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, POSITIVE_SCALE,
+            USE_TMA, PRECISION, CAREFUL,
+        )  # fmt: skip
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+        full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, POSITIVE_SCALE,
+        USE_TMA, PRECISION, CAREFUL,
+    )  # fmt: skip
+    if CAUSAL or IS_LOCAL or not EVEN_N:
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
+            full_end, end, seqlen_kv, level_key, window_left, window_right, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, POSITIVE_SCALE,
             USE_TMA, PRECISION, CAREFUL,
         )  # fmt: skip
     return acc, row_sum, row_max
@@ -228,14 +266,17 @@ def _attend_all(
         "seqlen_q",
         "seqlen_kv",
         "heads_per_section",
+        "window_left",
+        "window_right",
     ]
 )
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, stride_qb, stride_qm, stride_qh, stride_kb,
     stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, batch_heads, heads_q, group, seqlen_q,
-    seqlen_kv, heads_per_section, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M:
-    tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N:
-    tl.constexpr, POSITIVE_SCALE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    seqlen_kv, heads_per_section, window_left, window_right, HEAD_DIM: tl.constexpr, BLOCK_D:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
+    tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(
@@ -252,21 +293,23 @@ def _attention_forward_kernel(
     k_base = _head_base(k_ptr, batch, head_kv, stride_kb, stride_kh, USE_TMA)
     v_base = _head_base(v_ptr, batch, head_kv, stride_vb, stride_vh, USE_TMA)
 
-    causal_limit = rows + (seqlen_kv - seqlen_q)
-    full_end, end = _visible_keys(start_m, seqlen_q, seqlen_kv, BLOCK_M, BLOCK_N, CAUSAL)
+    level_key = rows + (seqlen_kv - seqlen_q)
+    begin, full_begin, full_end, end = _visible_keys(
+        start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
+    )
     acc, row_sum, row_max = _attend_all(
-        q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, full_end, end, seqlen_kv,
-        causal_limit, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, EVEN_N, POSITIVE_SCALE,
-        USE_TMA, PRECISION, False,
+        q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
+        seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
+        BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, POSITIVE_SCALE, USE_TMA, PRECISION, False,
     )  # fmt: skip
     # What overflowed is not finite; a row that has seen no key keeps -inf as its maximum.
     lost = (row_max != float("-inf")) & ~(tl.abs(row_max) < COARSE_MAXIMUM)
     lost = tl.max((~(tl.abs(acc) < float("inf"))).to(tl.int32), 1) | lost.to(tl.int32)
     if tl.max(lost, 0) > 0:
         acc, row_sum, row_max = _attend_all(
-            q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, full_end, end, seqlen_kv,
-            causal_limit, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, EVEN_N,
-            POSITIVE_SCALE, USE_TMA, PRECISION, True,
+            q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end,
+            end, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, POSITIVE_SCALE, USE_TMA, PRECISION, True,
         )  # fmt: skip
         row_max = row_max * (scale if POSITIVE_SCALE else 1.0)
         row_max += 0.0 if q.dtype == tl.float16 else CAREFUL_SHIFT
@@ -295,6 +338,13 @@ def dot_precision(x: Tensor) -> str:
     if x.dtype == torch.bfloat16 and not x.is_cuda:
         return "upcast"
     return "ieee"
+
+
+def window_limits(mask: Mask, seqlen_q: int, seqlen_kv: int) -> tuple[int, int]:
+    """window_left and window_right of an IS_LOCAL kernel, which has no -1: a limit that hides
+    nothing in its place."""
+    left, right = mask.left, mask.right
+    return seqlen_kv if left < 0 else left, seqlen_q if right < 0 else right
 
 
 def heads_per_section(heads: int, group: int, seqlen_kv: int, head_dim: int, itemsize: int) -> int:
@@ -358,7 +408,7 @@ def attention_forward(
     q, k, v, softmax_scale = call
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
-    causal = mask.right >= 0
+    mask = mask.reduced(seqlen_q, seqlen_kv)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -369,7 +419,7 @@ def attention_forward(
     group = heads_q // heads_kv
     use_tma = use_tma and can_use_tma(k, v)
     section = 1
-    if causal:
+    if mask.is_causal:
         section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, q.element_size())
     grid = (triton.cdiv(seqlen_q, block_m) * batch * heads_q,)
     kernel = _attention_forward_kernel
@@ -380,8 +430,9 @@ def attention_forward(
             q, tma_descriptor(k, block_n, block_d) if use_tma else k, tma_descriptor(v, block_n,
             block_d) if use_tma else v, out, lse, softmax_scale * LOG2_E.value, *q.stride()[:3],
             *k.stride()[:3], *v.stride()[:3], batch * heads_q, heads_q, group, seqlen_q, seqlen_kv,
-            section, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
-            CAUSAL=causal, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
+            section, *window_limits(mask, seqlen_q, seqlen_kv), HEAD_DIM=head_dim, BLOCK_D=block_d,
+            BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=mask.is_causal, IS_LOCAL=mask.is_local,
+            EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
             POSITIVE_SCALE=softmax_scale > 0, USE_TMA=use_tma, PRECISION=dot_precision(q),
             num_stages=num_stages, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip

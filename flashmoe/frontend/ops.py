@@ -98,13 +98,14 @@ def _attention_backward(
     v: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
+    dlse: Tensor | None,
     softmax_scale: float,
     window_left: int,
     window_right: int,
     backend: str,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, saved = Call(q, k, v, softmax_scale), Saved(dout, out, softmax_lse)
+    call, saved = Call(q, k, v, softmax_scale), Saved(dout, out, softmax_lse, dlse)
     return run_backward(call, saved, Mask(window_left, window_right), backend, deterministic)
 
 
@@ -116,7 +117,7 @@ for _schema in (
     f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_without_lse({_FORWARD}) -> Tensor",
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-    "float softmax_scale, int window_left, int window_right, str backend, "
+    "Tensor? dlse, float softmax_scale, int window_left, int window_right, str backend, "
     "bool deterministic=False) -> "
     "(Tensor dq, Tensor dk, Tensor dv)",
 ):
@@ -124,7 +125,7 @@ for _schema in (
 
 attention = torch.ops.flashmoe.attention.default
 """(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False) -> out,
-softmax_lse; differentiable in q, k and v through out. The plan is made at run time, by the first
+softmax_lse; differentiable in q, k and v. The plan is made at run time, by the first
 call for a problem, so a compiled graph follows the tuned database. Empty `backend` and `tile` do
 not override. With `deterministic` the gradients are the same bits every time."""
 
@@ -133,8 +134,9 @@ attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
 is asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
-"""(dout, q, k, v, out, softmax_lse, softmax_scale, window_left, window_right, backend,
-deterministic=False) -> dq, dk, dv, contiguous, shaped and typed as q, k, v. Not differentiable."""
+"""(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right, backend,
+deterministic=False) -> dq, dk, dv, contiguous, shaped and typed as q, k, v. dlse, the gradient of
+softmax_lse, may be None. Not differentiable."""
 
 
 def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -183,6 +185,13 @@ def _wants_gradient(*tensors: Tensor) -> bool:
     return True
 
 
+def _saved(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Saved:
+    """With gradients of which autograd gives one or both, and as they come."""
+    if dout is None:
+        dout = torch.zeros_like(out)
+    return Saved(dout, out, lse, None if dlse is None else dlse.contiguous())
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -191,16 +200,16 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.arguments = (softmax_scale, left, right, backend, *deterministic)
         ctx.others = (None,) * (len(arguments) - 3)
-        ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
-        if dout is None:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        if dout is None and dlse is None:
             return None, None, None, None, *ctx.others
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = attention_backward(dout, q, k, v, out, lse, *ctx.arguments)
+        saved = _saved(dout, out, lse, dlse)
+        dq, dk, dv = attention_backward(saved.dout, q, k, v, *saved[1:], *ctx.arguments)
         return None, dq, dk, dv, *ctx.others
 
 
@@ -225,22 +234,22 @@ class EagerAttention(torch.autograd.Function):
         assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.arguments = softmax_scale, mask, backend, deterministic
-        ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
-        if dout is None:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        if dout is None and dlse is None:
             return (None,) * 8
         q, k, v, out, lse = ctx.saved_tensors
+        saved = _saved(dout, out, lse, dlse)
         softmax_scale, mask, backend, deterministic = ctx.arguments
         if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
             arguments = (softmax_scale, mask.left, mask.right, backend or "", deterministic)
-            gradients = attention_backward(dout, q, k, v, out, lse, *arguments)
+            gradients = attention_backward(saved.dout, q, k, v, *saved[1:], *arguments)
         else:
             call = Call(q, k, v, softmax_scale)
-            gradients = run_backward(call, Saved(dout, out, lse), mask, backend, deterministic)
+            gradients = run_backward(call, saved, mask, backend, deterministic)
         return *gradients, None, None, None, None, None
 
 
@@ -271,7 +280,7 @@ def _autograd_attention_without_lse(keyset: Any, *arguments: Any) -> Any:
 
 
 def _autograd_attention_backward(keyset: Any, *arguments: Any) -> Any:
-    if _wants_gradient(*arguments[:6]):
+    if _wants_gradient(*(x for x in arguments[:7] if x is not None)):
         return _AttentionBackward.apply(keyset, *arguments)  # type: ignore[no-untyped-call]
     return _below_autograd(attention_backward, keyset, *arguments)
 

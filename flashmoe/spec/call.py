@@ -20,8 +20,10 @@ class Call(NamedTuple):
 
 class Saved(NamedTuple):
     """What the backward of a Call needs beside it: the gradient of out, and the forward's out and
-    softmax_lse (batch, heads_q, seqlen_q), float32, natural logarithm."""
+    softmax_lse (batch, heads_q, seqlen_q), float32, natural logarithm. dlse is the gradient of
+    softmax_lse, contiguous; None where that has none."""
 
     dout: Tensor
     out: Tensor
     softmax_lse: Tensor
+    dlse: Tensor | None = None

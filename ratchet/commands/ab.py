@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.ratchet import builds
-from flashmoe.ratchet.bench import bench
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.commands.bench import add_budget, settings
 from flashmoe.ratchet.commands.gate import show
-from flashmoe.ratchet.cost import cost_line
-from flashmoe.ratchet.files import save
-from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION, decide
-from flashmoe.ratchet.outputs import add_reports, reports, write_reports
-from flashmoe.ratchet.suite import select
+from flashmoe.ratchet.gate.decide import EXIT_PASS, EXIT_REGRESSION, decide
+from flashmoe.ratchet.measuring import builds
+from flashmoe.ratchet.measuring.run import bench
+from flashmoe.ratchet.measuring.suite import select
+from flashmoe.ratchet.report.cost import cost_line
+from flashmoe.ratchet.report.outputs import add_reports, reports, write_reports
+from flashmoe.ratchet.results.files import save
 
 HELP = "build two commits, measure both in turns on one device, and compare them"
 DESCRIPTION = """Build both commits in folders of their own and measure them in fresh processes that

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-from flashmoe.ratchet import builds, console
-from flashmoe.ratchet.bench import Settings, bench
 from flashmoe.ratchet.commands import common
-from flashmoe.ratchet.cost import cost_line
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import save
-from flashmoe.ratchet.gate import EXIT_PASS, EXIT_REGRESSION
-from flashmoe.ratchet.processes import Source
-from flashmoe.ratchet.revision import commit
-from flashmoe.ratchet.suite import select
+from flashmoe.ratchet.gate.decide import EXIT_PASS, EXIT_REGRESSION
+from flashmoe.ratchet.measuring import builds
+from flashmoe.ratchet.measuring.processes import Source
+from flashmoe.ratchet.measuring.revision import commit
+from flashmoe.ratchet.measuring.run import Settings, bench
+from flashmoe.ratchet.measuring.suite import select
+from flashmoe.ratchet.report import console
+from flashmoe.ratchet.report.cost import cost_line
+from flashmoe.ratchet.results.files import save
 
 HELP = "measure every case against SDPA, in several fresh processes"
 DESCRIPTION = """Measure flash_attn_func as a user calls it against

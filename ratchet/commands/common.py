@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.suite import NAME_FORM, SUITES
-from flashmoe.ratchet.thresholds import DEFAULTS, Thresholds, with_cases
+from flashmoe.ratchet.gate.thresholds import DEFAULTS, Thresholds, with_cases
+from flashmoe.ratchet.measuring.suite import NAME_FORM, SUITES
 
 PROGRAM = "flashmoe.ratchet"
 # Wide enough for every column, where the output is a file that does not wrap.

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashmoe.machine.device import slug
-from flashmoe.ratchet import baseline as baselines
-from flashmoe.ratchet import console
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import load, save
-from flashmoe.ratchet.gate import EXIT_BAD_INPUT, EXIT_INTEGRITY, IMPROVED, Decision, decide
-from flashmoe.ratchet.outputs import add_reports, reports, write_reports
-from flashmoe.ratchet.results import Results
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.gate.decide import EXIT_BAD_INPUT, EXIT_INTEGRITY, IMPROVED, Decision, decide
+from flashmoe.ratchet.gate.thresholds import Thresholds
+from flashmoe.ratchet.report import console
+from flashmoe.ratchet.report.outputs import add_reports, reports, write_reports
+from flashmoe.ratchet.results import baseline as baselines
+from flashmoe.ratchet.results.files import load, save
+from flashmoe.ratchet.results.values import Results
 
 HELP = "compare a measurement with the baseline"
 DESCRIPTION = """Compare speedups over SDPA with the baseline's. The exact rule is in
-flashmoe.ratchet.gate (pydoc flashmoe.ratchet.gate)."""
+flashmoe.ratchet.gate.decide (pydoc flashmoe.ratchet.gate.decide)."""
 EPILOG = """Exit codes: 0 pass; 1 a regression, or a case that is wrong or does not run; 2 bad usage
 or input; 3 inconclusive: too noisy for the threshold, or the environment changed; 4 not comparable:
 cases missing or extra, another machine, software or SDPA backend than the baseline's, a throttled

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashmoe.ratchet import builds
-from flashmoe.ratchet.bench import THIS
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import write_text
-from flashmoe.ratchet.gate import EXIT_INCONCLUSIVE, EXIT_PASS
-from flashmoe.ratchet.ncu import CannotProfile, Profile, differences, profile
-from flashmoe.ratchet.suite import parse
+from flashmoe.ratchet.gate.decide import EXIT_INCONCLUSIVE, EXIT_PASS
+from flashmoe.ratchet.machine_code.ncu import CannotProfile, Profile, differences, profile
+from flashmoe.ratchet.measuring import builds
+from flashmoe.ratchet.measuring.run import THIS
+from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.results.files import write_text
 
 HELP = "explain regressed and improved cases by Nsight Compute"
 DESCRIPTION = """Profile one call of each case with `ncu --clock-control none`: this build's, or

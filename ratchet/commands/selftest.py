@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from flashmoe.ratchet.bench import bench
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.commands.bench import add_budget, settings
 from flashmoe.ratchet.commands.gate import show
-from flashmoe.ratchet.cost import cost_line
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.gate import (
+from flashmoe.ratchet.gate.decide import (
     EXIT_INCONCLUSIVE,
     EXIT_INTEGRITY,
     EXIT_PASS,
@@ -27,11 +25,13 @@ from flashmoe.ratchet.gate import (
     Decision,
     decide,
 )
-from flashmoe.ratchet.processes import Source
-from flashmoe.ratchet.results import Results
-from flashmoe.ratchet.suite import Case, select
-from flashmoe.ratchet.thresholds import Thresholds, percent
-from flashmoe.ratchet.worse import worse_tile
+from flashmoe.ratchet.gate.thresholds import Thresholds, percent
+from flashmoe.ratchet.measuring.processes import Source
+from flashmoe.ratchet.measuring.run import bench
+from flashmoe.ratchet.measuring.suite import Case, select
+from flashmoe.ratchet.measuring.worse import worse_tile
+from flashmoe.ratchet.report.cost import cost_line
+from flashmoe.ratchet.results.values import Results
 
 HELP = "prove that the gate sees a known slowdown on this machine"
 DESCRIPTION = """Measure the same kernels three times over, in processes that take turns: as they

@@ -14,12 +14,14 @@ import torch
 from flashmoe.machine.device import slug
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.timing import HOW, Limits, measure_limits
-from flashmoe.ratchet import figures, providers, svg
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import write_json, write_text
-from flashmoe.ratchet.revision import commit
-from flashmoe.ratchet.sota import (
+from flashmoe.ratchet.measuring.revision import commit
+from flashmoe.ratchet.measuring.suite import select
+from flashmoe.ratchet.report import svg
+from flashmoe.ratchet.results.files import write_json, write_text
+from flashmoe.ratchet.sota import figures, providers
+from flashmoe.ratchet.sota.comparison import (
     OURS,
     SAME,
     Compared,
@@ -29,7 +31,6 @@ from flashmoe.ratchet.sota import (
     from_json,
     to_json,
 )
-from flashmoe.ratchet.suite import select
 
 HELP = "compare with every implementation of attention that is installed, and write it up"
 DESCRIPTION = """Measure flashmoe and every other implementation found (SDPA's four backends,

@@ -10,11 +10,19 @@ from rich.table import Table
 
 import flashmoe
 from flashmoe.ratchet.commands import common
-from flashmoe.ratchet.cubins import compiler, kernels
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import write_json, write_text
-from flashmoe.ratchet.revision import commit
-from flashmoe.ratchet.static import FAIL, Comparison, Snapshot, compare, load, markdown, to_json
+from flashmoe.ratchet.machine_code.cubins import compiler, kernels
+from flashmoe.ratchet.machine_code.static import (
+    FAIL,
+    Comparison,
+    Snapshot,
+    compare,
+    load,
+    markdown,
+    to_json,
+)
+from flashmoe.ratchet.measuring.revision import commit
+from flashmoe.ratchet.results.files import write_json, write_text
 
 HELP = "compare registers, spills and instructions of every compiled kernel with a baseline"
 DESCRIPTION = """Read registers, stack, shared memory, code size and the numbers of HGMMA, HMMA,

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from flashmoe.ratchet import history, svg
 from flashmoe.ratchet.commands import common
-from flashmoe.ratchet.files import load, write_text
-from flashmoe.ratchet.html import page, table
-from flashmoe.ratchet.thresholds import percent
-from flashmoe.ratchet.trend import Series, all_series
+from flashmoe.ratchet.gate.thresholds import percent
+from flashmoe.ratchet.report import svg
+from flashmoe.ratchet.report.html import page, table
+from flashmoe.ratchet.report.trend import Series, all_series
+from flashmoe.ratchet.results import history
+from flashmoe.ratchet.results.files import load, write_text
 
 HELP = "append a run to the history, and draw how speedups went over time"
 DESCRIPTION = """Keep the history of accepted runs, one JSON object a line, and draw each case's

@@ -9,9 +9,9 @@ import threading
 import torch
 from torch import Tensor
 
-from flashmoe.autotune.bench import DeviceRunner, Runner
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.isolated import Session
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.running.isolated import Session
+from flashmoe.autotune.running.runner import DeviceRunner, Runner
 from flashmoe.measure.timing import DeviceLost
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile

@@ -27,12 +27,12 @@ from typing import Any
 import optuna
 from optuna.storages import InMemoryStorage
 
-from flashmoe.autotune import final
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.record import Record
-from flashmoe.autotune.search import FINALISTS, search
-from flashmoe.autotune.space import AXES, Space
-from flashmoe.autotune.study import open_study
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.search.record import Record
+from flashmoe.autotune.search.search import FINALISTS, search
+from flashmoe.autotune.search.space import AXES, Space
+from flashmoe.autotune.search.study import open_study
+from flashmoe.autotune.verdict import final
 from flashmoe.machine.device import Arch
 from flashmoe.measure.timing import Measurement
 from flashmoe.spec.mask import causal_if

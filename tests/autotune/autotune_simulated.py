@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import pytest
 
-from flashmoe.autotune.candidate import Candidate
+from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.timing import Measurement
 from flashmoe.spec.problem import Problem
@@ -175,5 +175,6 @@ def simulate_kernel(monkeypatch: pytest.MonkeyPatch, tiles: Sequence[Tile]) -> N
     monkeypatch.setattr(backend, "tiles", lambda *_: list(tiles))
     monkeypatch.setattr(backend, "default_tile", lambda *_: DEFAULT)
     monkeypatch.setattr(
-        "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
+        "flashmoe.autotune.schedule.problem.default_candidate",
+        lambda *_: Candidate.of_tile(DEFAULT),
     )

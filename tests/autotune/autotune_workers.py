@@ -9,13 +9,13 @@ import traceback
 
 from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
 
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.record import Record
-from flashmoe.autotune.search import search
-from flashmoe.autotune.space import Space
-from flashmoe.autotune.storage import open_storage
-from flashmoe.autotune.study import open_study
-from flashmoe.autotune.trials import Search
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.search.record import Record
+from flashmoe.autotune.search.search import search
+from flashmoe.autotune.search.space import Space
+from flashmoe.autotune.search.storage import open_storage
+from flashmoe.autotune.search.study import open_study
+from flashmoe.autotune.search.trials import Search
 from flashmoe.tiles import Tile
 
 BEST = Tile("cpu", 192, 256)

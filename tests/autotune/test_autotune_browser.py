@@ -15,12 +15,12 @@ import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl
 from support import missing
 
-from flashmoe.autotune import report_html
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.place import Options, Place
-from flashmoe.autotune.result import Result, Watch
-from flashmoe.autotune.suite import Group
-from flashmoe.autotune.tune import tune
+from flashmoe.autotune.report import html as report_html
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.schedule.budget import tune
+from flashmoe.autotune.schedule.place import Options, Place
+from flashmoe.autotune.schedule.result import Result, Watch
+from flashmoe.autotune.schedule.suite import Group
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.timing import Limits
@@ -57,7 +57,8 @@ def results() -> list[Result]:
         patch.setattr(backend, "tiles", lambda *_: GRID)
         patch.setattr(backend, "default_tile", lambda *_: DEFAULT)
         patch.setattr(
-            "flashmoe.autotune.tuning.default_candidate", lambda *_: Candidate.of_tile(DEFAULT)
+            "flashmoe.autotune.schedule.problem.default_candidate",
+            lambda *_: Candidate.of_tile(DEFAULT),
         )
         bench = SimulatedBench(bowl(BEST, step=0.1), wrong={str(WRONG): "out is off by 1"})
         return list(

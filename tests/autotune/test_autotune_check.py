@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashmoe.autotune.check import Forward, Inputs, ragged_inputs, timed_inputs
+from flashmoe.autotune.running.check import Forward, Inputs, ragged_inputs, timed_inputs
 from flashmoe.measure.reference import attention_reference
 from flashmoe.spec.mask import CAUSAL
 from flashmoe.spec.problem import Problem

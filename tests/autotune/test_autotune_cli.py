@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe.autotune.cli import main
+from flashmoe.autotune.cli.dispatch import main
 from flashmoe.machine.device import cpu_name
 from flashmoe.measure.fingerprint import kernel_hash
 from flashmoe.planning import database

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from autotune_simulated import PROBLEM
 
-from flashmoe.autotune.cli import main
-from flashmoe.autotune.command_apply import winning_lines, with_first
-from flashmoe.autotune.instances import COLUMNS
+from flashmoe.autotune.cli.apply import winning_lines, with_first
+from flashmoe.autotune.cli.dispatch import main
+from flashmoe.autotune.report.instances import COLUMNS
 from flashmoe.machine.device import cpu_name
 from flashmoe.measure.fingerprint import kernel_hash
 from flashmoe.planning import database

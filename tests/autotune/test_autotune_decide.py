@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashmoe.autotune.candidate import SDPA, Candidate
-from flashmoe.autotune.decide import AGAIN, MIN_GAIN, MIN_ROUNDS, decide, noise_floor
+from flashmoe.autotune.running.candidate import SDPA, Candidate
+from flashmoe.autotune.verdict.decide import AGAIN, MIN_GAIN, MIN_ROUNDS, decide, noise_floor
 from flashmoe.tiles import Tile
 
 DEFAULT, A, B, C = (

@@ -13,17 +13,17 @@ import pytest
 import torch
 from autotune_faulty import CRASHES, CRASHES_LATER, HANGS, LOSES, WRONG
 
-from flashmoe.autotune import helper
-from flashmoe.autotune.bench import GroupRunner
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.final import PROCESSES
-from flashmoe.autotune.isolated import IsolatedBench, Processes
-from flashmoe.autotune.place import Options, Place
-from flashmoe.autotune.process import Child, ChildFailed
-from flashmoe.autotune.result import Watch
-from flashmoe.autotune.storage import open_storage
-from flashmoe.autotune.suite import Group, grouped
-from flashmoe.autotune.tune import tune
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.running.isolated import IsolatedBench, Processes
+from flashmoe.autotune.running.process import Child, ChildFailed
+from flashmoe.autotune.running.runner import GroupRunner
+from flashmoe.autotune.schedule import helper
+from flashmoe.autotune.schedule.budget import tune
+from flashmoe.autotune.schedule.place import Options, Place
+from flashmoe.autotune.schedule.result import Watch
+from flashmoe.autotune.schedule.suite import Group, grouped
+from flashmoe.autotune.search.storage import open_storage
+from flashmoe.autotune.verdict.final import PROCESSES
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.timing import Measurement
@@ -222,10 +222,11 @@ def test_no_problem_pays_for_the_start_of_the_processes(
     monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
     asked: list[Problem] = []
     monkeypatch.setattr(
-        "flashmoe.autotune.isolated.searched_backends", lambda problem, *_: asked.append(problem)
+        "flashmoe.autotune.running.isolated.searched_backends",
+        lambda problem, *_: asked.append(problem),
     )
-    monkeypatch.setattr("flashmoe.autotune.isolated.default_candidate", lambda *_: GOOD)
-    monkeypatch.setattr("flashmoe.autotune.isolated.runs", lambda *_: False)
+    monkeypatch.setattr("flashmoe.autotune.running.isolated.default_candidate", lambda *_: GOOD)
+    monkeypatch.setattr("flashmoe.autotune.running.isolated.runs", lambda *_: False)
     processes.warm_up()
     processes.get_ready([Group((PROBLEM,), (1.0,))], None, patience=60.0)
     assert asked == [PROBLEM]
@@ -253,7 +254,7 @@ def test_a_first_process_that_cannot_start_is_no_end_of_the_run(
     started = iter([refusing, *others])
     monkeypatch.setattr(processes, "_start", lambda: next(started))
     monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
-    monkeypatch.setattr("flashmoe.autotune.isolated.searched_backends", lambda *_: [])
+    monkeypatch.setattr("flashmoe.autotune.running.isolated.searched_backends", lambda *_: [])
     processes.warm_up()
     processes.get_ready([Group((PROBLEM,), (1.0,))], None, patience=60.0)
     assert refusing._process.poll() is not None

@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 
 import flashmoe
-from flashmoe.autotune import instances, report
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.progress import shown
-from flashmoe.autotune.result import Result
-from flashmoe.autotune.trials import Search, Trial, best_so_far
+from flashmoe.autotune.cli.progress import shown
+from flashmoe.autotune.report import instances
+from flashmoe.autotune.report import texts as report
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.schedule.result import Result
+from flashmoe.autotune.search.trials import Search, Trial, best_so_far
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.stats import Interval
 from flashmoe.planning import database

@@ -4,14 +4,14 @@ import pytest
 from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.race import AnchorFailed
-from flashmoe.autotune.record import Record
-from flashmoe.autotune.search import CONTENDERS, search
-from flashmoe.autotune.space import Space
-from flashmoe.autotune.study import open_study
-from flashmoe.autotune.trials import Search, Trial
-from flashmoe.autotune.typical import Typical
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.search.race import AnchorFailed
+from flashmoe.autotune.search.record import Record
+from flashmoe.autotune.search.search import CONTENDERS, search
+from flashmoe.autotune.search.space import Space
+from flashmoe.autotune.search.study import open_study
+from flashmoe.autotune.search.trials import Search, Trial
+from flashmoe.autotune.search.typical import Typical
 from flashmoe.measure.timing import Measurement
 from flashmoe.tiles import Tile, grid
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl, simulate_kernel
 
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.place import Options, Place
-from flashmoe.autotune.result import Result, Watch
-from flashmoe.autotune.suite import CPU_SUITE, Group, grouped
-from flashmoe.autotune.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
-from flashmoe.autotune.tune import _promising, tune
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.schedule.budget import _promising, tune
+from flashmoe.autotune.schedule.place import Options, Place
+from flashmoe.autotune.schedule.result import Result, Watch
+from flashmoe.autotune.schedule.suite import CPU_SUITE, Group, grouped
+from flashmoe.autotune.search.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning.database import Entry
 from flashmoe.tiles import Tile

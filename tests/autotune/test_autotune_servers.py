@@ -21,16 +21,16 @@ from autotune_simulated import GRID, SimulatedBench, bowl
 from autotune_workers import BEST, SPACE, WIDE, Turns, finished, in_process, run
 from support import missing
 
-from flashmoe.autotune.record import Record
-from flashmoe.autotune.storage import StorageError, open_storage
-from flashmoe.autotune.study import open_study
+from flashmoe.autotune.search.record import Record
+from flashmoe.autotune.search.storage import StorageError, open_storage
+from flashmoe.autotune.search.study import open_study
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed")
 
 _GRPC_SERVER = """
 import sys
 from optuna.storages import run_grpc_proxy_server
-from flashmoe.autotune.storage import open_storage
+from flashmoe.autotune.search.storage import open_storage
 run_grpc_proxy_server(open_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]))
 """
 

@@ -10,11 +10,11 @@ import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl, simulate_kernel
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from flashmoe.autotune.candidate import Candidate
-from flashmoe.autotune.place import Options, Place
-from flashmoe.autotune.result import Result, Watch
-from flashmoe.autotune.suite import Group
-from flashmoe.autotune.tune import tune
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.schedule.budget import tune
+from flashmoe.autotune.schedule.place import Options, Place
+from flashmoe.autotune.schedule.result import Result, Watch
+from flashmoe.autotune.schedule.suite import Group
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning.database import Entry

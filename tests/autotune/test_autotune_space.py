@@ -10,10 +10,10 @@ from autotune_simulated import GRID, PROBLEM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe.autotune import model
-from flashmoe.autotune.candidate import Candidate, legality, searched_backends
-from flashmoe.autotune.sampler import SAMPLERS, TileSampler
-from flashmoe.autotune.space import Space
+from flashmoe.autotune.running.candidate import Candidate, legality, searched_backends
+from flashmoe.autotune.search import model
+from flashmoe.autotune.search.sampler import SAMPLERS, TileSampler
+from flashmoe.autotune.search.space import Space
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch
 from flashmoe.spec.problem import Problem
@@ -138,7 +138,7 @@ def test_every_tile_that_is_considered_is_legal_or_has_its_reason(
 ) -> None:
     h200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
     problem = Problem(1, 8, 8, 1024, 1024, 128, "bfloat16")
-    monkeypatch.setattr("flashmoe.autotune.candidate.arch", lambda _: h200)
+    monkeypatch.setattr("flashmoe.autotune.running.candidate.arch", lambda _: h200)
     monkeypatch.setattr("flashmoe.backends.jit.unavailable", lambda: "")
     monkeypatch.setattr(
         "flashmoe.backends.cuda._compiled_in", lambda *_: [Tile.parse("sm90:128x128-stages2-q1")]

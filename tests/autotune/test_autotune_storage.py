@@ -21,10 +21,10 @@ from autotune_workers import BEST, SPACE, finished, in_process, run
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
-from flashmoe.autotune import identity
-from flashmoe.autotune.record import LOST, Outcome, Record
-from flashmoe.autotune.storage import StorageError, failure, open_storage, shown
-from flashmoe.autotune.study import open_study, study_name
+from flashmoe.autotune.search import identity
+from flashmoe.autotune.search.record import LOST, Outcome, Record
+from flashmoe.autotune.search.storage import StorageError, failure, open_storage, shown
+from flashmoe.autotune.search.study import open_study, study_name
 from flashmoe.planning import database
 from flashmoe.tiles import Tile
 
@@ -205,7 +205,7 @@ def test_a_locked_sqlite_file_is_waited_for(
     assert isinstance(patient, RDBStorage)
     with patient.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000  # in ms
-    monkeypatch.setattr("flashmoe.autotune.storage._LOCKED_SECONDS", 0.01)
+    monkeypatch.setattr("flashmoe.autotune.search.storage._LOCKED_SECONDS", 0.01)
     study = open_study(open_storage(where), "study", {})
     with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
         other.execute("BEGIN EXCLUSIVE")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import load_benchmark
 
-from flashmoe.autotune.candidate import SDPA, Candidate
+from flashmoe.autotune.running.candidate import SDPA, Candidate
 from flashmoe.backends import jit
 from flashmoe.machine.device import arch
 from flashmoe.measure.fingerprint import fingerprint

@@ -2,8 +2,10 @@
 // same without it.
 #include "emulator/device.h"
 //
+#include "emulator/ptx/ld_st.cuh"
 #include "emulator/ptx/ldmatrix.cuh"
 #include "emulator/ptx/mbarrier.cuh"
+#include "emulator/ptx/red.cuh"
 #include "emulator/ptx/tma.cuh"
 #include "emulator/ptx/wgmma.cuh"
 //
@@ -116,6 +118,23 @@ std::string store(bool meets, bool waits, uint64_t seed) {
   return "";
 }
 
+// 16 thread blocks, of which 2 run at once, append their numbers in the order of tickets, or of
+// numbers: these begin in any order.
+std::string take_turns(bool tickets, bool waits, uint64_t seed) {
+  int ticket = 0, turn = 0;
+  std::vector<int> appended;
+  const emulator::Launch launch{16, 32, 1 << 10, 2, [&] {
+                                  if (threadIdx.x != 0) return;
+                                  const int mine = tickets ? atomicAdd(&ticket, 1) : blockIdx.x;
+                                  if (waits) ptx::ld_acquire_gpu_until(&turn, mine);
+                                  emulator::preempt();
+                                  appended.push_back(mine);
+                                  ptx::red_release_gpu_add(&turn, 1);
+                                }};
+  if (std::string failure = emulator::run(launch, seed); !failure.empty()) return failure;
+  return std::is_sorted(appended.begin(), appended.end()) ? "" : "wrong";
+}
+
 int failures = 0;
 
 // Of SEEDS runs, those that end with `expected` in what they report: all, or at least one.
@@ -153,5 +172,10 @@ int main() {
   expect("stored unseen", "wrong", false, [](uint64_t seed) { return store(false, true, seed); });
   expect("left early", "before a TMA store has read", false,
          [](uint64_t seed) { return store(true, false, seed); });
+  expect("turns", "", true, [](uint64_t seed) { return take_turns(true, true, seed); });
+  expect("turns not awaited", "wrong", false,
+         [](uint64_t seed) { return take_turns(true, false, seed); });
+  expect("turns without tickets", "deadlock", false,
+         [](uint64_t seed) { return take_turns(false, true, seed); });
   return failures != 0;
 }

@@ -1,5 +1,5 @@
-// The mma.sync forward kernel and its launch, on emulator::run: tiles, shapes and orders of
-// execution.
+// The mma.sync forward kernel and its launch, on emulator::run: tiles, shapes, windows and orders
+// of execution.
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
 #include "attention_problem.h"
@@ -12,16 +12,32 @@ namespace {
 struct Instance {
   const char* name;
   int shape[3];
-  bool aligned;
+  bool aligned, windows;
   cudaError_t (*launch)(const AttentionParams&, DType, int, cudaStream_t);
 
   int head_dim() const { return shape[0]; }
   int block_m() const { return shape[1]; }
   int block_n() const { return shape[2]; }
-  bool local() const { return false; }
+  bool local() const { return windows; }
+
+  // Tiles of keys that no row sees become NaN, which would reach every row that visits them.
+  void poison_unseen_tiles(const AttentionParams& p) const {
+    const int seen = visible(p.mask, 0, p.seqlen_q, p.seqlen_q, p.seqlen_kv).begin;
+    const auto poison = [&](const void* x, long long batch, long long row, long long head) {
+      for (int b = 0; b < p.batch; ++b)
+        for (int h = 0; h < p.heads_kv; ++h)
+          for (int key = 0; key < seen / block_n() * block_n(); ++key) {
+            const auto first = static_cast<const uint16_t*>(x) + b * batch + key * row + h * head;
+            std::fill_n(const_cast<uint16_t*>(first), p.head_dim, 0xffff);
+          }
+    };
+    poison(p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride);
+    poison(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
+  }
 
   bool check(const Problem& x, uint64_t seed) const {
     return flashmoe::check(name, x, aligned, seed, [&](const auto& params, DType dtype, auto&) {
+      poison_unseen_tiles(params);
       fake_device.call = [](const void* kernel, void** arguments) {
         const auto entry = reinterpret_cast<void (*)(AttentionParams, int)>(kernel);
         entry(*static_cast<AttentionParams*>(arguments[0]), *static_cast<int*>(arguments[1]));
@@ -31,11 +47,13 @@ struct Instance {
   }
 };
 
+// The kernel is the same for problems with windows and without.
 template <typename Tile, bool ALIGNED>
-Instance instance(const char* name) {
+Instance instance(const char* name, bool windows = false) {
   return {name,
           {Tile::HEAD_DIM, Tile::BLOCK_M, Tile::BLOCK_N},
           ALIGNED,
+          windows,
           sm80::launch_dtype<Tile, ALIGNED>};
 }
 
@@ -45,6 +63,10 @@ const Instance INSTANCES[] = {
     instance<Sm80Tile<96, 64, 16, 3, 4>, true>("96:64x16-stages3-warps4"),
     instance<Sm80Tile<128, 128, 48, 2, 8>, true>("128:128x48-stages2-warps8"),
     instance<Sm80Tile<64, 64, 64, 1, 4>, false>("64:64x64-stages1-warps4-unaligned"),
+    instance<Sm80Tile<64, 64, 32, 1, 4>, true>("64:64x32-stages1-warps4-local", true),
+    instance<Sm80Tile<64, 128, 64, 2, 4>, true>("64:128x64-stages2-warps4-local", true),
+    instance<Sm80Tile<96, 64, 16, 3, 4>, true>("96:64x16-stages3-warps4-local", true),
+    instance<Sm80Tile<64, 64, 64, 1, 4>, false>("64:64x64-stages1-warps4-unaligned-local", true),
 };
 
 }  // namespace

@@ -7,9 +7,9 @@ import torch
 
 from flashmoe.machine import nvml
 from flashmoe.measure.timing import measure
-from flashmoe.ratchet.slow import delayed
-from flashmoe.ratchet.suite import parse
-from flashmoe.ratchet.workload import Workload
+from flashmoe.ratchet.measuring.slow import delayed
+from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.measuring.workload import Workload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = (

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flashmoe.ratchet.gate import FAIL, INCONCLUSIVE, decide
-from flashmoe.ratchet.results import CaseResult, Results, Series, slowed
-from flashmoe.ratchet.thresholds import Thresholds
+from flashmoe.ratchet.gate.decide import FAIL, INCONCLUSIVE, decide
+from flashmoe.ratchet.gate.thresholds import Thresholds
+from flashmoe.ratchet.results.values import CaseResult, Results, Series, slowed
 
 
 @dataclass(frozen=True, slots=True)

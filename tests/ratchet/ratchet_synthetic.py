@@ -8,8 +8,8 @@ import numpy as np
 
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.timing import Limits
-from flashmoe.ratchet.results import CaseResult, PlanUsed, Results, Series
-from flashmoe.ratchet.suite import parse
+from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.results.values import CaseResult, PlanUsed, Results, Series
 
 NAMES = (
     "fwd-b2-h8-s512-d64-float32",

@@ -21,16 +21,17 @@ from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
 from flashmoe.measure.timing import Measurement
 from flashmoe.planning.plan import Plan
-from flashmoe.ratchet import builds, cli, slow, worse
+from flashmoe.ratchet import cli
 from flashmoe.ratchet.commands import ab, common, selftest
 from flashmoe.ratchet.commands import bench as command_bench
 from flashmoe.ratchet.commands.selftest import Outcome
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import load
-from flashmoe.ratchet.gate import decide
-from flashmoe.ratchet.results import Results, slowed
-from flashmoe.ratchet.suite import parse
-from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.ratchet.gate.decide import decide
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.measuring import builds, slow, worse
+from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.results.files import load
+from flashmoe.ratchet.results.values import Results, slowed
 from flashmoe.tiles import Tile
 
 NAME, OTHER, THIRD = synthetic.NAMES
@@ -76,7 +77,11 @@ def test_the_working_tree_is_built_without_touching_it(
     assert len(installed) == 3  # built once
     for site in sites:
         # The harness is this one, whatever the commit's own was, and touches nothing of it.
-        for name in ("ratchet/worker.py", "ratchet/commands/gate.py", "measure/timing.py"):
+        for name in (
+            "ratchet/measuring/worker.py",
+            "ratchet/commands/gate.py",
+            "measure/timing.py",
+        ):
             text = (site / "flashmoe_harness" / name).read_text()
             assert "flashmoe_harness." in text or name == "measure/timing.py"
             assert not re.search(r"\bflashmoe\.(ratchet|measure|spec|machine)\b", text)
@@ -102,7 +107,7 @@ def test_a_build_may_be_what_is_installed(
     package = builds.build(name, tmp_path) / "flashmoe"
     before = {path: path.read_bytes() for path in package.rglob("*.py")}
     monkeypatch.setattr(builds, "_PACKAGE", package)
-    monkeypatch.setattr(builds, "__file__", str(package / "ratchet" / "builds.py"))
+    monkeypatch.setattr(builds, "__file__", str(package / "ratchet" / "measuring" / "builds.py"))
     assert builds.build(name, tmp_path) == package.parent
     assert {path: path.read_bytes() for path in package.rglob("*.py")} == before
 
@@ -215,7 +220,10 @@ def test_ab_decides_as_the_gate_does(
 def test_what_measures_needs_nothing_that_an_older_build_may_lack() -> None:
     """But for the package's own exports, and the hash of its kernels."""
     known = dict(modules(ROOT))
-    waiting, seen = ["flashmoe.ratchet.worker", "flashmoe.ratchet.profiled"], set()
+    waiting, seen = (
+        ["flashmoe.ratchet.measuring.worker", "flashmoe.ratchet.measuring.profiled"],
+        set(),
+    )
     while waiting:
         module = waiting.pop()
         if module in seen:

@@ -10,12 +10,12 @@ import ratchet_synthetic as synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe.ratchet import stats
-from flashmoe.ratchet.baseline import create, forward
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.gate import decide
-from flashmoe.ratchet.results import CaseResult, Results, Series, slowed
-from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.ratchet.gate import stats
+from flashmoe.ratchet.gate.decide import decide
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.results.baseline import create, forward
+from flashmoe.ratchet.results.values import CaseResult, Results, Series, slowed
 
 FACTORS = st.lists(st.floats(0.8, 1.029), min_size=3, max_size=3)
 

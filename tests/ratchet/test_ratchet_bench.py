@@ -14,12 +14,14 @@ import torch
 
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.timing import Limits, Measurement
-from flashmoe.ratchet import files, processes, providers, worker, workload
-from flashmoe.ratchet.bench import Settings, bench
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.processes import Source
-from flashmoe.ratchet.results import CaseResult
-from flashmoe.ratchet.suite import parse
+from flashmoe.ratchet.measuring import processes, worker, workload
+from flashmoe.ratchet.measuring.processes import Source
+from flashmoe.ratchet.measuring.run import Settings, bench
+from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.results import files
+from flashmoe.ratchet.results.values import CaseResult
+from flashmoe.ratchet.sota import providers
 
 GOOD, BAD = "fwd-b1-h2-s40-d16-float32", "fwd-b1-h4k2-s33-d24-float32-causal"
 NAMES = ("out", "dq", "dk", "dv")

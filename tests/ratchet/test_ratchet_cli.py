@@ -13,8 +13,8 @@ import ratchet_synthetic as synthetic
 
 from flashmoe.ratchet import cli
 from flashmoe.ratchet.commands import common
-from flashmoe.ratchet.files import check_writable, load, save
-from flashmoe.ratchet.results import Results, slowed
+from flashmoe.ratchet.results.files import check_writable, load, save
+from flashmoe.ratchet.results.values import Results, slowed
 
 # The exit codes that each command's help documents.
 CODES = {

@@ -9,12 +9,12 @@ import pytest
 import ratchet_synthetic as synthetic
 
 from flashmoe.measure.timing import HOW
-from flashmoe.ratchet import runner
-from flashmoe.ratchet.files import load
-from flashmoe.ratchet.gate import decide
-from flashmoe.ratchet.results import Results
-from flashmoe.ratchet.suite import SUITES
-from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.ratchet.ci import runner
+from flashmoe.ratchet.gate.decide import decide
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.measuring.suite import SUITES
+from flashmoe.ratchet.results.files import load
+from flashmoe.ratchet.results.values import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = [p for p in sorted((ROOT / "baselines").glob("*.json")) if p.name != "static.json"]

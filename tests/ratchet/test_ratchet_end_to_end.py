@@ -17,9 +17,10 @@ import ratchet_synthetic as synthetic
 from test_ratchet_github import FakeGitHub, event, pull
 from test_ratchet_workflows import load as workflow
 
-from flashmoe.ratchet import cli, github, runner
-from flashmoe.ratchet.files import save
-from flashmoe.ratchet.results import Results, slowed
+from flashmoe.ratchet import cli
+from flashmoe.ratchet.ci import github, runner
+from flashmoe.ratchet.results.files import save
+from flashmoe.ratchet.results.values import Results, slowed
 
 NAME = synthetic.NAMES[0]
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ def words_of(name: str, script: str) -> list[str]:
     for job in workflow(name)["jobs"].values():
         for step in job["steps"]:
             words = shlex.split(step.get("run", ""))
-            if called := [word for word in words if word.endswith(f"ratchet/{script}")]:
+            if called := [word for word in words if word.endswith(f"ratchet/ci/{script}")]:
                 return words[words.index(called[0]) + 1 :]
     raise AssertionError(f"{name} does not call {script}")
 

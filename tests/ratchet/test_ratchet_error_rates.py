@@ -15,9 +15,9 @@ import ratchet_synthetic as synthetic
 from ratchet_resampling import rates
 
 from flashmoe.ratchet.commands.bench import LEAST
-from flashmoe.ratchet.files import load
-from flashmoe.ratchet.results import Results, Series
-from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.results.files import load
+from flashmoe.ratchet.results.values import Results, Series
 
 pytestmark = pytest.mark.long
 NAMES = tuple(f"fwd-b{b}-h8-s512-d64-float32" for b in range(1, 13))

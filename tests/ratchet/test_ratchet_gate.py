@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flashmoe.measure.timing import HOW
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.gate import (
+from flashmoe.ratchet.gate.decide import (
     FAIL,
     IMPROVED,
     INCONCLUSIVE,
@@ -20,9 +20,9 @@ from flashmoe.ratchet.gate import (
     Decision,
     decide,
 )
-from flashmoe.ratchet.integrity import COMPARED
-from flashmoe.ratchet.results import Origin, Results, Series, Telemetry, slowed
-from flashmoe.ratchet.thresholds import DEFAULTS, Thresholds, percent, with_cases
+from flashmoe.ratchet.gate.integrity import COMPARED
+from flashmoe.ratchet.gate.thresholds import DEFAULTS, Thresholds, percent, with_cases
+from flashmoe.ratchet.results.values import Origin, Results, Series, Telemetry, slowed
 
 NAME = synthetic.NAMES[0]
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet import github as comment
-from flashmoe.ratchet import report
-from flashmoe.ratchet.gate import decide
-from flashmoe.ratchet.results import slowed
-from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.ratchet.ci import github as comment
+from flashmoe.ratchet.gate.decide import decide
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.report import markdown as report
+from flashmoe.ratchet.results.values import slowed
 
 URL = "https://github.com/someone/flashmoe/actions/runs/1"
 SCRIPT = Path(__file__).resolve().parents[2] / "ratchet" / "github.py"

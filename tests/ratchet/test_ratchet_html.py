@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet.gate import decide
-from flashmoe.ratchet.html import html
-from flashmoe.ratchet.junit import junit
-from flashmoe.ratchet.results import Results, Series, Telemetry, slowed
-from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.ratchet.gate.decide import decide
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.report.html import html
+from flashmoe.ratchet.report.junit import junit
+from flashmoe.ratchet.results.values import Results, Series, Telemetry, slowed
 
 SLOW, FAST, SAME = synthetic.NAMES
 

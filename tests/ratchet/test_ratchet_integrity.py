@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet import cli, schema
+from flashmoe.ratchet import cli
+from flashmoe.ratchet.results import schema
 
 NAME = synthetic.NAMES[0]
 Edit = Callable[[Any], None]

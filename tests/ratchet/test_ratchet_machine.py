@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from flashmoe.ratchet import github, machine
-from flashmoe.ratchet.machine import Work, decide
+from flashmoe.ratchet.ci import github, machine
+from flashmoe.ratchet.ci.machine import Work, decide
 
 NOW = datetime(2026, 1, 2, 12, 0, tzinfo=timezone.utc)
 IDLE = timedelta(minutes=20)

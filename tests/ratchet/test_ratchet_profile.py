@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from flashmoe.ratchet import cli, ncu
-from flashmoe.ratchet.ncu import CannotProfile, differences, parse
-from flashmoe.ratchet.processes import Source
+from flashmoe.ratchet import cli
+from flashmoe.ratchet.machine_code import ncu
+from flashmoe.ratchet.machine_code.ncu import CannotProfile, differences, parse
+from flashmoe.ratchet.measuring.processes import Source
 
 CASE = "fwd-b1-h2-s64-d64-bfloat16"
 TIME, TENSOR = ncu.METRICS["time (us)"], ncu.METRICS["tensor pipes (%)"]

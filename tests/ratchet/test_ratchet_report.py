@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet import report
-from flashmoe.ratchet.gate import Decision, decide
-from flashmoe.ratchet.results import PlanUsed, Results, Series, slowed
-from flashmoe.ratchet.thresholds import DEFAULTS
+from flashmoe.ratchet.gate.decide import Decision, decide
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.report import markdown as report
+from flashmoe.ratchet.results.values import PlanUsed, Results, Series, slowed
 
 SLOW, FAST, SAME = synthetic.NAMES
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet import files, revision, schema
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.results import CaseResult, Origin, Series, Telemetry, slowed
+from flashmoe.ratchet.measuring import revision
+from flashmoe.ratchet.results import files, schema
+from flashmoe.ratchet.results.values import CaseResult, Origin, Series, Telemetry, slowed
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe.ratchet import cli, runner
+from flashmoe.ratchet import cli
+from flashmoe.ratchet.ci import runner
 
 # What a gate writes: texts by its options.
 Gated = dict[str, str]

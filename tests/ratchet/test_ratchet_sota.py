@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from flashmoe.measure.timing import Limits
-from flashmoe.ratchet import cli, figures, providers, sota
-from flashmoe.ratchet.providers import Provider
-from flashmoe.ratchet.sota import OURS, Compared, Row, conclusion, with_significance
-from flashmoe.ratchet.suite import SUITES, parse
+from flashmoe.ratchet import cli
+from flashmoe.ratchet.measuring.suite import SUITES, parse
+from flashmoe.ratchet.sota import comparison as sota
+from flashmoe.ratchet.sota import figures, providers
+from flashmoe.ratchet.sota.comparison import OURS, Compared, Row, conclusion, with_significance
+from flashmoe.ratchet.sota.providers import Provider
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("fwd-b1-h2-s64-d16-float32-causal", "fwdbwd-b1-h4k2-s40-d24-float32")

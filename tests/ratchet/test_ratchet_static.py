@@ -11,11 +11,12 @@ import pytest
 
 import flashmoe
 from flashmoe import _extension
-from flashmoe.ratchet import cli, cubins, static
-from flashmoe.ratchet.cubins import INSTRUCTIONS, Kernel
+from flashmoe.ratchet import cli
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import write_json
-from flashmoe.ratchet.static import Snapshot, compare
+from flashmoe.ratchet.machine_code import cubins, static
+from flashmoe.ratchet.machine_code.cubins import INSTRUCTIONS, Kernel
+from flashmoe.ratchet.machine_code.static import Snapshot, compare
+from flashmoe.ratchet.results.files import write_json
 
 COMMITTED = Path(__file__).resolve().parents[2] / "baselines" / "static.json"
 

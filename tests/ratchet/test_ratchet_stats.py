@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe.measure.stats import factor
-from flashmoe.ratchet import stats
+from flashmoe.ratchet.gate import stats
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 7), (10, 10), (3, 4)])

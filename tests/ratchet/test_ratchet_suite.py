@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.suite import SUITES, Case, parse, select
+from flashmoe.ratchet.measuring.suite import SUITES, Case, parse, select
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import DTYPE_BYTES, Problem
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import ratchet_synthetic as synthetic
 
-from flashmoe.ratchet import cli, console, processes
+from flashmoe.ratchet import cli
 from flashmoe.ratchet.commands import common
-from flashmoe.ratchet.files import save
-from flashmoe.ratchet.results import Results, Series, slowed
+from flashmoe.ratchet.measuring import processes
+from flashmoe.ratchet.report import console
+from flashmoe.ratchet.results.files import save
+from flashmoe.ratchet.results.values import Results, Series, slowed
 
 NAME = synthetic.NAMES[0]
 # A traceback's text, as a failed case's reason has it: markup of rich's, and no ASCII.
@@ -132,7 +134,7 @@ def test_a_locale_without_utf8_ends_nothing(
 # that reaches nobody else, and then says nothing.
 INTERRUPTING = """
 import os, signal, sys
-if any(word.endswith(".ratchet.worker") for word in sys.orig_argv):
+if any(word.endswith(".measuring.worker") for word in sys.orig_argv):
     os.kill(os.getppid(), signal.SIGINT)
     signal.pause()
 """

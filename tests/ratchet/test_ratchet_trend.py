@@ -13,11 +13,12 @@ import ratchet_synthetic as synthetic
 
 from flashmoe.measure.stats import Interval
 from flashmoe.measure.timing import HOW
-from flashmoe.ratchet import cli, history
+from flashmoe.ratchet import cli
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.files import save
-from flashmoe.ratchet.results import slowed
-from flashmoe.ratchet.trend import all_series, change_points, sparkline, sparklines
+from flashmoe.ratchet.report.trend import all_series, change_points, sparkline, sparklines
+from flashmoe.ratchet.results import history
+from flashmoe.ratchet.results.files import save
+from flashmoe.ratchet.results.values import slowed
 
 NAME = synthetic.NAMES[0]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_architecture import modules, unit_of
 
-from flashmoe.ratchet import github, machine, runner
+from flashmoe.ratchet.ci import github, machine, runner
 
 yaml = pytest.importorskip("yaml")
 
@@ -172,7 +172,7 @@ def test_a_pull_request_is_judged_by_its_base() -> None:
     assert own["fetch-depth"] == 0
     (words,) = (shlex.split(step["run"]) for step in job["steps"] if "run" in step)
     script = words[words.index("-I") + 1]
-    assert script == f"{base['path']}/ratchet/runner.py"
+    assert script == f"{base['path']}/ratchet/ci/runner.py"
     assert words[words.index("--baseline") + 1] == f"{base['path']}/baselines"
     # Below the folder that its commands run in, which git finds the pull request from.
     assert Path(base["path"]).parent == Path(words[words.index("--output") + 1])

@@ -16,7 +16,7 @@ namespace flashmoe::sm90_backward {
 // What consumer warpgroup w does with 64 keys from first_key on. Scores are transposed, keys by
 // queries: P and dS come out of their matmuls as the A operands of dV += P^T dO and dK += dS^T Q.
 // dS also goes to shared memory, for dQ = dS K, which needs those of all keys.
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 struct Consumer {
   static constexpr int HEAD_DIM = TILE.head_dim, BLOCK_M = TILE.block_m, BLOCK_N = TILE.block_n;
   static constexpr int DQ_COLUMNS = TILE.dq_columns();
@@ -86,11 +86,14 @@ struct Consumer {
   }
   // -infinity where a query does not see a key, or a key does not exist.
   __device__ __forceinline__ void mask(Scores& S_rmem, int m_start) const {
+    const Mask mask = mask_of<VARIANT>(p);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = work.n_start + mine * 64 + warp * 16 + lane / 4 + half * 8;
-      // The first query that sees it, from this thread's first one on.
-      int first = p.mask.right >= 0 ? key - (p.seqlen_kv - p.seqlen_q) - m_start - lane % 4 * 2 : 0;
+      // The query that it is level with, and those that see it, from this thread's first one on.
+      const int level = key - (p.seqlen_kv - p.seqlen_q) - m_start - lane % 4 * 2;
+      int first = mask.right >= 0 ? level - reach<VARIANT>(p) : 0;
+      const int end = mask.left >= 0 ? level + mask.left + 1 : BLOCK_M;
       if (key >= p.seqlen_kv) first = BLOCK_M;
 #pragma unroll
       for (int i = 0; i < BLOCK_M / 8; ++i) {
@@ -98,6 +101,7 @@ struct Consumer {
         for (int c = 0; c < 2; ++c) {
           float& s = S_rmem[4 * i + 2 * half + c];
           s = 8 * i + c >= first ? s : -INFINITY;
+          if (VARIANT.local) s = 8 * i + c < end ? s : -INFINITY;
         }
       }
     }
@@ -140,13 +144,36 @@ struct Consumer {
     for (int k = 0; k < BLOCK_M / 16; ++k) ptx::stmatrix_x4_trans(dst + k * 2048, dS_rmem[k]);
     ptx::fence_proxy_async_shared();
   }
-  __device__ __forceinline__ void add_dQ(const PartOfDQ& dQ_rmem, long long block, int part) const {
+  // To where nobody has added yet it is stored: there are no zeros (order.cuh).
+  __device__ __forceinline__ void add_dQ(const PartOfDQ& dQ_rmem, long long block, int part,
+                                         bool first) const {
     float* dst = params.dq_sum + block * TILE.dq_elements() + part * (64 * DQ_COLUMNS) +
                  threadIdx.x % 128 * 4;
+    if (VARIANT.deterministic && first) {
+#pragma unroll
+      for (int i = 0; i < DQ_COLUMNS / 8; ++i) {
+        *reinterpret_cast<float4*>(dst + i * 512) =
+            float4{dQ_rmem[4 * i], dQ_rmem[4 * i + 1], dQ_rmem[4 * i + 2], dQ_rmem[4 * i + 3]};
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < DQ_COLUMNS / 8; ++i) {
       ptx::red_global_add_v4(dst + i * 512, dQ_rmem[4 * i], dQ_rmem[4 * i + 1], dQ_rmem[4 * i + 2],
                              dQ_rmem[4 * i + 3]);
+    }
+  }
+  // Around the additions of a step, which are counted from 0 (order.cuh). Whether they are the
+  // first.
+  __device__ __forceinline__ bool await_turn(int step) const {
+    if constexpr (!VARIANT.deterministic) return false;
+    ptx::mbarrier_wait_parity(smem.turn, step & 1);
+    return ptx::ld_shared_b32(smem.first) != 0;
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (VARIANT.deterministic) {
+      __syncwarp();
+      release(smem.added);
     }
   }
   // A gradient to where its K or V was.
@@ -179,34 +206,43 @@ struct Consumer {
 
 // Where the steps of a thread block are: which block of queries, of which head.
 struct Steps {
-  int count, m, m_start, m_first, m_blocks;
+  int count, m, m_start, m_first, m_end, m_blocks;
   long long block;  // over all heads and batches
-  // Queries before this one do not see all keys.
-  int all_seen;
+  // Queries before the first and from the second on do not see all keys.
+  int all_seen, all_seen_end;
 
-  template <Sm90BackwardTile TILE>
+  template <Sm90BackwardTile TILE, Variant VARIANT>
   __device__ __forceinline__ static Steps of(const Sm90BackwardParams& params, const Work& work,
                                              int first_key) {
     const AttentionParams& p = params.call.attention;
+    const Mask mask = mask_of<VARIANT>(p);
     const int group = p.heads_q / p.heads_kv;
     Steps steps;
     steps.m_first = work.m_first;
     steps.m_start = steps.m = work.m_start;
     steps.m_blocks = params.m_blocks;
-    steps.count = (params.m_blocks - work.m_first) * group;
+    steps.m_end = work.m_end<VARIANT>(params);
+    steps.count = (work.m_end<VARIANT>(params) - work.m_first) * group;
     steps.block =
         (static_cast<long long>(work.batch) * p.heads_q + work.head_kv * group) * params.m_blocks +
         work.m_start;
-    const int last_key = first_key + 63;
-    steps.all_seen = p.mask.right >= 0 ? last_key - (p.seqlen_kv - p.seqlen_q) : 0;
+    const int last_key = first_key + 63, diagonal = p.seqlen_kv - p.seqlen_q;
+    steps.all_seen = mask.right >= 0 ? last_key - diagonal - reach<VARIANT>(p) : 0;
+    steps.all_seen_end = mask.left >= 0 ? first_key - diagonal + mask.left + 1 : 0x7fffffff;
     if (last_key >= p.seqlen_kv) steps.all_seen = p.seqlen_q;
     return steps;
   }
+  // Whether some key is not seen by some of the block's queries.
+  template <Sm90BackwardTile TILE, Variant VARIANT>
+  __device__ __forceinline__ bool masked() const {
+    if (VARIANT.local && (m + 1) * TILE.block_m > all_seen_end) return true;
+    return m * TILE.block_m < all_seen;
+  }
   __device__ __forceinline__ void next() {
     ++block;
-    if (++m == m_blocks) {
+    if (++m == m_end) {
       m = m_first;
-      block -= m_blocks - m_first;
+      block -= m_end - m_first;
     }
     if (m == m_start) block += m_blocks;  // of the next head
   }

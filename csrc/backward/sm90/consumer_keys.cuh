@@ -8,10 +8,10 @@ namespace flashmoe::sm90_backward {
 
 // The next block's S is started before dQ of this one is waited for, so that the tensor cores have
 // work while dQ is added.
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
                                              const Smem<TILE>& smem, const Work& work, int w) {
-  using C = Consumer<T, TILE>;
+  using C = Consumer<T, TILE, VARIANT>;
   constexpr int BLOCK_M = TILE.block_m;
   const C c{params, smem, work, w};
   typename C::Gradient dK_rmem, dV_rmem;
@@ -27,7 +27,7 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
   ptx::fence_registers(dK_rmem);
   ptx::fence_registers(dV_rmem);
 
-  Steps steps = Steps::of<TILE>(params, work, work.n_start + w * 64);
+  Steps steps = Steps::of<TILE, VARIANT>(params, work, work.n_start + w * 64);
   // S of the step after; the last one has none, and computes its own again for nothing: a branch
   // around it makes ptxas serialize.
   auto start_S = [&](bool more) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
       const unsigned stats = smem.stats + q_ring.stage() * TILE.stats_bytes();
       ptx::mbarrier_wait_parity(smem.full_dO + 8 * do_ring.stage(), do_ring.parity());
       c.start_scores(dP_rmem, smem.V, dO);
-      if (steps.m * BLOCK_M < steps.all_seen) c.mask(S_rmem, steps.m * BLOCK_M);
+      if (steps.masked<TILE, VARIANT>()) c.mask(S_rmem, steps.m * BLOCK_M);
       c.exponentiate(S_rmem, P_rmem, stats);
       c.start_gradient(dV_rmem, P_rmem, dO);
       ptx::wgmma_wait_group<1>();  // dP
@@ -69,7 +69,8 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
       start_S(step < steps.count);
       ptx::wgmma_wait_group<2>();  // dQ
       ptx::fence_registers(dQ_rmem);
-      c.add_dQ(dQ_rmem, steps.block, w);
+      c.add_dQ(dQ_rmem, steps.block, w, c.await_turn(step - 1));
+      c.pass_turn();
       ptx::wgmma_wait_group<0>();
       ptx::fence_registers(S_rmem);
       c.release(smem.empty_Q + 8 * q_ring.stage());

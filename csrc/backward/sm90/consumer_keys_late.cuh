@@ -7,10 +7,10 @@
 
 namespace flashmoe::sm90_backward {
 
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& params,
                                                   const Smem<TILE>& smem, const Work& work, int w) {
-  using C = Consumer<T, TILE>;
+  using C = Consumer<T, TILE, VARIANT>;
   constexpr int BLOCK_M = TILE.block_m;
   const C c{params, smem, work, w};
   typename C::Gradient dK_rmem, dV_rmem;
@@ -26,7 +26,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
   ptx::fence_registers(dK_rmem);
   ptx::fence_registers(dV_rmem);
 
-  Steps steps = Steps::of<TILE>(params, work, work.n_start + w * 64);
+  Steps steps = Steps::of<TILE, VARIANT>(params, work, work.n_start + w * 64);
   // S of the step after; the last one has none, and computes its own again for nothing: a branch
   // around it makes ptxas serialize.
   auto start_S = [&](bool more) {
@@ -40,10 +40,11 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
   auto wait_dS = [&] {
     ptx::mbarrier_wait_parity(smem.full_dS + 8 * dq_ring.stage(), dq_ring.parity());
   };
-  auto add_dQ = [&] {
+  auto add_dQ = [&](int step) {
     c.release(smem.empty_dS + 8 * dq_ring.stage());
     dq_ring.next();
-    c.add_dQ(dQ_rmem, block, w);
+    c.add_dQ(dQ_rmem, block, w, c.await_turn(step));
+    c.pass_turn();
   };
   ptx::mbarrier_wait_parity(smem.full_K, 0);
   if (steps.count > 0) {
@@ -59,7 +60,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
       const unsigned stats = smem.stats + q_ring.stage() * TILE.stats_bytes();
       ptx::mbarrier_wait_parity(smem.full_dO + 8 * do_ring.stage(), do_ring.parity());
       c.start_scores(dP_rmem, smem.V, dO);
-      if (steps.m * BLOCK_M < steps.all_seen) c.mask(S_rmem, steps.m * BLOCK_M);
+      if (steps.masked<TILE, VARIANT>()) c.mask(S_rmem, steps.m * BLOCK_M);
       c.exponentiate(S_rmem, P_rmem, stats);
       c.start_gradient(dV_rmem, P_rmem, dO);
       ptx::wgmma_wait_group<1>();  // dP
@@ -79,7 +80,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
       start_S(step < steps.count);
       ptx::wgmma_wait_group<2>();  // dQ
       ptx::fence_registers(dQ_rmem);
-      if (step > 1) add_dQ();
+      if (step > 1) add_dQ(step - 2);
       block = steps.block;
       ptx::wgmma_wait_group<0>();
       ptx::fence_registers(S_rmem);
@@ -93,7 +94,8 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
     c.start_dQ(dQ_rmem, smem.dS + dq_ring.stage() * TILE.ds_bytes(), w);
     ptx::wgmma_wait_group<0>();
     ptx::fence_registers(dQ_rmem);
-    c.add_dQ(dQ_rmem, block, w);
+    c.add_dQ(dQ_rmem, block, w, c.await_turn(steps.count - 1));
+    c.pass_turn();
   }
   ptx::wgmma_wait_group<0>();
   ptx::fence_registers(dK_rmem);

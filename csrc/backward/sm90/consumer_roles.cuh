@@ -10,9 +10,9 @@ namespace flashmoe::sm90_backward {
 // P is handed on in float16, whose relative precision for a P from 6e-5 on is better than
 // bfloat16's, and whose error below that is 3e-8: as each thread holds it, which is as the other
 // warpgroup's threads hold dP.
-template <typename T, Sm90BackwardTile TILE>
-struct Roles : Consumer<T, TILE> {
-  using C = Consumer<T, TILE>;
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
+struct Roles : Consumer<T, TILE, VARIANT> {
+  using C = Consumer<T, TILE, VARIANT>;
   static constexpr int BLOCK_M = TILE.block_m, PARTS = TILE.panels() / 2;
   static_assert(TILE.panels() % 2 == 0 && BLOCK_M == 64, "two warpgroups share the columns of dQ");
 
@@ -67,7 +67,7 @@ struct Roles : Consumer<T, TILE> {
 #pragma unroll
     for (int i = 0; i < TILE.head_dim / 2; ++i) dV_rmem[i] = 0.f;
     ptx::fence_registers(dV_rmem);
-    Steps steps = Steps::of<TILE>(this->params, this->work, this->work.n_start);
+    Steps steps = Steps::of<TILE, VARIANT>(this->params, this->work, this->work.n_start);
     auto start_S = [&] {
       this->start_scores(S_rmem, smem.K, smem.Q + q_ring.stage() * TILE.q_bytes());
     };
@@ -80,7 +80,7 @@ struct Roles : Consumer<T, TILE> {
       ptx::fence_registers(S_rmem);
 #pragma unroll 1
       for (int step = 1; step <= steps.count; ++step) {
-        if (steps.m * BLOCK_M < steps.all_seen) this->mask(S_rmem, steps.m * BLOCK_M);
+        if (steps.masked<TILE, VARIANT>()) this->mask(S_rmem, steps.m * BLOCK_M);
         this->exponentiate(S_rmem, P_rmem, smem.stats + q_ring.stage() * TILE.stats_bytes());
         hand_on(S_rmem);
         ptx::bar_arrive(C::BARRIER_P, C::ALL);
@@ -88,6 +88,7 @@ struct Roles : Consumer<T, TILE> {
         this->start_gradient(dV_rmem, P_rmem, smem.dO + do_ring.stage() * TILE.q_bytes());
         this->release(smem.empty_Q + 8 * q_ring.stage());
         ptx::bar_sync(C::BARRIER_DS, C::ALL);
+        bool adds_first = false;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
           this->start_dQ(dQ_rmem, smem.dS, part);
@@ -104,7 +105,9 @@ struct Roles : Consumer<T, TILE> {
           }
           if (part == 0) this->release(smem.empty_dO + 8 * do_ring.stage());
           ptx::fence_registers(dQ_rmem);
-          this->add_dQ(dQ_rmem, steps.block, part);
+          if (part == 0) adds_first = this->await_turn(step - 1);
+          this->add_dQ(dQ_rmem, steps.block, part, adds_first);
+          if (part == PARTS - 1) this->pass_turn();
         }
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(S_rmem);
@@ -127,7 +130,7 @@ struct Roles : Consumer<T, TILE> {
 #pragma unroll
     for (int i = 0; i < TILE.head_dim / 2; ++i) dK_rmem[i] = 0.f;
     ptx::fence_registers(dK_rmem);
-    Steps steps = Steps::of<TILE>(this->params, this->work, this->work.n_start);
+    Steps steps = Steps::of<TILE, VARIANT>(this->params, this->work, this->work.n_start);
     auto start_dP = [&] {
       this->start_scores(dP_rmem, smem.V, smem.dO + do_ring.stage() * TILE.q_bytes());
     };
@@ -148,6 +151,7 @@ struct Roles : Consumer<T, TILE> {
         this->differentiate(P_rmem, dP_rmem, dS_rmem, stats + 4 * BLOCK_M);
         this->store_dS(dS_rmem, smem.dS);
         ptx::bar_sync(C::BARRIER_DS, C::ALL);
+        bool adds_first = false;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
           this->start_dQ(dQ_rmem, smem.dS, PARTS + part);
@@ -164,7 +168,9 @@ struct Roles : Consumer<T, TILE> {
             this->release(smem.empty_Q + 8 * q_ring.stage());
           }
           ptx::fence_registers(dQ_rmem);
-          this->add_dQ(dQ_rmem, steps.block, PARTS + part);
+          if (part == 0) adds_first = this->await_turn(step - 1);
+          this->add_dQ(dQ_rmem, steps.block, PARTS + part, adds_first);
+          if (part == PARTS - 1) this->pass_turn();
         }
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dP_rmem);

@@ -2,7 +2,7 @@
 // of dQ; dQ in 16 bits.
 #pragma once
 
-#include "backward/sm90/tile.h"
+#include "backward/sm90/work.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "ptx/ld_st.cuh"
@@ -12,54 +12,113 @@ namespace flashmoe::sm90_backward {
 
 constexpr int EDGE_THREADS = 256;
 
-// delta = rowsum(O dO), and softmax_lse as the kernel wants it, of one block of queries of a head.
-template <typename T, Sm90BackwardTile TILE>
+// Where a thread block of an edge is: one block of queries of a head. They go from the last to the
+// first: what the kernel needs first was touched last, and is in L2; so are the sums it added to
+// last.
+struct EdgeWork {
+  int block, batch, head, m_start;
+
+  template <Sm90BackwardTile TILE>
+  __device__ __forceinline__ static EdgeWork of(const Sm90BackwardParams& params) {
+    const unsigned block = gridDim.x - 1 - blockIdx.x, m_blocks = params.m_blocks;
+    const unsigned heads = params.call.attention.heads_q, batch_head = block / m_blocks;
+    const unsigned batch = batch_head / heads;
+    return {int(block), int(batch), int(batch_head - batch * heads),
+            int(block - batch_head * m_blocks) * TILE.block_m};
+  }
+};
+
+// Rows of a block as its threads hold them: 16 bytes each, ROWS rows at once.
+template <Sm90BackwardTile TILE>
+struct EdgeRows {
+  static constexpr int LANES = TILE.head_dim <= 64    ? 8
+                               : TILE.head_dim <= 128 ? 16
+                                                      : 32;  // of a row
+  static constexpr int ROWS = EDGE_THREADS / LANES, COUNT = TILE.block_m / ROWS;
+  static constexpr int SUMS = TILE.dq_elements() / 4 / EDGE_THREADS;  // 16 bytes each, of dQ
+  static_assert(SUMS * 4 * EDGE_THREADS == TILE.dq_elements(), "each thread has as many sums");
+
+  // This thread's first one. The others are EDGE_THREADS apart.
+  __device__ __forceinline__ static float4* sums(const Sm90BackwardParams& params,
+                                                 const EdgeWork& work) {
+    float* block = params.dq_sum + work.block * static_cast<long long>(TILE.dq_elements());
+    return reinterpret_cast<float4*>(block) + threadIdx.x;
+  }
+};
+
+// delta = rowsum(O dO) - dlse, and softmax_lse as the kernel wants it, of one block of queries of a
+// head. The derivative of softmax_lse by a score is its P: dS = P (dP - rowsum(O dO) + dlse).
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   ptx::griddepcontrol_launch_dependents();
-  // From the last on, here and in finish: what is needed first was touched last, and is in L2.
-  constexpr int LANES = TILE.head_dim <= 64 ? 8 : TILE.head_dim <= 128 ? 16 : 32;  // of a row
-  constexpr int ROWS = EDGE_THREADS / LANES;                                       // at once
+  using E = EdgeRows<TILE>;
+  constexpr int AT_ONCE = 4;  // rows of a thread whose loads are under way together
+  static_assert(E::COUNT % AT_ONCE == 0 && E::COUNT <= E::LANES, "a lane has one row's statistics");
   const AttentionParams& p = params.call.attention;
-  const long long block = gridDim.x - 1 - blockIdx.x;
-  const int m_block = static_cast<int>(block % params.m_blocks);
-  const long long batch_head = block / params.m_blocks;
-  const int batch = static_cast<int>(batch_head / p.heads_q);
-  const int head = static_cast<int>(batch_head - static_cast<long long>(batch) * p.heads_q);
-  const int column = threadIdx.x % LANES * 8;
-  const T* out = static_cast<const T*>(p.out) + batch * p.o_batch_stride + head * p.o_head_stride;
-  const T* dout = static_cast<const T*>(params.call.dout) + batch * params.call.do_batch_stride +
-                  head * params.call.do_head_stride;
-  float* stats = params.stats + block * (2 * TILE.block_m);
+  const EdgeWork work = EdgeWork::of<TILE>(params);
+  bool needs_zeros = true;
+  if constexpr (VARIANT.deterministic) {
+    // Who adds first stores; there are blocks to which nobody does.
+    const KeyRange keys = visible(mask_of<VARIANT>(p), work.m_start, work.m_start + TILE.block_m,
+                                  p.seqlen_q, p.seqlen_kv);
+    needs_zeros = keys.begin == keys.end;
+  }
+  // Before the loads, or the compiler keeps these until the loads have come.
+  if (needs_zeros) {
+    float4* sum = E::sums(params, work);
 #pragma unroll
-  for (int first = 0; first < TILE.block_m; first += ROWS) {
-    const int in_block = first + threadIdx.x / LANES, row = m_block * TILE.block_m + in_block;
-    const bool there = row < p.seqlen_q;
-    float delta = 0.f;
-    if (there && column < p.head_dim) {
-      const int4 o = *reinterpret_cast<const int4*>(out + row * p.o_row_stride + column);
-      const int4 d =
-          *reinterpret_cast<const int4*>(dout + row * params.call.do_row_stride + column);
-      const int os[4] = {o.x, o.y, o.z, o.w}, ds[4] = {d.x, d.y, d.z, d.w};
+    for (int i = 0; i < E::SUMS; ++i) sum[i * EDGE_THREADS] = float4{0.f, 0.f, 0.f, 0.f};
+  }
+  if (threadIdx.x == 0) params.turns[work.block] = 0;
+  if (work.block == 0 && threadIdx.x == 0) *params.ticket = 0;
+  const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES, column = lane * 8;
+  const T* out =
+      static_cast<const T*>(p.out) + work.batch * p.o_batch_stride + work.head * p.o_head_stride;
+  const T* dout = static_cast<const T*>(params.call.dout) +
+                  work.batch * params.call.do_batch_stride + work.head * params.call.do_head_stride;
+  // The one of a thread's rows whose statistics it writes, and their inputs.
+  const int mine = lane * E::ROWS + first, my_row = work.m_start + mine;
+  float lse = -INFINITY, dlse = 0.f;
+  if (lane < E::COUNT && my_row < p.seqlen_q) {
+    const long long at =
+        (static_cast<long long>(work.batch) * p.heads_q + work.head) * p.seqlen_q + my_row;
+    lse = p.softmax_lse[at];
+    if (params.call.dlse != nullptr) dlse = params.call.dlse[at];
+  }
+  // Where a row sees nothing, softmax_lse is a constant, and dlse may be NaN.
+  float delta = 0.f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = ptx::cvt_f32_x2<T>(os[i]), y = ptx::cvt_f32_x2<T>(ds[i]);
-        delta = fmaf(x.x, y.x, fmaf(x.y, y.y, delta));
+  for (int start = 0; start < E::COUNT; start += AT_ONCE) {
+    int4 o[AT_ONCE], d[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int row = work.m_start + (start + i) * E::ROWS + first;
+      o[i] = d[i] = make_int4(0, 0, 0, 0);
+      if (row < p.seqlen_q && column < p.head_dim) {
+        o[i] = *reinterpret_cast<const int4*>(out + row * p.o_row_stride + column);
+        d[i] = *reinterpret_cast<const int4*>(dout + row * params.call.do_row_stride + column);
       }
     }
 #pragma unroll
-    for (int mask = LANES / 2; mask > 0; mask /= 2) {
-      delta += __shfl_xor_sync(0xffffffff, delta, mask);
-    }
-    if (threadIdx.x % LANES == 0) {
-      const float lse = there ? p.softmax_lse[batch_head * p.seqlen_q + row] : -INFINITY;
-      stats[in_block] = lse == -INFINITY ? -INFINITY : lse * -1.4426950408889634f;
-      stats[TILE.block_m + in_block] = delta;
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int os[4] = {o[i].x, o[i].y, o[i].z, o[i].w}, ds[4] = {d[i].x, d[i].y, d[i].z, d[i].w};
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 x = ptx::cvt_f32_x2<T>(os[j]), y = ptx::cvt_f32_x2<T>(ds[j]);
+        sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+      }
+#pragma unroll
+      for (int mask = E::LANES / 2; mask > 0; mask /= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, mask);
+      }
+      if (lane == start + i) delta = sum;
     }
   }
-  float4* sum = reinterpret_cast<float4*>(params.dq_sum + block * TILE.dq_elements());
-#pragma unroll
-  for (int i = threadIdx.x; i < TILE.dq_elements() / 4; i += EDGE_THREADS) {
-    sum[i] = float4{0.f, 0.f, 0.f, 0.f};
+  if (lane < E::COUNT) {
+    float* stats = params.stats + work.block * (2ll * TILE.block_m);
+    stats[mine] = lse == -INFINITY ? -INFINITY : lse * -1.4426950408889634f;
+    stats[TILE.block_m + mine] = lse == -INFINITY ? delta : delta - dlse;
   }
 }
 
@@ -67,40 +126,42 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
 template <typename T, Sm90BackwardTile TILE>
 __device__ __forceinline__ void finish(const Sm90BackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char smem_raw[];
+  using E = EdgeRows<TILE>;
   constexpr int PITCH = TILE.finish_pitch();
   const unsigned smem = ptx::smem_address(smem_raw);
   const AttentionParams& p = params.call.attention;
-  const long long block = gridDim.x - 1 - blockIdx.x;
+  const EdgeWork work = EdgeWork::of<TILE>(params);
+  const float4* sum = E::sums(params, work);
+  const float scale = p.softmax_scale;
   ptx::griddepcontrol_wait();
-  const float4* sum = reinterpret_cast<const float4*>(params.dq_sum + block * TILE.dq_elements());
+  float4 x[E::SUMS];  // all under way together
 #pragma unroll
-  for (int i = threadIdx.x; i < TILE.dq_elements() / 4; i += EDGE_THREADS) {
-    const float4 x = sum[i];
-    const int thread = i % 128, group = i / 128;  // of 8 columns, of both warpgroups
+  for (int i = 0; i < E::SUMS; ++i) x[i] = sum[i * EDGE_THREADS];
+#pragma unroll
+  for (int i = 0; i < E::SUMS; ++i) {
+    // Of 8 columns, of both warpgroups.
+    const int thread = threadIdx.x % 128, group = i * 2 + threadIdx.x / 128;
     int row = thread / 32 * 16 + thread % 32 / 4, column = group * 8 + thread % 4 * 2;
     if constexpr (TILE.dq_by_rows()) {
       row += column / TILE.head_dim * 64;
       column %= TILE.head_dim;
     }
     const unsigned dst = smem + row * PITCH + column * 2;
-    const float scale = p.softmax_scale;
-    ptx::st_shared_b32(dst, ptx::cvt_rn_x2<T>(x.x * scale, x.y * scale));
-    ptx::st_shared_b32(dst + 8 * PITCH, ptx::cvt_rn_x2<T>(x.z * scale, x.w * scale));
+    ptx::st_shared_b32(dst, ptx::cvt_rn_x2<T>(x[i].x * scale, x[i].y * scale));
+    ptx::st_shared_b32(dst + 8 * PITCH, ptx::cvt_rn_x2<T>(x[i].z * scale, x[i].w * scale));
   }
   __syncthreads();
-  const int m_start = static_cast<int>(block % params.m_blocks) * TILE.block_m;
-  const long long batch_head = block / params.m_blocks;
-  const int batch = static_cast<int>(batch_head / p.heads_q);
-  const int head = static_cast<int>(batch_head - static_cast<long long>(batch) * p.heads_q);
-  const int chunks = p.head_dim / 8, rows = min(TILE.block_m, p.seqlen_q - m_start);
+  const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES;
   const long long row_stride = static_cast<long long>(p.heads_q) * p.head_dim;
   T* dq = static_cast<T*>(params.call.dq) +
-          (static_cast<long long>(batch) * p.seqlen_q + m_start) * row_stride +
-          static_cast<long long>(head) * p.head_dim;
-  for (int i = threadIdx.x; i < rows * chunks; i += EDGE_THREADS) {
-    const int row = i / chunks, chunk = i - row * chunks;
-    const int4 x = ptx::ld_shared_v4(smem + row * PITCH + chunk * 16);
-    *reinterpret_cast<int4*>(dq + row * row_stride + chunk * 8) = x;
+          (static_cast<long long>(work.batch) * p.seqlen_q + work.m_start) * row_stride +
+          static_cast<long long>(work.head) * p.head_dim;
+#pragma unroll
+  for (int i = 0; i < E::COUNT; ++i) {
+    const int row = i * E::ROWS + first;
+    const bool there = work.m_start + row < p.seqlen_q && lane * 8 < p.head_dim;
+    const int4 x = ptx::ld_shared_v4(smem + row * PITCH + lane * 16);
+    ptx::st_global_v4_if(there, dq + row * row_stride + lane * 8, x.x, x.y, x.z, x.w);
   }
 }
 

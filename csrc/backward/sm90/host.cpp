@@ -55,8 +55,10 @@ bool can_run(const BackwardParams& p) {
          sm90::is_fetchable(dout_view(p));
 }
 
+// Statistics, sums of dQ, turns and the ticket; a multiple of 16, as all but the last are.
 long long workspace_bytes(const Sm90BackwardTile& tile, const AttentionParams& a) {
-  return stats_bytes(tile, a) + blocks_of_queries(tile, a) * tile.dq_elements() * 4;
+  const long long blocks = blocks_of_queries(tile, a);
+  return stats_bytes(tile, a) + blocks * tile.dq_elements() * 4 + (blocks + 1 + 3) / 4 * 16;
 }
 
 cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const BackwardParams& call,
@@ -71,6 +73,8 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
   params.call = call;
   params.stats = static_cast<float*>(workspace);
   params.dq_sum = params.stats + stats_bytes(tile, a) / 4;
+  params.turns = reinterpret_cast<int*>(params.dq_sum + edge_grid * tile.dq_elements());
+  params.ticket = params.turns + edge_grid;
   params.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   params.m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   params.n_blocks = static_cast<int>(n_blocks);

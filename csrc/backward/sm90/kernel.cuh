@@ -7,6 +7,7 @@
 #include "backward/sm90/consumer_keys_late.cuh"
 #include "backward/sm90/consumer_roles.cuh"
 #include "backward/sm90/edges.cuh"
+#include "backward/sm90/order.cuh"
 #include "backward/sm90/producer.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/setmaxnreg.cuh"
@@ -15,7 +16,7 @@ namespace flashmoe::sm90_backward {
 
 // The kernel's whole body. Instances are __global__ functions around it, launched with the tile's
 // num_threads() and smem_bytes().
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& params) {
   ptx::griddepcontrol_launch_dependents();
   // What the 128-byte swizzle and its descriptors need.
@@ -40,28 +41,36 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
       ptx::mbarrier_init(smem.full_dS + 8 * s, 4 * TILE.CONSUMERS);
       ptx::mbarrier_init(smem.empty_dS + 8 * s, 4 * TILE.CONSUMERS);
     }
+    if constexpr (VARIANT.deterministic) {
+      ptx::mbarrier_init(smem.turn, 1);
+      ptx::mbarrier_init(smem.added, 4 * TILE.CONSUMERS);
+      ptx::griddepcontrol_wait();  // for the zeros that tickets and turns are counted from
+      ptx::st_shared_b32(smem.ticket, draw_ticket(params));
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const Work work = Work::of<TILE>(params, blockIdx.x);
+  const Work work = Work::of<TILE, VARIANT>(
+      params, VARIANT.deterministic ? ptx::ld_shared_b32(smem.ticket) : blockIdx.x);
   // Through a shuffle, so that the compiler knows it as uniform in a warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<TILE.PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce<TILE>(params, smem, work);
+    if (threadIdx.x == 0) produce<TILE, VARIANT>(params, smem, work);
+    if (VARIANT.deterministic && threadIdx.x == 32) keep_order<TILE, VARIANT>(params, smem, work);
   } else {
     ptx::setmaxnreg_inc<TILE.CONSUMER_REGISTERS>();
     if constexpr (TILE.by_roles()) {
-      const Roles<T, TILE> roles{{params, smem, work, warpgroup - 1}};
+      const Roles<T, TILE, VARIANT> roles{{params, smem, work, warpgroup - 1}};
       if (warpgroup == 1) {
         roles.first();
       } else {
         roles.second();
       }
     } else if constexpr (TILE.late_dq) {
-      consume_keys_late<T, TILE>(params, smem, work, warpgroup - 1);
+      consume_keys_late<T, TILE, VARIANT>(params, smem, work, warpgroup - 1);
     } else {
-      consume_keys<T, TILE>(params, smem, work, warpgroup - 1);
+      consume_keys<T, TILE, VARIANT>(params, smem, work, warpgroup - 1);
     }
   }
 }

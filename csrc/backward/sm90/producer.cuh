@@ -9,7 +9,7 @@
 
 namespace flashmoe::sm90_backward {
 
-template <Sm90BackwardTile TILE>
+template <Sm90BackwardTile TILE, Variant VARIANT>
 __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const Smem<TILE>& smem,
                                         const Work& work) {
   const AttentionParams& p = params.call.attention;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
     const long long row_block =
         (static_cast<long long>(work.batch) * p.heads_q + head) * params.m_blocks;
 #pragma unroll 1
-    for (int i = work.m_first, m = work.m_start; i < params.m_blocks; ++i) {
+    for (int i = work.m_first, m = work.m_start; i < work.m_end<VARIANT>(params); ++i) {
       const unsigned full_Q = smem.full_Q + 8 * q_ring.stage();
       ptx::mbarrier_wait_parity(smem.empty_Q + 8 * q_ring.stage(), q_ring.parity() ^ 1);
       ptx::mbarrier_arrive_expect_tx(full_Q, TILE.q_bytes() + TILE.stats_bytes());
@@ -55,7 +55,7 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
       load_panels(smem.dO + do_ring.stage() * TILE.q_bytes(), &params.dout, full_dO, TILE.block_m,
                   m * TILE.block_m, head);
       do_ring.next();
-      if (++m == params.m_blocks) m = work.m_first;
+      if (++m == work.m_end<VARIANT>(params)) m = work.m_first;
     }
   }
   if (first) {

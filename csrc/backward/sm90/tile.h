@@ -67,6 +67,9 @@ struct Sm90BackwardParams {
   // log 2 (minus softmax_lse; -inf where a row sees nothing or does not exist), then delta.
   float* stats;
   float* dq_sum;  // dq_elements() for each (batch, query head) and block of queries
+  // Of deterministic kernels: how many have added to each of these sums, and how many thread blocks
+  // have begun.
+  int *turns, *ticket;
   float scale_log2;
   int m_blocks, n_blocks;
   int section;  // (batch, key head) pairs whose blocks of keys are worked on together

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward/sm90/tile.h"
+#include "common/variant.h"
 #include "ptx/registers.cuh"
 
 namespace flashmoe::sm90_backward {
@@ -11,6 +12,7 @@ template <Sm90BackwardTile TILE>
 struct Smem {
   unsigned K, V, Q, dO, dS, P, stats, full_K, full_V, full_Q, empty_Q, full_dO, empty_dO, full_dS,
       empty_dS;
+  unsigned turn, added, first, ticket;  // of deterministic kernels
 
   __device__ __forceinline__ explicit Smem(unsigned base) {
     K = base;
@@ -28,20 +30,42 @@ struct Smem {
     empty_dO = full_dO + 8 * TILE.do_stages;
     full_dS = empty_dO + 8 * TILE.do_stages;
     empty_dS = full_dS + 8 * TILE.ds_stages;
+    turn = empty_dS + 8 * TILE.ds_stages;
+    added = turn + 8;
+    first = added + 8;
+    ticket = first + 4;
   }
 };
 
-// A thread block's keys of one head, and the blocks of queries that see some of them: from m_first
-// on, the same ones of each query head of the group. Each head begins at m_start.
-struct Work {
-  int batch, head_kv, n_start, m_first, m_start;
+// What a kernel honours of a mask. Plain ones are given none or a causal one, and know it.
+template <Variant VARIANT>
+__device__ __forceinline__ Mask mask_of(const AttentionParams& p) {
+  return {VARIANT.local ? p.mask.left : -1, p.mask.right};
+}
+// How far to the right a query sees, where there is a limit: plain kernels have no other than 0.
+template <Variant VARIANT>
+__device__ __forceinline__ int reach(const AttentionParams& p) {
+  return VARIANT.local ? p.mask.right : 0;
+}
 
-  template <Sm90BackwardTile TILE>
+// A thread block's keys of one head, and the blocks of queries that see some of them: from m_first
+// to m_end - 1, the same ones of each query head of the group. Each head begins at m_start.
+struct Work {
+  int batch, head_kv, n_start, m_first, m_last, m_start;
+
+  // Plain kernels take the one that they know anyway.
+  template <Variant VARIANT>
+  __device__ __forceinline__ int m_end(const Sm90BackwardParams& params) const {
+    return VARIANT.local ? m_last + 1 : params.m_blocks;
+  }
+
+  template <Sm90BackwardTile TILE, Variant VARIANT>
   __device__ __forceinline__ static Work of(const Sm90BackwardParams& params, int index) {
     const AttentionParams& p = params.call.attention;
+    const Mask mask = mask_of<VARIANT>(p);
     Work work;
     int pair, n_block;
-    if (p.mask.right >= 0) {
+    if (!mask.is_full()) {
       // The longest first, in sections of heads that L2 holds.
       const int per_section = params.section * params.n_blocks;
       const int first = index / per_section * params.section;
@@ -53,18 +77,35 @@ struct Work {
       pair = index / params.n_blocks;
       n_block = index - pair * params.n_blocks;
     }
+    // The first keys are seen by the most queries where it is the limit on the right that hides
+    // more, the last ones where it is the other (-1 hides nothing). Between narrow limits all
+    // blocks but those at the ends are as long, and either order does. Deterministic: see
+    // order.cuh.
+    if (VARIANT.deterministic || (VARIANT.local && unsigned(mask.left) < unsigned(mask.right))) {
+      n_block = params.n_blocks - 1 - n_block;
+    }
     work.batch = pair / p.heads_kv;
     work.head_kv = pair - work.batch * p.heads_kv;
     work.n_start = n_block * TILE.block_n;
-    const int first_row = work.n_start - (p.seqlen_kv - p.seqlen_q);
-    if (p.mask.right >= 0) {
+    int first_row = work.n_start - (p.seqlen_kv - p.seqlen_q);
+    if constexpr (VARIANT.local) {
+      const int n_end = min(work.n_start + TILE.block_n, p.seqlen_kv);
+      const KeyRange queries = seen_by(mask, work.n_start, n_end, p.seqlen_q, p.seqlen_kv);
+      first_row = queries.begin;
+      work.m_last = (queries.end + TILE.block_m - 1) / TILE.block_m - 1;
+    }
+    if (mask.right >= 0) {
+      // Neighbours begin at other queries, a block of keys apart, and stay apart.
       work.m_first = work.m_start = min(max(first_row, 0) / TILE.block_m, params.m_blocks);
+    } else if (VARIANT.deterministic) {
+      // In step behind one another: each waits for the one before it anyway.
+      work.m_first = work.m_start = 0;
     } else {
       // Each thread block somewhere else, or all would be at the same rows of Q and dQ all the
       // time.
       work.m_first = 0;
-      work.m_start =
-          static_cast<int>(static_cast<long long>(n_block) * params.m_blocks / params.n_blocks);
+      work.m_start = static_cast<int>(static_cast<long long>(n_block) *
+                                      work.m_end<VARIANT>(params) / params.n_blocks);
     }
     return work;
   }

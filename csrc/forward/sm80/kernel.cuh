@@ -112,15 +112,17 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   const T* V = static_cast<const T*>(params.v) + batch * params.v_batch_stride +
                head_kv * params.v_head_stride;
 
-  // Keys [0, n_end) are seen by some row of this block; tiles from n_masked on need a mask.
-  const int diagonal = params.seqlen_kv - params.seqlen_q;
-  int n_end = params.seqlen_kv;
-  int n_unmasked = params.seqlen_kv / BLOCK_N;
-  if (params.mask.right >= 0) {
-    n_end = min(n_end, m_start + BLOCK_M + diagonal);
-    n_unmasked = min(n_unmasked, max(m_start + diagonal + 1, 0) / BLOCK_N);
-  }
-  const int n_tiles = n_end > 0 ? (n_end + BLOCK_N - 1) / BLOCK_N : 0;
+  // Tiles [n_begin, n_end) hold keys that some row of this block sees; of these, all rows see all
+  // of [n_unmasked_begin, n_unmasked_end).
+  const auto keys_of_rows = [&](int begin, int end) {
+    return visible(params.mask, begin, end, params.seqlen_q, params.seqlen_kv);
+  };
+  const int m_end = min(m_start + BLOCK_M, params.seqlen_q);
+  const KeyRange keys = keys_of_rows(m_start, m_end);
+  const int n_begin = keys.begin / BLOCK_N;
+  const int n_end = keys.begin < keys.end ? (keys.end + BLOCK_N - 1) / BLOCK_N : n_begin;
+  const int n_unmasked_end = keys_of_rows(m_start, m_start + 1).end / BLOCK_N;
+  const int n_unmasked_begin = (keys_of_rows(m_end - 1, m_end).begin + BLOCK_N - 1) / BLOCK_N;
 
   float O_rmem[M_TILES][D_TILES][4] = {};
   float row_max[M_TILES][2];  // of the raw scores, as of the last rescaling
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   }
 
   auto load_K = [&](int n_tile) {
-    const int stage = (n_tiles - 1 - n_tile) % NUM_STAGES;
+    const int stage = (n_end - 1 - n_tile) % NUM_STAGES;
     const unsigned dst = K_smem + stage * 2 * Tile::KV_ELEMENTS;
     const int n_start = n_tile * BLOCK_N;
     load_tile<Tile, BLOCK_N, ALIGNED, true>(dst, K + n_start * params.k_row_stride,
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
                                             params.head_dim);
   };
   auto load_V = [&](int n_tile) {
-    const int stage = (n_tiles - 1 - n_tile) % NUM_STAGES;
+    const int stage = (n_end - 1 - n_tile) % NUM_STAGES;
     const unsigned dst = V_smem + stage * 2 * Tile::KV_ELEMENTS;
     const int n_start = n_tile * BLOCK_N;
     load_tile<Tile, BLOCK_N, ALIGNED, true>(dst, V + n_start * params.v_row_stride,
@@ -155,10 +157,10 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
                                           params.head_dim);
 #pragma unroll
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
-    if (stage < n_tiles) load_K(n_tiles - 1 - stage);
+    if (stage < n_end - n_begin) load_K(n_end - 1 - stage);
     ptx::cp_async_commit_group();
     if (stage + 1 < NUM_STAGES) {
-      if (stage < n_tiles) load_V(n_tiles - 1 - stage);
+      if (stage < n_end - n_begin) load_V(n_end - 1 - stage);
       ptx::cp_async_commit_group();
     }
   }
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     // K of this tile has arrived, and every warp is done with V of the previous one.
     ptx::cp_async_wait_group<2 * (NUM_STAGES - 1)>();
     __syncthreads();
-    if (n_tile - (NUM_STAGES - 1) >= 0) load_V(n_tile - (NUM_STAGES - 1));
+    if (n_tile - (NUM_STAGES - 1) >= n_begin) load_V(n_tile - (NUM_STAGES - 1));
     ptx::cp_async_commit_group();
 
     float S_rmem[M_TILES][N_TILES][4] = {};
@@ -228,11 +230,15 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
         const int row = m_start + warp * Tile::WARP_M + m * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          int limit = params.seqlen_kv;
-          if (params.mask.right >= 0) limit = min(limit, row + (i / 2) * 8 + diagonal + 1);
+          const int row_i = row + (i / 2) * 8;
+          const KeyRange seen = keys_of_rows(row_i, row_i + 1);
+          const int column_i = column0 + (i & 1) - seen.begin;
 #pragma unroll
           for (int n = 0; n < N_TILES; ++n) {
-            if (column0 + n * 8 + (i & 1) >= limit) S_rmem[m][n][i] = -INFINITY;
+            // Both limits at once: what lies before the first is a large unsigned number.
+            if (unsigned(column_i + n * 8) >= unsigned(seen.end - seen.begin)) {
+              S_rmem[m][n][i] = -INFINITY;
+            }
           }
         }
       }
@@ -308,7 +314,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     // V of this tile has arrived, and every warp is done with K of this tile.
     ptx::cp_async_wait_group<2 * (NUM_STAGES - 1)>();
     __syncthreads();
-    if (n_tile - NUM_STAGES >= 0) load_K(n_tile - NUM_STAGES);
+    if (n_tile - NUM_STAGES >= n_begin) load_K(n_tile - NUM_STAGES);
     ptx::cp_async_commit_group();
 
     const unsigned V_stage = V_smem + stage * 2 * Tile::KV_ELEMENTS;
@@ -329,14 +335,15 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     stage = stage + 1 == NUM_STAGES ? 0 : stage + 1;
   };
 
-  int n_tile = n_tiles - 1;
-  for (; n_tile >= n_unmasked; --n_tile) step(n_tile, BoolConstant<true>{});
-  for (; n_tile >= 0; --n_tile) step(n_tile, BoolConstant<false>{});
+  int n_tile = n_end - 1;
+  for (; n_tile >= n_unmasked_end; --n_tile) step(n_tile, BoolConstant<true>{});
+  for (; n_tile >= n_unmasked_begin; --n_tile) step(n_tile, BoolConstant<false>{});
+  for (; n_tile >= n_begin; --n_tile) step(n_tile, BoolConstant<true>{});
 
   // Epilogue: each warp passes its own rows of O through its own rows of Q_smem, which no other
   // warp reads, to write whole 16-byte chunks.
   ptx::cp_async_wait_group<0>();
-  if (n_tiles == 0) __syncthreads();  // other warps' copies of Q may still be landing here
+  if (n_begin == n_end) __syncthreads();  // other warps' copies of Q may still be landing here
   float* lse = params.softmax_lse + static_cast<long long>(batch_head) * params.seqlen_q;
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m) {

@@ -10,7 +10,7 @@ namespace {
 
 // How many (batch, head) pairs of a masked problem are worked on together: few, so that what they
 // read stays in L2; enough blocks to level out their lengths; and as many in every section, since
-// the last one ends it all. The factors were measured (H100, docs/hopper-forward.md).
+// the last one ends it all. The factors were measured (H100, docs/dev/hopper-forward.md).
 int section_heads(const AttentionParams& a, long long num_m_blocks, long long grid, int l2_bytes) {
   const double batch_heads = static_cast<double>(a.batch) * a.heads_q;
   const double group = a.heads_q / a.heads_kv;

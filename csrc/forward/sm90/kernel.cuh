@@ -1,7 +1,7 @@
 // FlashAttention forward for Hopper: a producer warp fetches Q, K and V by TMA, consumer warpgroups
 // of 64 rows each multiply with wgmma, P from registers, softmax of one tile under the matmuls of
 // its neighbours (FlashAttention-3, arXiv:2407.08608), across blocks of rows as well as inside one.
-// docs/hopper-forward.md explains it. Includes nothing that NVRTC lacks.
+// docs/dev/hopper-forward.md explains it. Includes nothing that NVRTC lacks.
 #pragma once
 
 #include "forward/sm90/consumer.cuh"

@@ -50,14 +50,14 @@ template <typename T, Sm90Tile TILE>
 struct Softmax {
   static constexpr int BLOCK_N = TILE.block_n;
   // How the arithmetic is spread over chains of dependent instructions, where ptxas makes more of
-  // one way than of the other: 1 to 3 % (H100, docs/hopper-forward.md).
+  // one way than of the other: 1 to 3 % (H100, docs/dev/hopper-forward.md).
   static constexpr bool ROWS_APART = TILE.head_dim <= 64 && BLOCK_N >= 128;
   using Scores = float[BLOCK_N / 2];
 
   const Sm90Params& params;
   float minus_max[2] = {NO_MAXIMUM, NO_MAXIMUM}, row_sum[2] = {0.f, 0.f};
   // Whether a row's limit is negative, where the integer maximum does not order: told when the
-  // maximum changes, off the path from S to its exponentials (docs/hopper-forward.md).
+  // maximum changes, off the path from S to its exponentials (docs/dev/hopper-forward.md).
   bool negative_limit = false;
 
   // What an element of S may be before the maximum must grow.

@@ -113,6 +113,12 @@ inline void __syncwarp() {
 }
 inline void __syncthreads() { emulator::syncthreads(); }
 
+inline int atomicAdd(int* address, int x) {
+  emulator::preempt();
+  const int before = *address;
+  *address += x;
+  return before;
+}
 inline unsigned atomicInc(unsigned* address, unsigned last) {
   emulator::preempt();
   const unsigned before = *address;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <numeric>
 #include <stdexcept>
 
 #include "state.h"
@@ -42,6 +43,8 @@ bool passed(const Cta& cta, const Warp& warp, const Wait& wait) {
       return cta.named[wait.where].generation != wait.generation;
     case Wait::MBARRIER:
       return (cta.mbarriers.at(wait.where).phase & 1) != wait.generation;
+    case Wait::DEVICE_MEMORY:
+      return *wait.address == wait.value;
   }
   return true;
 }
@@ -164,6 +167,10 @@ std::string deadlock() {
           case Wait::NAMED:
             text += ": barrier " + where;
             break;
+          case Wait::DEVICE_MEMORY:
+            text += ": device memory, which holds " + std::to_string(*lane.wait.address) +
+                    ", to hold " + std::to_string(lane.wait.value);
+            break;
           default:
             text += std::string(": other lanes, for ") + cta.warps[w].what;
         }
@@ -198,8 +205,11 @@ void schedule() {
   const Launch& launch = *gpu->launch;
   int begun = 0;
   size_t stacks = 0;
+  std::vector<int> order(static_cast<size_t>(launch.grid));
+  std::iota(order.begin(), order.end(), 0);
+  if (gpu->policy.shuffled) std::shuffle(order.begin(), order.end(), gpu->random);
   for (; begun < std::min(launch.grid, launch.resident); ++begun) {
-    begin(gpu->ctas.emplace_back(), begun, stacks);
+    begin(gpu->ctas.emplace_back(), order[begun], stacks);
     stacks += static_cast<size_t>(launch.threads);
   }
   std::vector<std::pair<Cta*, int>> ready;
@@ -233,7 +243,7 @@ void schedule() {
     }
     const size_t its_stacks = cta.stacks;
     gpu->ctas.remove_if([&](const Cta& other) { return &other == &cta; });
-    if (begun < launch.grid) begin(gpu->ctas.emplace_back(), begun++, its_stacks);
+    if (begun < launch.grid) begin(gpu->ctas.emplace_back(), order[begun++], its_stacks);
     if (gpu->ctas.empty()) return;
   }
 }
@@ -276,7 +286,7 @@ std::string run(const Launch& launch, uint64_t seed) {
     return choices[gpu->below(choices.size())];
   };
   gpu->policy = {one_of(3, 30, 1000), one_of(1, 4, 64), one_of(0., 0.02, 0.3, 0.9),
-                 one_of(0., 0.2, 0.5)};
+                 one_of(0., 0.2, 0.5), one_of(false, true)};
   grid_dim.x = launch.grid;
   schedule();
   gpu = nullptr;
@@ -342,6 +352,13 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
   preempt();
   mbarrier_at(address);
   wait({Wait::MBARRIER, address, parity});
+}
+
+void device_memory_wait(const int* address, int value) {
+  preempt();
+  Wait what{Wait::DEVICE_MEMORY};
+  what.address = address, what.value = value;
+  wait(what);
 }
 
 void bar(int id, int threads, bool waits) {

@@ -8,6 +8,7 @@
 //   data later, after or before others that started earlier. A TMA store reads its source later.
 // - A wgmma reads its operands, registers too, and writes its accumulators later, in order with the
 //   others of its warp. Lanes of a warp run in step, warps of a warpgroup do not.
+// - Thread blocks begin in the order of their numbers, or in any.
 // - Threads that wait for one another for ever are reported, with what each waits for.
 //
 // Not modelled: the order of memory (an access happens when it is executed; fences do nothing),
@@ -56,6 +57,8 @@ void mbarrier_init(uint32_t address, int arrivals);
 void mbarrier_arrive(uint32_t address, uint32_t expected_bytes);
 bool mbarrier_test(uint32_t address, uint32_t parity);
 void mbarrier_wait(uint32_t address, uint32_t parity);
+// Until `*address` is `value`.
+void device_memory_wait(const int* address, int value);
 void bar(int id, int threads, bool wait);
 void syncthreads();
 

@@ -17,9 +17,11 @@
 namespace emulator {
 
 struct Wait {
-  enum Kind { NOTHING, COLLECTIVE, NAMED, MBARRIER } kind = NOTHING;
-  uint32_t where = 0;       // address of the mbarrier, or number of the barrier
-  uint64_t generation = 0;  // what must have passed; of an mbarrier the parity
+  enum Kind { NOTHING, COLLECTIVE, NAMED, MBARRIER, DEVICE_MEMORY } kind = NOTHING;
+  uint32_t where = 0;            // address of the mbarrier, or number of the barrier
+  uint64_t generation = 0;       // what must have passed; of an mbarrier the parity
+  const int* address = nullptr;  // in device memory, and what must be there
+  int value = 0;
 };
 
 struct CpAsync {
@@ -91,6 +93,7 @@ struct Policy {
   int operations, passes;  // at most, before another warp runs
   double asynchronous;     // share of steps that do a piece of asynchronous work
   double slow_share;       // of the warps, which then hardly run
+  bool shuffled;           // thread blocks begin in any order: CUDA promises none
 };
 
 struct Gpu {

@@ -14,6 +14,13 @@ inline int4 ld_shared_v4(unsigned src_smem) {
   return x;
 }
 
+inline int ld_shared_b32(unsigned src_smem) {
+  emulator::preempt();
+  int x;
+  std::memcpy(&x, emulator::shared(src_smem, 4), 4);
+  return x;
+}
+
 inline float2 ld_shared_v2(unsigned src_smem) {
   emulator::preempt();
   float2 x;
@@ -45,6 +52,10 @@ inline void st_global_v2_if(bool condition, void* dst_gmem, unsigned x, unsigned
 inline void st_global_v4_if(bool condition, void* dst_gmem, unsigned x, unsigned y, unsigned z,
                             unsigned w) {
   st_global_if(condition, dst_gmem, x, y, z, w);
+}
+
+inline void ld_acquire_gpu_until(const int* src_gmem, int x) {
+  emulator::device_memory_wait(src_gmem, x);
 }
 
 }  // namespace flashmoe::ptx

@@ -14,4 +14,9 @@ inline void red_global_add_v4(float* dst_gmem, float x, float y, float z, float 
   dst_gmem[3] += w;
 }
 
+inline void red_release_gpu_add(int* dst_gmem, int x) {
+  emulator::preempt();
+  *dst_gmem += x;
+}
+
 }  // namespace flashmoe::ptx

@@ -1,0 +1,1 @@
+"""The command line: arguments, commands, what is shown meanwhile."""

@@ -1,0 +1,234 @@
+"""The tuner's arguments: what there is, what it means, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from flashmoe.autotune.schedule.suite import DEFAULTS
+from flashmoe.autotune.search.sampler import SAMPLERS
+from flashmoe.spec.mask import WINDOW, parse_window
+from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
+
+PROG = "flashmoe.autotune"
+PROBLEM_OPTIONS = (
+    "batch", "heads", "kv_heads", "seqlen", "seqlen_kv", "head_dim", "dtype", "causal",
+    "window",
+)  # fmt: skip
+_BACKENDS_WITH_TILES = ("cuda", "triton", "cpu")
+
+_DESCRIPTION = """\
+Find the fastest correct tile for attention problems on this machine and store it where
+flash_attn_func looks. Without a problem option a default suite is tuned; any problem option tunes
+that one problem, in which the others default as told below. What is stored for this device, torch
+and kernels is measured again and kept unless something beats it. The same command again goes on
+where an interrupted one stopped."""
+
+
+def _defaults_text(device_type: str) -> str:
+    given = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in DEFAULTS[device_type].items())
+    return f"  on {device_type}: {given}"
+
+
+_EPILOG = f"""\
+defaults of problem options, once one is given:
+{_defaults_text("cpu")}
+{_defaults_text("cuda")}
+  --kv-heads as --heads, --seqlen-kv as --seqlen, --no-causal
+
+other commands (each has --help):
+  show     what is tuned here
+  export   write the tuned database to a file
+  import   take over a file that export wrote
+  apply    write winners into the list of tiles that are compiled in
+
+exit codes:
+    0  done: at least one problem has a result
+    1  nothing could be measured, every candidate was wrong, or results could not be written
+    2  bad usage
+  130  interrupted; what was finished by then is stored and reported
+"""
+
+
+class UsageError(Exception):
+    """An argument that names itself, what it got and what is allowed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def whole(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+
+
+def _head_dim(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) % 8 == 0 and 8 <= number <= MAX_HEAD_DIM:
+            return number
+    raise argparse.ArgumentTypeError(
+        f"must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {text!r}"
+    )
+
+
+def _seed(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := int(text)) < 2**32:
+            return number
+    raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**32 - 1, got {text!r}")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < float("inf"):
+            return number
+    raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+
+
+def _workers(text: str) -> int:
+    """How many; 0 stands for auto."""
+    return 0 if text == "auto" else whole(text)
+
+
+def _study(text: str) -> str:
+    if text and len(text) <= 100 and "/" not in text and "#" not in text:
+        return text
+    raise argparse.ArgumentTypeError(
+        f"must be a name of at most 100 characters without / and #, got {text!r}"
+    )
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog=f"python -m {PROG}",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    problem = made.add_argument_group("problem")
+    problem.add_argument("--batch", type=whole, metavar="N")
+    problem.add_argument("--heads", type=whole, metavar="N", help="query heads")
+    problem.add_argument("--kv-heads", type=whole, metavar="N", help="key and value heads")
+    problem.add_argument("--seqlen", type=whole, metavar="N", help="length of the queries")
+    problem.add_argument("--seqlen-kv", type=whole, metavar="N", help="length of the keys")
+    problem.add_argument("--head-dim", type=_head_dim, metavar="N")
+    problem.add_argument("--dtype", choices=tuple(DTYPE_BYTES))
+    problem.add_argument("--causal", action=argparse.BooleanOptionalAction)
+    problem.add_argument("--window", type=parse_window, metavar="LEFT,RIGHT", help=WINDOW)
+    problem.add_argument(
+        "--shapes",
+        type=Path,
+        metavar="FILE",
+        help="tune the problems that flashmoe.record_problems(FILE) wrote, instead",
+    )
+    search = made.add_argument_group("search")
+    search.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU)")
+    search.add_argument(
+        "--backend", choices=_BACKENDS_WITH_TILES, help="search this one's tiles only"
+    )
+    search.add_argument("--trials", type=whole, metavar="N", help="tiles tried per problem")
+    search.add_argument(
+        "--budget",
+        type=_seconds,
+        default=100.0,
+        metavar="SECONDS",
+        help="for all problems together, compilation included (default: %(default)g)",
+    )
+    search.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help="who chooses the tiles (default: brute where all fit the time, else model)",
+    )
+    search.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
+    search.add_argument(
+        "--force", action="store_true", help="search what is stored already, too, from scratch"
+    )
+    search.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell the space and an estimate of the time; nothing is searched or stored",
+    )
+    share = made.add_argument_group("trials and workers")
+    share.add_argument(
+        "--storage",
+        metavar="WHERE",
+        help="a journal file, postgresql://, mysql://, sqlite:/// or grpc://HOST:PORT "
+        "(default: a journal file beside the tuned database)",
+    )
+    share.add_argument(
+        "--study",
+        type=_study,
+        default="flashmoe",
+        metavar="NAME",
+        help="workers with the same storage and study share their trials (default: %(default)s)",
+    )
+    share.add_argument(
+        "--workers",
+        type=_workers,
+        default=1,
+        metavar="auto|N",
+        help="GPUs of this host that search together, a process each (default: 1)",
+    )
+    output = made.add_argument_group("output")
+    output.add_argument(
+        "--output",
+        type=Path,
+        default=Path("tuning"),
+        metavar="DIR",
+        help="folder of suggestions.md and report.html (default: tuning)",
+    )
+    output.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    output.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    return made
+
+
+def device(text: str | None, backend: str | None) -> torch.device:
+    """The device that --device names. Raises UsageError."""
+    if text is None:
+        text = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {text!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise UsageError(f"--device must be cpu, for torch finds no CUDA device, got {text!r}")
+    if chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if chosen.index >= count:
+        raise UsageError(f"--device must be cuda:0 to cuda:{count - 1}, got {text!r}")
+    return chosen
+
+
+def worker_devices(count: int, first: torch.device) -> list[torch.device]:
+    """The devices of `count` workers (0: as many as there are GPUs of the model of `first`), which
+    is among them. Raises UsageError."""
+    if first.type == "cpu":
+        if count > 1:
+            raise UsageError(f"--workers must be 1 on a CPU, got {count}")
+        return [first]
+    name = torch.cuda.get_device_name(first)
+    alike = [
+        torch.device("cuda", index)
+        for index in range(torch.cuda.device_count())
+        if torch.cuda.get_device_name(index) == name
+    ]
+    alike.sort(key=lambda other: other != first)
+    if count > len(alike):
+        raise UsageError(f"--workers must be at most {len(alike)}, the {name}s here, got {count}")
+    return alike[: count or len(alike)]

@@ -1,0 +1,149 @@
+"""`show`, `export` and `import`: what is tuned here, and moving it between machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from flashmoe.autotune.cli.arguments import PROG, Parser, UsageError
+from flashmoe.autotune.cli.arguments import device as parse_device
+from flashmoe.autotune.cli.exits import DONE
+from flashmoe.autotune.report.texts import duration
+from flashmoe.machine import device
+from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.planning import database
+
+_WIDTH = 200
+
+
+def show(words: Sequence[str]) -> int:
+    """A table of what is stored for a device, yours before what is shipped."""
+    parser = _parser("show", "Show what is tuned for a device: your results, then shipped ones.")
+    parser.add_argument("--json", action="store_true", help="the entries as JSON, without samples")
+    args = parser.parse_args(words)
+    name = _device_name(args)
+    rows = [
+        (source, entry)
+        for source, path in (
+            ("yours", database.user_path(name)),
+            ("shipped", database.shipped_path(name)),
+        )
+        for _, entry in sorted(database.load(path).items())
+    ]
+    if args.json:
+        entries = [{"source": source, **_without_samples(entry)} for source, entry in rows]
+        print(json.dumps({"device": name, "entries": entries}, indent=1))
+        return DONE
+    table = Table(title=f"{name}: {len(rows)} problems", title_justify="left")
+    for column in ("problem", "bucket", "runs", "runner-up", "time", "over default", "over SDPA"):
+        table.add_column(column, overflow="fold")
+    table.add_column("from")
+    kernels = [kernel_hash(kind) for kind in ("cpu", "cuda")]
+    for source, entry in rows:
+        table.add_row(
+            entry.problem.label,
+            entry.problem.bucket,
+            f"the default, {entry.default} then" if entry.kept else entry.tile or entry.backend,
+            entry.runner_up or "-",
+            duration(entry.seconds[0]) if entry.seconds else "-",
+            _triple(entry.speedup_default),
+            _triple(entry.speedup_sdpa),
+            source if entry.judged in kernels else f"{source}, of other kernels: not used",
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=_WIDTH)).print(table)
+    print(f"database: {database.user_path(name)}")
+    return DONE
+
+
+def export(words: Sequence[str]) -> int:
+    """The user's database of a device as one file, or on stdout."""
+    parser = _parser("export", "Write your tuned database of a device to a file.")
+    parser.add_argument("file", type=Path, help="the file to write; - for stdout")
+    args = parser.parse_args(words)
+    name = _device_name(args)
+    entries = database.load(database.user_path(name))
+    if not entries:
+        raise UsageError(f"nothing is tuned for {name} in {database.user_path(name)}")
+    text = database.text_of(entries)
+    if str(args.file) == "-":
+        print(text, end="")
+        return DONE
+    try:
+        args.file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"file must be one that can be written, got {str(args.file)!r}: {error.strerror}"
+        ) from None
+    print(f"{len(entries)} problems of {name} written to {args.file}")
+    return DONE
+
+
+def import_(words: Sequence[str]) -> int:
+    """Entries of a file into the user's database of the device they were measured on."""
+    parser = Parser(
+        prog=f"python -m {PROG} import",
+        description="Take over a file that export wrote, into the database of the device model it "
+        "was measured on. What is stored already stays, unless --replace.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--replace", action="store_true", help="prefer the file's results")
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    try:
+        entries = database.parse(args.file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"file must be one that can be read, got {str(args.file)!r}: {error.strerror}"
+        ) from None
+    except (ValueError, database.NewerDatabase) as error:
+        raise UsageError(f"file must be one that export wrote, got {args.file}: {error}") from None
+    devices: dict[str, dict[str, database.Entry]] = {}
+    for bucket, entry in entries.items():
+        name = str(entry.fingerprint.get("device", ""))
+        if not name:
+            raise UsageError(
+                f"file must say where it was measured, {bucket} in {args.file} does not"
+            )
+        devices.setdefault(name, {})[bucket] = entry
+    for name, found in devices.items():
+        path = database.user_path(name)
+        try:
+            added = database.update(path, found, replace=args.replace)
+        except database.NewerDatabase as error:
+            raise RuntimeError(f"{error}: nothing was taken over") from None
+        kept = len(found) - added
+        print(f"{name}: {added} problems taken over, {kept} kept as they were, in {path}")
+    return DONE
+
+
+def _parser(command: str, description: str) -> Parser:
+    parser = Parser(prog=f"python -m {PROG} {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU)")
+    parser.add_argument("--model", metavar="NAME", help="a device model that is not here, by name")
+    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    return parser
+
+
+def _device_name(args: argparse.Namespace) -> str:
+    if args.model is not None:
+        return str(args.model)
+    return device.arch(parse_device(args.device, None)).name
+
+
+def _without_samples(entry: database.Entry) -> dict[str, object]:
+    data = entry.to_json()
+    del data["samples"]
+    return data
+
+
+def _triple(interval: tuple[float, float, float] | None) -> str:
+    if interval is None:
+        return "-"
+    return "{:.2f}x [{:.2f}, {:.2f}]".format(*interval)

@@ -1,0 +1,221 @@
+"""What the tuning found: a table, a JSON document, and lines to copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flashmoe.autotune.report import instances
+from flashmoe.autotune.report.sensitivity import steps
+from flashmoe.autotune.schedule.result import STATUSES, Result
+from flashmoe.autotune.search.trials import Trial
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import Interval
+from flashmoe.spec.mask import arguments_of
+
+SCHEMA = 2
+
+
+def outcome(result: Result) -> str:
+    """One line: what came out, and why."""
+    if result.best is None:
+        return f"{result.status}: {result.reason}"
+    return f"{result.status} {result.best}: {result.reason}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits with a unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            return f"{seconds * factor:.3g} {unit}"
+    raise AssertionError("unreachable: the last unit takes everything")
+
+
+def ratio(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.value:.2f}x [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def table(results: Sequence[Result]) -> Table:
+    grid = Table(title="flashmoe.autotune", title_justify="left")
+    for name in ("problem", "default tile", "best tile"):
+        grid.add_column(name, overflow="fold")
+    for name in ("time", "over default", "over SDPA", "outcome"):
+        grid.add_column(name, no_wrap=True)
+    for result in results:
+        grid.add_row(
+            result.problem.label,
+            str(result.default or "-"),
+            str(result.best or "-"),
+            duration(result.seconds.value) if result.seconds else "-",
+            ratio(result.speedup_default),
+            ratio(result.speedup_sdpa),
+            result.status,
+        )
+    return grid
+
+
+def costs(results: Sequence[Result]) -> list[str]:
+    """A line for every problem that was searched: what a candidate cost, all in all."""
+    return [
+        f"{result.problem.label}: {search.tried} tiles tried of {search.space} legal ones in "
+        f"{result.elapsed:.1f} s, {result.elapsed / search.tried:.2f} s each with compilation, "
+        "checks and the final"
+        for result in results
+        if (search := result.search) is not None and search.tried
+    ]
+
+
+def rejections(results: Sequence[Result]) -> list[str]:
+    """A line for every tile that computed wrong numbers or failed."""
+    return [
+        f"{result.problem.label}: {trial.tile} is {trial.status}: {trial.reason}"
+        for result in results
+        for trial in result.rejected()
+    ]
+
+
+def document(
+    results: Sequence[Result],
+    fingerprint: Fingerprint,
+    *,
+    command: str,
+    seed: int,
+    budget: float,
+    seconds: float,
+    interrupted: bool,
+    database: Path,
+    suggestions: Path | None,
+) -> dict[str, Any]:
+    """Everything known about a run. Times in seconds; intervals are [value, low, high]."""
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "seed": seed,
+        "budget": budget,
+        "seconds": seconds,
+        "interrupted": interrupted,
+        "fingerprint": fingerprint.to_json(),
+        "database": str(database),
+        "suggestions": None if suggestions is None else str(suggestions),
+        "results": [_result_json(result) for result in results],
+    }
+
+
+def suggestions_text(
+    results: Sequence[Result], fingerprint: Fingerprint, database: Path, command: str
+) -> str:
+    """Markdown with lines to copy for every result, where the database is not wanted."""
+    measured = [result for result in results if result.best is not None]
+    tiles = [result.best.tile for result in measured if result.best is not None]
+    lines = [
+        "# Tuning suggestions",
+        "",
+        f"{fingerprint.device}, torch {fingerprint.torch}, kernels {fingerprint.kernels}. "
+        f"Written by `{command}`.",
+        "",
+        f"The results are in `{database}`, and flashmoe uses them already: nothing below needs to "
+        "be done. The lines pin a choice by hand, for all calls (environment) or for one (Python).",
+    ]
+    if any(tile is not None and tile.kernel in instances.COLUMNS for tile in tiles):
+        lines += [
+            "",
+            "To have the tiles of CUDA kernels compiled in, in the repository, before you build it "
+            "again:",
+            "",
+            "```sh",
+            f"python -m flashmoe.autotune apply --model {shlex.quote(fingerprint.device)}",
+            "```",
+        ]
+    for result in measured:
+        lines += ["", f"## {result.problem.label}", "", *_suggestion(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _suggestion(result: Result) -> list[str]:
+    best, seconds = result.best, result.seconds
+    assert best is not None
+    assert seconds is not None
+    lines = [
+        f"{best}: {duration(seconds.value)}, {ratio(result.speedup_default)} over the default "
+        f"({result.default}), {ratio(result.speedup_sdpa)} over SDPA. {result.status}: "
+        f"{STATUSES[result.status]}.",
+        "",
+        "```sh",
+        f"export FLASHMOE_BACKEND={best.backend}",
+    ]
+    if best.tile is not None:
+        lines.append(f"export FLASHMOE_TILE={best.tile}")
+    mask = arguments_of(result.problem.mask)
+    tile = f', tile="{best.tile}"' if best.tile is not None else ""
+    lines += [
+        "```",
+        "",
+        "```python",
+        f'flashmoe.flash_attn_func(q, k, v{mask}, backend="{best.backend}"{tile})',
+        "```",
+    ]
+    return lines + _sensitivity_lines(result)
+
+
+def _sensitivity_lines(result: Result) -> list[str]:
+    """What one step away from the best tile costs, and what Optuna makes of it all."""
+    lines: list[str] = []
+    if found := steps(result):
+        lines += ["", "| one step in | to | time |", "|---|---|---|"]
+        for step in found:
+            loss = "not measured" if step.loss is None else f"{step.loss:+.1%}"
+            lines.append(f"| {step.axis.upper()} | {step.tile} | {loss} |")
+    if result.search is not None and result.search.importances:
+        shares = sorted(result.search.importances.items(), key=lambda pair: -pair[1])
+        text = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+        lines += ["", f"Importance (PED-ANOVA): {text}."]
+    return lines
+
+
+def _result_json(result: Result) -> dict[str, Any]:
+    search = result.search
+    return {
+        "problem": result.problem.to_json(),
+        "label": result.problem.label,
+        "bucket": result.problem.bucket,
+        "status": result.status,
+        "reason": result.reason,
+        "default": None if result.default is None else str(result.default),
+        "best": None if result.best is None else str(result.best),
+        "backend": None if result.best is None else result.best.backend,
+        "tile": None if result.best is None or result.best.tile is None else str(result.best.tile),
+        "tile_with_lse": result.tile_with_lse or None,
+        "seconds": _interval_json(result.seconds),
+        "speedup_default": _interval_json(result.speedup_default),
+        "speedup_sdpa": _interval_json(result.speedup_sdpa),
+        "noise": result.noise,
+        "stored": result.store,
+        "elapsed": result.elapsed,
+        "samples": {name: [*map(list, runs)] for name, runs in result.samples.items()},
+        "sampler": None if search is None else search.sampler,
+        "space": None if search is None else search.space,
+        "tried": 0 if search is None else search.tried,
+        "seconds_per_candidate": (
+            result.elapsed / search.tried if search is not None and search.tried else None
+        ),
+        "trials": [] if search is None else [_trial_json(trial) for trial in search.trials],
+    }
+
+
+def _trial_json(trial: Trial) -> dict[str, Any]:
+    return {
+        "tile": str(trial.tile),
+        "status": trial.status,
+        "time_over_default": _interval_json(trial.ratio),
+        "reason": trial.reason,
+    }
+
+
+def _interval_json(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else interval.to_json()

@@ -1,0 +1,1 @@
+"""How a candidate runs: compiled, checked and timed, in a process of its own."""

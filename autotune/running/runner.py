@@ -1,0 +1,245 @@
+"""Runs candidates for the search: checks them, times them, tells the time of day."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flashmoe.autotune.running.candidate import Candidate
+from flashmoe.autotune.running.check import Inputs, ragged_inputs, timed_inputs
+from flashmoe.backends import BACKENDS
+from flashmoe.measure import timing
+from flashmoe.measure.quiet import measure_quietly
+from flashmoe.measure.timing import Measurement
+from flashmoe.spec.call import Call
+from flashmoe.spec.problem import Problem
+
+
+class Runner(Protocol):
+    """Checks and times the candidates of one problem on one device, in the process that runs them.
+    May raise timing.DeviceLost."""
+
+    def reference(self) -> None:
+        """Compute what results are compared with. Raises when that does not fit."""
+        ...
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        """Compile and check `candidate`, on the tensors that will be timed: `ok`, or `wrong` or
+        `failed` with the reason. The one sample is how long that took when it was first asked."""
+        ...
+
+    def verify(self, candidate: Candidate) -> Measurement:
+        """The check for finalists: odd sizes and guarded memory; statuses as in prepare."""
+        ...
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+        before_sample: Callable[[str], None] | None = None,
+    ) -> dict[str, Measurement]:
+        """Interleaved samples by name, as flashmoe.measure.quiet.measure_quietly takes them."""
+        ...
+
+
+class Bench(Protocol):
+    """What the search needs to know about one problem on one device. Survives every candidate:
+    one that crashes is `failed`, one that hangs is a `timeout`."""
+
+    # Whether precompile is worth calling ahead of time.
+    compiles_ahead: bool
+    # How many candidates are compiled at the same time.
+    compilers: int
+    # The number of the process that runs candidates now; a fresh one has another.
+    process: int
+
+    @property
+    def fresh_seconds(self) -> float:
+        """What refresh would cost now."""
+        ...
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """What compiling one candidate takes; None: nobody knows yet."""
+        ...
+
+    def precompile(self, candidates: Sequence[Candidate]) -> None:
+        """Begin to compile, beside whatever is timed."""
+        ...
+
+    def compiled(self, candidate: Candidate, until: float) -> bool:
+        """Wait until what precompile began is there, but not past `until` on the clock; whether it
+        is. What was never begun need not be waited for."""
+        ...
+
+    def prepare(self, candidate: Candidate) -> Measurement: ...
+
+    def verify(self, candidate: Candidate) -> Measurement: ...
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+    ) -> dict[str, Measurement]: ...
+
+    def refresh(self, candidates: Mapping[str, Candidate]) -> None:
+        """Run what follows in a fresh process, in which `candidates` ran once: what first calls
+        take (modules, cuDNN's plans) is part of its start."""
+        ...
+
+    def now(self) -> float:
+        """Seconds on a clock that only goes forward."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Do nothing for so long."""
+        ...
+
+    def close(self) -> None:
+        """End what runs for this bench."""
+        ...
+
+
+class DeviceRunner:
+    """The Runner of a real device. `order` varies the order of timing and nothing else."""
+
+    def __init__(self, problem: Problem, device: torch.device, seed: int, order: int = 0) -> None:
+        self._problem = problem
+        self._device = device
+        self._seed = seed
+        self._inputs = timed_inputs(problem, device, seed)
+        self._order = self._looks = order
+        self._prepared: dict[Candidate, Measurement] = {}
+
+    @functools.cached_property
+    def _ragged(self) -> Inputs:
+        return ragged_inputs(self._problem, self._device, self._seed + 1)
+
+    def reference(self) -> None:
+        self._inputs.bounds()
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        if candidate not in self._prepared:
+            self._prepared[candidate] = self._checked(candidate, self._inputs)
+        return self._prepared[candidate]
+
+    def verify(self, candidate: Candidate) -> Measurement:
+        return self._checked(candidate, self._ragged)
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+        before_sample: Callable[[str], None] | None = None,
+    ) -> dict[str, Measurement]:
+        self._looks += 1
+        x = self._inputs
+        calls = {
+            name: functools.partial(self._forward, candidate, x.q, x.k, x.v)
+            for name, candidate in candidates.items()
+        }
+        measured, _ = measure_quietly(
+            calls,
+            self._device,
+            rounds=rounds,
+            warmup=warmup,
+            seed=self._seed + self._looks,
+            max_seconds=max_seconds,
+            before_sample=before_sample,
+        )
+        return measured
+
+    def _forward(
+        self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        run = BACKENDS[candidate.backend].bind(Problem.of(q, k, self._problem.mask), candidate.tile)
+        return run(Call(q, k, v, float(q.shape[-1] ** -0.5)))
+
+    def _checked(self, candidate: Candidate, inputs: Inputs) -> Measurement:
+        start = time.perf_counter()
+        try:
+            reason = inputs.error(functools.partial(self._forward, candidate))
+            status = "wrong" if reason else "ok"
+        except timing.DeviceLost:
+            raise
+        except Exception as error:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+            if not timing.usable(self._device):
+                raise timing.DeviceLost(str(candidate), reason) from error
+        return Measurement(status, (time.perf_counter() - start,), reason)
+
+
+class GroupRunner:
+    """Several problems that will share a tile, as one: a sample is the weighted sum of theirs, each
+    timed in the same round, so a tile is behind when it is behind for them all together."""
+
+    def __init__(self, runners: Sequence[Runner], weights: Sequence[float]) -> None:
+        self._runners = runners
+        self._weights = weights
+
+    def reference(self) -> None:
+        for runner in self._runners:
+            runner.reference()
+
+    def prepare(self, candidate: Candidate) -> Measurement:
+        return self._all(candidate, "prepare")
+
+    def verify(self, candidate: Candidate) -> Measurement:
+        return self._all(candidate, "verify")
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        rounds: int,
+        warmup: int,
+        max_seconds: float | None = None,
+        before_sample: Callable[[str], None] | None = None,
+    ) -> dict[str, Measurement]:
+        deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+        samples: dict[str, list[float]] = {name: [] for name in candidates}
+        failed: dict[str, Measurement] = {}
+        for number in range(rounds):
+            sums = dict.fromkeys(candidates, 0.0)
+            for runner, weight in zip(self._runners, self._weights, strict=True):
+                alive = {name: c for name, c in candidates.items() if name not in failed}
+                for name, measured in runner.measure(
+                    alive,
+                    rounds=1,
+                    warmup=0 if number else warmup,
+                    before_sample=before_sample,
+                ).items():
+                    if measured.status == "ok":
+                        sums[name] += weight * measured.samples[0]
+                    else:
+                        failed[name] = measured
+            for name, total in sums.items():
+                samples[name].append(total)
+            if deadline is not None and time.perf_counter() >= deadline:
+                break
+        return {
+            name: failed.get(name) or Measurement("ok", tuple(samples[name])) for name in candidates
+        }
+
+    def _all(self, candidate: Candidate, method: str) -> Measurement:
+        seconds = 0.0
+        for runner in self._runners:
+            found: Measurement = getattr(runner, method)(candidate)
+            seconds += sum(found.samples)
+            if found.status != "ok":
+                return Measurement(found.status, (seconds,), found.reason)
+        return Measurement("ok", (seconds,))

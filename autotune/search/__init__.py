@@ -1,0 +1,1 @@
+"""Which tiles are tried, and what is remembered of them."""

@@ -1,0 +1,1 @@
+"""What CI runs beside the ratchet. Not part of the wheel."""

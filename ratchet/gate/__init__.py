@@ -1,0 +1,1 @@
+"""Whether a kernel got slower. Pure."""

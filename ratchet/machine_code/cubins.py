@@ -1,0 +1,153 @@
+"""The machine code of every kernel in a built extension, counted by cuobjdump; no GPU needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.measuring.programs import captured
+
+# Counted by the first part of the name: HMMA.16816.F32 is HMMA.
+INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU", "LDL", "STL")
+_KERNEL = re.compile(r"^\s*Function : (\S+)$")
+_ARCH = re.compile(r"^arch = (sm_\w+)$")
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)")
+# A of a wgmma in registers, and whether B is V (MN-major).
+_A_OPERAND = re.compile(r"HGMMA\.\S+ R\d+, R(\d+), gdesc\[\w+\](\.tnspB)?")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel of one architecture, by its mangled name: registers and stack bytes a thread,
+    bytes of shared memory that are not dynamic, bytes of code, and how many instructions of each
+    kind."""
+
+    arch: str
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    code: int
+    instructions: dict[str, int]
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory: what did not fit into registers."""
+        return self.instructions["LDL"] + self.instructions["STL"]
+
+    @property
+    def key(self) -> str:
+        return f"{self.arch}:{self.name}"
+
+
+def find_cuobjdump() -> Path:
+    """From the CUDA toolkit, else the one in Triton's package. Raises UserError without either."""
+    if found := shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin"):
+        return Path(found)
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if path.exists():
+            return path
+    raise UserError("cuobjdump was not found: it comes with the CUDA toolkit and with triton")
+
+
+def kernels(extension: Path) -> list[Kernel]:
+    """Every kernel compiled into `extension`, by architecture and name."""
+    usage = parse_usage(_dump(extension, "-res-usage").splitlines())
+    counted = parse_code(_dump(extension, "-sass").splitlines())
+    if set(usage) != set(counted):
+        odd = sorted(set(usage) ^ set(counted))[0]
+        raise UserError(f"cuobjdump tells usage or code, but not both, of {odd}")
+    found = [Kernel(*key, *usage[key], *counted[key]) for key in usage]
+    return sorted(found, key=lambda kernel: kernel.key)
+
+
+def compiler(extension: Path) -> str:
+    """The version of CUDA that the extension was built with, as it tells itself."""
+    match = re.search(rb'"cuda_version": "([\d.]*)"', extension.read_bytes())
+    if match is None:
+        raise UserError(f"{extension} is not flashmoe's extension: it tells no cuda_version")
+    return match[1].decode()
+
+
+def shared_operands(code: Path) -> dict[str, list[int]]:
+    """By kernel that keeps Q in registers: the registers that Q and P share, as the operands of the
+    wgmma that begin with them, in an extension or a cubin. Q outlives P, so there must be none."""
+    found: dict[str, list[int]] = {}
+    for part in _dump(code, "-sass").split("Function : ")[1:]:
+        operands = _A_OPERAND.findall(part)
+        Q, P = ({int(r) for r, v in operands if bool(v) == is_V} for is_V in (False, True))
+        if Q:
+            found[part.split(maxsplit=1)[0]] = sorted(Q & P)
+    return found
+
+
+def _dump(extension: Path, what: str) -> str:
+    done = captured([str(find_cuobjdump()), what, str(extension)])
+    if done.returncode:
+        raise UserError(f"cuobjdump {what} {extension}: {done.stderr.strip() or 'failed'}")
+    return done.stdout
+
+
+def parse_usage(lines: list[str]) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """Registers, stack and shared memory by (arch, name), from cuobjdump -res-usage."""
+    found, arch, name = {}, "", ""
+    for line in lines:
+        if match := re.match(r"^arch = (sm_\w+)", line.strip()):
+            arch = match[1]
+        elif match := re.match(r"^ *Function (\S+):$", line):
+            name = match[1]
+        elif match := _USAGE.search(line):
+            registers, stack, shared, _ = map(int, match.groups())
+            if name:
+                found[arch, name] = (registers, stack, shared)
+            name = ""
+    return found
+
+
+def parse_code(lines: list[str]) -> dict[tuple[str, str], tuple[int, dict[str, int]]]:
+    """Bytes of code and counted instructions by (arch, name), from cuobjdump -sass."""
+    found = {}
+    for arch, name, body in _functions(lines):
+        counts: Counter[str] = Counter()
+        last = 0
+        for address, instruction in body:
+            counts[instruction] += 1
+            last = address
+        # Each instruction has 16 bytes.
+        found[arch, name] = (last + 16, {key: counts[key] for key in INSTRUCTIONS})
+    return found
+
+
+def _functions(lines: list[str]) -> Iterator[tuple[str, str, list[tuple[int, str]]]]:
+    arch, name, body = "", "", list[tuple[int, str]]()
+    for line in lines:
+        if match := _ARCH.match(line.strip()):
+            if name:
+                yield arch, name, body
+            arch, name, body = match[1], "", []
+        elif match := _KERNEL.match(line):
+            if name:
+                yield arch, name, body
+            name, body = match[1], []
+        elif name and (match := _LINE.match(line)):
+            body.append((int(match[1], 16), match[2]))
+    if name:
+        yield arch, name, body
+
+
+def demangled(names: list[str]) -> dict[str, str]:
+    """As C++ writes them, where binutils can tell; a compiler brings those."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return {name: name for name in names}
+    done = captured([tool, "--no-params"], told="\n".join(names))
+    return dict(zip(names, done.stdout.splitlines(), strict=True))

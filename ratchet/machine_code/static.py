@@ -1,0 +1,200 @@
+"""Compares two snapshots of compiled kernels. Pure.
+
+A kernel fails when it spills more (loads and stores of local memory), or has no tensor-core
+instruction left where it had some. Everything else that changed is told and passes: more registers
+or larger code may well be faster, which is for `gate` to judge.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.machine_code.cubins import INSTRUCTIONS, Kernel, demangled
+from flashmoe.ratchet.results.fields import get
+from flashmoe.tiles import Tile, sm80_smem_bytes, sm90_smem_bytes
+
+SCHEMA = 1
+FAIL, CHANGED, IMPROVED, INTEGRITY = "FAIL", "CHANGED", "IMPROVED", "INTEGRITY"
+# Worst first.
+_ORDER = (FAIL, INTEGRITY, CHANGED, IMPROVED)
+_TENSOR_CORES = ("HGMMA", "HMMA")
+_MOST_ROWS = 200
+# How a symbol spells its tile: head_dim, then these fields (csrc/build_config.py), then others, and
+# what its variant is for.
+_TILES = {
+    "sm80": (re.compile(r"Sm80TileI((?:Li\d+E)+)E"), ("block_m", "block_n", "num_stages")),
+    "sm90": (
+        re.compile(r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*__"),
+        ("block_m", "block_n", "num_stages", "q_stages"),
+    ),
+}
+_SMEM_BYTES = {"sm80": sm80_smem_bytes, "sm90": sm90_smem_bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What one build contains, and the version of CUDA's compiler that made it."""
+
+    compiler: str
+    commit: str
+    kernels: tuple[Kernel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    label: str
+    verdict: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What changed, worst first; `problems` concern no single kernel."""
+
+    changes: tuple[Change, ...]
+    problems: tuple[str, ...]
+    kernels: int
+
+    @property
+    def exit_code(self) -> int:
+        verdicts = {change.verdict for change in self.changes}
+        if self.problems or INTEGRITY in verdicts:
+            return 4
+        return 1 if FAIL in verdicts else 0
+
+    @property
+    def summary(self) -> str:
+        counts = [
+            f"{n} {verdict}"
+            for verdict in _ORDER
+            if (n := sum(change.verdict == verdict for change in self.changes))
+        ]
+        outcome = {
+            0: "passed",
+            1: "failed: kernels compile to worse code",
+            4: "not comparable with the baseline",
+        }[self.exit_code]
+        return f"{outcome} ({', '.join([*counts, f'{self.kernels} kernels'])})"
+
+
+def compare(now: Snapshot, baseline: Snapshot) -> Comparison:
+    """`now` against `baseline`."""
+    problems = []
+    if now.compiler != baseline.compiler:
+        problems.append(f"compiled by CUDA {now.compiler}, the baseline by {baseline.compiler}")
+    new, old = ({kernel.key: kernel for kernel in x.kernels} for x in (now, baseline))
+    labels = demangled(sorted({kernel.name for kernel in (*now.kernels, *baseline.kernels)}))
+    changes = []
+    for key in sorted({*new, *old}):
+        kernel = new.get(key) or old[key]
+        label = f"{kernel.arch} {labels[kernel.name]}"
+        if dynamic := dynamic_shared(kernel.name):
+            label += f" ({dynamic} bytes of dynamic shared memory)"
+        if key not in new:
+            changes.append(Change(label, INTEGRITY, "missing from this build"))
+        elif key not in old:
+            changes.append(Change(label, INTEGRITY, "not in the baseline"))
+        elif new[key] != old[key]:
+            changes.append(_change(label, new[key], old[key]))
+    changes.sort(key=lambda change: (_ORDER.index(change.verdict), change.label))
+    return Comparison(tuple(changes), tuple(problems), len(new))
+
+
+def dynamic_shared(name: str) -> int:
+    """Bytes of shared memory that a kernel is launched with besides its own, by the tile in its
+    symbol; 0 where that names none. It is no part of the machine code that is compared."""
+    for kernel, (spelled, fields) in _TILES.items():
+        if match := spelled.search(name):
+            head_dim, *shape = map(int, re.findall(r"\d+", match[1]))
+            values: dict[str, Any] = dict(zip(fields, shape, strict=False))
+            return _SMEM_BYTES[kernel](Tile(kernel, **values), head_dim)
+    return 0
+
+
+def _change(label: str, new: Kernel, old: Kernel) -> Change:
+    told = []
+    for name in ("registers", "stack", "shared", "code"):
+        a, b = getattr(old, name), getattr(new, name)
+        if a != b:
+            told.append(f"{name} {a} to {b}")
+    for name in INSTRUCTIONS:
+        a, b = old.instructions[name], new.instructions[name]
+        if a != b:
+            told.append(f"{name} {a} to {b}")
+    lost = _tensor(old) > 0 and _tensor(new) == 0
+    verdict = FAIL if new.spills > old.spills or lost else CHANGED
+    if verdict != FAIL and new.spills < old.spills:
+        verdict = IMPROVED
+    return Change(label, verdict, ", ".join(told))
+
+
+def _tensor(kernel: Kernel) -> int:
+    return sum(kernel.instructions[name] for name in _TENSOR_CORES)
+
+
+def markdown(comparison: Comparison) -> str:
+    """For a pull request; the worst first, and no more rows than a comment holds."""
+    sign = {0: "✅", 1: "🔴", 4: "🟠"}[comparison.exit_code]
+    lines = [f"### {sign} flashmoe static ratchet {comparison.summary}", ""]
+    lines += [f"- {problem}" for problem in comparison.problems]
+    if shown := comparison.changes[:_MOST_ROWS]:
+        lines += ["| kernel | | what changed |", "|:--|:--|:--|"]
+        lines += [f"| `{c.label}` | {c.verdict} | {c.what} |" for c in shown]
+    if more := len(comparison.changes) - len(shown):
+        lines.append(f"\nand {more} more")
+    return "\n".join(lines) + "\n"
+
+
+_COLUMNS = ("registers", "stack", "shared", "code")
+
+
+def to_json(snapshot: Snapshot) -> dict[str, Any]:
+    """A list of numbers a kernel, in the order of `columns`."""
+    return {
+        "schema": SCHEMA,
+        "compiler": snapshot.compiler,
+        "commit": snapshot.commit,
+        "columns": " ".join((*_COLUMNS, *INSTRUCTIONS)),
+        "kernels": {kernel.key: _numbers(kernel) for kernel in snapshot.kernels},
+    }
+
+
+def _numbers(kernel: Kernel) -> list[int]:
+    fixed = [getattr(kernel, name) for name in _COLUMNS]
+    return [*fixed, *(kernel.instructions[name] for name in INSTRUCTIONS)]
+
+
+def load(path: Path) -> Snapshot:
+    """Raises UserError naming the path and what is wrong; the file stays."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if (schema := get(data, "schema", int)) != SCHEMA:
+            raise ValueError(f"schema must be {SCHEMA}, got {schema}")
+        columns = get(data, "columns", str).split()
+        if columns != [*_COLUMNS, *INSTRUCTIONS]:
+            raise ValueError(f"columns must be {[*_COLUMNS, *INSTRUCTIONS]}, got {columns}")
+        found = [_kernel(k, x) for k, x in get(data, "kernels", dict).items()]
+        if not found:
+            raise ValueError("kernels is empty: nothing was compiled")
+        return Snapshot(get(data, "compiler", str), get(data, "commit", str), tuple(found))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _kernel(key: str, numbers: Sequence[Any]) -> Kernel:
+    arch, colon, name = key.partition(":")
+    wanted = len(_COLUMNS) + len(INSTRUCTIONS)
+    whole = isinstance(numbers, list) and all(type(x) is int and x >= 0 for x in numbers)
+    if not colon or not whole or len(numbers) != wanted:
+        raise ValueError(f"kernel {key!r} must be ARCH:NAME with {wanted} numbers, got {numbers!r}")
+    registers, stack, shared, code, *counts = numbers
+    counted = dict(zip(INSTRUCTIONS, counts, strict=True))
+    return Kernel(arch, name, registers, stack, shared, code, counted)

@@ -1,0 +1,1 @@
+"""Cases, and how they are measured in fresh processes of any build."""

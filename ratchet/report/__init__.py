@@ -1,0 +1,1 @@
+"""A decision and its history, in every form they are shown in."""

@@ -1,0 +1,130 @@
+"""The gate's outcome as one HTML file that needs nothing else: no script, no font, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from flashmoe.ratchet.gate import stats
+from flashmoe.ratchet.gate.decide import Decision, Verdict
+from flashmoe.ratchet.gate.thresholds import percent
+from flashmoe.ratchet.report.markdown import ranked
+from flashmoe.ratchet.report.svg import COLOURS, Bar, forest
+from flashmoe.ratchet.results.values import CaseResult, Results
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top }
+td.number, th.number { text-align: right; white-space: nowrap }
+code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
+.verdict { font-weight: 600 } .note { opacity: .75 } svg { max-width: 100%; height: auto }
+.wide { overflow-x: auto } summary { cursor: pointer }
+"""
+
+
+def html(decision: Decision, current: Results, baseline: Results, cost: str) -> str:
+    """Regressions first, as in the Markdown report."""
+    verdicts = ranked(decision.verdicts)
+    bars = [_bar(v) for v in verdicts if v.change]
+    limits = (decision.thresholds.fail, decision.thresholds.improve)
+    body = [f"<h1>flashmoe ratchet {escape(decision.summary)}</h1>"]
+    body += _section("The run and the baseline cannot be compared", decision.problems)
+    if bars:
+        body += [
+            "<h2>Change of the speedup over SDPA, with 95 % intervals</h2>",
+            f"<div class=wide>{forest(bars, limits, ' %')}</div>",
+        ]
+    columns = ("case", "verdict", "speedup over SDPA: baseline", "now", "change", "sees from", "")
+    body += ["<h2>Cases</h2>", table(columns, [_row(v) for v in verdicts], numbers=(2, 3, 4, 5))]
+    body += _section("The environment changed, which is not the kernel", decision.environment)
+    body += ["<h2>Where and how</h2>", _fingerprints(current, baseline), f"<p>{escape(cost)}</p>"]
+    if telemetry := [_telemetry(case) for case in current.cases if case.telemetry]:
+        names = ("case", "SM MHz", "memory MHz", "°C", "W", "reasons for lower clocks", "throttled")
+        body += ["<h2>What the GPU did meanwhile</h2>", table(names, telemetry, (1, 2, 3, 4, 6))]
+    return page(f"flashmoe ratchet: {decision.summary}", body)
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'>"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        "<body>" + "\n".join(body) + "</body></html>\n"
+    )
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()
+) -> str:
+    """Cells are HTML; `numbers` are the columns to align right."""
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=number' if i in numbers else ''}>{text}</{tag}>"
+            for i, text in enumerate(texts)
+        )
+
+    head = f"<thead><tr>{cells('th', [escape(column) for column in columns])}</tr></thead>"
+    body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
+    return f"<div class=wide><table>{head}<tbody>{body}</tbody></table></div>"
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    if not lines:
+        return []
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return [f"<h2>{escape(title)}</h2><ul>{items}</ul>"]
+
+
+def _bar(v: Verdict) -> Bar:
+    assert v.change is not None
+    low, value, high = (percent(x) for x in (v.change.low, v.change.value, v.change.high))
+    return Bar(v.name, value, low, high, v.verdict)
+
+
+def _row(v: Verdict) -> list[str]:
+    colour = COLOURS[v.verdict]
+    cells = [
+        f"<code>{escape(v.name)}</code>",
+        f"<span class=verdict style='color:{colour}'>{v.verdict}</span>",
+    ]
+    if v.change is None or v.current is None or v.baseline is None:
+        cells += ["", "", "", ""]
+    else:
+        low, value, high = (percent(x) for x in (v.change.low, v.change.value, v.change.high))
+        sees = "" if v.detectable is None else f"{percent(1 / v.detectable):.1f} %"
+        change = f"<b>{value:+.1f} %</b><br>[{low:+.1f}, {high:+.1f}]"
+        cells += [_speedup(v.baseline), _speedup(v.current), change, sees]
+    return [*cells, f"<span class=note>{escape(v.reason)}</span>"]
+
+
+def _speedup(case: CaseResult) -> str:
+    x = stats.speedup(case.ours.samples, case.sdpa.samples)
+    return f"{x.value:.3f}<br>[{x.low:.3f}, {x.high:.3f}]"
+
+
+def _fingerprints(current: Results, baseline: Results) -> str:
+    old, new = baseline.fingerprint.to_json(), current.fingerprint.to_json()
+    for run, values in ((baseline, old), (current, new)):
+        values |= {"commit": run.commit, "started": run.started, "command": run.command}
+    rows = [[name, *(f"<code>{escape(str(x[name]))}</code>" for x in (old, new))] for name in new]
+    return table(("", "baseline", "now"), rows)
+
+
+def _telemetry(case: CaseResult) -> list[str]:
+    seen = case.telemetry
+    reasons = sorted({reason for t in seen for reason in t.reasons})
+    sm, memory = ([getattr(t, name) for t in seen] for name in ("sm_mhz", "memory_mhz"))
+    return [
+        f"<code>{escape(case.name)}</code>",
+        f"{min(sm)} to {max(sm)}",
+        f"{min(memory)} to {max(memory)}",
+        str(max(t.celsius for t in seen)),
+        f"{sum(t.watts for t in seen) / len(seen):.0f}",
+        escape(", ".join(reasons)),
+        f"{case.throttled:.0%}",
+    ]

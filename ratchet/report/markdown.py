@@ -1,0 +1,221 @@
+"""The gate's outcome as Markdown for a pull request, and the list of cases worth profiling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import Interval
+from flashmoe.ratchet.gate import stats
+from flashmoe.ratchet.gate.decide import (
+    ALPHA,
+    FAIL,
+    IMPROVED,
+    INCONCLUSIVE,
+    INTEGRITY,
+    PASS,
+    Decision,
+    Verdict,
+)
+from flashmoe.ratchet.gate.thresholds import Thresholds, percent
+from flashmoe.ratchet.results.values import CaseResult, Results
+
+# What GitHub accepts in a comment.
+MAX_CHARACTERS = 65536
+_LEAST_LISTED = 20
+_HEADER = (
+    "| case | | speedup over SDPA: baseline | now | change | 95 % interval |",
+    "|:--|:--|--:|--:|--:|--:|",
+)
+# Worst first.
+ORDER = (FAIL, INTEGRITY, IMPROVED, INCONCLUSIVE, PASS)
+_SIGNS = {FAIL: "🔴", INTEGRITY: "🟠", IMPROVED: "🟢", INCONCLUSIVE: "⚪", PASS: "✅"}
+
+
+def ranked(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Worst first; within a verdict the slowest change first."""
+    return sorted(
+        verdicts, key=lambda v: (ORDER.index(v.verdict), v.change.value if v.change else 0.0)
+    )
+
+
+def profile_targets(decision: Decision) -> tuple[str, ...]:
+    """Cases that ran and got slower or much faster: where a profile has something to explain.
+    Each is a name that `bench --case` takes."""
+    return tuple(v.name for v in ranked(decision.named(FAIL, IMPROVED)) if v.change is not None)
+
+
+def markdown(
+    decision: Decision,
+    current: Results,
+    baseline: Results,
+    cost: str,
+    trends: Mapping[str, str] | None = None,
+) -> str:
+    """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
+    end, best cases first, and the report says so. `trends`: a line about a case's history."""
+    rows = [(v, _row(v)) for v in ranked(decision.verdicts)]
+    for shown in _halvings(len(rows)):
+        text = _markdown(decision, rows, shown, current, baseline, cost, trends or {})
+        if len(text) < MAX_CHARACTERS:
+            return text
+    return f"{_heading(decision)}\n\nThe report does not fit into a comment.\n"
+
+
+def _halvings(n: int) -> list[int]:
+    counts = [n]
+    while counts[-1] > 0:
+        counts.append(counts[-1] // 2)
+    return counts
+
+
+def _markdown(
+    decision: Decision,
+    rows: Sequence[tuple[Verdict, str]],
+    shown: int,
+    current: Results,
+    baseline: Results,
+    cost: str,
+    trends: Mapping[str, str],
+) -> str:
+    kept, left_out = rows[:shown], len(rows) - shown
+    listed = max(shown, _LEAST_LISTED)
+    parts = [_heading(decision), ""]
+    if decision.problems:
+        parts += ["**The run and the baseline cannot be compared:**", ""]
+        parts += [*_list(decision.problems, listed), ""]
+    urgent = [(v, row) for v, row in kept if v.verdict in (FAIL, IMPROVED)]
+    quiet = [(v, row) for v, row in kept if v.verdict in (INCONCLUSIVE, PASS)]
+    if urgent:
+        parts += [*_HEADER, *(row for _, row in urgent), ""]
+        parts += [*(f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in urgent if v.reason), ""]
+        if past := [f"- `{v.name}`: {trends[v.name]}" for v, _ in urgent if v.name in trends]:
+            parts += ["Speedup over SDPA in accepted runs:", "", *past, ""]
+    if quiet:
+        title = f"{len(quiet)} cases without a significant change"
+        parts += _details(title, [*_HEADER, *(row for _, row in quiet)])
+    if notes := [f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in quiet if v.reason]:
+        parts += _details(f"{len(notes)} of them inconclusive", notes)
+    if left_out:
+        parts += [f"{left_out} more cases do not fit here; the result file has them.", ""]
+    if plans := _plan_changes([v for v, _ in kept]):
+        parts += _details(f"{len(plans)} cases run another plan than before", plans)
+    if decision.environment:
+        title = f"The environment changed in {len(decision.environment)} ways (not the kernel)"
+        parts += _details(title, _list(decision.environment, listed))
+    parts += _details("Environment and rule", _environment(decision, current, baseline, cost))
+    return "\n".join(parts) + "\n"
+
+
+def _list(items: Sequence[str], most: int) -> list[str]:
+    lines = [f"- {_escaped(item)}" for item in items[:most]]
+    return lines + ([f"- and {len(items) - most} more"] if len(items) > most else [])
+
+
+def _heading(decision: Decision) -> str:
+    sign = {0: "✅", 1: "🔴", 3: "⚪", 4: "🟠"}[decision.exit_code]
+    return f"### {sign} flashmoe ratchet {decision.summary}"
+
+
+def _row(v: Verdict) -> str:
+    cells = [f"`{v.name}`", f"{_SIGNS[v.verdict]} {v.verdict}"]
+    if v.change is None or v.current is None or v.baseline is None:
+        cells += ["", "", "", ""]
+    else:
+        change = f"**{percent(v.change.value):+.1f} %**"
+        cells += [_speedup(v.baseline), _speedup(v.current), change, _bounds(v.change)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _speedup(case: CaseResult) -> str:
+    speedup = stats.speedup(case.ours.samples, case.sdpa.samples)
+    return f"{speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}]"
+
+
+def _bounds(interval: Interval) -> str:
+    return f"[{percent(interval.low):+.1f}, {percent(interval.high):+.1f}]"
+
+
+def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = []
+    for v in verdicts:
+        if v.current is None or v.baseline is None:
+            continue
+        old, new = (", ".join(map(str, case.plans)) for case in (v.baseline, v.current))
+        if old != new:
+            lines.append(f"- `{v.name}`: {old} before, {new} now")
+    return lines
+
+
+def _environment(decision: Decision, current: Results, baseline: Results, cost: str) -> list[str]:
+    thresholds = decision.thresholds
+    return [
+        *_fingerprint_table(current.fingerprint, baseline.fingerprint),
+        "",
+        f"FAIL: a slowdown is proven, and one of {-thresholds.fail:g} % is not excluded. PASS: it "
+        f"is. IMPROVED: faster by more than {thresholds.improve:g} %, and proven. Of our time as a "
+        "multiple of SDPA's; -3 % takes 3 % longer. Proven: over the processes of both runs, by "
+        f"Yuen's t-test, Holm over the cases, {100 * ALPHA:g} %. Intervals are 95 %, each for its "
+        "case alone.",
+        "",
+        *_exceptions(thresholds),
+        f"Now: {current.started}, commit {current.commit[:12] or 'unknown'}, `{current.command}`, "
+        f"{cost}  ",
+        f"Baseline: {baseline.started}, commit {baseline.commit[:12] or 'unknown'}, "
+        f"`{baseline.command}`",
+    ]
+
+
+def _exceptions(thresholds: Thresholds) -> list[str]:
+    return [f"Thresholds of {_escaped(pattern)}: {own}  " for pattern, own in thresholds.cases]
+
+
+def as_json(decision: Decision, current: Results, baseline: Results) -> dict[str, Any]:
+    """For programs: the outcome and each case's figures, ratios as current / baseline."""
+
+    def bounds(interval: Interval | None) -> list[float] | None:
+        return None if interval is None else interval.to_json()
+
+    return {
+        "exit_code": decision.exit_code,
+        "summary": decision.summary,
+        "commits": {"current": current.commit, "baseline": baseline.commit},
+        "thresholds": asdict(decision.thresholds),
+        "integrity": list(decision.integrity),
+        "environment": list(decision.environment),
+        "cases": [
+            {
+                "name": v.name,
+                "verdict": v.verdict,
+                "reason": v.reason,
+                "percent": v.percent,
+                "change": bounds(v.change),
+                "ours": bounds(v.ours),
+                "sdpa": bounds(v.sdpa),
+                "p_slower": v.p_slower,
+                "p_faster": v.p_faster,
+                "detectable": v.detectable,
+            }
+            for v in ranked(decision.verdicts)
+        ],
+    }
+
+
+def _fingerprint_table(current: Fingerprint, baseline: Fingerprint) -> list[str]:
+    old, new = baseline.to_json(), current.to_json()
+    rows = ["| | baseline | now |", "|:--|:--|:--|"]
+    return rows + [f"| {k} | {_escaped(str(old[k]))} | {_escaped(str(new[k]))} |" for k in new]
+
+
+def _details(title: str, lines: Sequence[str]) -> list[str]:
+    return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>", ""]
+
+
+def _escaped(text: str) -> str:
+    """Text from an exception or a file, so that it stays one cell and shows what it says."""
+    text = " ".join(text.split())
+    for character in "\\`*_<>[]|":
+        text = text.replace(character, f"\\{character}")
+    return text if len(text) <= 500 else f"{text[:500]}…"

@@ -1,0 +1,64 @@
+"""Where a decision is written to, and in which forms."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flashmoe.ratchet.gate.decide import Decision
+from flashmoe.ratchet.report import markdown as report
+from flashmoe.ratchet.report.cost import cost_line
+from flashmoe.ratchet.report.html import html
+from flashmoe.ratchet.report.junit import junit
+from flashmoe.ratchet.report.trend import sparklines
+from flashmoe.ratchet.results import history
+from flashmoe.ratchet.results.files import write_json, write_text
+from flashmoe.ratchet.results.values import Results
+
+
+def add_reports(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--report", type=Path, metavar="FILE", help="write a Markdown report here")
+    add("--history", type=Path, metavar="FILE", help="of trend: adds its lines to the report")
+    add("--html", type=Path, metavar="FILE", help="write a self-contained HTML report here")
+    add("--json", type=Path, metavar="FILE", help="write the decision here")
+    add("--junit", type=Path, metavar="FILE", help="write the decision here as JUnit XML")
+    add(
+        "--profile-targets",
+        type=Path,
+        metavar="FILE",
+        help="write the names of regressed and much improved cases here",
+    )
+
+
+def reports(arguments: argparse.Namespace) -> list[Path]:
+    """The files that `write_reports` will write."""
+    names = ("report", "html", "json", "junit", "profile_targets")
+    return [path for name in names if (path := getattr(arguments, name))]
+
+
+def write_reports(
+    arguments: argparse.Namespace,
+    decision: Decision,
+    current: Results,
+    baseline: Results,
+    seconds: float,
+) -> None:
+    """`seconds` of the machine went into the comparison."""
+    cost = cost_line(seconds, arguments.price_per_hour)
+    if arguments.report:
+        trends = None
+        if arguments.history:
+            here = history.entry(current).environment
+            trends = sparklines(history.load(arguments.history), here)
+        text = report.markdown(decision, current, baseline, cost, trends)
+        write_text(arguments.report, text)
+    if arguments.html:
+        write_text(arguments.html, html(decision, current, baseline, cost))
+    if arguments.json:
+        write_json(arguments.json, report.as_json(decision, current, baseline))
+    if arguments.junit:
+        write_text(arguments.junit, junit(decision))
+    if arguments.profile_targets:
+        targets = report.profile_targets(decision)
+        write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))

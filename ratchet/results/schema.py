@@ -1,0 +1,194 @@
+"""Results as JSON and back, with every field checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.timing import STATUSES, Limits
+from flashmoe.ratchet.errors import UserError
+from flashmoe.ratchet.gate import stats
+from flashmoe.ratchet.measuring.suite import Case, parse
+from flashmoe.ratchet.results.fields import finite, get, is_finite, items, positive, shown
+from flashmoe.ratchet.results.values import (
+    SIDES,
+    CaseResult,
+    Origin,
+    PlanUsed,
+    Results,
+    Series,
+    Telemetry,
+)
+
+SCHEMA = 2
+# Seconds: nothing that a clock can tell is shorter, and nobody waits longer.
+_SHORTEST, _LONGEST = 1e-9, 1e6
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "run": results.run,
+        "commit": results.commit,
+        "started": results.started,
+        "duration": results.duration,
+        "command": results.command,
+        "settings": dict(results.settings),
+        "fingerprint": results.fingerprint.to_json(),
+        "limits": {dtype: asdict(limits) for dtype, limits in results.limits.items()},
+        "cases": [_case_to_json(case, results.limits) for case in results.cases],
+    }
+
+
+def _case_to_json(result: CaseResult, limits: Mapping[str, Limits]) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": result.name,
+        "problem": result.case.problem.to_json(),
+        "backward": result.case.backward,
+        "plans": [asdict(plan) for plan in result.plans],
+        "error": result.error,
+        "sdpa_backend": result.sdpa_backend,
+        "disturbed": result.disturbed,
+        "telemetry": [asdict(telemetry) for telemetry in result.telemetry],
+        "origin": asdict(result.origin) if result.origin else None,
+    }
+    for side in SIDES:
+        series: Series = getattr(result, side)
+        data[side] = asdict(series)
+        if result.ok:
+            data[side]["summary"] = summary(result.case, series, limits)
+    if result.ok:
+        data["speedup"] = stats.speedup(result.ours.samples, result.sdpa.samples).to_json()
+    return data
+
+
+def summary(case: Case, series: Series, limits: Mapping[str, Limits]) -> dict[str, Any]:
+    """Figures derived from the samples. Seconds, and per second; `interval` is the median's."""
+    x = [sample for process in series.samples for sample in process]
+    mean = math.fsum(x) / len(x)
+    middle = stats.median(series.samples)
+    data: dict[str, Any] = {
+        "mean": mean,
+        "median": middle.value,
+        "standard_deviation": math.sqrt(
+            math.fsum((sample - mean) ** 2 for sample in x) / max(len(x) - 1, 1)
+        ),
+        "interval": [middle.low, middle.high],
+        "gflops": case.flops / middle.value * 1e-9,
+        "gbytes": case.bytes / middle.value * 1e-9,
+    }
+    if case.problem.dtype in limits:
+        floor = limits[case.problem.dtype].floor(case.flops, case.bytes)
+        data["efficiency"] = floor / middle.value
+    return data
+
+
+def from_json(data: Any) -> Results:
+    """Raises ValueError or UserError naming the field, what it holds and what is allowed. Derived
+    figures are not read: everything is decided from the samples."""
+    schema = get(data, "schema", int)
+    if schema != SCHEMA:
+        raise ValueError(f"schema must be {SCHEMA}, got {schema}")
+    limits = {
+        dtype: Limits(positive(value, "matmul_flops"), positive(value, "copy_bytes"))
+        for dtype, value in get(data, "limits", dict).items()
+    }
+    results = Results(
+        get(data, "run", str),
+        get(data, "commit", str),
+        get(data, "started", str),
+        finite(data, "duration"),
+        get(data, "command", str),
+        get(data, "settings", dict),
+        _fingerprint(get(data, "fingerprint", dict)),
+        limits,
+        tuple(_located(f"cases[{i}]", case) for i, case in enumerate(get(data, "cases", list))),
+    )
+    if not results.cases:
+        raise ValueError("cases is empty: nothing was measured")
+    if len(results.by_name()) != len(results.cases):
+        raise ValueError("a case name occurs twice")
+    return results
+
+
+def _located(where: str, data: Any) -> CaseResult:
+    try:
+        return _case(data)
+    except (ValueError, UserError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _case(data: Any) -> CaseResult:
+    name = get(data, "name", str)
+    case = parse(name)
+    # A Problem may have gained fields since, at their defaults.
+    problem = get(data, "problem", dict)
+    if not problem or not problem.items() <= case.problem.to_json().items():
+        raise ValueError(f"problem is not the one that the name {name!r} says")
+    if get(data, "backward", bool) != case.backward:
+        raise ValueError(f"backward is not what the name {name!r} says")
+    ours, sdpa = (_series(side, get(data, side, dict)) for side in SIDES)
+    if ours.status == sdpa.status == "ok":
+        shapes = [[len(process) for process in series.samples] for series in (ours, sdpa)]
+        if shapes[0] != shapes[1] or len(set(shapes[0])) != 1 or 0 in shapes[0]:
+            raise ValueError(
+                f"{name}: ours and sdpa need as many rounds in every process, got {shapes}"
+            )
+    error = data.get("error")
+    origin = data.get("origin")
+    return CaseResult(
+        case,
+        ours,
+        sdpa,
+        tuple(
+            PlanUsed(*(get(plan, key, str) for key in ("direction", "backend", "tile", "source")))
+            for plan in get(data, "plans", list)
+        ),
+        float(error) if is_finite(error) else None,
+        get(data, "sdpa_backend", str),
+        finite(data, "disturbed"),
+        tuple(map(_telemetry, get(data, "telemetry", list))),
+        None
+        if origin is None
+        else Origin(*(get(origin, key, str) for key in Origin.__dataclass_fields__)),
+    )
+
+
+def _telemetry(data: Any) -> Telemetry:
+    sm_mhz, memory_mhz, celsius = (
+        get(data, key, int) for key in ("sm_mhz", "memory_mhz", "celsius")
+    )
+    reasons, throttled = items(data, "reasons", str), items(data, "throttled", int)
+    return Telemetry(sm_mhz, memory_mhz, celsius, finite(data, "watts"), reasons, throttled)
+
+
+def _series(side: str, data: dict[str, Any]) -> Series:
+    status = get(data, "status", str)
+    if status not in STATUSES:
+        raise ValueError(f"{side}.status must be one of {', '.join(STATUSES)}, got {status!r}")
+    if status != "ok":
+        return Series(status, (), get(data, "reason", str))
+    samples: list[tuple[float, ...]] = []
+    for p, process in enumerate(get(data, "samples", list)):
+        if not isinstance(process, list):
+            raise ValueError(f"{side}.samples[{p}] must be a list of seconds, got {process!r}")
+        for r, x in enumerate(process):
+            if not is_finite(x) or not _SHORTEST <= x <= _LONGEST:
+                raise ValueError(
+                    f"{side}.samples[{p}][{r}] must be finite and positive seconds, "
+                    f"{_SHORTEST:g} to {_LONGEST:g}, got {shown(x)}"
+                )
+        samples.append(tuple(map(float, process)))
+    return Series(status, tuple(samples))
+
+
+def _fingerprint(data: dict[str, Any]) -> Fingerprint:
+    kinds: dict[str, type] = {"str": str, "int": int}
+    values: dict[str, Any] = {}
+    for name, field in Fingerprint.__dataclass_fields__.items():
+        kind = kinds.get(str(field.type))
+        values[name] = get(data, name, kind) if kind else finite(data, name)
+    return Fingerprint(**values)

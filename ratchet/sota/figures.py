@@ -1,0 +1,115 @@
+"""Figures of `sota`: rates of every implementation, and the roofline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from flashmoe.measure.timing import Limits
+from flashmoe.ratchet.report.svg import GRAY, picture
+from flashmoe.ratchet.sota.comparison import OURS, Compared
+from flashmoe.ratchet.sota.providers import PROVIDERS
+
+_NAMES = (OURS, *(provider.name for provider in PROVIDERS))
+# Distinct also for the colour-blind (Okabe and Ito), ours first.
+_COLOURS = (
+    *("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#8b949e", "#E69F00"),
+    *("#CC79A7", "#F0E442", "#6e40c9", "#999933", "#44AA99"),
+)
+_FONT = "font-family='system-ui,sans-serif' font-size='12'"
+
+
+def colour(provider: str) -> str:
+    return _COLOURS[_NAMES.index(provider)]
+
+
+def bars(measured: Sequence[Compared]) -> str:
+    """TFLOP/s, a group of bars for each case; what did not run has none."""
+    shown = [n for n in _NAMES if any(c.row(n).samples for c in measured)]
+    bar, gap, left, width = 13, 16, 330, 420
+    most = max(_rate(c, n) for c in measured for n in shown if c.row(n).samples)
+    parts, y = [_legend(shown, left), _text(left, 38, "start", "TFLOP/s")], 46
+    for compared in measured:
+        present = [n for n in shown if compared.row(n).samples]
+        middle = y + bar * len(present) / 2 + 4
+        parts.append(
+            f"<text x='{left - 10}' y='{middle:.0f}' text-anchor='end' fill='currentColor' "
+            f"{_FONT}>{escape(compared.case.name)}</text>"
+        )
+        for name in present:
+            rate = _rate(compared, name)
+            length = width * rate / most
+            parts.append(
+                f"<rect x='{left}' y='{y}' width='{length:.1f}' height='{bar - 2}' "
+                f"fill='{colour(name)}'/><text x='{left + length + 5:.1f}' y='{y + bar - 3}' "
+                f"fill='currentColor' font-size='10' font-family='system-ui,sans-serif'>"
+                f"{rate:.3g}</text>"
+            )
+            y += bar
+        y += gap
+    return picture(left + width + 60, y + 4, "".join(parts), "TFLOP/s by case and implementation")
+
+
+def roofline(measured: Sequence[Compared], limits: Limits) -> str:
+    """TFLOP/s over FLOPs a byte, both logarithmic, below the limits measured in the same run."""
+    width, height, left, bottom, top = 760, 420, 60, 44, 40
+    shown = [n for n in _NAMES if any(c.row(n).samples for c in measured)]
+    intensities = [c.case.flops / c.case.bytes for c in measured]
+    ridge = limits.matmul_flops / limits.copy_bytes
+    x0, x1 = math.log10(min(*intensities, ridge) / 2), math.log10(max(*intensities, ridge) * 2)
+    rates = [_rate(c, n) for c in measured for n in shown if c.row(n).samples]
+    y1 = math.log10(limits.matmul_flops * 1e-12 * 2)
+    y0 = math.log10(min(rates) / 2)
+
+    def x(intensity: float) -> float:
+        return left + (width - left - 20) * (math.log10(intensity) - x0) / (x1 - x0)
+
+    def y(rate: float) -> float:
+        return top + (height - top - bottom) * (y1 - math.log10(rate)) / (y1 - y0)
+
+    def roof(intensity: float) -> float:
+        return min(limits.matmul_flops, intensity * limits.copy_bytes) * 1e-12
+
+    low = max(10**x0, 10**y0 * 1e12 / limits.copy_bytes)
+    path = [(i, roof(i)) for i in (low, ridge, 10**x1)]
+    line = " ".join(f"{x(i):.1f},{y(rate):.1f}" for i, rate in path)
+    parts = [_legend(shown, left)]
+    parts.append(f"<polyline points='{line}' fill='none' stroke='{GRAY}' stroke-width='2'/>")
+    parts.append(_text(width - 20, y(roof(10**x1)) - 6, "end", f"{roof(10**x1):.3g} TFLOP/s"))
+    for exponent in range(math.ceil(x0), math.floor(x1) + 1):
+        parts.append(_text(x(10**exponent), height - 24, "middle", f"{10**exponent:g}"))
+    for exponent in range(math.ceil(y0), math.floor(y1) + 1):
+        parts.append(_text(left - 8, y(10**exponent) + 4, "end", f"{10**exponent:g}"))
+    parts.append(_text(width / 2, height - 6, "middle", "FLOPs a byte"))
+    parts.append(_text(12, 36, "start", "TFLOP/s"))
+    for compared, intensity in zip(measured, intensities, strict=True):
+        for name in reversed(shown):  # ours on top
+            if compared.row(name).samples:
+                rate = _rate(compared, name)
+                parts.append(
+                    f"<circle cx='{x(intensity):.1f}' cy='{y(rate):.1f}' "
+                    f"r='{5 if name == OURS else 3.5}' fill='{colour(name)}' opacity='0.85'><title>"
+                    f"{escape(compared.case.name)}, {name}: {rate:.3g} TFLOP/s</title></circle>"
+                )
+    return picture(width, height, "".join(parts), "Roofline")
+
+
+def _rate(compared: Compared, provider: str) -> float:
+    return compared.case.flops / compared.row(provider).median.value * 1e-12
+
+
+def _legend(shown: Sequence[str], left: float) -> str:
+    parts, x = [], 12.0
+    for name in shown:
+        parts.append(f"<rect x='{x}' y='8' width='10' height='10' fill='{colour(name)}'/>")
+        parts.append(_text(x + 14, 17, "start", name))
+        x += 26 + 7.2 * len(name)
+    return "".join(parts)
+
+
+def _text(x: float, y: float, anchor: str, text: str) -> str:
+    return (
+        f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='currentColor' {_FONT}>"
+        f"{escape(text)}</text>"
+    )
