@@ -48,7 +48,7 @@ INSTANCE_FIELDS = {
 }
 # Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
 # columns of a line. And those that it decides at run time, so that every instance has both.
-VARIANT_FIELDS = {"sm80": (), "sm90": ("local",), "sm90_bwd": ()}
+VARIANT_FIELDS = {"sm80": (), "sm90": ("local",), "sm90_bwd": ("local", "deterministic")}
 RUNTIME_FIELDS = {"sm80": ("local",), "sm90": (), "sm90_bwd": ()}
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
@@ -205,11 +205,12 @@ _ARGUMENTS = "const AttentionParams& params, DType dtype, int device, cudaStream
 
 # In the order of DType.
 _SM90_DTYPES = ("__half", "__nv_bfloat16")
-# What runs one after the other, and its launch bounds: threads, thread blocks of an SM at once.
+# What runs one after the other: its launch bounds (threads, thread blocks of an SM at once), and
+# what it depends on besides the dtype.
 _SM90_BWD_FUNCTIONS = {
-    "prepare": "sm90_backward::EDGE_THREADS, 4",
-    "attention_backward": "TILE.num_threads(), 1",
-    "finish": "sm90_backward::EDGE_THREADS, 4",
+    "prepare": ("sm90_backward::EDGE_THREADS, 4", "TILE, VARIANT"),
+    "attention_backward": ("TILE.num_threads(), 1", "TILE, VARIANT"),
+    "finish": ("sm90_backward::EDGE_THREADS, 4", "TILE"),
 }
 
 
@@ -265,16 +266,17 @@ def _sm90_bwd_source(instance: Instance, is_default: bool) -> str:
         "namespace flashmoe {",
         "",
         f"constexpr Sm90BackwardTile TILE{_sm90_bwd_tile(instance)};",
+        f"constexpr Variant VARIANT{_variant(instance.variant)};",
         "template struct LegalSm90BackwardTile<TILE>;",
         "",
     ]
     for dtype in _SM90_DTYPES:
-        for function, bounds in _SM90_BWD_FUNCTIONS.items():
+        for function, (bounds, arguments) in _SM90_BWD_FUNCTIONS.items():
             lines += [
                 f"__global__ void __launch_bounds__({bounds})",
                 f"    {instance.symbol}_{function}{dtype}("
                 "const __grid_constant__ Sm90BackwardParams params) {",
-                f"  sm90_backward::{function}<{dtype}, TILE>(params);",
+                f"  sm90_backward::{function}<{dtype}, {arguments}>(params);",
                 "}",
                 "",
             ]
@@ -359,7 +361,8 @@ def _registry_source(
         addresses = ", ".join(
             f"{{{', '.join(f'{symbol}[{dtype}][{i}]' for i in range(3))}}}" for dtype in range(2)
         )
-        backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {{{addresses}}}}},")
+        variant = _variant((*instance.variant, *RUNTIME_FIELDS[instance.kernel]))
+        backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {variant}, {{{addresses}}}}},")
     lines = ['#include "instances/registry.h"', "", "namespace flashmoe {", ""]
     if listed:
         lines += declarations

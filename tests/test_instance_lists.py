@@ -30,7 +30,11 @@ def build_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "torch_ops.cpp").touch()
     for room in ("common", "forward", "backward"):
         (tmp_path / room).mkdir()
-    lists = {"sm80": "64 128 64 2 4\n", "sm90": f"{LINE}\n{LINE} local  # of windows\n"}
+    lists = {
+        "sm80": "64 128 64 2 4\n",
+        "sm90": f"{LINE}\n{LINE} local  # of windows\n",
+        "sm90_bwd": "64 128 128 3 3 2 1 local deterministic\n",
+    }
     for kernel in module.INSTANCE_FIELDS:
         path = tmp_path / "instances" / f"{kernel}.txt"
         path.write_text(lists.get(kernel, ""), encoding="utf-8")
@@ -39,7 +43,8 @@ def build_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
-    sm80, plain, local = build_config.instances()
+    sm80, plain, local, backward = build_config.instances()
+    assert backward.symbol == "bwd_sm90_64_128_128_3_3_2_1_local_deterministic"
     assert sm80.variants == [(), ("local",)]  # it decides at run time
     assert plain.variants == [()]
     assert local.variants == [("local",)]
@@ -55,6 +60,7 @@ def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
         ("sm90", f"{LINE} 1", "sm90.txt:1: expected local behind"),
         ("sm90", "64 128 local", "sm90.txt:1: expected integers for head_dim, block_m"),
         ("sm80", "64 128 64 2 4 local", "sm80.txt:1: expected nothing behind"),
+        ("sm90_bwd", "64 128 128 3 3 2 1 deterministic local", "expected local, deterministic be"),
     ],
 )
 def test_a_bad_line_is_named(
@@ -82,6 +88,10 @@ def test_kernels_are_registered_with_what_they_can_do(
     ]
     info = json.loads(re.search(r'R"\((.*)\)"', text)[1])  # type: ignore[index]
     assert [x["variants"] for x in info["instances"]] == [[[], ["local"]], [[]], [["local"]]]
+    assert "late_dq" in info["backward_instances"][0]
+    assert "{64, 128, 128, 3, 3, 2, true}, {.local = true, .deterministic = true}, {" in text
+    (backward,) = (path.read_text(encoding="utf-8") for path in found.instances["sm90_bwd"])
+    assert "attention_backward<__half, TILE, VARIANT>" in backward
     plain, local = (path.read_text(encoding="utf-8") for path in found.instances["sm90"])
     assert "constexpr Variant VARIANT{};" in plain
     assert "constexpr Variant VARIANT{.local = true};" in local

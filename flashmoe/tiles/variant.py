@@ -11,9 +11,11 @@ from flashmoe.spec.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """local: any window; without, a kernel computes full and causal attention."""
+    """local: any window; without, a kernel computes full and causal attention. deterministic: a
+    backward's dQ is the same bits every time."""
 
     local: bool = False
+    deterministic: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> Variant:
