@@ -1,5 +1,7 @@
 // The Hopper backward kernel and its launches, on emulator::run: tiles, shapes and orders of
 // execution.
+#include <cstring>
+
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
 #include "attention_problem.h"
@@ -125,6 +127,33 @@ struct Instance {
   int block_n() const { return tile.block_n; }
   bool local() const { return variant.local; }
 
+  // A deterministic kernel counts in its workspace who has added to each block of queries: those
+  // blocks of keys and no others that some of its queries see. What is wrong with that, or nothing.
+  std::string compare_turns(const Problem& x, const uint8_t* workspace) const {
+    const int m_blocks = (x.seqlen_q + block_m() - 1) / block_m();
+    const size_t blocks = static_cast<size_t>(m_blocks) * x.batch * x.heads_q;
+    const size_t sum_bytes = static_cast<size_t>(tile.dq_elements()) * 4;
+    std::vector<int> turns(blocks);
+    std::memcpy(turns.data(),
+                workspace + blocks * (static_cast<size_t>(tile.stats_bytes()) + sum_bytes),
+                blocks * sizeof(int));
+    for (int m = 0; m < m_blocks; ++m) {
+      std::vector<bool> seen(static_cast<size_t>((x.seqlen_kv + block_n() - 1) / block_n()));
+      for (int i = m * block_m(); i < std::min((m + 1) * block_m(), x.seqlen_q); ++i) {
+        const auto [first, count] = seen_keys(x.mask, i, x.seqlen_q, x.seqlen_kv);
+        for (int j = first; j < first + count; ++j) seen[static_cast<size_t>(j / block_n())] = true;
+      }
+      const auto wanted = std::count(seen.begin(), seen.end(), true);
+      for (size_t block = static_cast<size_t>(m); block < blocks;
+           block += static_cast<size_t>(m_blocks)) {
+        if (turns[block] == wanted) continue;
+        return std::to_string(turns[block]) + " blocks of keys visited block " + std::to_string(m) +
+               " of queries, not " + std::to_string(wanted);
+      }
+    }
+    return "";
+  }
+
   bool check(const Problem& x, uint64_t seed) const {
     std::mt19937_64 random(seed);
     const DType dtype = random() % 2 ? DType::float16 : DType::bfloat16;
@@ -200,6 +229,7 @@ struct Instance {
     if (wrong.empty()) wrong = compare_gradient("dv", dv, want.dv, allowed.dv);
     if (wrong.empty()) wrong = compare_gradient("dk", dk, want.dk, allowed.dk);
     if (wrong.empty()) wrong = compare_gradient("dq", dq, want.dq, allowed.dq);
+    if (wrong.empty() && variant.deterministic) wrong = compare_turns(x, workspace.data());
     const auto bits = [](Tensor& x) {
       return std::vector<uint8_t>(x.bytes.begin(), x.bytes.end());
     };
