@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
         fields[problem] = {
             "default": default,
             AGAIN: default,
-            "chosen": candidate_of(entry, default),
+            "chosen": candidate_of(entry),
         }
         if runs(SDPA, problem, here):
             fields[problem]["sdpa"] = SDPA
@@ -169,8 +169,8 @@ def agree(args: argparse.Namespace, here: torch.device) -> dict[str, Any]:
     for problem in both:
         default = default_candidate(problem, here)
         fields[problem] = {
-            "one": candidate_of(one[problem.bucket], default),
-            "other": candidate_of(other[problem.bucket], default),
+            "one": candidate_of(one[problem.bucket]),
+            "other": candidate_of(other[problem.bucket]),
             "default": default,
         }
     samples = measured(fields, here, args.rounds)

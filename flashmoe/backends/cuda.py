@@ -38,7 +38,7 @@ _SM90_SPACE = {
 
 class CudaBackend(Backend):
     name = "cuda"
-    features: ClassVar[Features] = {"fwd": frozenset({"window"}), "bwd": frozenset()}
+    features: ClassVar[Features] = {"fwd": frozenset({"window"}), "bwd": frozenset({"window"})}
     repeats = False  # dQ is added up by atomics
 
     def unavailable(self, device: torch.device) -> str:

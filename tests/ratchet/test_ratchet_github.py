@@ -26,7 +26,7 @@ from flashmoe.ratchet.report import markdown as report
 from flashmoe.ratchet.results.values import slowed
 
 URL = "https://github.com/someone/flashmoe/actions/runs/1"
-SCRIPT = Path(__file__).resolve().parents[2] / "ratchet" / "github.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "ratchet" / "ci" / "github.py"
 
 
 def archive(**members: str) -> bytes:

@@ -16,7 +16,7 @@ from flashmoe.ratchet.ci import runner
 # What a gate writes: texts by its options.
 Gated = dict[str, str]
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "ratchet" / "runner.py"
+SCRIPT = ROOT / "ratchet" / "ci" / "runner.py"
 
 
 class Pretend:
