@@ -123,6 +123,7 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, doub
   params.seqlen_kv = static_cast<int>(k_sizes[1]);
   params.head_dim = static_cast<int>(q_sizes[3]);
   params.softmax_scale = static_cast<float>(softmax_scale);
+  params.is_causal = mask.right >= 0;
   params.mask = mask;
   return params;
 }

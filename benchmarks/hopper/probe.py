@@ -72,6 +72,7 @@ class Params(ctypes.Structure):
             for name in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv", "head_dim")
         ),
         ("softmax_scale", ctypes.c_float),
+        ("is_causal", ctypes.c_int),
         ("window_left", ctypes.c_int),
         ("window_right", ctypes.c_int),
     )
@@ -191,6 +192,7 @@ def run(
         params.batch, params.seqlen_q, params.heads_q, params.head_dim = q.shape
         params.seqlen_kv, params.heads_kv = k.shape[1], k.shape[2]
         params.softmax_scale = q.shape[3] ** -0.5
+        params.is_causal = int(causal)
         params.window_left, params.window_right = -1, 0 if causal else -1
         return params, out, lse
 

@@ -23,6 +23,7 @@ struct AttentionParams {
   long long o_batch_stride, o_row_stride, o_head_stride;
   int batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim;
   float softmax_scale;  // finite and positive
+  int is_causal;        // whether mask has a limit on the right: all that plain kernels ask of it
   Mask mask;
 };
 

@@ -203,7 +203,7 @@ inline AttentionParams forward_params(Tensor& q, Tensor& k, Tensor& v, Tensor& o
   p.v_head_stride = v.head_stride, p.o_head_stride = out.head_stride;
   p.batch = q.batch, p.heads_q = q.heads, p.heads_kv = k.heads;
   p.seqlen_q = q.seqlen, p.seqlen_kv = k.seqlen, p.head_dim = q.head_dim;
-  p.softmax_scale = scale, p.mask = mask;
+  p.softmax_scale = scale, p.mask = mask, p.is_causal = mask.right >= 0;
   return p;
 }
 

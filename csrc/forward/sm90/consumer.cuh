@@ -238,7 +238,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         // With the tile of the last key that its first row sees: after it, each row saw its last
         // one, and a maximum may lag.
         n_unmasked = p.seqlen_kv / BLOCK_N - n_first;
-        if (p.mask.right >= 0) {
+        if (p.is_causal) {
           n_unmasked = min(n_unmasked, max(visible_keys.last(first), 0) / BLOCK_N - n_first);
         }
         if constexpr (VARIANT.local) {
@@ -248,7 +248,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         if constexpr (CAN_SKIP) {
           skip = 0;
           // One is kept for rows that see nothing.
-          if (p.mask.right >= 0) {
+          if (p.is_causal) {
             skip = n_tile - min(max(visible_keys.last(first + 63), 0) / BLOCK_N - n_first, n_tile);
           }
           if (first >= p.seqlen_q) skip = n_tiles;

@@ -36,7 +36,7 @@ struct VisibleKeys {
       return visible(p.mask, first_row, last_row + 1, p.seqlen_q, p.seqlen_kv);
     }
     int end = p.seqlen_kv;
-    if (p.mask.right >= 0) end = min(end, last(last_row) + 1);
+    if (p.is_causal) end = min(end, last(last_row) + 1);
     return {0, end};
   }
   // The tile of the first key that rows from `row` on see.
@@ -50,7 +50,7 @@ template <Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   const AttentionParams& p = params.attention;
   int batch_head, m_block;
-  if (VARIANT.local ? !p.mask.is_full() : p.mask.right >= 0) {
+  if (VARIANT.local ? !p.mask.is_full() : p.is_causal) {
     // Sections of heads whose K and V fit L2 together; inside one, the longest blocks first.
     const int section = params.per_section.divide(index);
     const int in_section = index - section * params.per_section.divisor;
