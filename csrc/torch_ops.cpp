@@ -98,9 +98,8 @@ int32_t dtype_code(const Tensor& x) {
   return dtype;
 }
 
-// All but out and softmax_lse.
-AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
-                         Mask mask) {
+// All but out, softmax_lse and softmax_scale.
+AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, Mask mask) {
   const auto q_sizes = q.sizes(), k_sizes = k.sizes();
   const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides();
   AttentionParams params{};
@@ -122,7 +121,6 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, doub
   params.seqlen_q = static_cast<int>(q_sizes[1]);
   params.seqlen_kv = static_cast<int>(k_sizes[1]);
   params.head_dim = static_cast<int>(q_sizes[3]);
-  params.softmax_scale = static_cast<float>(softmax_scale);
   params.is_causal = mask.right >= 0;
   params.mask = mask;
   return params;
@@ -155,7 +153,8 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double 
   Tensor out = empty_contiguous<4>({batch, seqlen_q, heads_q, head_dim}, dtype_code(q), q);
   Tensor lse = empty_contiguous<3>({batch, heads_q, seqlen_q}, aoti_torch_dtype_float32(), q);
 
-  AttentionParams params = describe(q, k, v, softmax_scale, mask);
+  AttentionParams params = describe(q, k, v, mask);
+  params.softmax_scale = static_cast<float>(softmax_scale);
   params.out = out.data_ptr();
   params.softmax_lse = static_cast<float*>(lse.data_ptr());
   params.o_batch_stride = seqlen_q * heads_q * head_dim;
@@ -288,7 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
   Tensor dk = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
   Tensor dv = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
   BackwardParams params{};
-  params.attention = describe(q, k, v, softmax_scale, mask_of(q, k, window_left, window_right));
+  params.attention = describe(q, k, v, mask_of(q, k, window_left, window_right));
+  params.attention.softmax_scale = static_cast<float>(softmax_scale);
   params.attention.out = out.data_ptr();
   const auto o_strides = out.strides(), do_strides = dout.strides();
   params.attention.o_batch_stride = o_strides[0];

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import DEVICE, LAYOUTS, assert_matches_reference, guarded
+from torch.nn.attention import SDPBackend
 
 import flashmoe
 from flashmoe import Problem, flash_attn_func
 from flashmoe.backends import BACKENDS, sdpa
 from flashmoe.machine.device import Arch
 from flashmoe.planning.plan import heuristic
+from flashmoe.spec.call import Call
 
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)
 CPU = Arch("cpu", "a cpu")
@@ -201,7 +205,7 @@ def test_float32_groups_reach_no_kernel_that_takes_them(seen, batch, seqlen_q, h
         guarded((batch, seqlen_kv, heads_kv, 40), torch.float32, "packed").requires_grad_()
         for _ in "kv"
     )
-    out = sdpa._on_cuda(q, k, v, 40**-0.5, causal)
+    out = sdpa._on_cuda(Call(q, k, v, 40**-0.5), causal)
     ((tensors, options),) = seen
     assert not options["enable_gqa"]
     if not causal:  # K and V are not copied for each of a group's queries
@@ -215,7 +219,7 @@ def test_float32_groups_reach_no_kernel_that_takes_them(seen, batch, seqlen_q, h
 
 def test_decoding_with_float32_groups_copies_nothing(seen):
     q, k, v = (torch.randn(2, n, h, 40) for n, h in ((1, 6), (19, 3), (19, 3)))
-    sdpa._on_cuda(q, k, v, 0.2, False)
+    sdpa._on_cuda(Call(q, k, v, 0.2), False)
     (((rows, keys, values), _),) = seen
     assert [x.data_ptr() for x in (rows, keys, values)] == [x.data_ptr() for x in (q, k, v)]
 
@@ -228,7 +232,7 @@ def test_groups_of_16_bits_go_to_flash_where_it_runs(monkeypatch, seen, major, g
     Properties.major = major
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     q, k, v = (torch.randn(1, 9, n, 32).half() for n in (4, 2, 2))
-    out = sdpa._on_cuda(q, k, v, 0.3, True)
+    out = sdpa._on_cuda(Call(q, k, v, 0.3), True)
     assert seen[0][1]["enable_gqa"] == groups
     assert_matches_reference(out, None, q, k, v, 0.3, True)
 
@@ -243,3 +247,28 @@ def test_float32_is_not_rounded_where_torch_rounds_matmuls(seen):
         torch.set_float32_matmul_precision("highest")
     assert [x.dtype for x in seen[0][0]] == [torch.float64] * 3
     assert_matches_reference(out, None, q, k, v)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_flash_runs_where_it_is_predicted_to_be_faster(monkeypatch, faster):
+    """As the plan counts on: `predicted` gives the time of the faster of the two."""
+    chosen, asked = [], []
+    monkeypatch.setattr(sdpa, "_flash_is_faster", lambda *problem: asked.append(problem) or faster)
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: chosen.append(kernel))
+    gpu = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16, shape=(1, 9, 2, 32))
+    sdpa._choice(gpu, gpu, True)
+    assert asked == [("cuda:0", torch.bfloat16, gpu.shape, gpu.shape, True)]
+    assert chosen == [SDPBackend.FLASH_ATTENTION] * faster
+
+
+def test_the_choice_is_around_the_call(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def choice(q, k, causal):
+        entered.append(causal)
+        yield
+
+    monkeypatch.setattr(sdpa, "_choice", choice)
+    flash_attn_func(*(torch.randn(1, 9, 2, 32) for _ in "qkv"), causal=True, backend="sdpa")
+    assert entered == [True]

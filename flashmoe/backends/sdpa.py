@@ -81,8 +81,10 @@ def attend_by_sdpa(call: Call, causal: bool) -> Tensor:
     if call.q.numel() == 0:  # some of its kernels return no tensor then
         return call.q.contiguous() + (call.k.sum() + call.v.sum())
     attend = _on_cuda if call.q.is_cuda else _on_cpu
+    with _choice(call.q, call.k, causal):
+        out = attend(call, causal)
     # Its kernels lay out their results each in its own way.
-    return attend(*call, causal).contiguous()
+    return out.contiguous()
 
 
 def _choice(q: Tensor, k: Tensor, causal: bool) -> AbstractContextManager[None]:
@@ -110,43 +112,45 @@ def _flash_is_faster(
     return bool(times) and min(times, key=times.__getitem__) != kernels.SDPA
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+def _attend(call: Call, causal: bool) -> Tensor:
+    q, k, v, scale = call
     return torch_sdpa(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         is_causal=causal,
-        scale=softmax_scale,
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)
 
 
-def _on_cpu(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+def _on_cpu(call: Call, causal: bool) -> Tensor:
+    q, k, v, scale = call
     if (
         q.dtype == torch.float32
         and not torch.compiler.is_compiling()  # which cannot ask how exact matmuls are
         and matmul_dtype(q) != q.dtype
     ):
-        return _attend(q.double(), k.double(), v.double(), softmax_scale, causal).float()
-    return _attend(q, k, v, softmax_scale, causal)
+        return _attend(Call(q.double(), k.double(), v.double(), scale), causal).float()
+    return _attend(call, causal)
 
 
-def _on_cuda(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+def _on_cuda(call: Call, causal: bool) -> Tensor:
     """SDPA of what its kernels can read, and by none whose memory is quadratic in seqlen."""
-    q, k, v = (readable(x) for x in (q, k, v))
+    q, k, v = (readable(x) for x in call[:3])
     batch, seqlen_q, heads_q, head_dim = q.shape
     heads_kv = k.shape[2]
     group = heads_q // heads_kv
     if group == 1 or _flash_runs(q):
-        return _attend(q, k, v, softmax_scale, causal)
+        return _attend(Call(q, k, v, call.softmax_scale), causal)
     # The others take no groups, but for the one that materializes the scores.
     if causal:
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-        return _attend(q, k, v, softmax_scale, causal)
+        return _attend(Call(q, k, v, call.softmax_scale), causal)
     # Without a mask the queries of a group are rows of one head: no copy of K and V, nor of a
     # single query.
     rows = q.reshape(batch, seqlen_q, heads_kv, group, head_dim).transpose(2, 3).flatten(1, 2)
-    out = _attend(rows, k, v, softmax_scale, causal)
+    out = _attend(Call(rows, k, v, call.softmax_scale), causal)
     return out.reshape(batch, seqlen_q, group, heads_kv, head_dim).transpose(2, 3).flatten(2, 3)
 
 

@@ -120,6 +120,7 @@ _CPU_MORE = (
     "fwd-b1-h8-s1000-d80-float32",
     "fwd-b2-h8-s512-d64-float16",
     "fwd-b1-h8k1-s1024-d64-bfloat16",
+    "fwd-b1-h8-s2048-d64-float32-window-256-0",
     "fwdbwd-b2-h8-s512-d64-float32",
     "fwdbwd-b1-h8-s512-d64-float32-causal",
     "fwdbwd-b1-h8k2-s512-d128-float32",
@@ -145,11 +146,14 @@ _CUDA_MORE = (
     "fwd-b1-h16-s16384-d128-bfloat16-causal",
     "fwd-b2-h32k1-s4096-d128-bfloat16",
     "fwd-b4-h16-s2000-d80-bfloat16",
+    "fwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
+    "fwd-b2-h32-s8192-d64-bfloat16-window-128-0",
     "fwdbwd-b32-h8-s512-d64-bfloat16",
     "fwdbwd-b32-h8-s512-d64-float16-causal",
     "fwdbwd-b4-h16-s4096-d128-bfloat16",
     "fwdbwd-b4-h16-s4096-d128-bfloat16-causal",
     "fwdbwd-b2-h32k8-s2048-d128-bfloat16-causal",
+    "fwdbwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
 )
 # For `sota`: what papers and other libraries show.
 _CPU_SOTA = (
