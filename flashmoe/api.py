@@ -266,8 +266,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
         return _attend_op(q, k, v, asked)
     if shapes.recorder is not None:
         _, mask = _validated(q, k, v, asked)
-        if not wants:  # otherwise ops.run_forward does
-            shapes.recorder[Problem.of(q, k, mask)] += 1
+        shapes.recorder[Problem.of(q, k, mask)] += 1
     if call is None:
         call = _prepare(q, k, v, asked)
         if len(_calls) >= _MAX_CALLS:
@@ -314,11 +313,13 @@ def _attend_op(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
 def _prepare(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call:
     """The call for all later tensors like these, with nothing left to decide."""
     scale, mask = _validated(q, k, v, asked)
+    problem = Problem.of(q, k, mask)
     if _wants_gradient(q, k, v):
         if _asks_for_sdpa(asked) and (by_sdpa := _by_sdpa(q, k, v, asked)) is not None:
             return by_sdpa
-        return _with_gradient(scale, mask, asked)
-    problem = Problem.of(q, k, mask)
+        backend, tile, deterministic = asked.backend, asked.tile, bool(asked.deterministic)
+        training = ops.Training(problem, q.device, backend, tile, deterministic)
+        return _with_gradient(scale, training, asked.return_lse)
     run: Run = planned(problem, q.device, asked.backend, asked.tile, asked.return_lse).run
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -332,18 +333,17 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call:
     return call_with_lse if asked.return_lse else call
 
 
-def _with_gradient(scale: float, mask: Mask, asked: Asked) -> _Call:
-    fixed = scale, mask, asked.backend, asked.tile, bool(asked.deterministic)
+def _with_gradient(scale: float, training: ops.Training, return_lse: bool) -> _Call:
     attend: Callable[..., tuple[Tensor, Tensor]] = ops.EagerAttention.apply
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, *fixed)[0]
+        return attend(q, k, v, scale, training)[0]
 
     def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, lse = attend(q, k, v, *fixed)
+        out, lse = attend(q, k, v, scale, training)
         return out, lse, None
 
-    return call_with_lse if asked.return_lse else call
+    return call_with_lse if return_lse else call
 
 
 def forget_plans() -> None:

@@ -77,7 +77,7 @@ def test_the_op_without_lse_is_the_op_with_it(requires_grad):
     out = ops.attention_without_lse(q, k, v, 0.2, -1, 0, "", "")
     expected, lse = ops.attention(q, k, v, 0.2, -1, 0, "", "")
     assert torch.equal(out, expected)
-    assert not lse.requires_grad
+    assert lse.requires_grad == requires_grad
     if requires_grad:
         actual = torch.autograd.grad(out.float().sin().sum(), (q, k, v))
         wanted = torch.autograd.grad(expected.float().sin().sum(), (q, k, v))
@@ -201,6 +201,6 @@ def test_training_plans_a_problem_once():
     for _ in range(3):
         flash_attn_func(q, k, v).sum().backward()
     planned = flashmoe.planning.plan.planned.cache_info()
-    assert (planned.misses, planned.hits) == (2, 4)  # forward and backward
+    assert (planned.misses, planned.hits) == (2, 0)  # forward and backward
     flashmoe.api.forget_plans()
     assert flashmoe.planning.plan.planned.cache_info().currsize == 0

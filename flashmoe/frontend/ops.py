@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -216,44 +217,68 @@ class _Attention(torch.autograd.Function):
         return None, dq, dk, dv, *ctx.others
 
 
-class EagerAttention(torch.autograd.Function):
-    """(q, k, v, softmax_scale, mask, backend, tile, deterministic) -> out, softmax_lse: what the op
-    `attention` computes, without the dispatcher, which takes longer than a small problem. For
-    ordinary tensors, where nothing is traced or transformed."""
+class Training:
+    """A forward that returns softmax_lse, and its backward, for tensors of one kind: planned once.
+    `mask`, `backend`, `tile` and `deterministic` as the op `attention` takes them."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        mask: Mask,
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
         backend: str | None,
         tile: Tile | str | None,
         deterministic: bool,
+    ) -> None:
+        self._problem, self._device = problem, device
+        self._backend, self._deterministic = backend, deterministic
+        self.forward: Run = planned(problem, device, backend, tile, need_lse=True).run
+        self._backwards: dict[bool, RunBackward] = {}
+
+    def backward(self) -> RunBackward:
+        repeats = self._deterministic or torch.are_deterministic_algorithms_enabled()
+        run = self._backwards.get(repeats)
+        if run is None:
+            problem = replace(self._problem, direction="bwd")
+            run = planned(problem, self._device, self._backend, deterministic=repeats).run
+            self._backwards[repeats] = run
+        return run
+
+    @property
+    def arguments(self) -> tuple[int, int, str, bool]:
+        """Those of the op `attention_backward` after the scale."""
+        mask = self._problem.mask
+        return mask.left, mask.right, self._backend or "", self._deterministic
+
+
+class EagerAttention(torch.autograd.Function):
+    """(q, k, v, softmax_scale, Training) -> out, softmax_lse: what the op `attention` computes,
+    without the dispatcher, which takes longer than a small problem. For ordinary tensors, where
+    nothing is traced or transformed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, training: Training
     ) -> tuple[Tensor, Tensor]:
-        out, lse = run_forward(Call(q, k, v, softmax_scale), mask, backend, tile, need_lse=True)
+        out, lse = training.forward(Call(q, k, v, softmax_scale))
         assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = softmax_scale, mask, backend, deterministic
+        ctx.softmax_scale, ctx.training = softmax_scale, training
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         if dout is None and dlse is None:
-            return (None,) * 8
+            return (None,) * 5
         q, k, v, out, lse = ctx.saved_tensors
-        saved = _saved(dout, out, lse, dlse)
-        softmax_scale, mask, backend, deterministic = ctx.arguments
+        saved, scale = _saved(dout, out, lse, dlse), ctx.softmax_scale
         if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
-            arguments = (softmax_scale, mask.left, mask.right, backend or "", deterministic)
-            gradients = attention_backward(saved.dout, q, k, v, *saved[1:], *arguments)
+            arguments = (*saved[1:], scale, *ctx.training.arguments)
+            gradients = attention_backward(saved.dout, q, k, v, *arguments)
         else:
-            call = Call(q, k, v, softmax_scale)
-            gradients = run_backward(call, saved, mask, backend, deterministic)
-        return *gradients, None, None, None, None, None
+            with _without_autocast(q):
+                gradients = ctx.training.backward()(Call(q, k, v, scale), saved)
+        return *gradients, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):
