@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import MAX_HEAD_DIM, Problem
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "hopper"))
@@ -37,7 +38,7 @@ class Case(NamedTuple):
 def _bf16(batch: int, heads_q: int, heads_kv: int, *rest: int) -> Problem:
     seqlen_q, seqlen_kv, head_dim, causal = rest
     return Problem(
-        batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim, "bfloat16", bool(causal)
+        batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim, "bfloat16", causal_if(bool(causal))
     )
 
 

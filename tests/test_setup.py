@@ -13,9 +13,7 @@ import pytest
 from support import missing
 
 ROOT = Path(__file__).resolve().parents[1]
-PRODUCTS = shutil.ignore_patterns(
-    ".git", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", "results"
-)
+PRODUCTS = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis")
 
 
 @pytest.fixture
