@@ -98,8 +98,9 @@ def api() -> str:
                 ]
         if lines[-1] != "":
             lines.append("")
-    # Annotations are strings here.
-    return re.sub(r": '([^'\n]*)'", r": \1", "\n".join(lines))
+    # Annotations are strings here; defaults are quoted as the formatter quotes.
+    text = re.sub(r": '([^'\n]*)'", r": \1", "\n".join(lines))
+    return re.sub(r"= '([^'\n]*)'", r'= "\1"', text)
 
 
 def main() -> int:
