@@ -83,6 +83,7 @@ def test_tiles_of_keys_are_visited_without_local_memory(library):
     assert kernels == 2 * HOPPER
 
 
+@pytest.mark.long
 def test_what_stays_in_registers_is_not_overwritten(library):
     shared = {k: both for k, both in shared_operands(library).items() if "bwd" not in k}
     wanted = [
