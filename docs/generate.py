@@ -32,12 +32,11 @@ ON = {
     "triton": "GPU (Triton)",
     "cpu": "CPU",
     "blocked": "anywhere, in torch operations",
-    "sdpa": "anywhere, by torch",
 }
 
 
 def features() -> str:
-    backends = [name for name in BACKENDS if name != "sdpa"]
+    backends = list(ON)
     lines = [
         "# Features",
         "",

@@ -286,9 +286,9 @@ def _asks_for_sdpa(asked: Asked) -> bool:
     return override == "sdpa" and not asked.tile and not asked.return_lse
 
 
-def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call | None:
+def _by_sdpa(call: Call, mask: Mask, asked: Asked) -> _Call | None:
     """SDPA, which asked for by name brings its own backward; None where it cannot run this."""
-    scale, mask = _validated(q, k, v, asked)
+    q, k, v, scale = call
     mask = mask.reduced(q.shape[1], k.shape[1])
     if mask.is_local or (mask.is_causal and q.shape[1] != k.shape[1]):
         return None
@@ -300,7 +300,7 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call | None:
 def _attend_op(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
     """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
     scale, mask = _validated(q, k, v, asked)
-    if _asks_for_sdpa(asked) and (call := _by_sdpa(q, k, v, asked)) is not None:
+    if _asks_for_sdpa(asked) and (call := _by_sdpa(Call(q, k, v, scale), mask, asked)) is not None:
         return call(q, k, v)
     overrides = asked.backend or "", str(asked.tile or ""), bool(asked.deterministic)
     arguments = (q, k, v, scale, mask.left, mask.right, *overrides)
@@ -315,8 +315,10 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call:
     scale, mask = _validated(q, k, v, asked)
     problem = Problem.of(q, k, mask)
     if _wants_gradient(q, k, v):
-        if _asks_for_sdpa(asked) and (by_sdpa := _by_sdpa(q, k, v, asked)) is not None:
-            return by_sdpa
+        if _asks_for_sdpa(asked):
+            by_sdpa = _by_sdpa(Call(q, k, v, scale), mask, asked)
+            if by_sdpa is not None:
+                return by_sdpa
         backend, tile, deterministic = asked.backend, asked.tile, bool(asked.deterministic)
         training = ops.Training(problem, q.device, backend, tile, deterministic)
         return _with_gradient(scale, training, asked.return_lse)

@@ -11,7 +11,7 @@ import torch
 
 from flashmoe.autotune.schedule.suite import DEFAULTS
 from flashmoe.autotune.search.sampler import SAMPLERS
-from flashmoe.spec.mask import WINDOW, parse_window
+from flashmoe.planning.explain import WINDOW, parse_window
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 
 PROG = "flashmoe.autotune"

@@ -1,1 +1,1 @@
-"""What is told of it all."""
+"""Results as tables, JSON, lines to copy and an HTML page."""

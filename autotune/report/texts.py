@@ -15,7 +15,7 @@ from flashmoe.autotune.schedule.result import STATUSES, Result
 from flashmoe.autotune.search.trials import Trial
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import Interval
-from flashmoe.spec.mask import arguments_of
+from flashmoe.spec.mask import Mask
 
 SCHEMA = 2
 
@@ -151,7 +151,7 @@ def _suggestion(result: Result) -> list[str]:
     ]
     if best.tile is not None:
         lines.append(f"export FLASHMOE_TILE={best.tile}")
-    mask = arguments_of(result.problem.mask)
+    mask = mask_arguments(result.problem.mask)
     tile = f', tile="{best.tile}"' if best.tile is not None else ""
     lines += [
         "```",
@@ -161,6 +161,13 @@ def _suggestion(result: Result) -> list[str]:
         "```",
     ]
     return lines + _sensitivity_lines(result)
+
+
+def mask_arguments(mask: Mask) -> str:
+    """The mask as arguments of flash_attn_func, after others."""
+    if mask.is_full:
+        return ""
+    return ", causal=True" if mask.is_causal else f", window_size=({mask.left}, {mask.right})"
 
 
 def _sensitivity_lines(result: Result) -> list[str]:

@@ -1,5 +1,5 @@
-// What a kernel can do beside the plain dense call, chosen when it is compiled. A kernel of the
-// plain variant has the machine code that it would have without the others.
+// Features that are compiled into a kernel. The plain variant has none of them, and does not pay
+// for them.
 #pragma once
 
 namespace flashmoe {

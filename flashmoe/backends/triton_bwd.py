@@ -338,7 +338,6 @@ def attention_backward(
     dout, out, softmax_lse, dlse = saved
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
-    mask = mask.reduced(seqlen_q, seqlen_kv)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)

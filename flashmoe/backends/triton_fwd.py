@@ -408,7 +408,6 @@ def attention_forward(
     q, k, v, softmax_scale = call
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
-    mask = mask.reduced(seqlen_q, seqlen_kv)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -36,33 +37,44 @@ for _kernel_op in ("fwd_cpu", "fwd_cuda"):
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
 
 
-def run_forward(
-    call: Call,
-    mask: Mask,
-    backend: str | None,
-    tile: Tile | str | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The planned kernel's out and softmax_lse; the latter may be None unless `need_lse`."""
-    problem = Problem.of(call.q, call.k, mask)
-    if shapes.recorder is not None:
-        shapes.recorder[problem] += 1
-    run: Run = planned(problem, call.q.device, backend, tile, need_lse).run
-    with _without_autocast(call.q):
-        return run(call)
+class Training:
+    """A forward that returns softmax_lse, and its backward, for tensors of one kind, each planned
+    when it is first asked for. `backend`, `tile` and `deterministic` as the op `attention` takes
+    them."""
 
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
+        backend: str | None,
+        tile: Tile | str | None,
+        deterministic: bool,
+    ) -> None:
+        self._problem, self._device = problem, device
+        self._backend, self._tile, self._deterministic = backend, tile, deterministic
+        self._backwards: dict[bool, RunBackward] = {}
 
-def run_backward(
-    call: Call, saved: Saved, mask: Mask, backend: str | None, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The planned kernel's dq, dk and dv."""
-    problem = Problem.of(call.q, call.k, mask, "bwd")
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    run: RunBackward = planned(problem, call.q.device, backend, deterministic=deterministic).run
-    # .backward() may be called inside an autocast block, which would round a float32 gradient's
-    # matmuls to 16 bits.
-    with _without_autocast(call.q):
-        return run(call, saved)
+    @functools.cached_property
+    def forward(self) -> Run:
+        run: Run = planned(
+            self._problem, self._device, self._backend, self._tile, need_lse=True
+        ).run
+        return run
+
+    def backward(self) -> RunBackward:
+        repeats = self._deterministic or torch.are_deterministic_algorithms_enabled()
+        run = self._backwards.get(repeats)
+        if run is None:
+            problem = replace(self._problem, direction="bwd")
+            run = planned(problem, self._device, self._backend, deterministic=repeats).run
+            self._backwards[repeats] = run
+        return run
+
+    @property
+    def arguments(self) -> tuple[int, int, str, bool]:
+        """Those of the op `attention_backward` after the scale."""
+        mask = self._problem.mask
+        return mask.left, mask.right, self._backend or "", self._deterministic
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -88,8 +100,12 @@ def _run(
     *,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    mask = Mask(window_left, window_right)
-    return run_forward(Call(q, k, v, softmax_scale), mask, backend, tile, need_lse)
+    problem = Problem.of(q, k, Mask(window_left, window_right))
+    if shapes.recorder is not None:
+        shapes.recorder[problem] += 1
+    run: Run = planned(problem, q.device, backend, tile, need_lse).run
+    with _without_autocast(q):
+        return run(Call(q, k, v, softmax_scale))
 
 
 def _attention_backward(
@@ -106,8 +122,12 @@ def _attention_backward(
     backend: str,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, saved = Call(q, k, v, softmax_scale), Saved(dout, out, softmax_lse, dlse)
-    return run_backward(call, saved, Mask(window_left, window_right), backend, deterministic)
+    problem = Problem.of(q, k, Mask(window_left, window_right))
+    run = Training(problem, q.device, backend, None, deterministic).backward()
+    # .backward() may be called inside an autocast block, which would round a float32 gradient's
+    # matmuls to 16 bits.
+    with _without_autocast(q):
+        return run(Call(q, k, v, softmax_scale), Saved(dout, out, softmax_lse, dlse))
 
 
 _FORWARD = (
@@ -215,39 +235,6 @@ class _Attention(torch.autograd.Function):
         saved = _saved(dout, out, lse, dlse)
         dq, dk, dv = attention_backward(saved.dout, q, k, v, *saved[1:], *ctx.arguments)
         return None, dq, dk, dv, *ctx.others
-
-
-class Training:
-    """A forward that returns softmax_lse, and its backward, for tensors of one kind: planned once.
-    `mask`, `backend`, `tile` and `deterministic` as the op `attention` takes them."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        device: torch.device,
-        backend: str | None,
-        tile: Tile | str | None,
-        deterministic: bool,
-    ) -> None:
-        self._problem, self._device = problem, device
-        self._backend, self._deterministic = backend, deterministic
-        self.forward: Run = planned(problem, device, backend, tile, need_lse=True).run
-        self._backwards: dict[bool, RunBackward] = {}
-
-    def backward(self) -> RunBackward:
-        repeats = self._deterministic or torch.are_deterministic_algorithms_enabled()
-        run = self._backwards.get(repeats)
-        if run is None:
-            problem = replace(self._problem, direction="bwd")
-            run = planned(problem, self._device, self._backend, deterministic=repeats).run
-            self._backwards[repeats] = run
-        return run
-
-    @property
-    def arguments(self) -> tuple[int, int, str, bool]:
-        """Those of the op `attention_backward` after the scale."""
-        mask = self._problem.mask
-        return mask.left, mask.right, self._backend or "", self._deterministic
 
 
 class EagerAttention(torch.autograd.Function):

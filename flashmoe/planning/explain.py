@@ -10,10 +10,23 @@ import torch
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch, arch
 from flashmoe.planning import plan
-from flashmoe.spec.mask import FULL, WINDOW, Mask, parse_window
+from flashmoe.spec.mask import FULL, Mask
 from flashmoe.spec.problem import DTYPE_BYTES, Problem
 
 _LISTED = 12
+
+
+WINDOW = "keys seen before and after a query's own place; -1: all (as --window=128,0)"
+
+
+def parse_window(text: str) -> Mask:
+    """LEFT,RIGHT on a command line. Raises argparse.ArgumentTypeError."""
+    try:
+        left, right = map(int, text.split(","))
+        return Mask(left, right)
+    except ValueError:
+        allowed = "two integers LEFT,RIGHT of at least -1"
+        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

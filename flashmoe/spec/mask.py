@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -114,13 +113,6 @@ class Mask:
         return "window-" + "-".join("any" if x < 0 else str(x) for x in (self.left, self.right))
 
 
-def arguments_of(mask: Mask) -> str:
-    """The mask as arguments of flash_attn_func, after others."""
-    if mask.is_full:
-        return ""
-    return ", causal=True" if mask.is_causal else f", window_size=({mask.left}, {mask.right})"
-
-
 def parse(text: str) -> Mask:
     """The mask that `str` writes so. Raises ValueError for any other text."""
     if text in ("full", "causal"):
@@ -129,19 +121,6 @@ def parse(text: str) -> Mask:
     if match is None:
         raise ValueError(f"mask must be full, causal or window-LEFT-RIGHT, got {text!r}")
     return Mask(*(-1 if x == "any" else int(x) for x in match.groups()))
-
-
-WINDOW = "keys seen before and after a query's own place; -1: all (as --window=128,0)"
-
-
-def parse_window(text: str) -> Mask:
-    """LEFT,RIGHT on a command line. Raises argparse.ArgumentTypeError."""
-    try:
-        left, right = map(int, text.split(","))
-        return Mask(left, right)
-    except ValueError:
-        allowed = "two integers LEFT,RIGHT of at least -1"
-        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}") from None
 
 
 def causal_if(condition: bool) -> Mask:

@@ -1,1 +1,1 @@
-"""What CI runs beside the ratchet. Not part of the wheel."""
+"""Scripts that CI workflows run. They are not part of the wheel."""

@@ -24,9 +24,9 @@ from flashmoe.ratchet.measuring.processes import Source
 from flashmoe.ratchet.measuring.programs import captured
 from flashmoe.ratchet.measuring.revision import git
 
-# The harness is this one, whatever the build's own was: all that times and judges, and what that
-# needs. It lies beside the build under a name of its own, so that neither takes the other's modules
-# for its own, and calls what the package `flashmoe` itself exports.
+# Every build is measured by this harness, not by its own: the code that times and judges, and what
+# that code imports. It is copied beside the build as another package, so that the two do not share
+# modules, and it uses only what the package `flashmoe` exports.
 _HARNESS = "flashmoe_harness"
 ROOMS = ("ratchet", "measure", "spec", "machine")
 _OURS = re.compile(rf"\bflashmoe\.({'|'.join(ROOMS)})\b")
@@ -159,7 +159,7 @@ def _install(source: Path, site: Path, debug: bool) -> None:
 def _copy_harness(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for room in ROOMS:
-        # `ratchet` is beside the package where that is editable.
+        # In an editable install `ratchet` is not inside the package's folder.
         origin = Path(__file__).resolve().parents[1] if room == "ratchet" else _PACKAGE / room
         for path in origin.rglob("*.py"):
             copy = target / room / path.relative_to(origin)
