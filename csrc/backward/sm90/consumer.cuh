@@ -37,7 +37,9 @@ struct Consumer {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int mine = OWN_KEYS ? w : 0;  // which 64 keys
 
+  // Once the whole warp has read what is in it.
   __device__ __forceinline__ void release(unsigned empty) const {
+    __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(empty);
   }
   // S^T or dP^T: 64 keys of K or V by the queries of Q or dO.
@@ -171,10 +173,7 @@ struct Consumer {
     return ptx::ld_shared_b32(smem.first) != 0;
   }
   __device__ __forceinline__ void pass_turn() const {
-    if constexpr (VARIANT.deterministic) {
-      __syncwarp();
-      release(smem.added);
-    }
+    if constexpr (VARIANT.deterministic) release(smem.added);
   }
   // A gradient to where its K or V was.
   __device__ __forceinline__ void stage(const Gradient& g_rmem, unsigned keys, float scale) const {
