@@ -48,7 +48,11 @@ INSTANCE_FIELDS = {
 }
 # Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
 # columns of a line. And those that it decides at run time, so that every instance has both.
-VARIANT_FIELDS = {"sm80": (), "sm90": ("local",), "sm90_bwd": ("local", "deterministic")}
+VARIANT_FIELDS = {
+    "sm80": (),
+    "sm90": ("local", "softcap", "alibi", "sink", "packed"),
+    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "packed"),
+}
 RUNTIME_FIELDS = {"sm80": ("local",), "sm90": (), "sm90_bwd": ()}
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)

@@ -9,6 +9,7 @@
 #include <climits>
 #include <cstdio>
 #include <exception>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -37,25 +38,60 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return types[0] == types[1] && a.get_device_index() == b.get_device_index();
 }
 
+// What a call may have besides q, k, v, softmax_scale and a window; the schemas' names.
+struct Options {
+  double softcap = 0;
+  const std::optional<Tensor>&alibi_slopes, &sinks;
+  const std::optional<Tensor>&cu_seqlens_q, &cu_seqlens_k, &seqused_k, &leftpad_k, &cache_batch_idx,
+      &block_table;
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;
+};
+
+// (batch, rows, heads, head_dim), or (rows, heads, head_dim) of a packed tensor.
+int64_t heads_of(const Tensor& x) { return x.sizes()[x.dim() - 2]; }
+int64_t rows_of(const Tensor& x) { return x.sizes()[x.dim() - 3]; }
+int64_t head_dim_of(const Tensor& x) { return x.sizes()[x.dim() - 1]; }
+
 // Users meet flashmoe/api.py's errors; these keep a direct call of the op from reading wild memory.
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
-                  "q, k and v must have 4 dimensions, got ", q.dim(), ", ", k.dim(), " and ",
-                  v.dim());
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+  const int q_dims = options.cu_seqlens_q ? 3 : 4, k_dims = options.cu_seqlens_k ? 3 : 4;
+  STD_TORCH_CHECK(q.dim() == q_dims && k.dim() == k_dims && v.dim() == k_dims,
+                  "q, k and v must have 4 dimensions, or 3 where they are packed, got ", q.dim(),
+                  ", ", k.dim(), " and ", v.dim());
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "q, k and v must have one dtype");
   STD_TORCH_CHECK(same_device(q, k) && same_device(q, v), "q, k and v must be on one device");
-  const auto q_sizes = q.sizes(), k_sizes = k.sizes(), v_sizes = v.sizes();
-  for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(k_sizes[i] == v_sizes[i], "k and v must have one shape");
-    STD_TORCH_CHECK(q_sizes[i] <= INT_MAX && k_sizes[i] <= INT_MAX, "a dimension exceeds 2^31 - 1");
+  for (int i = 0; i < k_dims; ++i) {
+    STD_TORCH_CHECK(k.sizes()[i] == v.sizes()[i], "k and v must have one shape");
+    STD_TORCH_CHECK(k.sizes()[i] <= INT_MAX, "a dimension exceeds 2^31 - 1");
   }
-  STD_TORCH_CHECK(k_sizes[0] == q_sizes[0] && k_sizes[3] == q_sizes[3],
+  for (int i = 0; i < q_dims; ++i) {
+    STD_TORCH_CHECK(q.sizes()[i] <= INT_MAX, "a dimension exceeds 2^31 - 1");
+  }
+  const bool own_batch = options.cu_seqlens_q || options.cu_seqlens_k || options.block_table ||
+                         options.cache_batch_idx;
+  STD_TORCH_CHECK((own_batch || k.sizes()[0] == q.sizes()[0]) && head_dim_of(k) == head_dim_of(q),
                   "k must have q's batch and head_dim");
-  STD_TORCH_CHECK(k_sizes[2] > 0 && q_sizes[2] % k_sizes[2] == 0,
-                  "q's heads must be a multiple of k's, got ", q_sizes[2], " and ", k_sizes[2]);
-  STD_TORCH_CHECK(q_sizes[3] % 8 == 0 && q_sizes[3] >= 8 && q_sizes[3] <= 256,
-                  "head_dim must be a multiple of 8 and at most 256, got ", q_sizes[3]);
+  STD_TORCH_CHECK(heads_of(k) > 0 && heads_of(q) % heads_of(k) == 0,
+                  "q's heads must be a multiple of k's, got ", heads_of(q), " and ", heads_of(k));
+  STD_TORCH_CHECK(head_dim_of(q) % 8 == 0 && head_dim_of(q) >= 8 && head_dim_of(q) <= 256,
+                  "head_dim must be a multiple of 8 and at most 256, got ", head_dim_of(q));
+}
+
+// Data of an optional tensor that must be contiguous, of `type` and `sizes` (-1: any); null
+// without.
+template <typename T>
+const T* data_of(const std::optional<Tensor>& x, const char* name, ScalarType type,
+                 std::initializer_list<int64_t> sizes, const Tensor& q) {
+  if (!x) return nullptr;
+  bool fits = x->scalar_type() == type && same_device(*x, q) && x->is_contiguous() &&
+              x->dim() == static_cast<int64_t>(sizes.size());
+  int i = 0;
+  for (const int64_t size : sizes) fits = fits && (size < 0 || x->sizes()[i++] == size);
+  STD_TORCH_CHECK(fits, name,
+                  " must be contiguous on q's device, with the dtype and shape that "
+                  "flashmoe/frontend/ops.py says");
+  return static_cast<const T*>(x->data_ptr());
 }
 
 DType dtype_of(const Tensor& x) {
@@ -89,7 +125,7 @@ Tensor empty_contiguous(const std::array<int64_t, N>& sizes, int32_t dtype, cons
 }
 
 Tensor last_contiguous(const Tensor& x) {
-  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+  return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
 }
 
 int32_t dtype_code(const Tensor& x) {
@@ -98,10 +134,77 @@ int32_t dtype_code(const Tensor& x) {
   return dtype;
 }
 
+// -1 where a limit hides nothing, as kernels need it.
+Mask mask_of(int64_t seqlen_q, int64_t seqlen_kv, int64_t window_left, int64_t window_right) {
+  STD_TORCH_CHECK(window_left >= -1 && window_right >= -1,
+                  "window_left and window_right must be -1 or more, got ", window_left, " and ",
+                  window_right);
+  STD_TORCH_CHECK(seqlen_q + seqlen_kv <= INT_MAX, "seqlen_q + seqlen_kv exceeds 2^31 - 1");
+  return {window_left < seqlen_kv ? static_cast<int>(window_left) : -1,
+          window_right < seqlen_q ? static_cast<int>(window_right) : -1};
+}
+
+// The strides of a batch (0 of a packed tensor), a row and a head.
+std::array<int64_t, 3> strides_of(const Tensor& x) {
+  const auto strides = x.strides();
+  if (x.dim() == 3) return {0, strides[0], strides[1]};
+  return {strides[0], strides[1], strides[2]};
+}
+
+Terms terms_of(const Tensor& q, int64_t batch, const Options& options) {
+  STD_TORCH_CHECK(options.softcap >= 0, "softcap must be 0 or positive, got ", options.softcap);
+  const int64_t heads = heads_of(q);
+  const auto& slopes = options.alibi_slopes;
+  const bool by_batch = slopes && slopes->dim() == 2;
+  Terms terms{};
+  terms.softcap = static_cast<float>(options.softcap);
+  terms.alibi_slopes =
+      by_batch ? data_of<float>(slopes, "alibi_slopes", ScalarType::Float, {batch, heads}, q)
+               : data_of<float>(slopes, "alibi_slopes", ScalarType::Float, {heads}, q);
+  terms.alibi_batch_stride = by_batch ? heads : 0;
+  terms.sinks = data_of<float>(options.sinks, "sinks", ScalarType::Float, {heads}, q);
+  return terms;
+}
+
+// Fills what `params` says of shapes besides head_dim: sizes, sequences and mask.
+void describe_sequences(AttentionParams& params, const Tensor& q, const Tensor& k,
+                        const Options& options, int64_t window_left, int64_t window_right) {
+  const int64_t batch = options.cu_seqlens_q ? options.cu_seqlens_q->numel() - 1 : q.sizes()[0];
+  STD_TORCH_CHECK(batch >= 0 && batch < INT_MAX, "cu_seqlens_q must have batch + 1 elements");
+  Sequences& s = params.sequences;
+  const auto lengths = [&](const std::optional<Tensor>& x, const char* name, int64_t size) {
+    return data_of<int>(x, name, ScalarType::Int, {size}, q);
+  };
+  s.cu_seqlens_q = lengths(options.cu_seqlens_q, "cu_seqlens_q", batch + 1);
+  s.cu_seqlens_k = lengths(options.cu_seqlens_k, "cu_seqlens_k", batch + 1);
+  s.seqused_k = lengths(options.seqused_k, "seqused_k", batch);
+  s.leftpad_k = lengths(options.leftpad_k, "leftpad_k", batch);
+  s.cache_batch_idx = lengths(options.cache_batch_idx, "cache_batch_idx", batch);
+  s.block_table = data_of<int>(options.block_table, "block_table", ScalarType::Int, {batch, -1}, q);
+  s.num_pages = static_cast<int>(k.sizes()[0]);
+  s.page_size = static_cast<int>(rows_of(k));
+  s.total_q = static_cast<int>(rows_of(q));
+  s.total_k = static_cast<int>(rows_of(k));
+  int64_t seqlen_q = rows_of(q), seqlen_kv = rows_of(k);
+  if (options.cu_seqlens_q && options.max_seqlen_q < seqlen_q) seqlen_q = options.max_seqlen_q;
+  if (options.cu_seqlens_k && options.max_seqlen_k < seqlen_kv) seqlen_kv = options.max_seqlen_k;
+  if (options.block_table) {
+    s.block_table_stride = options.block_table->sizes()[1];
+    seqlen_kv = s.block_table_stride * s.page_size;
+  }
+  STD_TORCH_CHECK(seqlen_q >= 0 && seqlen_kv >= 0,
+                  "max_seqlen_q and max_seqlen_k must be 0 or more");
+  params.mask = mask_of(seqlen_q, seqlen_kv, window_left, window_right);
+  params.is_causal = params.mask.right >= 0;
+  params.batch = static_cast<int>(batch);
+  params.seqlen_q = static_cast<int>(seqlen_q);
+  params.seqlen_kv = static_cast<int>(seqlen_kv);
+}
+
 // All but out, softmax_lse and softmax_scale.
-AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, Mask mask) {
-  const auto q_sizes = q.sizes(), k_sizes = k.sizes();
-  const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides();
+AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window_left,
+                         int64_t window_right, const Options& options) {
+  const auto q_strides = strides_of(q), k_strides = strides_of(k), v_strides = strides_of(v);
   AttentionParams params{};
   params.q = q.data_ptr();
   params.k = k.data_ptr();
@@ -115,25 +218,12 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, Mask
   params.v_batch_stride = v_strides[0];
   params.v_row_stride = v_strides[1];
   params.v_head_stride = v_strides[2];
-  params.batch = static_cast<int>(q_sizes[0]);
-  params.heads_q = static_cast<int>(q_sizes[2]);
-  params.heads_kv = static_cast<int>(k_sizes[2]);
-  params.seqlen_q = static_cast<int>(q_sizes[1]);
-  params.seqlen_kv = static_cast<int>(k_sizes[1]);
-  params.head_dim = static_cast<int>(q_sizes[3]);
-  params.is_causal = mask.right >= 0;
-  params.mask = mask;
+  params.heads_q = static_cast<int>(heads_of(q));
+  params.heads_kv = static_cast<int>(heads_of(k));
+  params.head_dim = static_cast<int>(head_dim_of(q));
+  describe_sequences(params, q, k, options, window_left, window_right);
+  params.terms = terms_of(q, params.batch, options);
   return params;
-}
-
-// -1 where a limit hides nothing, as kernels need it.
-Mask mask_of(const Tensor& q, const Tensor& k, int64_t window_left, int64_t window_right) {
-  STD_TORCH_CHECK(window_left >= -1 && window_right >= -1,
-                  "window_left and window_right must be -1 or more, got ", window_left, " and ",
-                  window_right);
-  STD_TORCH_CHECK(q.sizes()[1] + k.sizes()[1] <= INT_MAX, "seqlen_q + seqlen_kv exceeds 2^31 - 1");
-  return {window_left < k.sizes()[1] ? static_cast<int>(window_left) : -1,
-          window_right < q.sizes()[1] ? static_cast<int>(window_right) : -1};
 }
 
 struct Call {
@@ -143,22 +233,25 @@ struct Call {
 
 // Checks, allocates the outputs and describes the call to a kernel.
 Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double softmax_scale,
-             Mask mask) {
-  check_inputs(q_in, k_in, v_in);
+             int64_t window_left, int64_t window_right, const Options& options) {
+  check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
-  const auto q_sizes = q.sizes();
-  const int64_t batch = q_sizes[0], seqlen_q = q_sizes[1], heads_q = q_sizes[2];
-  const int64_t head_dim = q_sizes[3];
-  Tensor out = empty_contiguous<4>({batch, seqlen_q, heads_q, head_dim}, dtype_code(q), q);
-  Tensor lse = empty_contiguous<3>({batch, heads_q, seqlen_q}, aoti_torch_dtype_float32(), q);
+  const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(q);
+  const int32_t dtype = dtype_code(q), float32 = aoti_torch_dtype_float32();
+  const bool packed = options.cu_seqlens_q.has_value();
+  const int64_t batch = packed ? 1 : q.sizes()[0];
+  Tensor out = packed ? empty_contiguous<3>({rows, heads, head_dim}, dtype, q)
+                      : empty_contiguous<4>({batch, rows, heads, head_dim}, dtype, q);
+  Tensor lse = packed ? empty_contiguous<2>({heads, rows}, float32, q)
+                      : empty_contiguous<3>({batch, heads, rows}, float32, q);
 
-  AttentionParams params = describe(q, k, v, mask);
+  AttentionParams params = describe(q, k, v, window_left, window_right, options);
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.out = out.data_ptr();
   params.softmax_lse = static_cast<float*>(lse.data_ptr());
-  params.o_batch_stride = seqlen_q * heads_q * head_dim;
-  params.o_row_stride = heads_q * head_dim;
+  params.o_batch_stride = packed ? 0 : rows * heads * head_dim;
+  params.o_row_stride = heads * head_dim;
   params.o_head_stride = head_dim;
   return {q, k, v, std::move(out), std::move(lse), params};
 }
@@ -182,12 +275,20 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
       &bound));
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      double softmax_scale, int64_t window_left,
-                                      int64_t window_right, int64_t block_m, int64_t block_n) {
+std::tuple<Tensor, Tensor> fwd_cpu_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, int64_t block_m, int64_t block_n, double softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
+    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  Call call = prepare(q, k, v, softmax_scale, mask_of(q, k, window_left, window_right));
+  const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
+                        cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
+                        block_table,  max_seqlen_q, max_seqlen_k};
+  Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
   if (!is_empty(call.params)) {
     fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
             best_cpu_isa(), torch_parallel_for_range,
@@ -212,13 +313,20 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       double softmax_scale, int64_t window_left,
-                                       int64_t window_right, int64_t handle) {
+std::tuple<Tensor, Tensor> fwd_cuda_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, int64_t handle, double softcap, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  Call call = prepare(q, k, v, softmax_scale, mask_of(q, k, window_left, window_right));
+  const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
+                        cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
+                        block_table,  max_seqlen_q, max_seqlen_k};
+  Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
   const Kernel* kernel = find_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
@@ -251,11 +359,14 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
                                                const Tensor& out_in, const Tensor& softmax_lse,
                                                const std::optional<Tensor>& dlse,
                                                double softmax_scale, int64_t window_left,
-                                               int64_t window_right, int64_t handle) {
+                                               int64_t window_right, int64_t handle, double softcap,
+                                               const std::optional<Tensor>& alibi_slopes) {
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  check_inputs(q_in, k_in, v_in);
+  const std::optional<Tensor> none;
+  const Options options{softcap, alibi_slopes, none, none, none, none, none, none, none};
+  check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const auto q_sizes = q_in.sizes(), k_sizes = k_in.sizes();
   for (const Tensor* x : {&dout_in, &out_in}) {
@@ -287,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
   Tensor dk = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
   Tensor dv = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
   BackwardParams params{};
-  params.attention = describe(q, k, v, mask_of(q, k, window_left, window_right));
+  params.attention = describe(q, k, v, window_left, window_right, options);
   params.attention.softmax_scale = static_cast<float>(softmax_scale);
   params.attention.out = out.data_ptr();
   const auto o_strides = out.strides(), do_strides = dout.strides();
@@ -337,12 +448,17 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
                                                size_t error_size) {
 #ifdef FLASHMOE_WITH_CUDA
   try {
-    if (num_fields != 11) throw std::runtime_error("expected 10 fields of a tile and a variant's");
+    if (num_fields != 15) throw std::runtime_error("expected 10 fields of a tile, 5 of a variant");
     const flashmoe::Sm90Tile tile{fields[0], fields[1],      fields[2],      fields[3],
                                   fields[4], fields[5] != 0, fields[6] != 0, fields[7],
                                   fields[8], fields[9] != 0};
     return flashmoe::load_kernel(
-        cubin, tile, {.local = fields[10] != 0},
+        cubin, tile,
+        {.local = fields[10] != 0,
+         .softcap = fields[11] != 0,
+         .alibi = fields[12] != 0,
+         .sink = fields[13] != 0,
+         .packed = fields[14] != 0},
         bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16);
   } catch (const std::exception& exception) {
     std::snprintf(error, error_size, "%s", exception.what());
@@ -353,17 +469,24 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
   return -1;
 }
 
+#define FLASHMOE_OPTIONS                                                             \
+  "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "               \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "   \
+  "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, " \
+  "int max_seqlen_q=0, int max_seqlen_k=0"
+
 STABLE_TORCH_LIBRARY(flashmoe, m) {
   m.def(
       "fwd_cpu(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int block_m, int block_n) -> (Tensor out, Tensor softmax_lse)");
+      "int window_right, int block_m, int block_n, " FLASHMOE_OPTIONS
+      ") -> (Tensor out, Tensor softmax_lse)");
   m.def(
       "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int kernel) -> (Tensor out, Tensor softmax_lse)");
+      "int window_right, int kernel, " FLASHMOE_OPTIONS ") -> (Tensor out, Tensor softmax_lse)");
   m.def(
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel) -> "
-      "(Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
+      "float softcap=0.0, Tensor? alibi_slopes=None) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op)); }

@@ -288,7 +288,7 @@ def _asks_for_sdpa(asked: Asked) -> bool:
 
 def _by_sdpa(call: Call, mask: Mask, asked: Asked) -> _Call | None:
     """SDPA, which asked for by name brings its own backward; None where it cannot run this."""
-    q, k, v, scale = call
+    q, k, v, scale = call[:4]
     mask = mask.reduced(q.shape[1], k.shape[1])
     if mask.is_local or (mask.is_causal and q.shape[1] != k.shape[1]):
         return None

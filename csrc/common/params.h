@@ -3,6 +3,8 @@
 #pragma once
 
 #include "common/mask.h"
+#include "common/sequence.h"
+#include "common/terms.h"
 
 namespace flashmoe {
 
@@ -25,6 +27,8 @@ struct AttentionParams {
   float softmax_scale;  // finite and positive
   int is_causal;        // whether mask has a limit on the right: all that plain kernels ask of it
   Mask mask;
+  Terms terms;
+  Sequences sequences;
 };
 
 }  // namespace flashmoe

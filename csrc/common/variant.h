@@ -2,12 +2,26 @@
 // for them.
 #pragma once
 
+#include "common/params.h"
+
 namespace flashmoe {
 
 struct Variant {
   bool local = false;  // any window; the plain variant has none, or is causal
   // Of a backward: dQ is the same bits every time.
   bool deterministic = false;
+  bool softcap = false, alibi = false, sink = false;  // common/terms.h
+  bool packed = false;  // lengths of sequences are read on the device (common/sequence.h)
+
+  // Whether a kernel compiled for it computes the call.
+  constexpr bool covers(const AttentionParams& p) const {
+    const Sequences& s = p.sequences;
+    return (local || !p.mask.is_local()) && (softcap || p.terms.softcap == 0) &&
+           (alibi || p.terms.alibi_slopes == nullptr) && (sink || p.terms.sinks == nullptr) &&
+           (packed ||
+            (s.cu_seqlens_q == nullptr && s.cu_seqlens_k == nullptr && s.seqused_k == nullptr)) &&
+           s.leftpad_k == nullptr && s.cache_batch_idx == nullptr && s.block_table == nullptr;
+  }
 };
 
 }  // namespace flashmoe

@@ -72,7 +72,7 @@ long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, 
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
                            int device, cudaStream_t stream) {
   if (params.head_dim > kernel.head_dim || dtype == DType::float32 ||
-      (params.mask.is_local() && !kernel.variant.local)) {
+      !kernel.variant.covers(params)) {
     return cudaErrorInvalidValue;
   }
   if (kernel.launch != nullptr) {

@@ -60,7 +60,7 @@ def _attention_backward(
     P is the softmax of the row and not exp(scores - softmax_lse), and delta the sum of P * dP and
     not of out * dout: of scores beyond 2**24, softmax_lse keeps too few digits for an exponent.
     """
-    q, k, v, softmax_scale = call
+    q, k, v, softmax_scale = call[:4]
     if not (q.numel() and k.numel()):
         return _zeros(q), _zeros(k), _zeros(v)
     batch, seqlen_q, heads_q, head_dim = q.shape

@@ -67,7 +67,7 @@ class CpuBackend(Backend):
         fixed = (problem.mask.left, problem.mask.right, tile.block_m, tile.block_n)
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = _fwd(*call, *fixed)
+            result: tuple[Tensor, Tensor] = _fwd(*call[:4], *fixed)
             return result
 
         return run

@@ -133,7 +133,7 @@ class CudaBackend(Backend):
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = _fwd(*call, left, right, handle)
+            result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle)
             return result
 
         return run
@@ -146,7 +146,7 @@ class CudaBackend(Backend):
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v, softmax_scale = call
+            q, k, v, softmax_scale = call[:4]
             dout, out, lse, dlse = saved
             arguments = (dout, q, k, v, out, lse, dlse, softmax_scale, left, right, handle)
             result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments)

@@ -113,7 +113,7 @@ def _flash_is_faster(
 
 
 def _attend(call: Call, causal: bool) -> Tensor:
-    q, k, v, scale = call
+    q, k, v, scale = call[:4]
     return torch_sdpa(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -125,7 +125,7 @@ def _attend(call: Call, causal: bool) -> Tensor:
 
 
 def _on_cpu(call: Call, causal: bool) -> Tensor:
-    q, k, v, scale = call
+    q, k, v, scale = call[:4]
     if (
         q.dtype == torch.float32
         and not torch.compiler.is_compiling()  # which cannot ask how exact matmuls are

@@ -334,7 +334,7 @@ def attention_backward(
     divide 128. use_tma reads what is visited through the tensor memory accelerator, where that can.
     dlse only shifts delta, for d lse / d S is P.
     """
-    q, k, v, softmax_scale = call
+    q, k, v, softmax_scale = call[:4]
     dout, out, softmax_lse, dlse = saved
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]

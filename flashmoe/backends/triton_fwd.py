@@ -405,7 +405,7 @@ def attention_forward(
     NaN or inf in V there spreads. use_tma reads K and V through the tensor memory accelerator,
     where that can. Without `launch` the kernel is only compiled, and the results are not computed.
     """
-    q, k, v, softmax_scale = call
+    q, k, v, softmax_scale = call[:4]
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

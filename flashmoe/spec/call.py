@@ -8,14 +8,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Terms(NamedTuple):
+    """What is done to scores besides scaling and masking (csrc/common/terms.h)."""
+
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32, contiguous
+    sinks: Tensor | None = None  # (heads_q,), float32, contiguous
+
+
+class Sequences(NamedTuple):
+    """Lengths that kernels read on the device (csrc/common/sequence.h): int32, contiguous."""
+
+    cu_seqlens_q: Tensor | None = None  # (batch + 1,): q is (total_q, heads_q, head_dim)
+    cu_seqlens_k: Tensor | None = None  # (batch + 1,): k and v are (total_k, heads_kv, head_dim)
+    seqused_k: Tensor | None = None  # (batch,)
+    leftpad_k: Tensor | None = None  # (batch,)
+    cache_batch_idx: Tensor | None = None  # (batch,)
+    block_table: Tensor | None = None  # (batch, pages): k, v (num_pages, page_size, heads, dim)
+    max_seqlen_q: int = 0  # upper bounds of packed lengths
+    max_seqlen_k: int = 0
+
+
+NO_TERMS = Terms()
+DENSE = Sequences()
+
+
 class Call(NamedTuple):
-    """q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim), with
-    any strides."""
+    """q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim), or as
+    `sequences` says, with any strides."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     softmax_scale: float
+    terms: Terms = NO_TERMS
+    sequences: Sequences = DENSE
 
 
 class Saved(NamedTuple):

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DIRECTIONS = ("fwd", "bwd")
+# What may be done to scores besides scaling and masking (spec/call.py, Terms).
+TERMS = ("softcap", "alibi", "sink")
+# How sequences lie in memory: one by one; one behind the other; or keys in a cache, whose lengths
+# are read on the device, dense or in pages.
+LAYOUTS = ("dense", "packed", "cache", "paged")
 MAX_HEAD_DIM = 256
 
 
@@ -30,6 +35,8 @@ def _require_integer(name: str, value: object, least: int) -> None:
 class Problem:
     """One attention problem: q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv,
     heads_kv, head_dim). `mask` says which keys a query sees; limits that hide nothing are dropped.
+    `terms` are some of TERMS. Where `layout` is not dense, batch counts the sequences, and seqlen_q
+    and seqlen_kv are upper bounds of their lengths.
 
     Raises ValueError, naming the field, its value and what is allowed.
     """
@@ -43,6 +50,8 @@ class Problem:
     dtype: str
     mask: Mask = FULL
     direction: str = "fwd"
+    terms: tuple[str, ...] = ()
+    layout: str = "dense"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seqlen_q", "seqlen_kv", "head_dim"):
@@ -65,7 +74,12 @@ class Problem:
             raise ValueError(
                 f"direction must be one of {', '.join(DIRECTIONS)}, got {self.direction!r}"
             )
+        if not isinstance(self.terms, tuple) or not set(self.terms) <= set(TERMS):
+            raise ValueError(f"terms must be some of {', '.join(TERMS)}, got {self.terms!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         # One problem has one spelling.
+        object.__setattr__(self, "terms", tuple(t for t in TERMS if t in self.terms))
         object.__setattr__(self, "mask", self.mask.reduced(self.seqlen_q, self.seqlen_kv))
 
     @classmethod
@@ -80,7 +94,15 @@ class Problem:
     @property
     def features(self) -> frozenset[str]:
         """What a kernel must have beyond full and causal attention of equal head counts."""
-        return frozenset({"window"} if self.mask.is_local else ())
+        window = {"window"} if self.mask.is_local else set()
+        layout = {self.layout} if self.layout != "dense" else set()
+        return frozenset(window | layout | set(self.terms))
+
+    @property
+    def kind(self) -> str:
+        """Mask, terms and layout in one word: `causal`, `full-softcap-packed`."""
+        layout = () if self.layout == "dense" else (self.layout,)
+        return "-".join((str(self.mask), *self.terms, *layout))
 
     @property
     def visible_pairs(self) -> int:
@@ -118,7 +140,7 @@ class Problem:
     def bucket_kind(self) -> str:
         """The part of the bucket that is exact."""
         group = self.heads_q // self.heads_kv
-        return f"{self.direction}-{self.dtype}-{self.mask}-d{self.head_dim}-g{group}"
+        return f"{self.direction}-{self.dtype}-{self.kind}-d{self.head_dim}-g{group}"
 
     @property
     def bucket_sizes(self) -> dict[str, int]:
@@ -139,18 +161,22 @@ class Problem:
         seqlen = str(self.seqlen_q)
         if self.seqlen_kv != self.seqlen_q:
             seqlen += f"x{self.seqlen_kv}"
-        mask = "" if self.mask.is_full else f" {self.mask}"
+        kind = "" if self.kind == str(FULL) else f" {self.kind}"
         return (
-            f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.head_dim} {self.dtype}{mask}"
+            f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.head_dim} {self.dtype}{kind}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; the mask as `causal`, and `window` [left, right] where it is neither full nor
-        causal."""
+        causal; terms and layout only where there are any."""
         data = dataclasses.asdict(self) | {"causal": self.mask.is_causal}
         if self.mask.is_local:
             data["window"] = [self.mask.left, self.mask.right]
-        del data["mask"]
+        del data["mask"], data["terms"]
+        if self.terms:
+            data["terms"] = list(self.terms)
+        if self.layout == "dense":
+            del data["layout"]
         return data
 
     @classmethod
@@ -170,7 +196,10 @@ class Problem:
                 raise ValueError(f"window must be [left, right], got {window!r}")
             left, right = window
             mask = Mask(left, 0 if causal else right)
+        terms = fields.pop("terms", [])
+        if not isinstance(terms, list) or not all(isinstance(term, str) for term in terms):
+            raise ValueError(f"terms must be a list of some of {', '.join(TERMS)}, got {terms!r}")
         try:
-            return cls(**fields, mask=mask)
+            return cls(**fields, terms=tuple(terms), mask=mask)
         except TypeError as error:
             raise ValueError(f"problem is incomplete: {error}") from None

@@ -12,15 +12,21 @@ from flashmoe.spec.problem import Problem
 @dataclass(frozen=True, slots=True)
 class Variant:
     """local: any window; without, a kernel computes full and causal attention. deterministic: a
-    backward's dQ is the same bits every time."""
+    backward's dQ is the same bits every time. packed: lengths are read on the device. The others:
+    terms of that name."""
 
     local: bool = False
     deterministic: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sink: bool = False
+    packed: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> Variant:
         """The one that computes a problem."""
-        return cls(local=problem.mask.is_local)
+        terms = dict.fromkeys(problem.terms, True)
+        return cls(local=problem.mask.is_local, packed=problem.layout == "packed", **terms)
 
     @classmethod
     def named(cls, names: Iterable[str]) -> Variant:
