@@ -64,7 +64,11 @@ def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
         ("sm90", f"{LINE} 1", "sm90.txt:1: expected local, .* behind"),
         ("sm90", "64 128 local", "sm90.txt:1: expected integers for head_dim, block_m"),
         ("sm80", "64 128 64 2 4 local", "sm80.txt:1: expected nothing behind"),
-        ("sm90_bwd", "64 128 128 3 3 2 1 deterministic local", "expected local, deterministic be"),
+        (
+            "sm90_bwd",
+            "64 128 128 3 3 2 1 deterministic local",
+            "expected local, deterministic, softcap, alibi, packed be",
+        ),
     ],
 )
 def test_a_bad_line_is_named(
