@@ -179,8 +179,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     }
     if constexpr (VARIANT.softcap || VARIANT.alibi) {
       const int m_start = VARIANT.alibi ? read_work(smem, work_ring.stage()).m_start : 0;
-      add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope, m_start + w * 64 + warp * 16 + lane / 4,
-                                  (n_first + n_tile) * BLOCK_N + (lane & 3) * 2);
+      const int row = m_start + w * 64 + warp * 16 + lane / 4;
+      const int column = (n_first + n_tile) * BLOCK_N + (lane & 3) * 2;
+      add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope, visible_keys.diagonal + row - column);
     }
   };
   auto mask = [&](auto left_only) {

@@ -213,11 +213,11 @@ __device__ __forceinline__ float with_terms(const Sm90Params& params, float s, f
   if constexpr (VARIANT.alibi) s = fmaf(-slope, fabsf(distance), s);
   return s;
 }
-// S of a thread's rows, row `row0` and the one 8 below, columns from `column0` on.
+// S of a thread's two rows: the first one is level with the key `level` columns behind the thread's
+// first.
 template <int BLOCK_N, Variant VARIANT>
 __device__ __forceinline__ void add_terms(float (&S_rmem)[BLOCK_N / 2], const Sm90Params& params,
-                                          float slope, int row0, int column0) {
-  const int level = VisibleKeys<VARIANT>{params.attention}.diagonal + row0 - column0;
+                                          float slope, int level) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float first = static_cast<float>(level + half * 8);
