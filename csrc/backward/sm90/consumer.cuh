@@ -152,6 +152,8 @@ struct Consumer {
           s1 *= ptx::fma_sat(-t1, t1, 1.f);
         }
       }
+      // Or ptxas would keep what the derivatives are computed from while it does exponentials.
+      if (VARIANT.softcap && i % 2 == 1) ptx::pmevent();
     }
   }
   // dS = P (dP - delta), packed; P as exponentiate leaves it.
