@@ -18,7 +18,7 @@ struct Instance {
   int head_dim() const { return shape[0]; }
   int block_m() const { return shape[1]; }
   int block_n() const { return shape[2]; }
-  bool local() const { return windows; }
+  Variant may() const { return {.local = windows}; }
 
   // Tiles of keys that no row sees become NaN, which would reach every row that visits them.
   void poison_unseen_tiles(const AttentionParams& p) const {
