@@ -107,8 +107,8 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
     }
     for (int d = 0; d < q.head_dim; ++d) {
       const double got = out.get(b, i, h, d), wanted = want.out[r * q.head_dim + d];
-      const double off = 2 * (unit + cap_error(terms)) * summands.out[r * q.head_dim + d];
-      const double allowed = off > 0 ? off + 1e-6 : 0;
+      const double summed = summands.out[r * q.head_dim + d];
+      const double allowed = summed == 0 ? 0 : 2 * (unit + cap_error(terms)) * summed + 1e-6;
       if (!(std::fabs(got - wanted) <= allowed)) {
         return where + ", column " + std::to_string(d) + ": " + std::to_string(got) + ", not " +
                std::to_string(wanted);
