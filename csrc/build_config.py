@@ -47,25 +47,28 @@ INSTANCE_FIELDS = {
     ),
 }
 # Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
-# columns of a line. And those that it decides at run time, so that every instance has both.
+# columns of a line. And those that it decides at run time, in a general kernel beside the default
+# of each head_dim; the others are plain.
 VARIANT_FIELDS = {
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "packed"),
     "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "packed"),
 }
-RUNTIME_FIELDS = {"sm80": ("local",), "sm90": (), "sm90_bwd": ()}
+RUNTIME_FIELDS = {"sm80": ("local", "softcap", "alibi", "sink"), "sm90": (), "sm90_bwd": ()}
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
 
 
 class Instance(NamedTuple):
     """One compiled tile of one kernel; `shape` are the values of INSTANCE_FIELDS[kernel],
-    `variant` those of VARIANT_FIELDS[kernel] that it is compiled with."""
+    `variant` those of VARIANT_FIELDS[kernel] that it is compiled with. `is_general`: it decides
+    RUNTIME_FIELDS[kernel] at run time."""
 
     kernel: str
     head_dim: int
     shape: tuple[int, ...]
     variant: tuple[str, ...] = ()
+    is_general: bool = False
 
     @property
     def is_backward(self) -> bool:
@@ -74,17 +77,25 @@ class Instance(NamedTuple):
     @property
     def symbol(self) -> str:
         name = "bwd_sm90" if self.is_backward else f"fwd_{self.kernel}"
-        return "_".join(map(str, (name, self.head_dim, *self.shape, *self.variant)))
+        general = ("general",) if self.is_general else ()
+        return "_".join(map(str, (name, self.head_dim, *self.shape, *self.variant, *general)))
 
     @property
     def variants(self) -> list[tuple[str, ...]]:
-        """The variants whose problems it computes."""
+        """The variants that it is for: of a general one all that need it."""
+        if not self.is_general:
+            return [self.variant]
         runtime = RUNTIME_FIELDS[self.kernel]
         return [
-            (*self.variant, *chosen)
-            for n in range(len(runtime) + 1)
+            chosen
+            for n in range(1, len(runtime) + 1)
             for chosen in itertools.combinations(runtime, n)
         ]
+
+    @property
+    def computes(self) -> tuple[str, ...]:
+        """The features that it has."""
+        return RUNTIME_FIELDS[self.kernel] if self.is_general else self.variant
 
     def to_json(self) -> dict[str, int | str]:
         fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
@@ -164,11 +175,12 @@ def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Gene
     _write(directory / "wgmma.cuh", _wgmma_source())
     listed = [i for i in instances() if gencode(i.kernel, archs)]
     first = {(i.kernel, i.head_dim): i for i in reversed(listed)}
+    general = [i._replace(is_general=True) for i in first.values() if RUNTIME_FIELDS[i.kernel]]
+    listed += sorted(general)
     sources: dict[str, list[Path]] = {}
     for instance in listed:
-        is_default = first[instance.kernel, instance.head_dim] == instance
         path = directory / f"{instance.symbol}.cu"
-        _write(path, _INSTANCE_SOURCES[instance.kernel](instance, is_default))
+        _write(path, _INSTANCE_SOURCES[instance.kernel](instance))
         sources.setdefault(instance.kernel, []).append(path)
     registry = directory / "registry.cpp"
     _write(registry, _registry_source(listed, first, archs, cuda_version))
@@ -218,23 +230,25 @@ _SM90_BWD_FUNCTIONS = {
 }
 
 
-def _sm80_source(instance: Instance, is_default: bool) -> str:
+def _sm80_source(instance: Instance) -> str:
     tile = f"Sm80Tile<{', '.join(map(str, (instance.head_dim, *instance.shape)))}>"
+    general = str(instance.is_general).lower()
     functions = [(instance.symbol, "true")]
-    if is_default:
+    if instance.is_general:  # any rows that are not 16-byte aligned are its own
         functions.append((f"{instance.symbol}_unaligned", "false"))
     lines = ['#include "forward/sm80/launch.cuh"', "", "namespace flashmoe {", ""]
     for symbol, aligned in functions:
+        launch = f"sm80::launch_dtype<{tile}, {aligned}, {general}>"
         lines += [
             f"cudaError_t {symbol}({_ARGUMENTS}) {{",
-            f"  return sm80::launch_dtype<{tile}, {aligned}>(params, dtype, device, stream);",
+            f"  return {launch}(params, dtype, device, stream);",
             "}",
             "",
         ]
     return "\n".join([*lines, "}  // namespace flashmoe", ""])
 
 
-def _sm90_source(instance: Instance, is_default: bool) -> str:
+def _sm90_source(instance: Instance) -> str:
     lines = [
         '#include "forward/sm90/kernel.cuh"',
         "",
@@ -263,7 +277,7 @@ def _sm90_source(instance: Instance, is_default: bool) -> str:
     return "\n".join([*lines, "", "}  // namespace flashmoe", ""])
 
 
-def _sm90_bwd_source(instance: Instance, is_default: bool) -> str:
+def _sm90_bwd_source(instance: Instance) -> str:
     lines = [
         '#include "backward/sm90/kernel.cuh"',
         "",
@@ -344,15 +358,13 @@ def _registry_source(
     declarations, entries, backward_entries = [], [], []
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
-        variant = _variant((*instance.variant, *RUNTIME_FIELDS[instance.kernel]))
+        variant = _variant(instance.computes)
         if instance.kernel == "sm80":
-            default = first["sm80", head_dim]
+            unaligned = first["sm80", head_dim]._replace(is_general=True).symbol + "_unaligned"
             declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
-            if instance == default:
-                declarations.append(f"cudaError_t {symbol}_unaligned({_ARGUMENTS});")
-            entries.append(
-                f"    {{{head_dim}, {symbol}, {default.symbol}_unaligned, {{}}, {variant}, {{}}}},"
-            )
+            if instance.is_general:
+                declarations.append(f"cudaError_t {unaligned}({_ARGUMENTS});")
+            entries.append(f"    {{{head_dim}, {symbol}, {unaligned}, {{}}, {variant}, {{}}}},")
         else:
             declarations.append(f"extern const void* const {symbol}[2];")
             entries.append(
@@ -365,7 +377,7 @@ def _registry_source(
         addresses = ", ".join(
             f"{{{', '.join(f'{symbol}[{dtype}][{i}]' for i in range(3))}}}" for dtype in range(2)
         )
-        variant = _variant((*instance.variant, *RUNTIME_FIELDS[instance.kernel]))
+        variant = _variant(instance.computes)
         backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {variant}, {{{addresses}}}}},")
     lines = ['#include "instances/registry.h"', "", "namespace flashmoe {", ""]
     if listed:

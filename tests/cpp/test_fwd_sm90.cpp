@@ -24,7 +24,7 @@ struct Instance {
   int head_dim() const { return tile.head_dim; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
-  bool local() const { return variant.local; }
+  Variant may() const { return variant; }
 
   bool check(const Problem& x, uint64_t seed) const {
     return flashmoe::check(name, x, true, seed, [&](const auto& params, DType dtype, auto& random) {
@@ -50,7 +50,8 @@ Instance instance(const char* name) {
       name, TILE, VARIANT, {kernel<__half, TILE, VARIANT>, kernel<__nv_bfloat16, TILE, VARIANT>}};
 }
 
-constexpr Variant LOCAL{.local = true};
+constexpr Variant LOCAL{.local = true}, SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
+    SINK{.sink = true}, ALL{.local = true, .softcap = true, .alibi = true, .sink = true};
 
 // head_dim, block_m, block_n, num_stages, q_stages, pingpong, q_in_registers, exp2_fma,
 // ctas_per_sm, serial
@@ -79,6 +80,25 @@ const Instance INSTANCES[] = {
     instance<{64, 256, 32, 4, 2, true, false, 0, 1, false}, LOCAL>(
         "64:256x32-stages4-q2-pingpong-local"),
     instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, LOCAL>("128:64x80-stages2-q2-local"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}, SOFTCAP>(
+        "64:128x64-stages2-pingpong-softcap"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, SOFTCAP>(
+        "64:192x32-stages3-q2-pingpong-fma5-softcap"),
+    instance<{80, 256, 64, 3, 1, false, false, 0, 1, true}, SOFTCAP>(
+        "80:256x64-stages3-serial-softcap"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}, ALIBI>(
+        "64:128x64-stages2-pingpong-alibi"),
+    instance<{80, 128, 32, 4, 1, true, true, 0, 1, true}, ALIBI>(
+        "80:128x32-stages4-pingpong-qreg-serial-alibi"),
+    instance<{64, 256, 48, 2, 2, false, false, 0, 1, true}, SINK>(
+        "64:256x48-stages2-q2-serial-sink"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, SINK>("64:128x64-stages2-qreg-sink"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, ALL>("64:128x64-stages2-qreg-all"),
+    instance<{96, 256, 64, 3, 2, true, false, 0, 1, true}, ALL>(
+        "96:256x64-stages3-q2-pingpong-serial-all"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, ALL>("128:64x80-stages2-q2-all"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, ALL>(
+        "64:192x32-stages3-q2-pingpong-fma5-all"),
 };
 
 }  // namespace

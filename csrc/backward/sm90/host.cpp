@@ -75,7 +75,9 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
   params.dq_sum = params.stats + stats_bytes(tile, a) / 4;
   params.turns = reinterpret_cast<int*>(params.dq_sum + edge_grid * tile.dq_elements());
   params.ticket = params.turns + edge_grid;
-  params.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  const bool capped = a.terms.softcap > 0;
+  params.scale_log2 = (capped ? a.terms.softcap : a.softmax_scale) * 1.4426950408889634f;
+  params.cap_scale = capped ? a.softmax_scale / a.terms.softcap : 0.f;
   params.m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   params.n_blocks = static_cast<int>(n_blocks);
   params.section = section_of(a, sm90::device_properties(device).l2_bytes);

@@ -70,9 +70,10 @@ struct Sm90BackwardParams {
   // Of deterministic kernels: how many have added to each of these sums, and how many thread blocks
   // have begun.
   int *turns, *ticket;
-  float scale_log2;
+  float scale_log2;  // what scores are scaled by, in units of log 2: softmax_scale, or softcap
   int m_blocks, n_blocks;
   int section;  // (batch, key head) pairs whose blocks of keys are worked on together
+  float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
 };
 
 }  // namespace flashmoe

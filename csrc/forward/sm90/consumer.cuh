@@ -51,6 +51,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr int Q_FRAGMENTS = TILE.q_in_registers ? HEAD_DIM / 16 : 1;
   // A warpgroup may see nothing of the tiles that another begins with, or have no rows at all.
   constexpr bool CAN_SKIP = CONSUMERS > 1;
+  // ALiBi may let scores grow by more than a maximum can lag, from one tile to the next.
+  constexpr bool MAY_LAG = MAXIMUM_MAY_LAG<T> && !VARIANT.alibi;
 
   const AttentionParams& p = params.attention;
   const VisibleKeys<VARIANT> visible_keys{p};
@@ -62,7 +64,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   unsigned P_rmem[BLOCK_N / 16][4];
   unsigned Q_rmem[Q_FRAGMENTS][4];
   Softmax<T, TILE> softmax{params};
-  const Output<T, TILE> output{params, smem, w, warp, lane};
+  const Output<T, TILE, VARIANT> output{params, smem, w, warp, lane};
   Ring<TILE.q_stages> q_ring;
   Ring<TILE.num_stages> k_ring, v_ring;
   Ring<S::WORK_SLOTS> work_ring;
@@ -126,17 +128,6 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     release(smem.empty_K + 8 * k_ring.stage());
     k_ring.next();
   };
-  // Waits for S (O may still run), then frees its tile of K. Of a block of rows' LAST tile it frees
-  // Q, or of its FIRST one where Q is in registers: that S has been computed is what says that they
-  // were loaded, for an arrival does not wait for ldmatrix.
-  auto finish_S = [&](auto pending, bool first, bool last) {
-    ptx::wgmma_wait_group<decltype(pending)::value>();
-    ptx::fence_registers(S_rmem);
-    release_K();
-    if (!TILE.stages_output() && (TILE.q_in_registers ? first : last)) {
-      release(smem.empty_Q + 8 * q_buffer());
-    }
-  };
   // Asked early, whether a tile is there costs nothing once it is needed.
   auto test_K = [&] {
     return ptx::mbarrier_test_parity(smem.full_K + 8 * k_ring.stage(), k_ring.parity());
@@ -175,6 +166,24 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // all of their keys. Before and after them the others visit `skip` and `skip_left` more.
   int skip = 0, skip_left = 0;
   int n_tile = 0, n_first = 0, n_unmasked = 0, n_left = 0;
+  float slope = 0.f;  // with ALiBi
+  // Waits for S (O may still run), then frees its tile of K. Of a block of rows' LAST tile it frees
+  // Q, or of its FIRST one where Q is in registers: that S has been computed is what says that they
+  // were loaded, for an arrival does not wait for ldmatrix. Then S gets its terms.
+  auto finish_S = [&](auto pending, bool first, bool last) {
+    ptx::wgmma_wait_group<decltype(pending)::value>();
+    ptx::fence_registers(S_rmem);
+    release_K();
+    if (!TILE.stages_output() && (TILE.q_in_registers ? first : last)) {
+      release(smem.empty_Q + 8 * q_buffer());
+    }
+    if constexpr (VARIANT.softcap || VARIANT.alibi) {
+      const int m_start = VARIANT.alibi ? read_work(smem, work_ring.stage()).m_start : 0;
+      const int row = m_start + w * 64 + warp * 16 + lane / 4;
+      const int column = (n_first + n_tile) * BLOCK_N + (lane & 3) * 2;
+      add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope, visible_keys.diagonal + row - column);
+    }
+  };
   auto mask = [&](auto left_only) {
     const int m_start = read_work(smem, work_ring.stage()).m_start;
     constexpr bool LEFT_ONLY = decltype(left_only)::value;
@@ -226,6 +235,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       if (n_tiles == NO_WORK) return false;
       if (n_tiles > 0) {
         const int m_start = __shfl_sync(0xffffffff, work.m_start, 0), first = m_start + w * 64;
+        slope = alibi_slope<VARIANT>(params, work.batch, work.head);
         n_tile = n_tiles - 1;
         n_first = visible_keys.template first_tile<BLOCK_N>(m_start);
         if constexpr (CAN_SKIP && VARIANT.local) {
@@ -309,7 +319,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       // waits for it.
       auto step = [&](auto is_first, auto is_masked, auto may_lag) {
         constexpr bool FIRST = decltype(is_first)::value, MASKED = decltype(is_masked)::value;
-        constexpr bool LAGS = MAXIMUM_MAY_LAG<T> && decltype(may_lag)::value;
+        constexpr bool LAGS = MAY_LAG && decltype(may_lag)::value;
         trace(1);
         ptx::mbarrier_wait_parity(K_full, K_parity);
         turn_begins();
@@ -429,7 +439,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const bool K_there = test_K();
       if constexpr (decltype(masked)::value) mask(may_lag);
       trace(11);
-      if constexpr (MAXIMUM_MAY_LAG<T> && decltype(may_lag)::value) {
+      if constexpr (MAY_LAG && decltype(may_lag)::value) {
         trace(12);
         finish_O();
         trace(7);

@@ -49,7 +49,9 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   Sm90Params params;
   std::memset(&params, 0, sizeof params);
   params.attention = a;
-  params.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  const bool capped = a.terms.softcap > 0;
+  params.scale_log2 = (capped ? a.terms.softcap : a.softmax_scale) * 1.4426950408889634f;
+  params.cap_scale = capped ? a.softmax_scale / a.terms.softcap : 0.f;
   params.inverse_scale_log2 = 1.f / params.scale_log2;
   // P is at most 2^8 then, in float16: far from overflow, and its precision does not depend on it.
   params.slack = (8.f - max_shift(dtype == DType::bfloat16)) / params.scale_log2;

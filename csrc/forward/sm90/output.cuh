@@ -11,7 +11,7 @@
 namespace flashmoe::sm90 {
 
 // O_rmem holds 64 rows of O as wgmma leaves them (see Softmax).
-template <typename T, Sm90Tile TILE>
+template <typename T, Sm90Tile TILE, Variant VARIANT>
 struct Output {
   using S = Smem<TILE>;
   static constexpr int HEAD_DIM = TILE.head_dim, CONSUMERS = TILE.consumers();
@@ -35,18 +35,30 @@ struct Output {
                                               float (&scale)[2]) const {
     float* lse =
         p.softmax_lse + (static_cast<long long>(work.batch) * p.heads_q + work.head) * p.seqlen_q;
+    float sink = -INFINITY;  // in units of log 2
+    if constexpr (VARIANT.sink) {
+      if (p.terms.sinks != nullptr) sink = p.terms.sinks[work.head] * 1.4426950408889634f;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = final_sum[half];
+      float sum = final_sum[half], minus = minus_max[half], share = 1.f;
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      const bool empty = minus_max[half] == NO_MAXIMUM;
+      if constexpr (VARIANT.sink) {
+        // Relative to the larger one of the maximum and the sink, which may be far apart.
+        const float largest = fmaxf(-minus, sink + MAX_SHIFT<T>);
+        share = ptx::ex2_approx_ftz(-minus - largest);
+        sum = fmaf(sum, share, ptx::ex2_approx_ftz(sink - largest));
+        minus = -largest;
+      }
+      const bool empty = minus == NO_MAXIMUM;
       scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
+      if constexpr (VARIANT.sink) scale[half] *= share;
       const int row = row_of(work, half);
       if ((lane & 3) == 0 && row < p.seqlen_q) {
         // About 1 without the shift, where lg2.approx is at its best.
         const float log2_sum = ptx::lg2_approx_ftz(sum * (1 << int(MAX_SHIFT<T>)));
-        lse[row] = empty ? -INFINITY : (log2_sum - (minus_max[half] + MAX_SHIFT<T>)) * LN_2;
+        lse[row] = empty ? -INFINITY : (log2_sum - (minus + MAX_SHIFT<T>)) * LN_2;
       }
     }
   }

@@ -66,8 +66,9 @@ struct Rows {
 // S of 16 rows from `row` on and the 8 keys from `key` on, -infinity where a row does not see a
 // key.
 template <typename T, Variant VARIANT>
-__device__ __forceinline__ void recompute_scores(const AttentionParams& p, const T* q, const T* k,
-                                                 int row, int key, float (&S)[4]) {
+__device__ __forceinline__ void recompute_scores(const Sm90Params& params, const T* q, const T* k,
+                                                 int row, int key, float slope, float (&S)[4]) {
+  const AttentionParams& p = params.attention;
   const int lane = threadIdx.x % 32;
   const int my_row = row + lane / 4, my_key = key + lane / 4;
   q += my_row * p.q_row_stride + lane % 4 * 2;
@@ -86,7 +87,10 @@ __device__ __forceinline__ void recompute_scores(const AttentionParams& p, const
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int e_row = my_row + e / 2 * 8, e_key = key + lane % 4 * 2 + e % 2;
-    const KeyRange keys = VisibleKeys<VARIANT>{p}(e_row, e_row);
+    const VisibleKeys<VARIANT> visible_keys{p};
+    S[e] = with_terms<VARIANT>(params, S[e], slope,
+                               static_cast<float>(e_row + visible_keys.diagonal - e_key));
+    const KeyRange keys = visible_keys(e_row, e_row);
     if (e_key >= keys.end || e_key < keys.begin) S[e] = -INFINITY;
   }
 }
@@ -103,6 +107,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
   const T* k = static_cast<const T*>(p.k) + batch * p.k_batch_stride + head_kv * p.k_head_stride;
   const unsigned short* v = static_cast<const unsigned short*>(p.v) + batch * p.v_batch_stride +
                             head_kv * p.v_head_stride + lane / 4;
+  const float slope = alibi_slope<VARIANT>(params, batch, head);
   const KeyRange keys = VisibleKeys<VARIANT>{p}(row, row + 15);
   // Told that a warp agrees on them: ptxas would take the fast path for divergent, too.
   const int n_end = __shfl_sync(0xffffffff, keys.end, 0);
@@ -114,7 +119,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
   float S[4], max[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
   for (int n = n_begin; n < n_end; n += 8) {
-    recompute_scores<T, VARIANT>(p, q, k, row, n, S);
+    recompute_scores<T, VARIANT>(params, q, k, row, n, slope, S);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       max[half] = fmaxf(max[half], fmaxf(S[2 * half], S[2 * half + 1]));
@@ -134,7 +139,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
   }
 #pragma unroll 1
   for (int n = n_begin; n < n_end; n += 8) {
-    recompute_scores<T, VARIANT>(p, q, k, row, n, S);
+    recompute_scores<T, VARIANT>(params, q, k, row, n, slope, S);
     unsigned P[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

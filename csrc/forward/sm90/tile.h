@@ -112,14 +112,16 @@ struct FastDivisor {
 struct Sm90Params {
   ptx::TensorMap q, k, v, o;
   AttentionParams attention;
-  float scale_log2, inverse_scale_log2;  // softmax_scale in units of log 2
-  float slack;   // by how much, in units of Q K^T, a row's maximum may lag behind
+  // In units of log 2, what scores are in units of: softmax_scale, or softcap (softmax.cuh).
+  float scale_log2, inverse_scale_log2;
+  float slack;   // by how much, in units of scores, a row's maximum may lag behind
   int num_work;  // blocks of rows over all heads and batches
   FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
   FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
   FastDivisor per_section;               // and their blocks
   unsigned*
       counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+  float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
 };
 
 }  // namespace flashmoe
