@@ -53,6 +53,13 @@ constexpr int steps_each(int steps, int block_n, int num_splits, bool batch_inva
   return fixed > long_one ? fixed : long_one;
 }
 
+// How many parts a sequence of at most seqlen_kv keys has then, which begin up to 15 keys early.
+constexpr int invariant_splits(int seqlen_kv, int block_n) {
+  const int fixed = ceil_div(INVARIANT_KEYS, block_n);
+  const int parts = ceil_div(ceil_div(seqlen_kv + 15, block_n), fixed);
+  return parts < INVARIANT_SPLITS ? parts : INVARIANT_SPLITS;
+}
+
 // Rows of a head of k: (query, head of the group) pairs, queries slowest.
 constexpr int rows_of(const AttentionParams& p) { return p.seqlen_q * (p.heads_q / p.heads_kv); }
 constexpr int num_m_blocks(const AttentionParams& p, int block_m) {
@@ -83,21 +90,32 @@ struct Workspace {
   constexpr long long bytes() const { return stats_offset() + results * rows * 8; }
 };
 
+// The most keys that a block of rows sees of a sequence.
+constexpr int most_keys(const AttentionParams& p) {
+  if (p.mask.left < 0) return p.seqlen_kv;
+  const long long window = static_cast<long long>(p.mask.left) + p.seqlen_q;
+  return window < p.seqlen_kv ? static_cast<int>(window) : p.seqlen_kv;
+}
+
 // The number of splits with which a call is expected to be fastest on `slots` thread blocks at a
-// time. What a thread block costs besides its steps, and what merging costs, count in steps.
+// time, among those that fill one to four waves. What a thread block costs besides its steps, and
+// what merging costs, count in steps.
 constexpr int choose_splits(const AttentionParams& p, int block_m, int block_n, int slots) {
   constexpr double BLOCK = 1.0, MERGE = 0.7, EACH = 0.01;
-  const int steps = ceil_div(p.seqlen_kv, block_n);
+  const int steps = ceil_div(most_keys(p), block_n);
   const long long trees = static_cast<long long>(p.batch) * num_m_blocks(p, block_m) * p.heads_kv;
+  const long long most = steps < MAX_SPLITS ? steps : MAX_SPLITS;
   int best = 1;
-  double least = 0;
-  for (int splits = 1; splits <= MAX_SPLITS && (splits == 1 || splits <= steps); ++splits) {
-    const long long blocks = trees * splits;
-    if (splits > 1 && blocks > 2ll * slots) break;
-    const long long waves = (blocks + slots - 1) / slots;
-    const double time = static_cast<double>(waves) * (ceil_div(steps, splits) + BLOCK) +
-                        (splits > 1 ? MERGE + EACH * splits : 0);
-    if (splits == 1 || time < least) best = splits, least = time;
+  double least = static_cast<double>((trees + slots - 1) / slots) * (steps + BLOCK);
+  for (int filled = 1; filled <= 4; ++filled) {
+    long long splits = filled * static_cast<long long>(slots) / trees;
+    splits = splits < most ? splits : most;
+    if (splits < 2) continue;
+    const int each = ceil_div(steps, static_cast<int>(splits));
+    splits = ceil_div(steps, each);  // the fewest of as many steps
+    const long long waves = (trees * splits + slots - 1) / slots;
+    const double time = static_cast<double>(waves) * (each + BLOCK) + MERGE + EACH * splits;
+    if (time < least) best = static_cast<int>(splits), least = time;
   }
   return best;
 }

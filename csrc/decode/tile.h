@@ -39,7 +39,8 @@ struct DecodeTile {
   // In front of the rings: Q, and when it has been read what is merged.
   static constexpr int Q_BYTES = BLOCK_M * HEAD_DIM * 2;
   static constexpr int MERGE_BYTES = BLOCK_M * (decoding::MERGE_ALL * 4 + 8) + 16;
-  static constexpr int FRONT_BYTES = (Q_BYTES > MERGE_BYTES ? Q_BYTES : MERGE_BYTES) + 127 & ~127;
+  static constexpr int FRONT_BYTES =
+      decoding::ceil_div(Q_BYTES > MERGE_BYTES ? Q_BYTES : MERGE_BYTES, 128) * 128;
   static constexpr int SMEM_BYTES = FRONT_BYTES + NUM_WARPS * RING_BYTES;
 
   static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= 256, "HEAD_DIM: a multiple of 32 up to 256");

@@ -322,10 +322,10 @@ int check_choices() {
     if (!right) std::printf("choose_splits: %s\n", what);
     failures += !right;
   };
-  const auto splits = [](int batch, int heads_q, int heads_kv, int seqlen_kv) {
+  const auto splits = [](int batch, int heads_q, int heads_kv, int seqlen_kv, int window = -1) {
     AttentionParams p{};
     p.batch = batch, p.heads_q = heads_q, p.heads_kv = heads_kv;
-    p.seqlen_q = 1, p.seqlen_kv = seqlen_kv;
+    p.seqlen_q = 1, p.seqlen_kv = seqlen_kv, p.mask = {window, -1};
     return choose_splits(p, 16, 64, 264);
   };
   expect("one sequence fills the GPU",
@@ -333,6 +333,7 @@ int check_choices() {
   expect("a full GPU is not split", splits(64, 32, 8, 4096) == 1);
   expect("keys that are one step", splits(1, 32, 8, 64) == 1);
   expect("no keys", splits(1, 32, 8, 0) == 1);
+  expect("a window of one step", splits(1, 32, 8, 8192, 63) == 1);
   expect("one head", splits(1, 8, 1, 65536) > 200);
   return failures;
 }
