@@ -28,6 +28,7 @@ CUDA_SOURCES = (
     "common/sm90_launch.cpp",
     "backward/cuda.cpp",
     "backward/sm90/host.cpp",
+    "decode/cuda.cpp",
 )
 CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden")
 NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
@@ -45,6 +46,7 @@ INSTANCE_FIELDS = {
         *("block_m", "block_n", "num_stages", "do_stages", "ds_stages"),
         "late_dq",
     ),
+    "decode": ("block_m", "block_n", "num_stages", "num_warps", "ctas_per_sm"),
 }
 # Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
 # columns of a line. And those that it decides at run time, in a general kernel beside the default
@@ -53,8 +55,14 @@ VARIANT_FIELDS = {
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "packed"),
     "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "packed"),
+    "decode": (),
 }
-RUNTIME_FIELDS = {"sm80": ("local", "softcap", "alibi", "sink"), "sm90": (), "sm90_bwd": ()}
+RUNTIME_FIELDS = {
+    "sm80": ("local", "softcap", "alibi", "sink"),
+    "sm90": (),
+    "sm90_bwd": (),
+    "decode": (),  # every kernel of it has them all
+}
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
 
@@ -71,12 +79,13 @@ class Instance(NamedTuple):
     is_general: bool = False
 
     @property
-    def is_backward(self) -> bool:
-        return self.kernel == "sm90_bwd"
+    def table(self) -> str:
+        """The one in the registry that it stands in."""
+        return {"sm90_bwd": "backward", "decode": "decode"}.get(self.kernel, "forward")
 
     @property
     def symbol(self) -> str:
-        name = "bwd_sm90" if self.is_backward else f"fwd_{self.kernel}"
+        name = {"backward": "bwd_sm90", "decode": "decode"}.get(self.table, f"fwd_{self.kernel}")
         general = ("general",) if self.is_general else ()
         return "_".join(map(str, (name, self.head_dim, *self.shape, *self.variant, *general)))
 
@@ -138,8 +147,8 @@ def instances() -> list[Instance]:
 def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
     """nvcc's -gencode flags for a kernel when `archs` are asked for; empty: it is not built.
 
-    sm80: machine code for each, and PTX of the last for GPUs to come. sm90: wgmma and setmaxnreg
-    exist on sm_90a alone.
+    sm80 and decode: machine code for each, and PTX of the last for GPUs to come. sm90: wgmma and
+    setmaxnreg exist on sm_90a alone.
     """
     if kernel.startswith("sm90"):
         hopper = any(arch.rstrip("af") == "90" for arch in archs)
@@ -151,10 +160,13 @@ def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
 def source_hashes() -> dict[str, str]:
     """For each kind of device, SHA-256 (16 digits) over the sources that its kernels depend on;
     which tiles are compiled in changes none of them."""
-    rooms = {name: sorted((CSRC / name).rglob("*")) for name in ("common", "forward", "backward")}
+    rooms = {
+        name: sorted((CSRC / name).rglob("*"))
+        for name in ("common", "forward", "backward", "decode")
+    }
     cpu = [path for path in rooms["forward"] if path.parent.name == "cpu"]
     cuda = [path for path in rooms["forward"] if path not in cpu]
-    cuda += [*rooms["backward"], *sorted((CSRC / "ptx").iterdir())]
+    cuda += [*rooms["backward"], *rooms["decode"], *sorted((CSRC / "ptx").iterdir())]
     hashes = {}
     for kind, sources in (("cpu", cpu), ("cuda", cuda)):
         digest = hashlib.sha256()
@@ -217,6 +229,7 @@ def _wgmma_source() -> str:
 
 
 _ARGUMENTS = "const AttentionParams& params, DType dtype, int device, cudaStream_t stream"
+_DECODE_ARGUMENTS = _ARGUMENTS.replace("AttentionParams", "decoding::DecodeParams")
 
 
 # In the order of DType.
@@ -311,7 +324,30 @@ def _sm90_bwd_source(instance: Instance) -> str:
     return "\n".join([*lines, "};", "", "}  // namespace flashmoe", ""])
 
 
-_INSTANCE_SOURCES = {"sm80": _sm80_source, "sm90": _sm90_source, "sm90_bwd": _sm90_bwd_source}
+def _decode_source(instance: Instance, is_default: bool) -> str:
+    tile = _decode_tile(instance)
+    lines = [
+        '#include "decode/launch.cuh"',
+        "",
+        "namespace flashmoe {",
+        "",
+        f"cudaError_t {instance.symbol}({_DECODE_ARGUMENTS}) {{",
+        f"  return decoding::launch_dtype<{tile}>(params, dtype, device, stream);",
+        "}",
+    ]
+    return "\n".join([*lines, "", "}  // namespace flashmoe", ""])
+
+
+_INSTANCE_SOURCES = {
+    "sm80": _sm80_source,
+    "sm90": _sm90_source,
+    "sm90_bwd": _sm90_bwd_source,
+    "decode": _decode_source,
+}
+
+
+def _decode_tile(instance: Instance) -> str:
+    return f"DecodeTile<{', '.join(map(str, (instance.head_dim, *instance.shape)))}>"
 
 
 def _sm90_tile(instance: Instance) -> str:
@@ -342,8 +378,10 @@ def _registry_source(
     archs: tuple[str, ...],
     cuda_version: str,
 ) -> str:
-    forward = [instance for instance in listed if not instance.is_backward]
-    backward = [instance for instance in listed if instance.is_backward]
+    forward, backward, decode = (
+        [instance for instance in listed if instance.table == table]
+        for table in ("forward", "backward", "decode")
+    )
     info = json.dumps(
         {
             "cuda_archs": archs,
@@ -352,10 +390,11 @@ def _registry_source(
             "variant_fields": VARIANT_FIELDS,
             "instances": [_listed(instance) for instance in forward],
             "backward_instances": [_listed(instance) for instance in backward],
+            "decode_instances": [_listed(instance) for instance in decode],
             "source_hashes": source_hashes(),
         }
     )
-    declarations, entries, backward_entries = [], [], []
+    declarations, entries, backward_entries, decode_entries = [], [], [], []
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
         variant = _variant(instance.computes)
@@ -379,12 +418,22 @@ def _registry_source(
         )
         variant = _variant(instance.computes)
         backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {variant}, {{{addresses}}}}},")
-    lines = ['#include "instances/registry.h"', "", "namespace flashmoe {", ""]
+    for instance in decode:
+        fields = instance.to_json()
+        columns = (fields[name] for name in ("head_dim", "block_m", "block_n", "ctas_per_sm"))
+        declarations.append(f"cudaError_t {instance.symbol}({_DECODE_ARGUMENTS});")
+        decode_entries.append(
+            f"    {{{', '.join(map(str, columns))}, {_decode_tile(instance)}::SMEM_BYTES, "
+            f"{instance.symbol}}},"
+        )
+    lines = ['#include "instances/registry.h"', "", '#include "decode/tile.h"', ""]
+    lines += ["namespace flashmoe {", ""]
     if listed:
         lines += declarations
         for name, kernel, table in (
             ("compiled_kernels", "Kernel", entries),
             ("compiled_backward_kernels", "BackwardKernel", backward_entries),
+            ("compiled_decode_kernels", "DecodeKernel", decode_entries),
         ):
             lines += ["", f"const std::vector<{kernel}>& {name}() {{"]
             lines += [f"  static const std::vector<{kernel}> kernels = {{", *table, "  };"]

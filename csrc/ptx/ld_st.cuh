@@ -33,6 +33,10 @@ __device__ __forceinline__ void st_shared_v4(unsigned dst_smem, int4 x) {
                : "memory");
 }
 
+__device__ __forceinline__ void st_shared_v2(unsigned dst_smem, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(dst_smem), "f"(x.x), "f"(x.y) : "memory");
+}
+
 __device__ __forceinline__ void st_shared_b32(unsigned dst_smem, unsigned x) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(dst_smem), "r"(x) : "memory");
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/swizzle.cuh"
 #include "forward/sm80/tile.h"
 #include "ptx/cp_async.cuh"
 #include "ptx/ld_st.cuh"
@@ -11,19 +12,6 @@
 #include "ptx/mma.cuh"
 
 namespace flashmoe::sm80 {
-
-// Byte offset of 16-byte chunk `chunk` of `row`. The XOR spreads the 8 rows that one ldmatrix reads
-// over all 32 banks: rows of a multiple of 128 bytes all start in bank 0, rows of 64 or 192 bytes
-// in bank 0 or 16 in turn.
-template <int HEAD_DIM>
-__device__ __forceinline__ int swizzle(int row, int chunk) {
-  constexpr int ROW_BYTES = HEAD_DIM * 2;
-  if constexpr (ROW_BYTES % 128 == 0) {
-    return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4);
-  } else {
-    return row * ROW_BYTES + ((chunk ^ ((row >> 1) & 3)) << 4);
-  }
-}
 
 // Rows [0, valid_rows) of a tile from global to shared memory, zeros beyond and past head_dim.
 // ALIGNED needs 16-byte aligned rows; otherwise elements are loaded one by one, synchronously.

@@ -52,6 +52,9 @@ namespace flashmoe {
 namespace sm80 {
 inline unsigned char smem[1];
 }
+namespace decoding {
+inline unsigned char smem[1];
+}
 namespace sm90 {
 inline unsigned char smem_raw[1];
 }
