@@ -1,4 +1,5 @@
-// atom and what goes with it: counters in device memory by which thread blocks find one another.
+// atom and what goes with it: counters in device memory by which thread blocks find one another,
+// and in shared memory.
 #pragma once
 
 namespace flashmoe::ptx {
@@ -30,6 +31,15 @@ __device__ __forceinline__ unsigned long long atom_acq_rel_gpu_add_u64(unsigned 
   asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;\n"
                : "=l"(before)
                : "l"(dst_gmem), "l"(x)
+               : "memory");
+  return before;
+}
+
+__device__ __forceinline__ int atom_shared_add(unsigned dst_smem, int x) {
+  int before;
+  asm volatile("atom.shared.add.s32 %0, [%1], %2;\n"
+               : "=r"(before)
+               : "r"(dst_smem), "r"(x)
                : "memory");
   return before;
 }
