@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward/params.h"
+#include "common/schedule.h"
 #include "ptx/tensor_map.h"
 
 namespace flashmoe {
@@ -73,6 +74,9 @@ struct Sm90BackwardParams {
   float scale_log2;
   int m_blocks, n_blocks;
   int section;  // (batch, key head) pairs whose blocks of keys are worked on together
+  // Of packed kernels, whose blocks of queries are counted over all sequences: m_blocks and n_blocks
+  // are the room for them, and a section has key heads.
+  Schedule schedule;
 };
 
 }  // namespace flashmoe
