@@ -239,7 +239,7 @@ _SM90_DTYPES = ("__half", "__nv_bfloat16")
 _SM90_BWD_FUNCTIONS = {
     "prepare": ("sm90_backward::EDGE_THREADS, 4", "TILE, VARIANT"),
     "attention_backward": ("TILE.num_threads(), 1", "TILE, VARIANT"),
-    "finish": ("sm90_backward::EDGE_THREADS, 4", "TILE"),
+    "finish": ("sm90_backward::EDGE_THREADS, 4", "TILE, VARIANT"),
 }
 
 

@@ -34,4 +34,14 @@ __device__ __forceinline__ unsigned long long atom_acq_rel_gpu_add_u64(unsigned 
   return before;
 }
 
+// In shared memory. Returns what was there.
+__device__ __forceinline__ int atom_shared_add(unsigned dst_smem, int x) {
+  int before;
+  asm volatile("atom.shared.add.s32 %0, [%1], %2;\n"
+               : "=r"(before)
+               : "r"(dst_smem), "r"(x)
+               : "memory");
+  return before;
+}
+
 }  // namespace flashmoe::ptx

@@ -41,6 +41,16 @@ __device__ __forceinline__ void st_shared_b32(unsigned dst_smem, unsigned x) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(dst_smem), "r"(x) : "memory");
 }
 
+// Past L1: what a kernel before has written, where the compiler may not know it.
+__device__ __forceinline__ int4 ld_global_cg_v4(const void* src_gmem) {
+  int4 x;
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(src_gmem)
+               : "memory");
+  return x;
+}
+
 // Predicated, where the compiler would branch.
 __device__ __forceinline__ void st_global_v2_if(bool condition, void* dst_gmem, unsigned x,
                                                 unsigned y) {

@@ -4,7 +4,7 @@
 
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
-#include "attention_problem.h"
+#include "packed_problem.h"
 #include "backward/sm90/host.h"
 #include "backward/sm90/kernel.cuh"
 
@@ -20,9 +20,9 @@ template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 void kernel(const Sm90BackwardParams& params) {
   sm90_backward::attention_backward<T, TILE, VARIANT>(params);
 }
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 void finish(const Sm90BackwardParams& params) {
-  sm90_backward::finish<T, TILE>(params);
+  sm90_backward::finish<T, TILE, VARIANT>(params);
 }
 
 // What is wrong with a gradient, or nothing: `want` and what each element may be off by, in the
@@ -222,10 +222,7 @@ struct Instance {
     const auto& mine = entries[dtype == DType::bfloat16];
     sm90_backward::Entries addresses;
     for (int i = 0; i < 3; ++i) addresses[i] = reinterpret_cast<const void*>(mine[i]);
-    fake_device.call = [](const void* kernel, void** arguments) {
-      reinterpret_cast<Entry>(const_cast<void*>(kernel))(
-          *static_cast<const Sm90BackwardParams*>(arguments[0]));
-    };
+    fake_device.call = run_kernel<Sm90BackwardParams>;
     // NaN, with a guard page behind it.
     GuardedBytes workspace(
         static_cast<size_t>(sm90_backward::workspace_bytes(tile, params.attention)));
@@ -273,8 +270,8 @@ Instance instance(const char* name) {
   return {name,
           TILE,
           VARIANT,
-          {{prepare<F, TILE, VARIANT>, kernel<F, TILE, VARIANT>, finish<F, TILE>},
-           {prepare<B, TILE, VARIANT>, kernel<B, TILE, VARIANT>, finish<B, TILE>}}};
+          {{prepare<F, TILE, VARIANT>, kernel<F, TILE, VARIANT>, finish<F, TILE, VARIANT>},
+           {prepare<B, TILE, VARIANT>, kernel<B, TILE, VARIANT>, finish<B, TILE, VARIANT>}}};
 }
 
 constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true},

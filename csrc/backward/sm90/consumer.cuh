@@ -100,10 +100,11 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       const int key = work.n_start + mine * 64 + warp * 16 + lane / 4 + half * 8;
       // The query that it is level with, and those that see it, from this thread's first one on.
-      const int level = key - (p.seqlen_kv - p.seqlen_q) - m_start - lane % 4 * 2;
+      const Sequence& s = work.sequence;
+      const int level = key - (s.seqlen_kv - s.seqlen_q) - m_start - lane % 4 * 2;
       int first = mask.right >= 0 ? level - reach<VARIANT>(p) : 0;
       const int end = mask.left >= 0 ? level + mask.left + 1 : BLOCK_M;
-      if (key >= p.seqlen_kv) first = BLOCK_M;
+      if (key >= s.seqlen_kv) first = BLOCK_M;
 #pragma unroll
       for (int i = 0; i < BLOCK_M / 8; ++i) {
 #pragma unroll
@@ -127,7 +128,8 @@ struct Consumer {
                                                int m_start, float slope) const {
     // The query that is level with this thread's first key, from its first one on.
     const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
-    const int level = key - (p.seqlen_kv - p.seqlen_q) - m_start - lane % 4 * 2;
+    const int level =
+        key - (work.sequence.seqlen_kv - work.sequence.seqlen_q) - m_start - lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 8; ++i) {
       const float2 l = ptx::ld_shared_v2(minus_lse + i * 32 + lane % 4 * 8);
@@ -224,11 +226,12 @@ struct Consumer {
   }
   // From there to memory: by one thread, once all have staged.
   __device__ __forceinline__ void store(const ptx::TensorMap* map, unsigned keys) const {
+    const Place place = k_place<VARIANT>(p, work.sequence, work.batch);
 #pragma unroll
     for (int panel = 0; panel < TILE.panels(); ++panel) {
       ptx::cp_async_bulk_tensor_4d_store(map, keys + panel * BLOCK_N * 128 + mine * 8192,
-                                         panel * 64, work.n_start + mine * 64, work.head_kv,
-                                         work.batch);
+                                         panel * 64, place.shift + work.n_start + mine * 64,
+                                         work.head_kv, place.end);
     }
     ptx::cp_async_bulk_commit_group();
     ptx::cp_async_bulk_wait_group_read<0>();
@@ -255,14 +258,13 @@ struct Steps {
     steps.m_blocks = params.m_blocks;
     steps.m_end = work.m_end<VARIANT>(params);
     steps.count = (work.m_end<VARIANT>(params) - work.m_first) * group;
-    steps.block =
-        (static_cast<long long>(work.batch) * p.heads_q + work.head_kv * group) * params.m_blocks +
-        work.m_start;
+    steps.block = work.row_block<VARIANT>(params, work.head_kv * group) + work.m_start;
     steps.head = work.head_kv * group;
-    const int last_key = first_key + 63, diagonal = p.seqlen_kv - p.seqlen_q;
+    const Sequence& s = work.sequence;
+    const int last_key = first_key + 63, diagonal = s.seqlen_kv - s.seqlen_q;
     steps.all_seen = mask.right >= 0 ? last_key - diagonal - reach<VARIANT>(p) : 0;
     steps.all_seen_end = mask.left >= 0 ? first_key - diagonal + mask.left + 1 : 0x7fffffff;
-    if (last_key >= p.seqlen_kv) steps.all_seen = p.seqlen_q;
+    if (last_key >= s.seqlen_kv) steps.all_seen = s.seqlen_q;
     return steps;
   }
   // Whether some key is not seen by some of the block's queries.

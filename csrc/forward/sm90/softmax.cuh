@@ -235,9 +235,9 @@ __device__ __forceinline__ void add_terms(float (&S_rmem)[BLOCK_N / 2], const Sm
 // -infinity for the keys that a thread's rows do not see: of row `row0` and the one 8 below,
 // columns from `column0` on.
 template <int BLOCK_N, Variant VARIANT, bool LEFT_ONLY>
-__device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2], const AttentionParams& p,
-                                       int row0, int column0) {
-  const VisibleKeys<VARIANT> visible_keys{p};
+__device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2],
+                                       const VisibleKeys<VARIANT>& visible_keys, int row0,
+                                       int column0) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row0 + half * 8;

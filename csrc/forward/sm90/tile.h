@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/schedule.h"
 #include "common/variant.h"
 #include "ptx/tensor_map.h"
 
@@ -39,9 +40,9 @@ struct Sm90Tile {
     return registers > 255 ? 255 : registers;
   }
   // What it needs without spills: more would cost the consumers some, where they are two. With a
-  // window it keeps the first tile of keys, too.
+  // window it keeps the first tile of keys, too, and packed ones where their sequence is.
   constexpr int producer_registers(Variant variant = {}) const {
-    return consumers() == 2 && q_stages == 1 && !variant.local ? 24 : 32;
+    return consumers() == 2 && q_stages == 1 && !variant.local && !variant.packed ? 24 : 32;
   }
   constexpr int consumer_registers(Variant variant = {}) const {
     const int left =
@@ -120,8 +121,9 @@ struct Sm90Params {
   FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
   FastDivisor per_section;               // and their blocks
   unsigned*
-      counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+      counter;      // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
   float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
+  Schedule schedule;  // of packed kernels, which find num_work, m_blocks and a counter there
 };
 
 }  // namespace flashmoe

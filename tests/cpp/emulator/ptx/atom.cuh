@@ -1,6 +1,8 @@
 // csrc/ptx/atom.cuh on emulator::run.
 #pragma once
 
+#include <cstring>
+
 #include "device.h"
 
 namespace flashmoe::ptx {
@@ -24,6 +26,16 @@ inline unsigned long long atom_acq_rel_gpu_add_u64(unsigned long long* dst_gmem,
   emulator::preempt();
   const unsigned long long before = *dst_gmem;
   *dst_gmem += x;
+  return before;
+}
+
+inline int atom_shared_add(unsigned dst_smem, int x) {
+  emulator::preempt();
+  uint8_t* memory = emulator::shared(dst_smem, 4);
+  int before;
+  std::memcpy(&before, memory, 4);
+  const int sum = before + x;
+  std::memcpy(memory, &sum, 4);
   return before;
 }
 

@@ -42,6 +42,13 @@ inline void st_shared_b32(unsigned dst_smem, unsigned x) {
   std::memcpy(emulator::shared(dst_smem, 4), &x, 4);
 }
 
+inline int4 ld_global_cg_v4(const void* src_gmem) {
+  emulator::require(reinterpret_cast<uintptr_t>(src_gmem) % 16 == 0, "misaligned ld.global");
+  int4 x;
+  std::memcpy(&x, src_gmem, 16);
+  return x;
+}
+
 template <typename... Registers>
 void st_global_if(bool condition, void* dst_gmem, Registers... registers) {
   if (!condition) return;
