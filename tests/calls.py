@@ -14,7 +14,7 @@ from flashmoe.spec.call import NO_TERMS, Call, Sequences, Terms
 from flashmoe.spec.mask import FULL, Mask
 
 # Sequences of packed batches: empty, of one token, and of more than a kernel's block.
-lengths = st.one_of(st.integers(0, 3), st.integers(0, 40), st.integers(60, 140))
+lengths = st.one_of(st.integers(0, 3), st.integers(0, 40), st.integers(60, 100))
 masks = st.one_of(
     st.sampled_from([Mask(), Mask(right=0)]),
     st.builds(Mask, st.integers(-1, 30), st.integers(-1, 30)),
@@ -67,7 +67,7 @@ def _same_dtype(call: Call, mask: Mask) -> list[Tensor]:
     """out as PyTorch computes it in q's dtype, with head_dim in some orders: what rounding does."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(4):
+    for _ in range(2):
         order = torch.randperm(call.q.shape[-1], generator=generator).to(call.q.device)
         other = call._replace(q=call.q[..., order], k=call.k[..., order])
         found.append(sequences_reference(other, mask, call.q.dtype)[0])
@@ -101,9 +101,9 @@ def assert_gradients(
 
     generator = torch.Generator().manual_seed(0)
     shape = douts[0].shape[:-1]
-    signs = [(torch.randint(0, 2, shape, generator=generator) * 2 - 1).unsqueeze(-1) for _ in "123"]
+    signs = torch.randint(0, 2, shape, generator=generator).to(DEVICE) * 2 - 1
     tried = []
-    for sign in (1, *(s.to(DEVICE) for s in signs)):
+    for sign in (1, signs.unsqueeze(-1)):
         pairs = zip(gradients(sign, call.q.dtype), gradients(sign, torch.float64), strict=True)
         tried.append([_distance(same, exact) for same, exact in pairs])
     names = ("dq", "dk", "dv", "dsinks")
@@ -114,7 +114,8 @@ def assert_gradients(
         assert x.shape == exact.shape
         if not x.numel():
             continue
-        bound = error_bound(x.dtype, same_error, max(1.0, exact.abs().max().item()))
+        # Of q's dtype for sinks, too: their gradient is computed from out, which was rounded to it.
+        bound = error_bound(call.q.dtype, same_error, max(1.0, exact.abs().max().item()))
         # float32 sums, whose order is anybody's choice.
         bound += 16 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
         error = _distance(x, exact)
