@@ -349,6 +349,53 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+// x, or its copy where cp.async cannot fetch its rows.
+Tensor with_aligned_rows(const Tensor& x) {
+  const auto strides = x.strides();
+  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[x.dim() - 1] == 1;
+  for (int i = 0; i < x.dim() - 1; ++i) aligned = aligned && strides[i] % 8 == 0;
+  return aligned ? x : torch::stable::clone(torch::stable::contiguous(x));
+}
+
+std::tuple<Tensor, Tensor> decode_cuda_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, int64_t handle, int64_t num_splits, double softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
+    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const int device = static_cast<int>(q.get_device_index());
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
+  const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
+                        cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
+                        block_table,  max_seqlen_q, max_seqlen_k};
+  STD_TORCH_CHECK(num_splits >= -1, "num_splits must be -1 or more, got ", num_splits);
+  Call call = prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
+                      softmax_scale, window_left, window_right, options);
+  const DecodeKernel* kernel = find_decode_kernel(handle);
+  STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
+  STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
+                  " takes head_dim up to ", kernel->head_dim, ", got ", call.params.head_dim);
+  const DType dtype = dtype_of(q);
+  STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
+  if (!is_empty(call.params)) {
+    // Without a page, or a batch, there are no keys.
+    if (k.numel() == 0) call.params.seqlen_kv = 0;
+    const decoding::DecodeParams params = prepare_decode(*kernel, call.params, num_splits, device);
+    std::optional<Tensor> workspace;
+    if (const int64_t bytes = decode_workspace_bytes(*kernel, params)) {
+      workspace = empty_contiguous<1>({(bytes + 3) / 4}, aoti_torch_dtype_float32(), call.q);
+    }
+    const cudaError_t error = launch_decode(*kernel, params, dtype, device, current_stream(device),
+                                            workspace ? workspace->data_ptr() : nullptr);
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "launching the decode kernel failed: ", cudaGetErrorString(error));
+  }
+  return {std::move(call.out), std::move(call.softmax_lse)};
+}
+
 // x, or its copy where the TMA cannot fetch x.
 Tensor fetchable(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
@@ -491,6 +538,10 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
       "int window_right, int kernel, " FLASHMOE_OPTIONS ") -> (Tensor out, Tensor softmax_lse)");
   m.def(
+      "decode_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, int num_splits, " FLASHMOE_OPTIONS
+      ") -> (Tensor out, Tensor softmax_lse)");
+  m.def(
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
       "float softcap=0.0, Tensor? alibi_slopes=None) -> (Tensor dq, Tensor dk, Tensor dv)");
@@ -501,6 +552,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flash
 #ifdef FLASHMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("fwd_cuda", TORCH_BOX(&flashmoe::fwd_cuda_op));
+  m.impl("decode_cuda", TORCH_BOX(&flashmoe::decode_cuda_op));
   m.impl("bwd_cuda", TORCH_BOX(&flashmoe::bwd_cuda_op));
 }
 #endif

@@ -26,11 +26,12 @@ bool rows_aligned(const AttentionParams& p) {
          aligned(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
 }
 
-// The first sm80 kernel of the smallest head_dim that holds this one.
-const Kernel* sm80_default(int head_dim) {
+// The first sm80 kernel of the smallest head_dim that computes the call.
+const Kernel* sm80_default(const AttentionParams& params) {
   const Kernel* found = nullptr;
   for (const Kernel& kernel : compiled_kernels()) {
-    if (kernel.launch != nullptr && kernel.head_dim >= head_dim &&
+    if (kernel.launch != nullptr && kernel.head_dim >= params.head_dim &&
+        kernel.variant.covers(params) &&
         (found == nullptr || kernel.head_dim < found->head_dim)) {
       found = &kernel;
     }
@@ -71,8 +72,10 @@ long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, 
 
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
                            int device, cudaStream_t stream) {
+  // Hopper's kernels with softcap have no way to do without.
+  const bool uncapped = kernel.launch == nullptr && kernel.variant.softcap;
   if (params.head_dim > kernel.head_dim || dtype == DType::float32 ||
-      !kernel.variant.covers(params)) {
+      !kernel.variant.covers(params) || (uncapped && params.terms.softcap == 0)) {
     return cudaErrorInvalidValue;
   }
   if (kernel.launch != nullptr) {
@@ -81,7 +84,7 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
   }
   // Keys that do not exist have no address to describe to the TMA.
   if (params.seqlen_kv == 0 || !sm90::can_run(params)) {
-    const Kernel* fallback = sm80_default(params.head_dim);
+    const Kernel* fallback = sm80_default(params);
     if (fallback == nullptr) return cudaErrorNotSupported;
     return launch_forward(*fallback, params, dtype, device, stream);
   }

@@ -35,8 +35,8 @@ const Kernel* find_kernel(long long handle);
 long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, DType dtype);
 
 // Launches `kernel`, or the default sm80 kernel where the TMA cannot fetch the tensors. Needs
-// batch, heads_q and seqlen_q above 0. A window needs a local variant: cudaErrorInvalidValue
-// without.
+// batch, heads_q and seqlen_q above 0. A window needs a local variant, and terms need theirs:
+// cudaErrorInvalidValue without.
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
                            int device, cudaStream_t stream);
 

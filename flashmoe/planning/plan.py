@@ -25,8 +25,9 @@ from flashmoe.tiles import Tile
 # mma.sync: at 3e10 FLOP a forward takes about 0.1 ms on an H200, which is what one launch costs the
 # host (85 to 130 us, the cuda kernel 15 us).
 _TRITON_FLOPS = 3e10
-# Below so many queries a block of rows is mostly empty, and no kernel of ours splits the keys over
-# blocks yet: at (16, 32 heads over 8, 1 x 8192, 128) sm80 takes 0.74 ms on an H200, SDPA 0.13.
+# Below so many queries a block of rows is mostly empty, and kernels that do not split the keys
+# leave most of a GPU idle: at (16, 32 heads over 8, 1 x 8192, 128) sm80 takes 0.74 ms on an H200,
+# SDPA 0.13.
 _DECODE_SEQLEN_Q = 16
 # On a CPU our kernel loses only in float32 (of 16-bit keys SDPA makes float32 ones first) with one
 # query head for each of K's (where more share a tile of K, we win), and for a query or two. On 2
@@ -188,8 +189,10 @@ def _preference(problem: Problem, here: Arch) -> list[str]:
     # In float32 only triton's forward is left, at 16 to 49 % of SDPA's speed in five problems of
     # 128 to 2048 tokens, causal or not, head_dim 64 and 128 (H100, benchmarks/results/
     # tuned-nvidia-h100.json).
-    if problem.direction == "fwd" and (_decodes(problem) or problem.dtype == "float32"):
+    if problem.direction == "fwd" and problem.dtype == "float32":
         return sorted(BACKENDS, key=lambda name: name != "sdpa")
+    if problem.direction == "fwd" and _decodes(problem):
+        return sorted(BACKENDS, key=lambda name: (name != "decode", name != "sdpa"))
     if (
         here.capability >= (9, 0)
         and problem.flops >= _TRITON_FLOPS

@@ -4,7 +4,7 @@
 
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
-#include "attention_problem.h"
+#include "packed_problem.h"
 #include "backward/sm90/host.h"
 #include "backward/sm90/kernel.cuh"
 
@@ -20,9 +20,9 @@ template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 void kernel(const Sm90BackwardParams& params) {
   sm90_backward::attention_backward<T, TILE, VARIANT>(params);
 }
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT>
 void finish(const Sm90BackwardParams& params) {
-  sm90_backward::finish<T, TILE>(params);
+  sm90_backward::finish<T, TILE, VARIANT>(params);
 }
 
 // What is wrong with a gradient, or nothing: `want` and what each element may be off by, in the
@@ -69,7 +69,7 @@ struct Gradients {
 // change each element.
 void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& dout,
                          const std::vector<float>& lse, const float* dlse, double scale, Mask mask,
-                         Gradients& want, Gradients& allowed) {
+                         const Terms& terms, Gradients& want, Gradients& allowed) {
   const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
   // A P below 2^-14 is off by this in float16, in which it may be handed on.
   const double tiny = 0x1p-25;
@@ -90,19 +90,28 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
           const double *kj = ks.row(b, j, h / group), *vj = vs.row(b, j, h / group);
           double s = 0, dp = 0;
           for (int d = 0; d < dims; ++d) s += qi[d] * kj[d], dp += di[d] * vj[d];
-          const double p = std::exp(s * scale - row_lse);
+          s *= scale;
+          double tanh = 0;
+          if (terms.softcap > 0) tanh = std::tanh(s / terms.softcap), s = terms.softcap * tanh;
+          if (terms.alibi_slopes != nullptr) {
+            s -= terms.alibi_slopes[b * terms.alibi_batch_stride + h] *
+                 std::abs(i + k.seqlen - q.seqlen - j);
+          }
+          const double p = std::exp(s - row_lse), slope = scale * (1 - tanh * tanh);
           // d out / d s = p (v - out), d softmax_lse / d s = p.
-          const double ds = (p * (dp - delta) + p * row_dlse) * scale;
+          const double dp_centered = dp - delta + row_dlse, ds = p * dp_centered * slope;
+          const double capped = terms.softcap > 0 ? cap_error(terms) : 0;
           const double off =
-              2 * unit * (std::fabs(ds) + p * scale * (delta_terms + 1e-4 * std::fabs(dp))) +
-              tiny * scale * std::fabs(dp - delta + row_dlse);
+              2 * unit * (std::fabs(ds) + p * slope * (delta_terms + 1e-4 * std::fabs(dp))) +
+              tiny * scale * std::fabs(dp_centered) +
+              std::fabs(dp_centered) * p * (capped * slope + 0x1p-10 * tanh * tanh * scale);
           const size_t k_at =
               ((static_cast<size_t>(b) * k.seqlen + j) * k.heads + h / group) * dims;
           for (int d = 0; d < dims; ++d) {
             want.dq[q_at + d] += ds * kj[d], allowed.dq[q_at + d] += off * std::fabs(kj[d]);
             want.dk[k_at + d] += ds * qi[d], allowed.dk[k_at + d] += off * std::fabs(qi[d]);
             want.dv[k_at + d] += p * di[d];
-            allowed.dv[k_at + d] += (2 * unit * p + tiny) * std::fabs(di[d]);
+            allowed.dv[k_at + d] += ((2 * unit + capped) * p + tiny) * std::fabs(di[d]);
           }
         }
       }
@@ -125,7 +134,12 @@ struct Instance {
   int head_dim() const { return tile.head_dim; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
-  bool local() const { return variant.local; }
+  // Sinks are in softmax_lse.
+  Variant may() const {
+    Variant may = variant;
+    may.sink = true;
+    return may;
+  }
 
   // A deterministic kernel counts in its workspace who has added to each block of queries: those
   // blocks of keys and no others that some of its queries see. What is wrong with that, or nothing.
@@ -182,7 +196,8 @@ struct Instance {
     const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
     std::vector<int> order(x.head_dim);
     std::iota(order.begin(), order.end(), 0);
-    const auto forward = reference<double>(q, k, v, scale, x.mask, order);
+    const RandomTerms terms(x, random);
+    const auto forward = reference<double>(q, k, v, scale, x.mask, order, terms.get());
     std::vector<float> lse(forward.lse.begin(), forward.lse.end());
     for (size_t r = 0; r < forward.lse.size(); ++r) {
       const int i = r % x.seqlen_q, h = r / x.seqlen_q % x.heads_q, b = r / x.seqlen_q / x.heads_q;
@@ -197,6 +212,8 @@ struct Instance {
 
     BackwardParams params{};
     params.attention = forward_params(q, k, v, out, lse, scale, x.mask);
+    params.attention.terms = terms.get();
+    params.attention.terms.sinks = nullptr;
     params.dout = dout.bytes.data();
     params.dlse = given_dlse;
     params.do_batch_stride = dout.batch_stride, params.do_row_stride = dout.row_stride;
@@ -205,10 +222,7 @@ struct Instance {
     const auto& mine = entries[dtype == DType::bfloat16];
     sm90_backward::Entries addresses;
     for (int i = 0; i < 3; ++i) addresses[i] = reinterpret_cast<const void*>(mine[i]);
-    fake_device.call = [](const void* kernel, void** arguments) {
-      reinterpret_cast<Entry>(const_cast<void*>(kernel))(
-          *static_cast<const Sm90BackwardParams*>(arguments[0]));
-    };
+    fake_device.call = run_kernel<Sm90BackwardParams>;
     // NaN, with a guard page behind it.
     GuardedBytes workspace(
         static_cast<size_t>(sm90_backward::workspace_bytes(tile, params.attention)));
@@ -225,7 +239,8 @@ struct Instance {
     Gradients want(forward.out.size(),
                    static_cast<size_t>(x.batch) * x.seqlen_kv * x.heads_kv * x.head_dim);
     Gradients allowed = want;
-    reference_gradients(q, k, v, out, dout, lse, given_dlse, scale, x.mask, want, allowed);
+    reference_gradients(q, k, v, out, dout, lse, given_dlse, scale, x.mask, terms.get(), want,
+                        allowed);
     if (wrong.empty()) wrong = compare_gradient("dv", dv, want.dv, allowed.dv);
     if (wrong.empty()) wrong = compare_gradient("dk", dk, want.dk, allowed.dk);
     if (wrong.empty()) wrong = compare_gradient("dq", dq, want.dq, allowed.dq);
@@ -255,11 +270,13 @@ Instance instance(const char* name) {
   return {name,
           TILE,
           VARIANT,
-          {{prepare<F, TILE, VARIANT>, kernel<F, TILE, VARIANT>, finish<F, TILE>},
-           {prepare<B, TILE, VARIANT>, kernel<B, TILE, VARIANT>, finish<B, TILE>}}};
+          {{prepare<F, TILE, VARIANT>, kernel<F, TILE, VARIANT>, finish<F, TILE, VARIANT>},
+           {prepare<B, TILE, VARIANT>, kernel<B, TILE, VARIANT>, finish<B, TILE, VARIANT>}}};
 }
 
-constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true};
+constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true},
+    SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
+    ALL{.local = true, .deterministic = true, .softcap = true, .alibi = true};
 
 // head_dim, block_m, block_n, q_stages, do_stages, ds_stages, late_dq
 const Instance INSTANCES[] = {
@@ -279,6 +296,15 @@ const Instance INSTANCES[] = {
     instance<{64, 128, 128, 3, 3, 2, true}, BOTH>("64:128x128-q3-do3-ds2-late-local-det"),
     instance<{256, 64, 64, 2, 2, 1, false}, DETERMINISTIC>("256:64x64-q2-do2-ds1-det"),
     instance<{256, 64, 64, 2, 2, 1, false}, BOTH>("256:64x64-q2-do2-ds1-local-det"),
+    instance<{64, 128, 128, 3, 3, 2, true}, SOFTCAP>("64:128x128-q3-do3-ds2-late-softcap"),
+    instance<{96, 64, 128, 3, 2, 1, false}, SOFTCAP>("96:64x128-q3-do2-ds1-softcap"),
+    instance<{256, 64, 64, 2, 2, 1, false}, SOFTCAP>("256:64x64-q2-do2-ds1-softcap"),
+    instance<{128, 64, 128, 2, 1, 2, true}, ALIBI>("128:64x128-q2-do1-ds2-late-alibi"),
+    instance<{96, 64, 128, 3, 2, 1, false}, ALIBI>("96:64x128-q3-do2-ds1-alibi"),
+    instance<{256, 64, 64, 2, 2, 1, false}, ALIBI>("256:64x64-q2-do2-ds1-alibi"),
+    instance<{64, 128, 128, 2, 2, 2, false}, ALL>("64:128x128-q2-do2-ds2-all"),
+    instance<{128, 64, 128, 2, 1, 2, true}, ALL>("128:64x128-q2-do1-ds2-late-all"),
+    instance<{256, 64, 64, 2, 2, 1, false}, ALL>("256:64x64-q2-do2-ds1-all"),
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "forward/sm90/work.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace flashmoe::sm90 {
@@ -15,19 +16,34 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   using S = Smem<TILE>;
   // With a second buffer, Q of the next block of rows is fetched while this one is multiplied.
   constexpr bool Q_AHEAD = TILE.q_stages > 1;
+  const AttentionParams& p = params.attention;
   // A buffer that was never filled counts as released: the phase before the first has parity 1.
   Ring<TILE.q_stages> q_ring;
   Ring<TILE.num_stages> k_ring, v_ring;
   Ring<S::WORK_SLOTS> work_ring;
   auto publish = [&](const Work& work) {
     ptx::mbarrier_wait_parity(smem.empty_work + 8 * work_ring.stage(), work_ring.parity() ^ 1);
-    ptx::st_shared_v4(smem.work + work_ring.stage() * sizeof(Work),
+    ptx::st_shared_v4(smem.work + work_ring.stage() * S::WORK_BYTES,
                       make_int4(work.n_tiles, work.m_start, work.head, work.batch));
+    if constexpr (VARIANT.packed) {
+      const Sequence& s = work.sequence;
+      ptx::st_shared_v4(smem.sequences + work_ring.stage() * 16,
+                        make_int4(s.q_begin, s.k_begin, s.seqlen_q, s.seqlen_kv));
+    }
     ptx::mbarrier_arrive(smem.full_work + 8 * work_ring.stage());
     work_ring.next();
   };
-  int index = blockIdx.x;
+  int index = blockIdx.x, listed = 0, num_work = params.num_work;
+  if constexpr (VARIANT.packed) {
+    ptx::griddepcontrol_wait();  // for the list
+    listed = ptx::ld_global_cg_v4(params.schedule.counts).x;
+    num_work = listed * p.heads_q;
+  }
   auto draw = [&] {
+    if constexpr (VARIANT.packed) {
+      index = gridDim.x + atomicAdd(params.schedule.counts + 2, 1);
+      return;
+    }
     if (params.counter == nullptr) {
       index += gridDim.x;
       return;
@@ -37,9 +53,11 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     index = gridDim.x + atomicInc(params.counter, params.num_work - 1);
   };
   auto decode = [&] {
-    return index < params.num_work ? work_at<TILE, VARIANT>(params, index) : Work{NO_WORK, 0, 0, 0};
+    return index < num_work ? work_at<TILE, VARIANT>(params, index, listed)
+                            : Work{NO_WORK, 0, 0, 0, {}};
   };
   auto load_Q = [&](const Work& work) {
+    const Place place = q_place<VARIANT>(p, work.sequence, work.batch);
 #pragma unroll 1  // 24 registers are few
     for (int w = 0; w < TILE.consumers(); ++w) {
       const int buffer = q_ring.stage() * TILE.consumers() + w;
@@ -49,30 +67,32 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
 #pragma unroll 1
       for (int panel = 0; panel < S::PANELS; ++panel) {
         ptx::cp_async_bulk_tensor_4d_load(dst + panel * 8192, &params.q, full, panel * 64,
-                                          work.m_start + w * 64, work.head, work.batch);
+                                          place.shift + work.m_start + w * 64, work.head,
+                                          place.end);
       }
     }
     q_ring.next();
   };
   auto load = [&](const ptx::TensorMap* map, unsigned dst, unsigned full, unsigned empty,
-                  int head_kv, int batch, int n, Ring<TILE.num_stages>& ring) {
+                  int head_kv, const Place& place, int n, Ring<TILE.num_stages>& ring) {
     ptx::mbarrier_wait_parity(empty + 8 * ring.stage(), ring.parity() ^ 1);
     ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage(), S::KV_BYTES);
 #pragma unroll 1
     for (int panel = 0; panel < S::PANELS; ++panel) {
       ptx::cp_async_bulk_tensor_4d_load(
           dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
-          full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch);
+          full + 8 * ring.stage(), panel * 64, place.shift + n * TILE.block_n, head_kv, place.end);
     }
     ring.next();
   };
-  int head_kv = 0, batch = 0;
+  int head_kv = 0;
+  Place place{0, 0};
   int n_first = 0;  // tiles of a block of rows are counted from this one on
   auto load_K = [&](int n) {
-    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n, k_ring);
+    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, place, n_first + n, k_ring);
   };
   auto load_V = [&](int n) {
-    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n, v_ring);
+    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, place, n_first + n, v_ring);
   };
   // The last tile of V of a block of rows is fetched with the next one's first of K.
   auto v_owed = [&] { return v_ring.state != k_ring.state; };
@@ -88,10 +108,11 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
       work = decode();
       continue;
     }
-    work = read_work(smem, slot);  // rather than spill it
-    head_kv = params.group.divide(work.head), batch = work.batch;
+    work = read_work<VARIANT>(p, smem, slot);  // rather than spill it
+    head_kv = params.group.divide(work.head);
+    place = k_place<VARIANT>(p, work.sequence, work.batch);
     n_first =
-        VisibleKeys<VARIANT>{params.attention}.template first_tile<TILE.block_n>(work.m_start);
+        VisibleKeys<VARIANT>{p, work.sequence}.template first_tile<TILE.block_n>(work.m_start);
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones
     // have nothing else to do until then: K and V are fetched meanwhile.
     if (!TILE.serial && !q_ahead) load_Q(work);

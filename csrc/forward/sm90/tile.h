@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/schedule.h"
 #include "common/variant.h"
 #include "ptx/tensor_map.h"
 
@@ -39,9 +40,9 @@ struct Sm90Tile {
     return registers > 255 ? 255 : registers;
   }
   // What it needs without spills: more would cost the consumers some, where they are two. With a
-  // window it keeps the first tile of keys, too.
+  // window it keeps the first tile of keys, too, and packed ones where their sequence is.
   constexpr int producer_registers(Variant variant = {}) const {
-    return consumers() == 2 && q_stages == 1 && !variant.local ? 24 : 32;
+    return consumers() == 2 && q_stages == 1 && !variant.local && !variant.packed ? 24 : 32;
   }
   constexpr int consumer_registers(Variant variant = {}) const {
     const int left =
@@ -112,14 +113,17 @@ struct FastDivisor {
 struct Sm90Params {
   ptx::TensorMap q, k, v, o;
   AttentionParams attention;
-  float scale_log2, inverse_scale_log2;  // softmax_scale in units of log 2
-  float slack;   // by how much, in units of Q K^T, a row's maximum may lag behind
+  // In units of log 2, what scores are in units of: softmax_scale, or softcap (softmax.cuh).
+  float scale_log2, inverse_scale_log2;
+  float slack;   // by how much, in units of scores, a row's maximum may lag behind
   int num_work;  // blocks of rows over all heads and batches
   FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
   FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
   FastDivisor per_section;               // and their blocks
   unsigned*
-      counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+      counter;      // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+  float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
+  Schedule schedule;  // of packed kernels, which find num_work, m_blocks and a counter there
 };
 
 }  // namespace flashmoe

@@ -2,8 +2,7 @@
 // of shared memory, and the rings of buffers in it.
 #pragma once
 
-#include "common/params.h"
-#include "common/variant.h"
+#include "common/packed.cuh"
 #include "forward/sm90/tile.h"
 #include "ptx/ld_st.cuh"
 #include "ptx/tma.cuh"
@@ -11,9 +10,10 @@
 namespace flashmoe::sm90 {
 
 // One block of rows of one head, as the scheduler hands it to the producer and the consumers.
-struct alignas(16) Work {
+struct Work {
   int n_tiles;  // tiles of keys that its rows see; NO_WORK after the last block of rows
   int m_start, head, batch;
+  Sequence sequence;
 };
 constexpr int NO_WORK = -1;
 constexpr float NO_MAXIMUM = 3e38f;  // for minus the scaled maximum of a row without keys so far
@@ -24,7 +24,8 @@ constexpr float NO_MAXIMUM = 3e38f;  // for minus the scaled maximum of a row wi
 template <Variant VARIANT>
 struct VisibleKeys {
   const AttentionParams& p;
-  const int diagonal = p.seqlen_kv - p.seqlen_q;
+  const Sequence sequence;
+  const int diagonal = sequence.seqlen_kv - sequence.seqlen_q;
 
   // With a limit on the right: the last key that a row sees if there are so many, or below 0.
   __device__ __forceinline__ int last(int row) const {
@@ -33,9 +34,9 @@ struct VisibleKeys {
   // Of rows from first_row to last_row, that one too; a plain kernel's end may be below 0.
   __device__ __forceinline__ KeyRange operator()(int first_row, int last_row) const {
     if constexpr (VARIANT.local) {
-      return visible(p.mask, first_row, last_row + 1, p.seqlen_q, p.seqlen_kv);
+      return visible(p.mask, first_row, last_row + 1, sequence.seqlen_q, sequence.seqlen_kv);
     }
-    int end = p.seqlen_kv;
+    int end = sequence.seqlen_kv;
     if (p.is_causal) end = min(end, last(last_row) + 1);
     return {0, end};
   }
@@ -46,8 +47,9 @@ struct VisibleKeys {
   }
 };
 
+// Of a plain kernel.
 template <Sm90Tile TILE, Variant VARIANT>
-__device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
+__device__ __forceinline__ void place_dense(const Sm90Params& params, int index, Work& work) {
   const AttentionParams& p = params.attention;
   int batch_head, m_block;
   if (VARIANT.local ? !p.mask.is_full() : p.is_causal) {
@@ -64,11 +66,36 @@ __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
     batch_head = params.m_blocks.divide(index);
     m_block = index - batch_head * params.m_blocks.divisor;
   }
-  Work work;
   work.batch = params.heads_q.divide(batch_head);
   work.head = batch_head - work.batch * p.heads_q;
   work.m_start = m_block * TILE.block_m;
-  const KeyRange keys = VisibleKeys<VARIANT>{p}(work.m_start, work.m_start + TILE.block_m - 1);
+  work.sequence = whole_sequence(p);
+}
+
+// The block of rows of a number below num_work; packed kernels have `listed` of them for each head.
+template <Sm90Tile TILE, Variant VARIANT>
+__device__ __forceinline__ Work work_at(const Sm90Params& params, int index, int listed) {
+  const AttentionParams& p = params.attention;
+  Work work;
+  if constexpr (VARIANT.packed) {
+    // In sections of heads as well, each of which goes through the whole list; the longest blocks
+    // of a sequence first.
+    const int heads = params.section_heads.divisor;
+    const int section = index / (heads * listed), in_section = index - section * heads * listed;
+    const int rank = params.section_heads.divide(in_section);
+    const PackedBlock block = load_block(params.schedule.queries + rank);
+    work.sequence = block.sequence;
+    work.batch = block.batch;
+    work.head = section * heads + in_section - rank * heads;
+    work.m_start = block.start;
+    if (p.mask.right >= 0) {
+      work.m_start = (work.sequence.seqlen_q - 1) / TILE.block_m * TILE.block_m - block.start;
+    }
+  } else {
+    place_dense<TILE, VARIANT>(params, index, work);
+  }
+  const KeyRange keys =
+      VisibleKeys<VARIANT>{p, work.sequence}(work.m_start, work.m_start + TILE.block_m - 1);
   work.n_tiles = keys.end > keys.begin
                      ? (keys.end + TILE.block_n - 1) / TILE.block_n - keys.begin / TILE.block_n
                      : 0;
@@ -82,7 +109,11 @@ struct Smem {
   static constexpr int KV_BYTES = TILE.kv_bytes();
   // A block of rows that is multiplied, one that is fetched, and one more that has no keys.
   static constexpr int WORK_SLOTS = 3;
+  // A slot's Work is what is published of it: 16 bytes, and its sequence behind everything else,
+  // which packed kernels alone write.
+  static constexpr int WORK_BYTES = 16;
   unsigned Q, K, V, work, full_Q, empty_Q, full_K, empty_K, full_V, empty_V, full_work, empty_work;
+  unsigned sequences;
 
   __device__ __forceinline__ explicit Smem(unsigned base) {
     constexpr int C = TILE.consumers(), QS = TILE.q_stages, S = TILE.num_stages;
@@ -90,7 +121,7 @@ struct Smem {
     K = Q + C * QS * Q_BYTES;
     V = K + S * KV_BYTES;
     work = V + S * KV_BYTES;
-    full_Q = work + WORK_SLOTS * sizeof(Work);
+    full_Q = work + WORK_SLOTS * WORK_BYTES;
     empty_Q = full_Q + 8 * C * QS;
     full_K = empty_Q + 8 * C * QS;
     empty_K = full_K + 8 * S;
@@ -98,6 +129,9 @@ struct Smem {
     empty_V = full_V + 8 * S;
     full_work = empty_V + 8 * S;
     empty_work = full_work + 8 * WORK_SLOTS;
+    sequences = empty_work + 8 * WORK_SLOTS;
+    static_assert(WORK_SLOTS * 2 * WORK_BYTES + 16 * (C * QS + 2 * S + WORK_SLOTS) <= 512,
+                  "what is behind the buffers");
   }
 };
 
@@ -113,10 +147,19 @@ struct Ring {
   }
 };
 
-template <Sm90Tile TILE>
-__device__ __forceinline__ Work read_work(const Smem<TILE>& smem, int slot) {
-  const int4 x = ptx::ld_shared_v4(smem.work + slot * sizeof(Work));
+template <Variant VARIANT, Sm90Tile TILE>
+__device__ __forceinline__ Sequence read_sequence(const AttentionParams& p, const Smem<TILE>& smem,
+                                                  int slot) {
+  if constexpr (!VARIANT.packed) return whole_sequence(p);
+  const int4 x = ptx::ld_shared_v4(smem.sequences + slot * 16);
   return {x.x, x.y, x.z, x.w};
+}
+
+template <Variant VARIANT, Sm90Tile TILE>
+__device__ __forceinline__ Work read_work(const AttentionParams& p, const Smem<TILE>& smem,
+                                          int slot) {
+  const int4 x = ptx::ld_shared_v4(smem.work + slot * Smem<TILE>::WORK_BYTES);
+  return {x.x, x.y, x.z, x.w, read_sequence<VARIANT>(p, smem, slot)};
 }
 
 }  // namespace flashmoe::sm90
