@@ -14,7 +14,7 @@ import torch
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
-from flashmoe.spec.call import Call, Saved, Terms
+from flashmoe.spec.call import Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile, Variant
@@ -34,13 +34,21 @@ def run(
     k, v = (torch.randn(1, seqlen_kv, 2, head_dim, device=DEVICE).bfloat16() for _ in "kv")
     backward = tile.kernel == "sm90_bwd"
     terms = tuple(term for term in TERMS if term in variant.names)
-    forward = replace(Problem.of(q, k, mask), terms=terms)
+    layout = "packed" if variant.packed else "dense"
+    forward = replace(Problem.of(q, k, mask), terms=terms, layout=layout)
     problem = replace(forward, direction="bwd") if backward else forward
     if tile.violations(arch(DEVICE), problem):
         return False
     each = torch.full((4,), 0.5, device=DEVICE)
     slopes, sinks = (each if term in terms else None for term in ("alibi", "sink"))
     call = Call(q, k, v, 0.1, Terms(2.0 if variant.softcap else 0.0, slopes, sinks))
+    if variant.packed:  # two sequences, and a row behind them
+        q_ends, k_ends = (
+            torch.tensor([0, n // 2, n - 1], dtype=torch.int32, device=DEVICE)
+            for n in (seqlen_q, seqlen_kv)
+        )
+        lengths = Sequences(q_ends, k_ends, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_kv)
+        call = call._replace(q=q[0], k=k[0], v=v[0], sequences=lengths)
     if not backward:
         CUDA.bind(problem, tile)(call)
         return True

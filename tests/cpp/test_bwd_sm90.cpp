@@ -212,20 +212,20 @@ struct Instance {
     std::mt19937_64 random(seed);
     const DType dtype = random() % 2 ? DType::float16 : DType::bfloat16;
     const bool heads_first = random() % 2;
-    Tensor q(dtype, 1, x.total_q, x.heads_q, x.head_dim, 8, heads_first);
-    Tensor k(dtype, 1, x.total_k, x.heads_kv, x.head_dim, 8, heads_first);
-    Tensor v(dtype, 1, x.total_k, x.heads_kv, x.head_dim, 8, !heads_first);
-    Tensor out(dtype, 1, x.total_q, x.heads_q, x.head_dim, 8, heads_first);
-    Tensor dout(dtype, 1, x.total_q, x.heads_q, x.head_dim, 8, !heads_first);
-    Tensor dq(dtype, 1, x.total_q, x.heads_q, x.head_dim, 0, false);
-    Tensor dk(dtype, 1, x.total_k, x.heads_kv, x.head_dim, 0, false);
-    Tensor dv(dtype, 1, x.total_k, x.heads_kv, x.head_dim, 0, false);
+    Tensor q(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 8, heads_first);
+    Tensor k(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 8, heads_first);
+    Tensor v(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 8, !heads_first);
+    Tensor out(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 8, heads_first);
+    Tensor dout(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 8, !heads_first);
+    Tensor dq(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 0, false);
+    Tensor dk(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 0, false);
+    Tensor dv(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 0, false);
     for (Tensor* tensor : {&q, &dout}) fill_rows(*tensor, x, false, random);
     for (Tensor* tensor : {&k, &v}) fill_rows(*tensor, x, true, random);
     for (Tensor* tensor : {&dq, &dk, &dv})
       std::fill(tensor->bytes.begin(), tensor->bytes.end(), POISON);
-    const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
-    const size_t rows = static_cast<size_t>(x.heads_q) * x.total_q;
+    const float scale = 1 / std::sqrt(static_cast<float>(x.all.head_dim));
+    const size_t rows = static_cast<size_t>(x.all.heads_q) * x.total_q;
     std::vector<float> lse(rows, NAN), dlse(rows, NAN);
     const bool has_dlse = random() % 2;
     // The forward of each sequence; of one of them everything is NaN.
@@ -234,33 +234,35 @@ struct Instance {
     };
     std::vector<Expected> expected;
     const int poisoned = static_cast<int>(random() % (2u * static_cast<unsigned>(x.batch())));
-    std::vector<int> order(x.head_dim);
+    std::vector<int> order(x.all.head_dim);
     std::iota(order.begin(), order.end(), 0);
     std::normal_distribution<double> normal;
+    const RandomTerms terms(x.all, random);
     for (int b = 0; b < x.batch(); ++b) {
       OneSequence mine(x, b, q, k, v);
       const int seqlen_q = x.seqlen_q(b);
-      Tensor mine_out(dtype, 1, seqlen_q, x.heads_q, x.head_dim, 0, false);
-      Tensor mine_dout(dtype, 1, seqlen_q, x.heads_q, x.head_dim, 0, false);
+      Tensor mine_out(dtype, 1, seqlen_q, x.all.heads_q, x.all.head_dim, 0, false);
+      Tensor mine_dout(dtype, 1, seqlen_q, x.all.heads_q, x.all.head_dim, 0, false);
       copy_rows(dout, x.q_begin(b), mine_dout);
-      const auto forward = reference<double>(mine.q, mine.k, mine.v, scale, x.mask, order);
+      const auto forward =
+          reference<double>(mine.q, mine.k, mine.v, scale, x.all.mask, order, terms_of(terms, b));
       std::vector<float> mine_lse(forward.lse.begin(), forward.lse.end()), mine_dlse;
       for (size_t r = 0; r < mine_lse.size(); ++r) {
         const int i = static_cast<int>(r) % seqlen_q, h = static_cast<int>(r) / seqlen_q;
         mine_dlse.push_back(mine_lse[r] == -INFINITY ? NAN : static_cast<float>(normal(random)));
         const size_t at = static_cast<size_t>(h) * x.total_q + x.q_begin(b) + i;
         lse[at] = mine_lse[r], dlse[at] = mine_dlse[r];
-        for (int d = 0; d < x.head_dim; ++d) {
-          mine_out.set(0, i, h, d, forward.out[r * x.head_dim + d]);
-          out.set(0, x.q_begin(b) + i, h, d, forward.out[r * x.head_dim + d]);
+        for (int d = 0; d < x.all.head_dim; ++d) {
+          mine_out.set(0, i, h, d, forward.out[r * x.all.head_dim + d]);
+          out.set(0, x.q_begin(b) + i, h, d, forward.out[r * x.all.head_dim + d]);
         }
       }
       Gradients zero(forward.out.size(),
-                     static_cast<size_t>(x.seqlen_kv(b)) * x.heads_kv * x.head_dim);
+                     static_cast<size_t>(x.seqlen_kv(b)) * x.all.heads_kv * x.all.head_dim);
       expected.push_back({zero, zero});
       reference_gradients(mine.q, mine.k, mine.v, mine_out, mine_dout, mine_lse,
-                          has_dlse ? mine_dlse.data() : nullptr, scale, x.mask,
-                          expected.back().want, expected.back().allowed);
+                          has_dlse ? mine_dlse.data() : nullptr, scale, x.all.mask,
+                          terms_of(terms, b), expected.back().want, expected.back().allowed);
     }
     if (poisoned < x.batch()) {
       for (Tensor* tensor : {&q, &dout, &k, &v}) {
@@ -269,13 +271,15 @@ struct Instance {
         const int end = begin + (keys ? x.seqlen_kv(poisoned) : x.seqlen_q(poisoned));
         for (int s = begin; s < end; ++s)
           for (int h = 0; h < tensor->heads; ++h)
-            for (int d = 0; d < x.head_dim; ++d) tensor->set(0, s, h, d, NAN);
+            for (int d = 0; d < x.all.head_dim; ++d) tensor->set(0, s, h, d, NAN);
       }
     }
     const GuardedInts cu_seqlens_q(x.cu_seqlens_q), cu_seqlens_k(x.cu_seqlens_k);
     BackwardParams params{};
     params.attention = packed_params(x, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k,
-                                     forward_params(q, k, v, out, lse, scale, x.mask));
+                                     forward_params(q, k, v, out, lse, scale, x.all.mask));
+    params.attention.terms = terms.get();
+    params.attention.terms.sinks = nullptr;
     params.dout = dout.bytes.data();
     params.dlse = has_dlse ? dlse.data() : nullptr;
     params.do_row_stride = dout.row_stride, params.do_head_stride = dout.head_stride;
@@ -291,7 +295,8 @@ struct Instance {
                                   const std::vector<double>& want,
                                   const std::vector<double>& allowed) {
       if (!wrong.empty()) return;
-      Tensor mine(dtype, 1, keys ? x.seqlen_kv(b) : x.seqlen_q(b), got.heads, x.head_dim, 0, false);
+      Tensor mine(dtype, 1, keys ? x.seqlen_kv(b) : x.seqlen_q(b), got.heads, x.all.head_dim, 0,
+                  false);
       copy_rows(got, keys ? x.k_begin(b) : x.q_begin(b), mine);
       // Copied rows have no bytes outside them.
       wrong = compare_values(gradient, mine, want, allowed);
@@ -308,7 +313,7 @@ struct Instance {
       const int end = tensor == &dq ? x.cu_seqlens_q.back() : x.cu_seqlens_k.back();
       for (int s = end; s < tensor->seqlen && wrong.empty(); ++s)
         for (int h = 0; h < tensor->heads; ++h)
-          for (int d = 0; d < x.head_dim; ++d)
+          for (int d = 0; d < x.all.head_dim; ++d)
             if (tensor->get(0, s, h, d) != 0) wrong = "a row of no sequence has a gradient";
     }
     const auto again = [&] { return launch(params, dtype, workspace, random); };
@@ -323,8 +328,8 @@ struct Instance {
   bool check(const Problem& x, uint64_t seed) const {
     std::mt19937_64 random(seed);
     if (variant.packed) {
-      const PackedProblem packed = random_packed_problem(tile.head_dim, tile.block_m, tile.block_n,
-                                                         variant.local, false, random);
+      const PackedProblem packed =
+          random_packed_problem(tile.head_dim, tile.block_m, tile.block_n, may(), false, random);
       return check_packed(packed, random());
     }
     const DType dtype = random() % 2 ? DType::float16 : DType::bfloat16;
@@ -414,9 +419,10 @@ Instance instance(const char* name) {
 constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true},
     SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
     ALL{.local = true, .deterministic = true, .softcap = true, .alibi = true};
-constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true};
 constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true};
-constexpr Variant DETERMINISTIC_PACKED{.deterministic = true, .packed = true};
+constexpr Variant DETERMINISTIC_PACKED{.deterministic = true, .packed = true},
+    ALL_PACKED{
+        .local = true, .deterministic = true, .softcap = true, .alibi = true, .packed = true};
 
 // head_dim, block_m, block_n, q_stages, do_stages, ds_stages, late_dq
 const Instance INSTANCES[] = {
@@ -453,6 +459,7 @@ const Instance INSTANCES[] = {
         "128:64x128-q2-do1-ds2-late-local-packed"),
     instance<{128, 64, 128, 2, 1, 2, true}, DETERMINISTIC_PACKED>(
         "128:64x128-q2-do1-ds2-late-det-packed"),
+    instance<{64, 128, 128, 2, 2, 2, false}, ALL_PACKED>("64:128x128-q2-do2-ds2-all-packed"),
 };
 
 }  // namespace
