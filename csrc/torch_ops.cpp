@@ -136,7 +136,7 @@ int32_t dtype_code(const Tensor& x) {
 }
 
 // Uninitialized and contiguous, shaped like x, of 3 or 4 dimensions.
-Tensor empty_like(const Tensor& x) {
+Tensor empty_contiguous_like(const Tensor& x) {
   const auto sizes = x.sizes();
   if (x.dim() == 3) {
     return empty_contiguous<3>({sizes[0], sizes[1], sizes[2]}, dtype_code(x), x);
@@ -339,7 +339,7 @@ Tensor fetchable(const Tensor& x) {
     aligned = aligned && (sizes[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0));
   }
   if (aligned) return x;
-  Tensor copy = empty_like(x);
+  Tensor copy = empty_contiguous_like(x);
   return torch::stable::copy_(copy, x);
 }
 
@@ -444,12 +444,13 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
     const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
     double softmax_scale, int64_t window_left, int64_t window_right, int64_t handle, double softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   const std::optional<Tensor> none;
-  const Options options{softcap, alibi_slopes, none, cu_seqlens_q, cu_seqlens_k, none,
+  const Options options{softcap, alibi_slopes, none, cu_seqlens_q, cu_seqlens_k, seqused_k,
                         none,    none,         none, max_seqlen_q, max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
@@ -481,7 +482,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
 
   const Tensor q = fetchable(q_in), k = fetchable(k_in), v = fetchable(v_in);
   const Tensor out = fetchable(out_in), dout = fetchable(dout_in);
-  Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(k);
+  Tensor dq = empty_contiguous_like(q), dk = empty_contiguous_like(k),
+         dv = empty_contiguous_like(k);
   BackwardParams params{};
   params.attention = describe(q, k, v, window_left, window_right, options);
   params.attention.softmax_scale = static_cast<float>(softmax_scale);
@@ -505,6 +507,11 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
     torch::stable::zero_(dk);
     torch::stable::zero_(dv);
   } else {
+    if (seqused_k) {
+      // Keys that are not used have no gradient, and no block of keys.
+      torch::stable::zero_(dk);
+      torch::stable::zero_(dv);
+    }
     const Tensor workspace =
         empty_workspace(sm90_backward::workspace_bytes(kernel->tile, params.attention), q);
     const cudaError_t error = launch_backward(*kernel, params, dtype, device,
@@ -575,8 +582,8 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
       "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, "
-      "Tensor? cu_seqlens_k=None, int max_seqlen_q=0, int max_seqlen_k=0) "
-      "-> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, int max_seqlen_q=0, "
+      "int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op)); }
