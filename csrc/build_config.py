@@ -324,7 +324,7 @@ def _sm90_bwd_source(instance: Instance) -> str:
     return "\n".join([*lines, "};", "", "}  // namespace flashmoe", ""])
 
 
-def _decode_source(instance: Instance, is_default: bool) -> str:
+def _decode_source(instance: Instance) -> str:
     tile = _decode_tile(instance)
     lines = [
         '#include "decode/launch.cuh"',

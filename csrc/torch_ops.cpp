@@ -354,7 +354,9 @@ Tensor with_aligned_rows(const Tensor& x) {
   const auto strides = x.strides();
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[x.dim() - 1] == 1;
   for (int i = 0; i < x.dim() - 1; ++i) aligned = aligned && strides[i] % 8 == 0;
-  return aligned ? x : torch::stable::clone(torch::stable::contiguous(x));
+  if (aligned) return x;
+  const Tensor copy = torch::stable::contiguous(x);  // or x itself
+  return copy.data_ptr() == x.data_ptr() ? torch::stable::clone(x) : copy;
 }
 
 std::tuple<Tensor, Tensor> decode_cuda_op(

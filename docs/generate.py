@@ -42,9 +42,9 @@ def features() -> str:
     lines = [
         "# Features",
         "",
-        f"Every backend below computes {', '.join(DTYPE_BYTES)} (`cuda`, `decode`: the 16-bit ones), "
-        f"head_dim a multiple of 8 up to {MAX_HEAD_DIM}, full and causal attention of any two "
-        "lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with its gradient. "
+        f"Every backend below computes {', '.join(DTYPE_BYTES)} (`cuda` and `decode`: the 16-bit "
+        f"ones), head_dim a multiple of 8 up to {MAX_HEAD_DIM}, full and causal attention of any "
+        "two lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with its gradient. "
         "`backend=` names one; without it the fastest that can is taken.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in backends)} | flash-attn | SDPA |",

@@ -1,147 +1,325 @@
-"""Calls with terms and lengths, and the judgement of their results: what several tests share."""
+"""What tests of terms and sequences share: random calls whose tensors are NaN where nothing may be
+read, and the judgement of what comes back."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
-from support import DEVICE
+from support import DEVICE, LAYOUTS, guarded
 from torch import Tensor
 
-from flashmoe.measure.reference import error_bound, sequences_reference
-from flashmoe.spec.call import NO_TERMS, Call, Sequences, Terms
+from flashmoe.backends import BACKENDS
+from flashmoe.machine.device import arch
+from flashmoe.measure.reference import error_bound, rows_of_keys, sequences_reference
+from flashmoe.spec.call import DENSE, Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import FULL, Mask
+from flashmoe.spec.problem import TERMS, Problem
+from flashmoe.spec.sequence import sequences_of
+from flashmoe.tiles import Tile
 
-# Sequences of packed batches: empty, of one token, and of more than a kernel's block.
-lengths = st.one_of(st.integers(0, 3), st.integers(0, 40), st.integers(60, 100))
-masks = st.one_of(
-    st.sampled_from([Mask(), Mask(right=0)]),
-    st.builds(Mask, st.integers(-1, 30), st.integers(-1, 30)),
-)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+def backends_for(problem: Problem) -> list[tuple[str, Tile | None]]:
+    """What computes `problem` on this machine, with its default tile. Interpreted, Triton takes
+    seconds for what others do in milliseconds."""
+    here = arch(DEVICE)
+    return [
+        (name, backend.default_tile(problem, here))
+        for name, backend in BACKENDS.items()
+        if not (name == "triton" and DEVICE.type == "cpu")
+        and not (backend.unavailable(DEVICE) or backend.unsupported(problem, here))
+    ]
 
 
-def cumulative(lengths: list[int]) -> Tensor:
-    """(batch + 1,)"""
-    return int32([sum(lengths[:i]) for i in range(len(lengths) + 1)])
+def check_forward(call: Call, mask: Mask) -> None:
+    problem = problem_of(call, mask)
+    for name, tile in backends_for(problem):
+        assert_forward_matches(*BACKENDS[name].bind(problem, tile)(call), call, mask)
 
 
-def random_terms(names: tuple[str, ...], heads: int, batch: int | None = None) -> Terms:
-    """Those of `names`; slopes by sequence, too, with a batch."""
-    slopes = torch.rand(heads if batch is None else (batch, heads), device=DEVICE)
-    return Terms(
-        3.0 if "softcap" in names else 0.0,
-        slopes if "alibi" in names else None,
-        torch.randn(heads, device=DEVICE) * 2 if "sink" in names else None,
+def check_backward(call: Call, saved: Saved, mask: Mask) -> None:
+    problem = problem_of(call, mask, "bwd")
+    for name, tile in backends_for(problem):
+        gradients = BACKENDS[name].bind_backward(problem, tile)(call, saved)
+        assert_backward_matches(gradients, call, saved, mask)
+
+
+def int32(values: Sequence[int] | Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def problem_of(call: Call, mask: Mask, direction: str = "fwd") -> Problem:
+    q, k, _, _, terms, s = call
+    layout = "dense"
+    if s.cu_seqlens_k is not None:
+        layout = "packed"
+    elif any(x is not None for x in s[:6]):
+        layout = "cache" if s.block_table is None else "paged"
+    has = {
+        "softcap": terms.softcap,
+        "alibi": terms.alibi_slopes is not None,
+        "sink": terms.sinks is not None,
+    }
+    packed_q = s.cu_seqlens_q is not None
+    pages = 1 if s.block_table is None else s.block_table.shape[1]
+    return Problem(
+        batch=len(s.cu_seqlens_q) - 1 if packed_q else len(q),
+        heads_q=q.shape[-2],
+        heads_kv=k.shape[-2],
+        seqlen_q=s.max_seqlen_q if packed_q else q.shape[1],
+        seqlen_kv=k.shape[1] * pages if s.cu_seqlens_k is None else s.max_seqlen_k,
+        head_dim=q.shape[-1],
+        dtype=str(q.dtype).removeprefix("torch."),
+        mask=mask,
+        direction=direction,
+        terms=tuple(name for name in has if has[name]),
+        layout=layout,
     )
 
 
-def keywords(terms: Terms) -> dict[str, Any]:
-    """The terms as our functions take them."""
-    return terms._asdict()
+def masks() -> st.SearchStrategy[Mask]:
+    narrow, wide = st.integers(-1, 8), st.integers(-1, 80)
+    limits = st.one_of(narrow, wide)
+    return st.one_of(
+        st.just(FULL), st.builds(Mask, st.just(-1), st.just(0)), st.builds(Mask, limits, limits)
+    )
 
 
-def assert_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Mask = FULL) -> None:
-    """Error at most twice that of the same-dtype PyTorch computation, plus rounding; what is in no
-    sequence, and rows that see nothing, exactly 0."""
+@st.composite
+def terms(draw: st.DrawFn, batch: int, heads: int, least: int) -> Terms:
+    """At least so many of the three."""
+    chosen = draw(st.sets(st.sampled_from(TERMS), min_size=least))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = draw(st.sampled_from([(heads,), (batch, heads)]))
+    slopes = torch.rand(shape, generator=generator).to(DEVICE)
+    sinks = 3 * torch.randn(heads, generator=generator).to(DEVICE)
+    return Terms(
+        draw(st.sampled_from([0.5, 20.0])) if "softcap" in chosen else 0.0,
+        slopes if "alibi" in chosen else None,
+        sinks if "sink" in chosen else None,
+    )
+
+
+class Drawn:
+    """Heads, dtype, strides and values of a call's tensors."""
+
+    def __init__(self, draw: st.DrawFn, max_head_dim: int = 72) -> None:
+        self.draw = draw
+        self.dtype = draw(st.sampled_from(DTYPES))
+        self.heads_kv = draw(st.integers(1, 2))
+        self.heads_q = self.heads_kv * draw(st.integers(1, 3))
+        self.head_dim = 8 * draw(st.integers(1, max_head_dim // 8))
+        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor(self, batch: int, rows: int, heads: int) -> Tensor:
+        layout = self.draw(st.sampled_from(LAYOUTS))
+        shape = (batch, rows, heads, self.head_dim)
+        return guarded(shape, self.dtype, layout, DEVICE, self.generator)
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, batch: int) -> Call:
+        """With terms, and NaN in every row that is in no sequence."""
+        scale = self.draw(st.sampled_from([self.head_dim**-0.5, 1.5]))
+        least = 1 if sequences is DENSE else 0  # something that plain kernels do not have
+        call = Call(q, k, v, scale, self.draw(terms(batch, self.heads_q, least)), sequences)
+        used_q, used_k = used_rows(call)
+        for x, used in ((q, used_q), (k, used_k), (v, used_k)):
+            x.masked_fill_(~used[..., None, None], torch.nan)
+        return call
+
+
+def lengths() -> st.SearchStrategy[int]:
+    return st.one_of(st.integers(0, 1), st.integers(2, 9), st.integers(10, 70))
+
+
+@st.composite
+def dense_calls(draw: st.DrawFn) -> Call:
+    drawn, batch = Drawn(draw), draw(st.integers(1, 2))
+    q = drawn.tensor(batch, draw(lengths()), drawn.heads_q)
+    seqlen_kv = draw(lengths())
+    k, v = (drawn.tensor(batch, seqlen_kv, drawn.heads_kv) for _ in "kv")
+    return drawn.call(q, k, v, DENSE, batch)
+
+
+@st.composite
+def packed_queries(draw: st.DrawFn, drawn: Drawn, batch: int) -> tuple[Tensor, Sequences]:
+    """With rows in front of the first sequence and behind the last that are in none."""
+    lens = draw(st.lists(lengths(), min_size=batch, max_size=batch))
+    cu_seqlens = torch.tensor([draw(st.integers(0, 3)), *lens]).cumsum(0)
+    q = drawn.tensor(1, int(cu_seqlens[-1]) + draw(st.integers(0, 3)), drawn.heads_q)[0]
+    longest = max(lens) + draw(st.integers(0, 5))
+    return q, Sequences(cu_seqlens_q=int32(cu_seqlens), max_seqlen_q=longest)
+
+
+@st.composite
+def packed_calls(draw: st.DrawFn) -> Call:
+    """Some with keys that are not used behind those of each sequence."""
+    drawn, batch = Drawn(draw), draw(st.integers(1, 4))
+    q, sequences = draw(packed_queries(drawn, batch))
+    lens = draw(st.lists(lengths(), min_size=batch, max_size=batch))
+    cu_seqlens = torch.tensor([draw(st.integers(0, 3)), *lens]).cumsum(0)
+    total = int(cu_seqlens[-1]) + draw(st.integers(0, 3))
+    k, v = (drawn.tensor(1, total, drawn.heads_kv)[0] for _ in "kv")
+    sequences = sequences._replace(cu_seqlens_k=int32(cu_seqlens), max_seqlen_k=max(lens))
+    if draw(st.booleans()):
+        used = [draw(st.integers(0, length)) for length in lens]
+        sequences = sequences._replace(seqused_k=int32(used))
+    return drawn.call(q, k, v, sequences, batch)
+
+
+@st.composite
+def cached_calls(draw: st.DrawFn) -> Call:
+    """Keys in a cache, dense or in pages of any order, some left padded; q dense or packed."""
+    drawn, batch = Drawn(draw), draw(st.integers(1, 4))
+    if draw(st.booleans()):
+        q, sequences = draw(packed_queries(drawn, batch))
+    else:
+        seqlen_q = draw(st.one_of(st.just(1), st.integers(1, 20)))
+        q, sequences = drawn.tensor(batch, seqlen_q, drawn.heads_q), DENSE
+    batches, page_size, capacity = batch + draw(st.integers(0, 2)), draw(lengths()), 70
+    if draw(st.booleans()):
+        page_size = max(page_size, 1)
+        pages = -(-capacity // page_size)
+        shape, capacity = (pages * batch + 2, page_size), pages * page_size
+        table = torch.randperm(shape[0], generator=drawn.generator)[: pages * batch]
+        sequences = sequences._replace(block_table=int32(table.reshape(batch, pages)))
+    else:
+        shape = (batches, capacity)
+        index = torch.randperm(batches, generator=drawn.generator)[:batch]
+        sequences = sequences._replace(cache_batch_idx=int32(index))
+    k, v = (drawn.tensor(*shape, drawn.heads_kv) for _ in "kv")
+    used = [min(draw(lengths()), capacity) for _ in range(batch)]
+    sequences = sequences._replace(seqused_k=int32(used))
+    if draw(st.booleans()):
+        padding = [draw(st.integers(0, length)) for length in used]
+        sequences = sequences._replace(leftpad_k=int32(padding))
+    call = drawn.call(q, k, v, sequences, batch)
+    if sequences.block_table is not None:
+        # What a table holds behind the pages in use is no page.
+        column = torch.arange(sequences.block_table.shape[1], device=DEVICE)
+        unused = column >= -(-int32(used) // page_size).unsqueeze(1)
+        sequences.block_table.masked_fill_(unused, draw(st.sampled_from([-1, 2**31 - 1])))
+    return call
+
+
+def used_rows(call: Call) -> tuple[Tensor, Tensor]:
+    """Which rows of q, and of k and v, are in a sequence."""
+    used_q, used_k = (torch.zeros(x.shape[:-2], dtype=torch.bool, device=DEVICE) for x in call[:2])
+    for index, sequence in enumerate(sequences_of(call)):
+        rows = used_q if call.sequences.cu_seqlens_q is not None else used_q[index]
+        rows[sequence.q_begin : sequence.q_begin + sequence.seqlen_q] = True
+        used_k.view(-1)[rows_of_keys(call, index, sequence)] = True
+    return used_q, used_k
+
+
+def assert_forward_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Mask) -> None:
+    """tests/support.py's rule for any call: at most twice the error of the same-dtype computation,
+    plus rounding: of the result, and in float32, which is all that kernels compute scores in, of
+    the largest score. Rows that see nothing are exactly 0."""
     expected, expected_lse = sequences_reference(call, mask)
-    assert (out.shape, out.dtype) == (call.q.shape, call.q.dtype)
-    assert out.is_contiguous()
-    if lse is not None:
-        assert lse.dtype == torch.float32
-        torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
-    if not out.numel():
-        return
+    assert out.shape == call.q.shape
+    assert out.dtype == call.q.dtype
+    assert lse is not None
+    assert lse.shape == expected_lse.shape
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
     assert not out[expected == 0].any()
-    error = (out.double() - expected).abs().max().item()
-    same_error = max((x.double() - expected).abs().max().item() for x in _same_dtype(call, mask))
-    bound = error_bound(out.dtype, same_error, max(1.0, expected.abs().max().item()))
+    error = _largest(out.double() - expected)
+    tried = [sequences_reference(_shuffled(call, x), mask, out.dtype)[0] for x in _orders(call)]
+    same = max(_largest(x.double() - expected) for x in tried)
+    scale = max(1.0, _largest(expected))
+    bound = error_bound(out.dtype, same, scale)
+    bound += torch.finfo(torch.float32).eps * scale * _largest_score(call)
     assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
 
 
-def _same_dtype(call: Call, mask: Mask) -> list[Tensor]:
-    """out as PyTorch computes it in q's dtype, with head_dim in some orders: what rounding does."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(2):
-        order = torch.randperm(call.q.shape[-1], generator=generator).to(call.q.device)
-        other = call._replace(q=call.q[..., order], k=call.k[..., order])
-        found.append(sequences_reference(other, mask, call.q.dtype)[0])
-    return found
-
-
-def assert_gradients(
-    actual: tuple[Tensor, ...], douts: tuple[Tensor, Tensor], call: Call, mask: Mask = FULL
+def assert_backward_matches(
+    actual: tuple[Tensor, Tensor, Tensor], call: Call, saved: Saved, mask: Mask
 ) -> None:
-    """Of q, k, v and, where there are any, sinks: by the same rule, against autograd through the
-    reference. douts are the gradients of out and softmax_lse."""
-
-    def gradients(signs: Tensor | int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in call[:3]]
-        terms = call.terms
-        if terms.sinks is not None:
-            sinks = terms.sinks.detach().to(torch.promote_types(dtype, torch.float32))
-            terms = terms._replace(sinks=sinks.requires_grad_())
-            leaves.append(terms.sinks)
-        out, lse = sequences_reference(
-            call._replace(q=leaves[0], k=leaves[1], v=leaves[2], terms=terms), mask, dtype
-        )
-        # What no row sees has a softmax_lse of -inf, and no gradient.
-        dlse = douts[1].to(dtype).masked_fill(lse == -torch.inf, 0.0)
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        total = (out * (douts[0] * signs).to(dtype)).sum() + (lse * dlse).sum()
-        found = torch.autograd.grad(total, leaves, allow_unused=True)
-        return tuple(
-            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)
-        )
-
-    generator = torch.Generator().manual_seed(0)
-    shape = douts[0].shape[:-1]
-    signs = torch.randint(0, 2, shape, generator=generator).to(DEVICE) * 2 - 1
-    tried = []
-    for sign in (1, signs.unsqueeze(-1)):
-        pairs = zip(gradients(sign, call.q.dtype), gradients(sign, torch.float64), strict=True)
-        tried.append([_distance(same, exact) for same, exact in pairs])
-    names = ("dq", "dk", "dv", "dsinks")
-    expected = gradients(1, torch.float64)
-    for name, x, exact, same_error in zip(
-        names, actual, expected, map(max, zip(*tried, strict=True)), strict=False
+    """The same for dq, dk and dv; float32 may round the terms of a sum in any order."""
+    exact = _reference_gradients(call, saved, mask, torch.float64, _orders(call)[0])
+    tried = [_reference_gradients(call, saved, mask, call.q.dtype, x) for x in _orders(call)]
+    sums = _sums_of_magnitudes(call, saved, mask)
+    for name, x, expected, of_terms, *same in zip(
+        ("dq", "dk", "dv"), actual, exact, sums, *tried, strict=True
     ):
-        assert x.shape == exact.shape
-        if not x.numel():
-            continue
-        # Of q's dtype for sinks, too: their gradient is computed from out, which was rounded to it.
-        bound = error_bound(call.q.dtype, same_error, max(1.0, exact.abs().max().item()))
-        # float32 sums, whose order is anybody's choice.
-        bound += 16 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
-        error = _distance(x, exact)
+        assert x.shape == expected.shape
+        assert x.dtype == call.q.dtype
+        assert x.is_contiguous()
+        error = _largest(x.double() - expected)
+        same_error = max(_largest(y.double() - expected) for y in same)
+        bound = error_bound(x.dtype, same_error, max(1.0, _largest(expected)))
+        bound += torch.finfo(torch.float32).eps * of_terms
         assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
 
 
-def _distance(x: Tensor, exact: Tensor) -> float:
-    return (x.double() - exact).abs().max().item() if x.numel() else 0.0
+@st.composite
+def saved(draw: st.DrawFn, call: Call, mask: Mask) -> Saved:
+    """What a forward leaves, random gradients of out and, in some cases, of softmax_lse; NaN where
+    rows are in no sequence."""
+    out, lse = sequences_reference(call, mask)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dout, dlse = (torch.randn(x.shape, generator=generator).to(DEVICE) for x in (out, lse))
+    unused = ~used_rows(call)[0]
+    dout.masked_fill_(unused[..., None, None], torch.nan)
+    dlse.masked_fill_(lse == -torch.inf, 0.0)
+    of_forward = out.to(call.q.dtype), lse.float()
+    return Saved(dout.to(call.q.dtype), *of_forward, dlse if draw(st.booleans()) else None)
 
 
-def dense_call(q: Tensor, k: Tensor, v: Tensor, terms: Terms = NO_TERMS) -> Call:
-    return Call(q, k, v, float(q.shape[-1] ** -0.5), terms)
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
 
-def packed_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths_q: list[int],
-    lengths_k: list[int],
-    terms: Terms = NO_TERMS,
-    seqused_k: Tensor | None = None,
-) -> Call:
-    sequences = Sequences(
-        *(cumulative(lengths_q), cumulative(lengths_k), seqused_k),
-        max_seqlen_q=max(lengths_q, default=0),
-        max_seqlen_k=max(lengths_k, default=0),
+def _largest_score(call: Call) -> float:
+    """At least that of any query and key, before ALiBi."""
+    q, k = (_largest(x.double().nan_to_num().norm(dim=-1)) for x in call[:2])
+    return min(q * k * call.softmax_scale, call.terms.softcap or torch.inf)
+
+
+def _orders(call: Call) -> list[Tensor]:
+    """Orders in which head_dim may be added up: one computation's rounding may be lucky."""
+    generator = torch.Generator().manual_seed(0)
+    count = 4 if call.q.numel() < 1 << 15 else 2
+    return [torch.randperm(call.q.shape[-1], generator=generator).to(DEVICE) for _ in range(count)]
+
+
+def _shuffled(call: Call, order: Tensor) -> Call:
+    return call._replace(q=call.q[..., order], k=call.k[..., order])
+
+
+def _reference_gradients(
+    call: Call, saved: Saved, mask: Mask, dtype: torch.dtype, order: Tensor
+) -> tuple[Tensor, ...]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in call[:3]]
+    out, lse = sequences_reference(_shuffled(Call(*leaves, *call[3:]), order), mask, dtype)
+    used = used_rows(call)[0][..., None, None]
+    of_out = (out * saved.dout.to(dtype).masked_fill(~used, 0.0)).sum()
+    if saved.dlse is not None:
+        of_out = of_out + (lse * saved.dlse.to(dtype)).masked_fill(saved.dlse == 0, 0.0).sum()
+    return torch.autograd.grad(of_out, leaves, allow_unused=True, materialize_grads=True)
+
+
+def _sums_of_magnitudes(call: Call, saved: Saved, mask: Mask) -> list[float]:
+    """The largest sum of magnitudes of the terms of dq, dk and dv, of all sequences at once: with
+    one-hot values the reference's out is P, whose columns are the rows of k."""
+    q, k, v, dout = (
+        x.double().nan_to_num().flatten(0, -3).transpose(0, 1) for x in (*call[:3], saved.dout)
     )
-    return Call(q, k, v, float(q.shape[-1] ** -0.5), terms, sequences)
+    one_hot = torch.eye(k.shape[1], dtype=torch.float64, device=DEVICE)
+    one_hot = one_hot.reshape(*call.k.shape[:-2], 1, k.shape[1]).expand(
+        *call.k.shape[:-1], k.shape[1]
+    )
+    p = sequences_reference(call._replace(v=one_hot), mask)[0].flatten(0, -3).transpose(0, 1)
+    group = q.shape[0] // k.shape[0]
+    k, v = (x.abs().repeat_interleave(group, dim=0) for x in (k, v))
+    ds = p * (dout.abs() @ v.transpose(-1, -2))
+    if saved.dlse is not None:
+        dlse = saved.dlse.double().abs()
+        ds = ds + p * (dlse if dlse.dim() == 2 else dlse.transpose(0, 1).flatten(1)).unsqueeze(-1)
+    ds = ds * call.softmax_scale
+    dk, dv = ds.transpose(-1, -2) @ q.abs(), p.transpose(-1, -2) @ dout.abs()
+    grouped = (x.unflatten(0, (-1, group)).sum(1) for x in (dk, dv))
+    return [_largest(x) for x in (ds @ k, *grouped)]

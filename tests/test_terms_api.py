@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import assert_gradients, assert_matches, dense_call, keywords, masks, random_terms
+from api_calls import assert_gradients, assert_matches, dense_call, keywords, masks, random_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DEVICE

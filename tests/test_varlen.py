@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from calls import (
+from api_calls import (
     assert_gradients,
     assert_matches,
     cumulative,

@@ -9,9 +9,20 @@
 
 namespace flashmoe {
 
-// Of a plain kernel: all that it is given.
-__device__ __forceinline__ Sequence whole_sequence(const AttentionParams& p) {
-  return {0, 0, p.seqlen_q, p.seqlen_kv};
+// A sequence's lengths. Plain kernels read their parameters where they need them, and no Sequence:
+// ptxas makes something else of values that were read before.
+template <Variant VARIANT>
+__device__ __forceinline__ int seqlen_q(const AttentionParams& p, const Sequence& s) {
+  return VARIANT.packed ? s.seqlen_q : p.seqlen_q;
+}
+template <Variant VARIANT>
+__device__ __forceinline__ int seqlen_kv(const AttentionParams& p, const Sequence& s) {
+  return VARIANT.packed ? s.seqlen_kv : p.seqlen_kv;
+}
+// Its first rows in packed tensors, in elements.
+template <Variant VARIANT>
+__device__ __forceinline__ long long offset(int begin, long long row_stride) {
+  return VARIANT.packed ? begin * row_stride : 0;
 }
 
 __device__ __forceinline__ PackedBlock load_block(const PackedBlock* block) {
@@ -21,19 +32,19 @@ __device__ __forceinline__ PackedBlock load_block(const PackedBlock* block) {
 }
 
 // Coordinates of the TMA: row i of a sequence is row `shift` + i of `end`. In packed tensors rows
-// are shifted so that the tensor's last one is the sequence's: the TMA neither reads nor writes past
-// it (sm90_launch.h, packed_view). In dense ones `end` is the batch.
+// are shifted so that the tensor's last one is the sequence's: the TMA neither reads nor writes
+// past it (sm90_launch.h, packed_view). Dense ones have the row and the batch itself.
 struct Place {
   int shift, end;
 };
 template <Variant VARIANT>
-__device__ __forceinline__ Place q_place(const AttentionParams& p, const Sequence& s, int batch) {
-  if constexpr (!VARIANT.packed) return {0, batch};
+__device__ __forceinline__ Place q_place(const AttentionParams& p, const Sequence& s) {
+  if constexpr (!VARIANT.packed) return {};
   return {p.sequences.total_q - s.seqlen_q, s.q_begin + s.seqlen_q};
 }
 template <Variant VARIANT>
-__device__ __forceinline__ Place k_place(const AttentionParams& p, const Sequence& s, int batch) {
-  if constexpr (!VARIANT.packed) return {0, batch};
+__device__ __forceinline__ Place k_place(const AttentionParams& p, const Sequence& s) {
+  if constexpr (!VARIANT.packed) return {};
   return {p.sequences.total_k - s.seqlen_kv, s.k_begin + s.seqlen_kv};
 }
 

@@ -52,8 +52,8 @@ __device__ __forceinline__ void write_blocks(PackedBlock* list, int room, Packed
                                              int first, int count, int block_rows) {
   const int lane = threadIdx.x % 32;
   const int begin = __shfl_sync(0xffffffff, first, 0);
-  const int end = min(add(__shfl_sync(0xffffffff, first, 31), __shfl_sync(0xffffffff, count, 31)),
-                      room);
+  const int end =
+      min(add(__shfl_sync(0xffffffff, first, 31), __shfl_sync(0xffffffff, count, 31)), room);
   for (int base = begin; base < end; base += 32) {
     const int index = base + lane;
     int owner = 0;  // the last lane that does not begin behind it

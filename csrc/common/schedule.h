@@ -15,13 +15,13 @@ struct alignas(16) PackedBlock {
   int unused;
 };
 
-// In device memory. Each sequence's blocks stand together, from its first row on, and longer sequences
-// come first.
+// In device memory. Each sequence's blocks stand together, from its first row on, and longer
+// sequences come first.
 struct Schedule {
-  PackedBlock* sequences;        // [batch], scratch
-  PackedBlock *queries, *keys;   // keys: null where nobody asks for them
-  int* counts;                   // [4]: of blocks of queries, of keys; 0, to draw work from; unused
-  int room_queries, room_keys;   // upper bounds of the counts
+  PackedBlock* sequences;       // [batch], scratch
+  PackedBlock *queries, *keys;  // keys: null where nobody asks for them
+  int* counts;                  // [4]: of blocks of queries, of keys; 0, to draw work from; unused
+  int room_queries, room_keys;  // upper bounds of the counts
   int block_queries, block_keys;  // rows of a block
 };
 

@@ -92,8 +92,7 @@ Schedule plan_schedule(const AttentionParams& p, int block_queries, int block_ke
   schedule.block_queries = block_queries, schedule.block_keys = block_keys;
   schedule.room_queries =
       static_cast<int>(packed_blocks(s.total_q, p.batch, p.seqlen_q, block_queries));
-  schedule.room_keys =
-      static_cast<int>(packed_blocks(s.total_k, p.batch, p.seqlen_kv, block_keys));
+  schedule.room_keys = static_cast<int>(packed_blocks(s.total_k, p.batch, p.seqlen_kv, block_keys));
   schedule.counts = static_cast<int*>(memory);
   schedule.sequences = reinterpret_cast<PackedBlock*>(schedule.counts + 4);
   schedule.queries = schedule.sequences + p.batch;

@@ -19,8 +19,9 @@ struct TensorView {
 
 // A packed tensor (total, heads, head_dim), whose batches are its rows once more, and whose base
 // lies `total` rows before: row i of a sequence that begins at `begin` and has `rows` is row
-// total - rows + i of "batch" begin + rows. So the bounds of the second dimension cut the sequence's
-// end, and boxes of it neither read nor write what follows. (As in quack and Triton's ragged_tma.)
+// total - rows + i of "batch" begin + rows. So the bounds of the second dimension cut the
+// sequence's end, and boxes of it neither read nor write what follows. (As in quack and Triton's
+// ragged_tma.)
 inline TensorView packed_view(const void* data, long long row_stride, long long head_stride,
                               int total, int heads, int head_dim) {
   if (total == 1) row_stride = 8;  // of a single row it may be anything
@@ -73,8 +74,8 @@ struct Device {
 };
 const Device& device_properties(int device);
 
-// A Schedule of p's packed batch in `memory`, by blocks of so many queries and keys (0: these are not
-// listed); and the bytes that it takes there, a multiple of 16.
+// A Schedule of p's packed batch in `memory`, by blocks of so many queries and keys (0: these are
+// not listed); and the bytes that it takes there, a multiple of 16.
 Schedule plan_schedule(const AttentionParams& p, int block_queries, int block_keys, void* memory);
 long long schedule_bytes(const AttentionParams& p, int block_queries, int block_keys);
 

@@ -19,8 +19,8 @@ struct Variant {
     return (local || !p.mask.is_local()) && (softcap || p.terms.softcap == 0) &&
            (alibi || p.terms.alibi_slopes == nullptr) && (sink || p.terms.sinks == nullptr) &&
            packed == s.is_packed() && packed == (s.cu_seqlens_k != nullptr) &&
-           (packed || s.seqused_k == nullptr) &&
-           s.leftpad_k == nullptr && s.cache_batch_idx == nullptr && s.block_table == nullptr;
+           (packed || s.seqused_k == nullptr) && s.leftpad_k == nullptr &&
+           s.cache_batch_idx == nullptr && s.block_table == nullptr;
   }
 };
 

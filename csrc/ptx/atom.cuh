@@ -1,4 +1,5 @@
-// atom and what goes with it: counters in device memory by which thread blocks find one another.
+// atom and what goes with it: counters in device memory by which thread blocks find one another,
+// and in shared memory.
 #pragma once
 
 namespace flashmoe::ptx {
@@ -34,7 +35,6 @@ __device__ __forceinline__ unsigned long long atom_acq_rel_gpu_add_u64(unsigned 
   return before;
 }
 
-// In shared memory. Returns what was there.
 __device__ __forceinline__ int atom_shared_add(unsigned dst_smem, int x) {
   int before;
   asm volatile("atom.shared.add.s32 %0, [%1], %2;\n"

@@ -10,10 +10,11 @@ from flashmoe.backends.decode import DecodeBackend
 from flashmoe.backends.sdpa import SdpaBackend
 from flashmoe.backends.triton import TritonBackend
 
+_cuda = CudaBackend()
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        *(CudaBackend(), DecodeBackend(), TritonBackend()),
+        *(_cuda, DecodeBackend(_cuda), TritonBackend()),
         *(CpuBackend(), BlockedBackend(), SdpaBackend()),
     )
 }

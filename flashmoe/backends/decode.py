@@ -32,8 +32,11 @@ class DecodeBackend(Backend):
         "fwd": frozenset({"window", "softcap", "alibi", "sink", "cache", "paged"})
     }
 
+    def __init__(self, cuda: CudaBackend) -> None:
+        self._cuda = cuda  # which is in the same builds, on the same GPUs
+
     def unavailable(self, device: torch.device) -> str:
-        return CudaBackend().unavailable(device)
+        return self._cuda.unavailable(device)
 
     def unsupported(self, problem: Problem, arch: Arch) -> str:
         if missing := lacking(self, problem):

@@ -163,14 +163,16 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
         if (need_lse and name == "sdpa") or why_not(name, problem, device):
             continue
         backend = BACKENDS[name]
-        tiles: Sequence[Tile | None] = backend.compiled_in(problem, here) or [None]
+        tiles: Sequence[Tile | None] = backend.compiled_in(problem, here)
+        if (default := backend.default_tile(problem, here)) not in tiles:
+            tiles = [default]  # to be compiled
         if _decodes(problem):
             tiles = []
         times = [(tile, backend.predicted(tile, problem, here)) for tile in tiles]
         found = {Candidate(name, tile, time): time for tile, time in times if time is not None}
         known |= found
         if not found:
-            unknown.append(Candidate(name, backend.default_tile(problem, here)))
+            unknown.append(Candidate(name, default))
     first = fastest(known) if known else None
     return [*sorted(known, key=lambda c: (c != first, known[c])), *unknown]
 
@@ -221,9 +223,10 @@ def _cpu_decodes(problem: Problem) -> bool:
 
 
 def _has_sm90(problem: Problem, here: Arch) -> bool:
-    """Whether a Hopper kernel is compiled in, in the problem's direction."""
-    compiled = BACKENDS["cuda"].compiled_in(problem, here)
-    return any(tile.kernel.startswith("sm90") for tile in compiled)
+    """Whether it is a Hopper kernel that the cuda backend would take."""
+    cuda = BACKENDS["cuda"]
+    tile = None if cuda.unsupported(problem, here) else cuda.default_tile(problem, here)
+    return tile is not None and tile.kernel.startswith("sm90")
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,12 @@ struct GuardedInts {
 };
 
 struct PackedProblem {
-  int heads_q, heads_kv, head_dim;
-  Mask mask;
+  Problem all;  // but for its lengths
   // batch + 1 each; keys that count, or empty for all.
   std::vector<int> cu_seqlens_q, cu_seqlens_k, seqused_k;
   int total_q, total_k, max_seqlen_q, max_seqlen_k;
 
-  int batch() const { return static_cast<int>(cu_seqlens_q.size()) - 1; }
+  int batch() const { return all.batch; }
   int q_begin(int b) const { return cu_seqlens_q[b]; }
   int k_begin(int b) const { return cu_seqlens_k[b]; }
   int seqlen_q(int b) const { return cu_seqlens_q[b + 1] - cu_seqlens_q[b]; }
@@ -46,9 +45,7 @@ struct PackedProblem {
     return seqused_k.empty() ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : seqused_k[b];
   }
   std::string text() const {
-    std::string text = std::to_string(heads_q) + " " + std::to_string(heads_kv) + " " +
-                       std::to_string(head_dim) + " window " + std::to_string(mask.left) + " " +
-                       std::to_string(mask.right) + " lengths";
+    std::string text = all.text() + ", lengths";
     for (int b = 0; b < batch(); ++b) {
       text += " " + std::to_string(seqlen_q(b)) + "x" + std::to_string(seqlen_kv(b));
     }
@@ -58,15 +55,13 @@ struct PackedProblem {
 
 // Sequences of no row, of one, of about a tile; few, or more than a warp has lanes. With rows
 // behind the last one, unless `exact`; with keys that do not count where there is `seqused_k`.
-inline PackedProblem random_packed_problem(int head_dim, int block_m, int block_n, bool local,
+inline PackedProblem random_packed_problem(int head_dim, int block_m, int block_n, Variant variant,
                                            bool seqused_k, std::mt19937_64& random) {
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-  const Problem dense = random_problem(head_dim, block_m, block_n, Variant{.local = local}, random);
   PackedProblem x;
-  x.heads_q = dense.heads_q, x.heads_kv = dense.heads_kv, x.head_dim = dense.head_dim;
-  x.mask = dense.mask;
+  x.all = random_problem(head_dim, block_m, block_n, variant, random);
   const bool many = below(4) == 0;
-  const int batch = many ? 30 + below(40) : 1 + below(5);
+  x.all.batch = many ? 30 + below(40) : 1 + below(5);
   const auto length = [&](int block) {
     const int kind = below(6);
     return kind < 2 ? kind : many ? below(9) : kind == 2 ? block : below(2 * block + 9);
@@ -74,7 +69,7 @@ inline PackedProblem random_packed_problem(int head_dim, int block_m, int block_
   x.cu_seqlens_q = x.cu_seqlens_k = {0};
   const bool used = seqused_k && below(2) == 0;
   x.max_seqlen_q = x.max_seqlen_k = 0;
-  for (int b = 0; b < batch; ++b) {
+  for (int b = 0; b < x.all.batch; ++b) {
     const int q = length(block_m), kv = below(3) == 0 ? q : length(block_n);
     x.cu_seqlens_q.push_back(x.cu_seqlens_q.back() + q);
     x.cu_seqlens_k.push_back(x.cu_seqlens_k.back() + kv);
@@ -89,9 +84,18 @@ inline PackedProblem random_packed_problem(int head_dim, int block_m, int block_
   if (below(3) == 0) x.max_seqlen_q += below(100), x.max_seqlen_k += below(100);
   x.max_seqlen_q = std::min(x.max_seqlen_q, x.total_q);
   x.max_seqlen_k = std::min(x.max_seqlen_k, x.total_k);
-  if (x.mask.left >= x.max_seqlen_k) x.mask.left = -1;
-  if (x.mask.right >= x.max_seqlen_q) x.mask.right = -1;
+  x.all.seqlen_q = x.max_seqlen_q, x.all.seqlen_kv = x.max_seqlen_k;
+  Mask& mask = x.all.mask;
+  if (mask.left >= x.max_seqlen_k) mask.left = -1;
+  if (mask.right >= x.max_seqlen_q) mask.right = -1;
   return x;
+}
+
+// The terms of one sequence of a batch.
+inline Terms terms_of(const RandomTerms& terms, int b) {
+  Terms mine = terms.get();
+  if (mine.alibi_slopes != nullptr) mine.alibi_slopes += b * mine.alibi_batch_stride;
+  return mine;
 }
 
 // One sequence's rows of a packed tensor.
@@ -103,9 +107,9 @@ inline void copy_rows(Tensor& from, int begin, Tensor& to) {
 struct OneSequence {
   Tensor q, k, v;
   OneSequence(const PackedProblem& x, int b, Tensor& packed_q, Tensor& packed_k, Tensor& packed_v)
-      : q(packed_q.dtype, 1, x.seqlen_q(b), x.heads_q, x.head_dim, 0, false),
-        k(packed_q.dtype, 1, x.seqlen_kv(b), x.heads_kv, x.head_dim, 0, false),
-        v(packed_q.dtype, 1, x.seqlen_kv(b), x.heads_kv, x.head_dim, 0, false) {
+      : q(packed_q.dtype, 1, x.seqlen_q(b), x.all.heads_q, x.all.head_dim, 0, false),
+        k(packed_q.dtype, 1, x.seqlen_kv(b), x.all.heads_kv, x.all.head_dim, 0, false),
+        v(packed_q.dtype, 1, x.seqlen_kv(b), x.all.heads_kv, x.all.head_dim, 0, false) {
     copy_rows(packed_q, x.q_begin(b), q);
     copy_rows(packed_k, x.k_begin(b), k);
     copy_rows(packed_v, x.k_begin(b), v);
@@ -145,47 +149,50 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
   std::mt19937_64 random(seed);
   const DType dtype = random() % 2 ? DType::float16 : DType::bfloat16;
   const bool heads_first = random() % 2;
-  Tensor q(dtype, 1, x.total_q, x.heads_q, x.head_dim, 8, heads_first);
-  Tensor k(dtype, 1, x.total_k, x.heads_kv, x.head_dim, 8, heads_first);
-  Tensor v(dtype, 1, x.total_k, x.heads_kv, x.head_dim, 8, !heads_first);
-  Tensor out(dtype, 1, x.total_q, x.heads_q, x.head_dim, 8, heads_first);
+  Tensor q(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 8, heads_first);
+  Tensor k(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 8, heads_first);
+  Tensor v(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 8, !heads_first);
+  Tensor out(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 8, heads_first);
   fill_rows(q, x, false, random), fill_rows(k, x, true, random), fill_rows(v, x, true, random);
   // Nobody may see more of a sequence than it has: in one of them everything is NaN.
   const int poisoned = static_cast<int>(random() % (2u * static_cast<unsigned>(x.batch())));
   if (poisoned < x.batch()) {
     for (int s = x.q_begin(poisoned); s < x.q_begin(poisoned) + x.seqlen_q(poisoned); ++s)
-      for (int h = 0; h < x.heads_q; ++h)
-        for (int d = 0; d < x.head_dim; ++d) q.set(0, s, h, d, NAN);
+      for (int h = 0; h < x.all.heads_q; ++h)
+        for (int d = 0; d < x.all.head_dim; ++d) q.set(0, s, h, d, NAN);
     for (int s = x.k_begin(poisoned); s < x.k_begin(poisoned) + x.seqlen_kv(poisoned); ++s)
-      for (int h = 0; h < x.heads_kv; ++h)
-        for (int d = 0; d < x.head_dim; ++d) k.set(0, s, h, d, NAN), v.set(0, s, h, d, NAN);
+      for (int h = 0; h < x.all.heads_kv; ++h)
+        for (int d = 0; d < x.all.head_dim; ++d) k.set(0, s, h, d, NAN), v.set(0, s, h, d, NAN);
   }
   std::fill(out.bytes.begin(), out.bytes.end(), POISON);
-  std::vector<float> lse(static_cast<size_t>(x.heads_q) * x.total_q, NAN);
-  const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
+  std::vector<float> lse(static_cast<size_t>(x.all.heads_q) * x.total_q, NAN);
+  const float scale = 1 / std::sqrt(static_cast<float>(x.all.head_dim));
   const GuardedInts cu_seqlens_q(x.cu_seqlens_q), cu_seqlens_k(x.cu_seqlens_k);
   const GuardedInts seqused_k(x.seqused_k);
+  const RandomTerms terms(x.all, random);
   fake_device.sm_count = 1 + static_cast<int>(random() % 3);
   fake_device.seed = random();
-  std::string wrong = launch(packed_params(x, cu_seqlens_q, cu_seqlens_k, seqused_k,
-                                           forward_params(q, k, v, out, lse, scale, x.mask)),
-                             dtype, random);
+  AttentionParams params = packed_params(x, cu_seqlens_q, cu_seqlens_k, seqused_k,
+                                         forward_params(q, k, v, out, lse, scale, x.all.mask));
+  params.terms = terms.get();
+  std::string wrong = launch(params, dtype, random);
   for (int b = 0; b < x.batch() && wrong.empty(); ++b) {
     if (b == poisoned) continue;
     OneSequence mine(x, b, q, k, v);
-    Tensor mine_out(dtype, 1, x.seqlen_q(b), x.heads_q, x.head_dim, 0, false);
+    Tensor mine_out(dtype, 1, x.seqlen_q(b), x.all.heads_q, x.all.head_dim, 0, false);
     copy_rows(out, x.q_begin(b), mine_out);
     std::vector<float> mine_lse;
-    for (int h = 0; h < x.heads_q; ++h)
+    for (int h = 0; h < x.all.heads_q; ++h)
       for (int s = 0; s < x.seqlen_q(b); ++s)
         mine_lse.push_back(lse[static_cast<size_t>(h) * x.total_q + x.q_begin(b) + s]);
-    wrong = compare(mine.q, mine.k, mine.v, mine_out, mine_lse, scale, x.mask);
+    wrong =
+        compare(mine.q, mine.k, mine.v, mine_out, mine_lse, scale, x.all.mask, terms_of(terms, b));
     if (!wrong.empty()) wrong = "sequence " + std::to_string(b) + ": " + wrong;
   }
   for (int s = x.cu_seqlens_q.back(); s < x.total_q && wrong.empty(); ++s)
-    for (int h = 0; h < x.heads_q; ++h) {
+    for (int h = 0; h < x.all.heads_q; ++h) {
       bool zero = lse[static_cast<size_t>(h) * x.total_q + s] == -INFINITY;
-      for (int d = 0; d < x.head_dim; ++d) zero = zero && out.get(0, s, h, d) == 0;
+      for (int d = 0; d < x.all.head_dim; ++d) zero = zero && out.get(0, s, h, d) == 0;
       if (!zero) wrong = "row " + std::to_string(s) + " is in no sequence, and not 0 and -infinity";
     }
   const long long touched = wrong.empty() ? written_outside(out) : 0;

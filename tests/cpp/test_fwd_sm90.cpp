@@ -42,8 +42,8 @@ struct Instance {
     };
     if (!variant.packed) return flashmoe::check(name, x, true, seed, launch);
     std::mt19937_64 random(seed);
-    const PackedProblem packed = random_packed_problem(tile.head_dim, tile.block_m, tile.block_n,
-                                                       variant.local, true, random);
+    const PackedProblem packed =
+        random_packed_problem(tile.head_dim, tile.block_m, tile.block_n, variant, true, random);
     return check_packed(name, packed, random(), launch);
   }
 };
@@ -56,8 +56,9 @@ Instance instance(const char* name) {
 }
 
 constexpr Variant LOCAL{.local = true}, SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
-    SINK{.sink = true}, ALL{.local = true, .softcap = true, .alibi = true, .sink = true},
-    PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true};
+    SINK{.sink = true}, ALL{.local = true, .softcap = true, .alibi = true, .sink = true};
+constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true},
+    ALL_PACKED{.local = true, .softcap = true, .alibi = true, .sink = true, .packed = true};
 
 // head_dim, block_m, block_n, num_stages, q_stages, pingpong, q_in_registers, exp2_fma,
 // ctas_per_sm, serial
@@ -120,6 +121,8 @@ const Instance INSTANCES[] = {
         "80:256x64-stages3-serial-local-packed"),
     instance<{64, 64, 48, 1, 1, false, false, 0, 2, false}, LOCAL_PACKED>(
         "64:64x48-stages1-ctas2-local-packed"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, ALL_PACKED>(
+        "64:128x64-stages2-qreg-all-packed"),
 };
 
 }  // namespace

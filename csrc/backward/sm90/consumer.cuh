@@ -101,10 +101,11 @@ struct Consumer {
       const int key = work.n_start + mine * 64 + warp * 16 + lane / 4 + half * 8;
       // The query that it is level with, and those that see it, from this thread's first one on.
       const Sequence& s = work.sequence;
-      const int level = key - (s.seqlen_kv - s.seqlen_q) - m_start - lane % 4 * 2;
+      const int level =
+          key - (seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s)) - m_start - lane % 4 * 2;
       int first = mask.right >= 0 ? level - reach<VARIANT>(p) : 0;
       const int end = mask.left >= 0 ? level + mask.left + 1 : BLOCK_M;
-      if (key >= s.seqlen_kv) first = BLOCK_M;
+      if (key >= seqlen_kv<VARIANT>(p, s)) first = BLOCK_M;
 #pragma unroll
       for (int i = 0; i < BLOCK_M / 8; ++i) {
 #pragma unroll
@@ -128,8 +129,9 @@ struct Consumer {
                                                int m_start, float slope) const {
     // The query that is level with this thread's first key, from its first one on.
     const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
+    const Sequence& s = work.sequence;
     const int level =
-        key - (work.sequence.seqlen_kv - work.sequence.seqlen_q) - m_start - lane % 4 * 2;
+        key - (seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s)) - m_start - lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 8; ++i) {
       const float2 l = ptx::ld_shared_v2(minus_lse + i * 32 + lane % 4 * 8);
@@ -226,12 +228,13 @@ struct Consumer {
   }
   // From there to memory: by one thread, once all have staged.
   __device__ __forceinline__ void store(const ptx::TensorMap* map, unsigned keys) const {
-    const Place place = k_place<VARIANT>(p, work.sequence, work.batch);
+    const Place place = k_place<VARIANT>(p, work.sequence);
+    const int row = work.n_start + mine * 64;
 #pragma unroll
     for (int panel = 0; panel < TILE.panels(); ++panel) {
       ptx::cp_async_bulk_tensor_4d_store(map, keys + panel * BLOCK_N * 128 + mine * 8192,
-                                         panel * 64, place.shift + work.n_start + mine * 64,
-                                         work.head_kv, place.end);
+                                         panel * 64, VARIANT.packed ? place.shift + row : row,
+                                         work.head_kv, VARIANT.packed ? place.end : work.batch);
     }
     ptx::cp_async_bulk_commit_group();
     ptx::cp_async_bulk_wait_group_read<0>();
@@ -261,10 +264,11 @@ struct Steps {
     steps.block = work.row_block<VARIANT>(params, work.head_kv * group) + work.m_start;
     steps.head = work.head_kv * group;
     const Sequence& s = work.sequence;
-    const int last_key = first_key + 63, diagonal = s.seqlen_kv - s.seqlen_q;
+    const int last_key = first_key + 63,
+              diagonal = seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s);
     steps.all_seen = mask.right >= 0 ? last_key - diagonal - reach<VARIANT>(p) : 0;
     steps.all_seen_end = mask.left >= 0 ? first_key - diagonal + mask.left + 1 : 0x7fffffff;
-    if (last_key >= s.seqlen_kv) steps.all_seen = s.seqlen_q;
+    if (last_key >= seqlen_kv<VARIANT>(p, s)) steps.all_seen = seqlen_q<VARIANT>(p, s);
     return steps;
   }
   // Whether some key is not seen by some of the block's queries.

@@ -32,9 +32,11 @@ struct EdgeWork {
       return {int(block), found.batch, int(batch_head), found.start, found.sequence};
     }
     const unsigned batch = batch_head / heads;
-    return {int(block), int(batch), int(batch_head - batch * heads),
+    return {int(block),
+            int(batch),
+            int(batch_head - batch * heads),
             int(block - batch_head * m_blocks) * TILE.block_m,
-            whole_sequence(params.call.attention)};
+            {}};
   }
 };
 
@@ -77,7 +79,7 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   if constexpr (VARIANT.deterministic) {
     // Who adds first stores; there are blocks to which nobody does.
     const KeyRange keys = visible(mask_of<VARIANT>(p), work.m_start, work.m_start + TILE.block_m,
-                                  sequence.seqlen_q, sequence.seqlen_kv);
+                                  seqlen_q<VARIANT>(p, sequence), seqlen_kv<VARIANT>(p, sequence));
     needs_zeros = keys.begin == keys.end;
   }
   // Before the loads, or the compiler keeps these until the loads have come.
@@ -90,14 +92,15 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   if (work.block == 0 && threadIdx.x == 0) *params.ticket = 0;
   const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES, column = lane * 8;
   const T* out = static_cast<const T*>(p.out) + work.batch * p.o_batch_stride +
-                 sequence.q_begin * p.o_row_stride + work.head * p.o_head_stride;
-  const T* dout =
-      static_cast<const T*>(params.call.dout) + work.batch * params.call.do_batch_stride +
-      sequence.q_begin * params.call.do_row_stride + work.head * params.call.do_head_stride;
+                 offset<VARIANT>(sequence.q_begin, p.o_row_stride) + work.head * p.o_head_stride;
+  const T* dout = static_cast<const T*>(params.call.dout) +
+                  work.batch * params.call.do_batch_stride +
+                  offset<VARIANT>(sequence.q_begin, params.call.do_row_stride) +
+                  work.head * params.call.do_head_stride;
   // The one of a thread's rows whose statistics it writes, and their inputs.
   const int mine = lane * E::ROWS + first, my_row = work.m_start + mine;
   float lse = -INFINITY, dlse = 0.f;
-  if (lane < E::COUNT && my_row < sequence.seqlen_q) {
+  if (lane < E::COUNT && my_row < seqlen_q<VARIANT>(p, sequence)) {
     const long long at = lse_offset<VARIANT>(p, sequence, work.batch, work.head) + my_row;
     lse = p.softmax_lse[at];
     if (params.call.dlse != nullptr) dlse = params.call.dlse[at];
@@ -111,7 +114,7 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
     for (int i = 0; i < AT_ONCE; ++i) {
       const int row = work.m_start + (start + i) * E::ROWS + first;
       o[i] = d[i] = make_int4(0, 0, 0, 0);
-      if (row < sequence.seqlen_q && column < p.head_dim) {
+      if (row < seqlen_q<VARIANT>(p, sequence) && column < p.head_dim) {
         o[i] = *reinterpret_cast<const int4*>(out + row * p.o_row_stride + column);
         d[i] = *reinterpret_cast<const int4*>(dout + row * params.call.do_row_stride + column);
       }
@@ -190,14 +193,15 @@ __device__ __forceinline__ void finish(const Sm90BackwardParams& params) {
   const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES;
   const long long row_stride = static_cast<long long>(p.heads_q) * p.head_dim;
   T* dq = static_cast<T*>(params.call.dq) +
-          (static_cast<long long>(VARIANT.packed ? 0 : work.batch) * p.seqlen_q +
-           work.sequence.q_begin + work.m_start) *
+          (static_cast<long long>(VARIANT.packed ? 0 : work.batch) * p.seqlen_q + work.m_start) *
               row_stride +
+          offset<VARIANT>(work.sequence.q_begin, row_stride) +
           static_cast<long long>(work.head) * p.head_dim;
 #pragma unroll
   for (int i = 0; i < E::COUNT; ++i) {
     const int row = i * E::ROWS + first;
-    const bool there = work.m_start + row < work.sequence.seqlen_q && lane * 8 < p.head_dim;
+    const bool there =
+        work.m_start + row < seqlen_q<VARIANT>(p, work.sequence) && lane * 8 < p.head_dim;
     const int4 x = ptx::ld_shared_v4(smem + row * PITCH + lane * 16);
     ptx::st_global_v4_if(there, dq + row * row_stride + lane * 8, x.x, x.y, x.z, x.w);
   }

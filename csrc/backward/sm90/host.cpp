@@ -91,8 +91,7 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
   const bool capped = a.terms.softcap > 0;
   params.scale_log2 = (capped ? a.terms.softcap : a.softmax_scale) * 1.4426950408889634f;
   params.cap_scale = capped ? a.softmax_scale / a.terms.softcap : 0.f;
-  params.m_blocks =
-      packed ? schedule.room_queries : (a.seqlen_q + tile.block_m - 1) / tile.block_m;
+  params.m_blocks = packed ? schedule.room_queries : (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   params.n_blocks = static_cast<int>(n_blocks);
   const int l2_bytes = sm90::device_properties(device).l2_bytes;
   if (packed) {

@@ -31,7 +31,8 @@ __device__ __forceinline__ void keep_order(const Sm90BackwardParams& params, con
     for (int m = work.m_first; m < work.m_end<VARIANT>(params); ++m, parity ^= 1) {
       // Blocks of keys that see some of these queries are neighbours: up to this one.
       const int row = m * TILE.block_m;
-      const KeyRange keys = visible(mask, row, row + TILE.block_m, s.seqlen_q, s.seqlen_kv);
+      const KeyRange keys =
+          visible(mask, row, row + TILE.block_m, seqlen_q<VARIANT>(p, s), seqlen_kv<VARIANT>(p, s));
       const int last = (keys.end + TILE.block_n - 1) / TILE.block_n - 1;
       ptx::ld_acquire_gpu_until(turns + m, last - n_block);
       ptx::st_shared_b32(smem.first, last == n_block);

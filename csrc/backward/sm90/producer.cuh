@@ -13,14 +13,15 @@ template <Sm90BackwardTile TILE, Variant VARIANT>
 __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const Smem<TILE>& smem,
                                         const Work& work) {
   const AttentionParams& p = params.call.attention;
-  const Place q_rows = q_place<VARIANT>(p, work.sequence, work.batch);
-  const Place k_rows = k_place<VARIANT>(p, work.sequence, work.batch);
+  const Place q_rows = q_place<VARIANT>(p, work.sequence),
+              k_rows = k_place<VARIANT>(p, work.sequence);
   auto load_panels = [&](unsigned dst, const ptx::TensorMap* map, unsigned full, int rows, int row,
                          int head, const Place& place) {
 #pragma unroll 1
     for (int panel = 0; panel < TILE.panels(); ++panel) {
       ptx::cp_async_bulk_tensor_4d_load(dst + panel * rows * 128, map, full, panel * 64,
-                                        place.shift + row, head, place.end);
+                                        VARIANT.packed ? place.shift + row : row, head,
+                                        VARIANT.packed ? place.end : work.batch);
     }
   };
   // A buffer that was never filled counts as released: the phase before the first has parity 1.

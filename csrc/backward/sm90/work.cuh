@@ -81,9 +81,9 @@ struct Work {
     const AttentionParams& p = params.call.attention;
     const Mask mask = mask_of<VARIANT>(p);
     Work work;
-    int pair, n_block, m_blocks = params.m_blocks, n_blocks = params.n_blocks;
+    int pair, n_block, m_blocks, n_blocks;  // of packed kernels, blocks of the sequence
     if constexpr (VARIANT.packed) {
-      // As below, over the list of all sequences' blocks for each section of heads.
+      // In sections of heads as well, each of which goes through the list of all sequences' blocks.
       const int per_section = params.section * ptx::ld_global_cg_v4(params.schedule.counts).y;
       const int first = index / per_section * params.section;
       const int heads = min(params.section, p.heads_kv - first);
@@ -115,25 +115,26 @@ struct Work {
     // blocks but those at the ends are as long, and either order does. Deterministic: see
     // order.cuh.
     if (VARIANT.deterministic || (VARIANT.local && unsigned(mask.left) < unsigned(mask.right))) {
-      n_block = n_blocks - 1 - n_block;
+      n_block = (VARIANT.packed ? n_blocks : params.n_blocks) - 1 - n_block;
     }
     if constexpr (!VARIANT.packed) {
       work.batch = pair / p.heads_kv;
       work.head_kv = pair - work.batch * p.heads_kv;
-      work.sequence = whole_sequence(p);
     }
-    const int seqlen_q = work.sequence.seqlen_q, seqlen_kv = work.sequence.seqlen_kv;
+    const Sequence& s = work.sequence;
     work.n_start = n_block * TILE.block_n;
-    int first_row = work.n_start - (seqlen_kv - seqlen_q);
+    int first_row = work.n_start - (seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s));
     if constexpr (VARIANT.local) {
-      const int n_end = min(work.n_start + TILE.block_n, seqlen_kv);
-      const KeyRange queries = seen_by(mask, work.n_start, n_end, seqlen_q, seqlen_kv);
+      const int n_end = min(work.n_start + TILE.block_n, seqlen_kv<VARIANT>(p, s));
+      const KeyRange queries =
+          seen_by(mask, work.n_start, n_end, seqlen_q<VARIANT>(p, s), seqlen_kv<VARIANT>(p, s));
       first_row = queries.begin;
       work.m_last = (queries.end + TILE.block_m - 1) / TILE.block_m - 1;
     }
     if (mask.right >= 0) {
       // Neighbours begin at other queries, a block of keys apart, and stay apart.
-      work.m_first = work.m_start = min(max(first_row, 0) / TILE.block_m, m_blocks);
+      work.m_first = work.m_start =
+          min(max(first_row, 0) / TILE.block_m, VARIANT.packed ? m_blocks : params.m_blocks);
     } else if (VARIANT.deterministic) {
       // In step behind one another: each waits for the one before it anyway.
       work.m_first = work.m_start = 0;
@@ -141,8 +142,9 @@ struct Work {
       // Each thread block somewhere else, or all would be at the same rows of Q and dQ all the
       // time.
       work.m_first = 0;
-      work.m_start = static_cast<int>(static_cast<long long>(n_block) *
-                                      work.m_end<VARIANT>(params) / n_blocks);
+      work.m_start =
+          static_cast<int>(static_cast<long long>(n_block) * work.m_end<VARIANT>(params) /
+                           (VARIANT.packed ? n_blocks : params.n_blocks));
     }
     return work;
   }

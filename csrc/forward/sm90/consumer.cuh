@@ -55,6 +55,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr bool MAY_LAG = MAXIMUM_MAY_LAG<T> && !VARIANT.alibi;
 
   const AttentionParams& p = params.attention;
+  const VisibleKeys<VARIANT> dense_keys{p, {}};
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
 
@@ -177,18 +178,16 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       release(smem.empty_Q + 8 * q_buffer());
     }
     if constexpr (VARIANT.softcap || VARIANT.alibi) {
-      int level =
-          w * 64 + warp * 16 + lane / 4;  // the key that this thread's first row is level with
-      if constexpr (VARIANT.alibi) {
-        const Work work = read_work<VARIANT>(p, smem, work_ring.stage());
-        level += work.m_start + work.sequence.seqlen_kv - work.sequence.seqlen_q;
-      }
+      Work work{};
+      if constexpr (VARIANT.alibi) work = read_work<VARIANT>(smem, work_ring.stage());
+      const int row = work.m_start + w * 64 + warp * 16 + lane / 4;
       const int column = (n_first + n_tile) * BLOCK_N + (lane & 3) * 2;
-      add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope, level - column);
+      add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope,
+                                  VisibleKeys<VARIANT>{p, work.sequence}.diagonal + row - column);
     }
   };
   auto mask = [&](auto left_only) {
-    const Work work = read_work<VARIANT>(p, smem, work_ring.stage());
+    const Work work = read_work<VARIANT>(smem, work_ring.stage());
     constexpr bool LEFT_ONLY = decltype(left_only)::value;
     mask_S<BLOCK_N, VARIANT, LEFT_ONLY>(S_rmem, VisibleKeys<VARIANT>{p, work.sequence},
                                         work.m_start + w * 64 + warp * 16 + lane / 4,
@@ -207,7 +206,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       pending = largest_magnitude<S::KV_BYTES>(smem.V + v_ring.stage() * S::KV_BYTES);
     }
     if (!is_lost<HEAD_DIM>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
-    const Work work = read_work<VARIANT>(p, smem, work_ring.stage());
+    const Work work = read_work<VARIANT>(smem, work_ring.stage());
     Rows<HEAD_DIM> rows;
     recompute_rows<T, VARIANT>(params, work, work.m_start + w * 64 + warp * 16, rows);
 #pragma unroll
@@ -232,7 +231,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   auto next_work = [&] {
     while (true) {
       ptx::mbarrier_wait_parity(smem.full_work + 8 * work_ring.stage(), work_ring.parity());
-      const Work work = read_work<VARIANT>(p, smem, work_ring.stage());
+      const Work work = read_work<VARIANT>(smem, work_ring.stage());
       // A shuffle tells the compiler that a warp agrees on it, so loops keep to uniform registers.
       const int n_tiles = __shfl_sync(0xffffffff, work.n_tiles, 0);
       if (n_tiles == NO_WORK) return false;
@@ -244,12 +243,13 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
           sequence.seqlen_q = __shfl_sync(0xffffffff, sequence.seqlen_q, 0);
           sequence.seqlen_kv = __shfl_sync(0xffffffff, sequence.seqlen_kv, 0);
         }
-        const VisibleKeys<VARIANT> visible_keys{p, sequence};
+        const VisibleKeys<VARIANT> visible_keys =
+            VARIANT.packed ? VisibleKeys<VARIANT>{p, sequence} : dense_keys;
         n_tile = n_tiles - 1;
         n_first = visible_keys.template first_tile<BLOCK_N>(m_start);
         if constexpr (CAN_SKIP && VARIANT.local) {
           // A warpgroup that sees nothing is at the first keys, or has no rows.
-          skip_left = first < sequence.seqlen_q
+          skip_left = first < seqlen_q<VARIANT>(p, sequence)
                           ? visible_keys.template first_tile<BLOCK_N>(first) - n_first
                           : 0;
           n_first += skip_left;
@@ -257,7 +257,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         }
         // With the tile of the last key that its first row sees: after it, each row saw its last
         // one, and a maximum may lag.
-        n_unmasked = sequence.seqlen_kv / BLOCK_N - n_first;
+        n_unmasked = seqlen_kv<VARIANT>(p, sequence) / BLOCK_N - n_first;
         if (p.is_causal) {
           n_unmasked = min(n_unmasked, max(visible_keys.last(first), 0) / BLOCK_N - n_first);
         }
@@ -271,7 +271,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
           if (p.is_causal) {
             skip = n_tile - min(max(visible_keys.last(first + 63), 0) / BLOCK_N - n_first, n_tile);
           }
-          if (first >= sequence.seqlen_q) skip = n_tiles;
+          if (first >= seqlen_q<VARIANT>(p, sequence)) skip = n_tiles;
           n_tile -= skip;
         }
         return true;
@@ -306,7 +306,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       }
     };
     while (next_work()) {
-      const Work work = read_work<VARIANT>(p, smem, work_ring.stage());
+      const Work work = read_work<VARIANT>(smem, work_ring.stage());
       const bool has_rows = n_tile >= 0;
       // Before V is waited for: the producer may need that buffer first.
       if (skip > 0) release_staged();
@@ -473,7 +473,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       for (; n_tile >= 0; --n_tile) step(yes, yes);
     }
     mend(true);
-    const Work done = read_work<VARIANT>(p, smem, work_ring.stage());
+    const Work done = read_work<VARIANT>(smem, work_ring.stage());
     const int done_buffer = q_buffer();
     const float done_max[2] = {softmax.minus_max[0], softmax.minus_max[1]};
     const float done_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};

@@ -48,9 +48,9 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   if (packed) params.schedule = plan_schedule(a, tile.block_m, 0, workspace);
   const long long batch_heads = static_cast<long long>(a.batch) * a.heads_q;
   const long long num_m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
-  const long long num_work =
-      packed ? static_cast<long long>(params.schedule.room_queries) * a.heads_q
-             : num_m_blocks * batch_heads;
+  const long long num_work = packed
+                                 ? static_cast<long long>(params.schedule.room_queries) * a.heads_q
+                                 : num_m_blocks * batch_heads;
   if (num_work > 0x7fffffffll) return cudaErrorInvalidConfiguration;
   const Device& here = device_properties(device);
   const long long grid =

@@ -19,8 +19,8 @@ long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& params);
 // the address of a compiled-in one, or a cudaKernel_t. Needs can_run(params), and batch, heads_q
 // and seqlen_q above 0. `counter` is an int in device memory that is 0, and left at 0; no other
 // launch may use it meanwhile. With null, blocks of rows are dealt in turn, and masked problems are
-// less well balanced. Packed batches take no counter, and a workspace of workspace_bytes, aligned to
-// 16.
+// less well balanced. Packed batches take no counter, and a workspace of workspace_bytes, aligned
+// to 16.
 cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& params,
                    DType dtype, int device, cudaStream_t stream, unsigned* counter,
                    void* workspace);

@@ -28,7 +28,7 @@ struct Output {
   }
   __device__ __forceinline__ T* out_of(const Work& work) const {
     return static_cast<T*>(p.out) + work.batch * p.o_batch_stride +
-           work.sequence.q_begin * p.o_row_stride + work.head * p.o_head_stride;
+           offset<VARIANT>(work.sequence.q_begin, p.o_row_stride) + work.head * p.o_head_stride;
   }
   // Sets softmax_lse, and `scale` to what O must be multiplied with.
   __device__ __forceinline__ void finish_rows(const Work& work, const float (&minus_max)[2],
@@ -55,7 +55,7 @@ struct Output {
       scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
       if constexpr (VARIANT.sink) scale[half] *= share;
       const int row = row_of(work, half);
-      if ((lane & 3) == 0 && row < work.sequence.seqlen_q) {
+      if ((lane & 3) == 0 && row < seqlen_q<VARIANT>(p, work.sequence)) {
         // About 1 without the shift, where lg2.approx is at its best.
         const float log2_sum = ptx::lg2_approx_ftz(sum * (1 << int(MAX_SHIFT<T>)));
         lse[row] = empty ? -INFINITY : (log2_sum - (minus + MAX_SHIFT<T>)) * LN_2;
@@ -82,12 +82,13 @@ struct Output {
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(1 + CONSUMERS + w, 128);
     if (threadIdx.x % 128 == 0) {
-      const Place place = q_place<VARIANT>(p, work.sequence, work.batch);
+      const Place place = q_place<VARIANT>(p, work.sequence);
+      const int row = work.m_start + w * 64;
 #pragma unroll
       for (int panel = 0; panel < S::PANELS; ++panel) {
         ptx::cp_async_bulk_tensor_4d_store(&params.o, staged + panel * 8192, panel * 64,
-                                           place.shift + work.m_start + w * 64, work.head,
-                                           place.end);
+                                           VARIANT.packed ? place.shift + row : row, work.head,
+                                           VARIANT.packed ? place.end : work.batch);
       }
       ptx::cp_async_bulk_commit_group();
     }
@@ -102,7 +103,7 @@ struct Output {
     const int mine = GROUPS == 4 ? lane & 3 : lane & 1;
     const int column0 = mine * 8 + (GROUPS == 4 ? 0 : (lane & 2) * 2);
     T* out_row = out_of(work) + row * p.o_row_stride + column0;
-    const int columns = row < work.sequence.seqlen_q ? p.head_dim - column0 : 0;
+    const int columns = row < seqlen_q<VARIANT>(p, work.sequence) ? p.head_dim - column0 : 0;
 #pragma unroll
     for (int d = FIRST; d < LAST; d += GROUPS) {
       unsigned x[GROUPS];
@@ -165,7 +166,7 @@ struct Output {
       const int row = row_of(work, half);
 #pragma unroll 1
       for (int column = (lane & 3) * 8; column < p.head_dim; column += 32) {
-        ptx::st_global_v4_if(row < work.sequence.seqlen_q,
+        ptx::st_global_v4_if(row < seqlen_q<VARIANT>(p, work.sequence),
                              out_of(work) + row * p.o_row_stride + column, 0, 0, 0, 0);
       }
     }

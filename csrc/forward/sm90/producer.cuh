@@ -8,6 +8,12 @@
 
 namespace flashmoe::sm90 {
 
+// How many blocks of rows a packed batch has for each head, once it is known.
+__device__ __forceinline__ int await_list(const Sm90Params& params) {
+  ptx::griddepcontrol_wait();
+  return ptx::ld_global_cg_v4(params.schedule.counts).x;
+}
+
 // Fetches in the order in which consumers need it: K one tile ahead of V, across blocks of rows.
 // Also chooses the work: blocks of rows that differ in length are drawn from a counter, as late as
 // their loads allow, so that no thread block is left with more than the others.
@@ -23,22 +29,18 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   Ring<S::WORK_SLOTS> work_ring;
   auto publish = [&](const Work& work) {
     ptx::mbarrier_wait_parity(smem.empty_work + 8 * work_ring.stage(), work_ring.parity() ^ 1);
-    ptx::st_shared_v4(smem.work + work_ring.stage() * S::WORK_BYTES,
+    ptx::st_shared_v4(smem.work + work_ring.stage() * sizeof(int4),
                       make_int4(work.n_tiles, work.m_start, work.head, work.batch));
     if constexpr (VARIANT.packed) {
       const Sequence& s = work.sequence;
-      ptx::st_shared_v4(smem.sequences + work_ring.stage() * 16,
+      ptx::st_shared_v4(smem.sequences + work_ring.stage() * sizeof(int4),
                         make_int4(s.q_begin, s.k_begin, s.seqlen_q, s.seqlen_kv));
     }
     ptx::mbarrier_arrive(smem.full_work + 8 * work_ring.stage());
     work_ring.next();
   };
-  int index = blockIdx.x, listed = 0, num_work = params.num_work;
-  if constexpr (VARIANT.packed) {
-    ptx::griddepcontrol_wait();  // for the list
-    listed = ptx::ld_global_cg_v4(params.schedule.counts).x;
-    num_work = listed * p.heads_q;
-  }
+  int index = blockIdx.x;
+  const int listed = VARIANT.packed ? await_list(params) : 0;
   auto draw = [&] {
     if constexpr (VARIANT.packed) {
       index = gridDim.x + atomicAdd(params.schedule.counts + 2, 1);
@@ -53,11 +55,16 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     index = gridDim.x + atomicInc(params.counter, params.num_work - 1);
   };
   auto decode = [&] {
-    return index < num_work ? work_at<TILE, VARIANT>(params, index, listed)
-                            : Work{NO_WORK, 0, 0, 0, {}};
+    const Work none{NO_WORK, 0, 0, 0, {}};
+    if constexpr (VARIANT.packed) {
+      return index < listed * p.heads_q ? packed_work_at<TILE, VARIANT>(params, index, listed)
+                                        : none;
+    } else {
+      return index < params.num_work ? work_at<TILE, VARIANT>(params, index) : none;
+    }
   };
   auto load_Q = [&](const Work& work) {
-    const Place place = q_place<VARIANT>(p, work.sequence, work.batch);
+    const Place place = q_place<VARIANT>(p, work.sequence);
 #pragma unroll 1  // 24 registers are few
     for (int w = 0; w < TILE.consumers(); ++w) {
       const int buffer = q_ring.stage() * TILE.consumers() + w;
@@ -66,33 +73,42 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
       ptx::mbarrier_arrive_expect_tx(full, S::Q_BYTES);
 #pragma unroll 1
       for (int panel = 0; panel < S::PANELS; ++panel) {
+        const int row = work.m_start + w * 64;
         ptx::cp_async_bulk_tensor_4d_load(dst + panel * 8192, &params.q, full, panel * 64,
-                                          place.shift + work.m_start + w * 64, work.head,
-                                          place.end);
+                                          VARIANT.packed ? place.shift + row : row, work.head,
+                                          VARIANT.packed ? place.end : work.batch);
       }
     }
     q_ring.next();
   };
+  // Of rows of K and V in packed kernels (Place). Plain ones must not see it: they would be another
+  // machine code.
+  int shift = 0;
   auto load = [&](const ptx::TensorMap* map, unsigned dst, unsigned full, unsigned empty,
-                  int head_kv, const Place& place, int n, Ring<TILE.num_stages>& ring) {
+                  int head_kv, int batch, int n, Ring<TILE.num_stages>& ring) {
     ptx::mbarrier_wait_parity(empty + 8 * ring.stage(), ring.parity() ^ 1);
     ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage(), S::KV_BYTES);
 #pragma unroll 1
     for (int panel = 0; panel < S::PANELS; ++panel) {
-      ptx::cp_async_bulk_tensor_4d_load(
-          dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
-          full + 8 * ring.stage(), panel * 64, place.shift + n * TILE.block_n, head_kv, place.end);
+      if constexpr (VARIANT.packed) {
+        ptx::cp_async_bulk_tensor_4d_load(
+            dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
+            full + 8 * ring.stage(), panel * 64, shift + n * TILE.block_n, head_kv, batch);
+      } else {
+        ptx::cp_async_bulk_tensor_4d_load(
+            dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
+            full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch);
+      }
     }
     ring.next();
   };
-  int head_kv = 0;
-  Place place{0, 0};
+  int head_kv = 0, batch = 0;
   int n_first = 0;  // tiles of a block of rows are counted from this one on
   auto load_K = [&](int n) {
-    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, place, n_first + n, k_ring);
+    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n, k_ring);
   };
   auto load_V = [&](int n) {
-    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, place, n_first + n, v_ring);
+    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n, v_ring);
   };
   // The last tile of V of a block of rows is fetched with the next one's first of K.
   auto v_owed = [&] { return v_ring.state != k_ring.state; };
@@ -108,9 +124,12 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
       work = decode();
       continue;
     }
-    work = read_work<VARIANT>(p, smem, slot);  // rather than spill it
-    head_kv = params.group.divide(work.head);
-    place = k_place<VARIANT>(p, work.sequence, work.batch);
+    work = read_work<VARIANT>(smem, slot);  // rather than spill it
+    head_kv = params.group.divide(work.head), batch = work.batch;
+    if constexpr (VARIANT.packed) {
+      const Place place = k_place<VARIANT>(p, work.sequence);
+      shift = place.shift, batch = place.end;
+    }
     n_first =
         VisibleKeys<VARIANT>{p, work.sequence}.template first_tile<TILE.block_n>(work.m_start);
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones

@@ -81,9 +81,10 @@ __device__ __forceinline__ void recompute_scores(const Sm90Params& params, const
   for (int e = 0; e < 4; ++e) S[e] = 0.f;
 #pragma unroll 1
   for (int d = 0; d < p.head_dim; d += 8) {
-    const unsigned a[2] = {load(q + d, my_row < sequence.seqlen_q),
-                           load(q + 8 * p.q_row_stride + d, my_row + 8 < sequence.seqlen_q)};
-    ptx::mma_m16n8k8<T>(S, a, load(k + d, my_key < sequence.seqlen_kv));
+    const unsigned a[2] = {
+        load(q + d, my_row < seqlen_q<VARIANT>(p, sequence)),
+        load(q + 8 * p.q_row_stride + d, my_row + 8 < seqlen_q<VARIANT>(p, sequence))};
+    ptx::mma_m16n8k8<T>(S, a, load(k + d, my_key < seqlen_kv<VARIANT>(p, sequence)));
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
@@ -107,12 +108,12 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const W
   const int head_kv = params.group.divide(head);
   const Sequence& sequence = work.sequence;
   const T* q = static_cast<const T*>(p.q) + batch * p.q_batch_stride +
-               sequence.q_begin * p.q_row_stride + head * p.q_head_stride;
+               offset<VARIANT>(sequence.q_begin, p.q_row_stride) + head * p.q_head_stride;
   const T* k = static_cast<const T*>(p.k) + batch * p.k_batch_stride +
-               sequence.k_begin * p.k_row_stride + head_kv * p.k_head_stride;
+               offset<VARIANT>(sequence.k_begin, p.k_row_stride) + head_kv * p.k_head_stride;
   const unsigned short* v = static_cast<const unsigned short*>(p.v) + batch * p.v_batch_stride +
-                            sequence.k_begin * p.v_row_stride + head_kv * p.v_head_stride +
-                            lane / 4;
+                            offset<VARIANT>(sequence.k_begin, p.v_row_stride) +
+                            head_kv * p.v_head_stride + lane / 4;
   const float slope = alibi_slope<VARIANT>(params, batch, head);
   const KeyRange keys = VisibleKeys<VARIANT>{p, sequence}(row, row + 15);
   // Told that a warp agrees on them: ptxas would take the fast path for divergent, too.
@@ -162,7 +163,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const W
 #pragma unroll 1
     for (int d = 0; d < p.head_dim; d += 8) {
       auto load = [&](int i) -> unsigned {
-        return key + i < sequence.seqlen_kv ? v[(key + i) * p.v_row_stride + d] : 0;
+        return key + i < seqlen_kv<VARIANT>(p, sequence) ? v[(key + i) * p.v_row_stride + d] : 0;
       };
       ptx::mma_m16n8k8<T>(rows.O[d / 8], P, load(0) | load(1) << 16);
     }

@@ -25,7 +25,7 @@ template <Variant VARIANT>
 struct VisibleKeys {
   const AttentionParams& p;
   const Sequence sequence;
-  const int diagonal = sequence.seqlen_kv - sequence.seqlen_q;
+  const int diagonal = seqlen_kv<VARIANT>(p, sequence) - seqlen_q<VARIANT>(p, sequence);
 
   // With a limit on the right: the last key that a row sees if there are so many, or below 0.
   __device__ __forceinline__ int last(int row) const {
@@ -34,9 +34,10 @@ struct VisibleKeys {
   // Of rows from first_row to last_row, that one too; a plain kernel's end may be below 0.
   __device__ __forceinline__ KeyRange operator()(int first_row, int last_row) const {
     if constexpr (VARIANT.local) {
-      return visible(p.mask, first_row, last_row + 1, sequence.seqlen_q, sequence.seqlen_kv);
+      return visible(p.mask, first_row, last_row + 1, seqlen_q<VARIANT>(p, sequence),
+                     seqlen_kv<VARIANT>(p, sequence));
     }
-    int end = sequence.seqlen_kv;
+    int end = seqlen_kv<VARIANT>(p, sequence);
     if (p.is_causal) end = min(end, last(last_row) + 1);
     return {0, end};
   }
@@ -47,9 +48,18 @@ struct VisibleKeys {
   }
 };
 
-// Of a plain kernel.
+// How many tiles of keys a block of rows sees.
 template <Sm90Tile TILE, Variant VARIANT>
-__device__ __forceinline__ void place_dense(const Sm90Params& params, int index, Work& work) {
+__device__ __forceinline__ int tiles_seen(const AttentionParams& p, const Work& work) {
+  const KeyRange keys =
+      VisibleKeys<VARIANT>{p, work.sequence}(work.m_start, work.m_start + TILE.block_m - 1);
+  return keys.end > keys.begin
+             ? (keys.end + TILE.block_n - 1) / TILE.block_n - keys.begin / TILE.block_n
+             : 0;
+}
+
+template <Sm90Tile TILE, Variant VARIANT>
+__device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   const AttentionParams& p = params.attention;
   int batch_head, m_block;
   if (VARIANT.local ? !p.mask.is_full() : p.is_causal) {
@@ -66,39 +76,32 @@ __device__ __forceinline__ void place_dense(const Sm90Params& params, int index,
     batch_head = params.m_blocks.divide(index);
     m_block = index - batch_head * params.m_blocks.divisor;
   }
+  Work work{};
   work.batch = params.heads_q.divide(batch_head);
   work.head = batch_head - work.batch * p.heads_q;
   work.m_start = m_block * TILE.block_m;
-  work.sequence = whole_sequence(p);
+  work.n_tiles = tiles_seen<TILE, VARIANT>(p, work);
+  return work;
 }
 
-// The block of rows of a number below num_work; packed kernels have `listed` of them for each head.
+// Of a packed kernel, which has `listed` blocks of rows for each head: in sections of heads as
+// well, each of which goes through the whole list; the longest blocks of a sequence first.
 template <Sm90Tile TILE, Variant VARIANT>
-__device__ __forceinline__ Work work_at(const Sm90Params& params, int index, int listed) {
+__device__ __forceinline__ Work packed_work_at(const Sm90Params& params, int index, int listed) {
   const AttentionParams& p = params.attention;
+  const int heads = params.section_heads.divisor;
+  const int section = index / (heads * listed), in_section = index - section * heads * listed;
+  const int rank = params.section_heads.divide(in_section);
+  const PackedBlock block = load_block(params.schedule.queries + rank);
   Work work;
-  if constexpr (VARIANT.packed) {
-    // In sections of heads as well, each of which goes through the whole list; the longest blocks
-    // of a sequence first.
-    const int heads = params.section_heads.divisor;
-    const int section = index / (heads * listed), in_section = index - section * heads * listed;
-    const int rank = params.section_heads.divide(in_section);
-    const PackedBlock block = load_block(params.schedule.queries + rank);
-    work.sequence = block.sequence;
-    work.batch = block.batch;
-    work.head = section * heads + in_section - rank * heads;
-    work.m_start = block.start;
-    if (p.mask.right >= 0) {
-      work.m_start = (work.sequence.seqlen_q - 1) / TILE.block_m * TILE.block_m - block.start;
-    }
-  } else {
-    place_dense<TILE, VARIANT>(params, index, work);
+  work.sequence = block.sequence;
+  work.batch = block.batch;
+  work.head = section * heads + in_section - rank * heads;
+  work.m_start = block.start;
+  if (p.mask.right >= 0) {
+    work.m_start = (work.sequence.seqlen_q - 1) / TILE.block_m * TILE.block_m - block.start;
   }
-  const KeyRange keys =
-      VisibleKeys<VARIANT>{p, work.sequence}(work.m_start, work.m_start + TILE.block_m - 1);
-  work.n_tiles = keys.end > keys.begin
-                     ? (keys.end + TILE.block_n - 1) / TILE.block_n - keys.begin / TILE.block_n
-                     : 0;
+  work.n_tiles = tiles_seen<TILE, VARIANT>(p, work);
   return work;
 }
 
@@ -109,9 +112,8 @@ struct Smem {
   static constexpr int KV_BYTES = TILE.kv_bytes();
   // A block of rows that is multiplied, one that is fetched, and one more that has no keys.
   static constexpr int WORK_SLOTS = 3;
-  // A slot's Work is what is published of it: 16 bytes, and its sequence behind everything else,
-  // which packed kernels alone write.
-  static constexpr int WORK_BYTES = 16;
+  // Of a slot's Work 16 bytes are published, and behind everything else 16 of its sequence by
+  // packed kernels.
   unsigned Q, K, V, work, full_Q, empty_Q, full_K, empty_K, full_V, empty_V, full_work, empty_work;
   unsigned sequences;
 
@@ -121,7 +123,7 @@ struct Smem {
     K = Q + C * QS * Q_BYTES;
     V = K + S * KV_BYTES;
     work = V + S * KV_BYTES;
-    full_Q = work + WORK_SLOTS * WORK_BYTES;
+    full_Q = work + WORK_SLOTS * sizeof(int4);
     empty_Q = full_Q + 8 * C * QS;
     full_K = empty_Q + 8 * C * QS;
     empty_K = full_K + 8 * S;
@@ -130,7 +132,7 @@ struct Smem {
     full_work = empty_V + 8 * S;
     empty_work = full_work + 8 * WORK_SLOTS;
     sequences = empty_work + 8 * WORK_SLOTS;
-    static_assert(WORK_SLOTS * 2 * WORK_BYTES + 16 * (C * QS + 2 * S + WORK_SLOTS) <= 512,
+    static_assert(WORK_SLOTS * 2 * sizeof(int4) + 16 * (C * QS + 2 * S + WORK_SLOTS) <= 512,
                   "what is behind the buffers");
   }
 };
@@ -148,18 +150,11 @@ struct Ring {
 };
 
 template <Variant VARIANT, Sm90Tile TILE>
-__device__ __forceinline__ Sequence read_sequence(const AttentionParams& p, const Smem<TILE>& smem,
-                                                  int slot) {
-  if constexpr (!VARIANT.packed) return whole_sequence(p);
-  const int4 x = ptx::ld_shared_v4(smem.sequences + slot * 16);
-  return {x.x, x.y, x.z, x.w};
-}
-
-template <Variant VARIANT, Sm90Tile TILE>
-__device__ __forceinline__ Work read_work(const AttentionParams& p, const Smem<TILE>& smem,
-                                          int slot) {
-  const int4 x = ptx::ld_shared_v4(smem.work + slot * Smem<TILE>::WORK_BYTES);
-  return {x.x, x.y, x.z, x.w, read_sequence<VARIANT>(p, smem, slot)};
+__device__ __forceinline__ Work read_work(const Smem<TILE>& smem, int slot) {
+  const int4 x = ptx::ld_shared_v4(smem.work + slot * sizeof(int4));
+  if constexpr (!VARIANT.packed) return {x.x, x.y, x.z, x.w, {}};
+  const int4 s = ptx::ld_shared_v4(smem.sequences + slot * sizeof(int4));
+  return {x.x, x.y, x.z, x.w, {s.x, s.y, s.z, s.w}};
 }
 
 }  // namespace flashmoe::sm90
