@@ -26,6 +26,7 @@ FEATURES = (
     ("dropout", "`dropout_p`", "2", "yes"),
     ("packed", "packed sequences", "2, 3, 4", "`varlen_attn`"),
     ("cache", "KV cache with lengths", "2, 3, 4", "no"),
+    ("cache", "KV cache", "2, 3, 4", "no"),
     ("paged", "paged KV cache", "2, 3, 4", "no"),
 )
 ON = {
