@@ -1,0 +1,293 @@
+"""Hugging Face transformers: `register()`, then `attn_implementation="flashmoe"`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+import flashmoe
+from flashmoe.integrations.transformers_masks import (
+    KeyMask,
+    Lengths,
+    Packing,
+    key_mask,
+    of_keys,
+    visible,
+)
+
+NAME = "flashmoe"
+
+# What models hand through to attention that says nothing about it.
+_OF_OTHERS = frozenset(
+    {
+        "cache",
+        "cache_position",
+        "layer_idx",
+        "logits_indices",
+        "logits_processor_args",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "read_index",
+        "return_dict",
+        "seq_idx",
+        "use_cache",
+        "write_index",
+    }
+)
+
+_check_and_adjust = PreTrainedModel._check_and_adjust_attn_implementation
+
+
+@functools.wraps(_check_and_adjust)
+def _check_and_adjust_but_ours(self: Any, attn_implementation: str | None, *more: Any, **kw: Any):
+    # transformers takes each name with "flash" in it for a package or a kernel of its hub to load,
+    # and for models with sinks it puts a kernel of the hub in its place.
+    if attn_implementation == NAME:
+        return NAME
+    return _check_and_adjust(self, attn_implementation, *more, **kw)
+
+
+def register() -> None:
+    """Make `attn_implementation="flashmoe"` known to transformers, for `from_pretrained`,
+    `from_config` and `set_attn_implementation`. Results are those of "eager"; rows of padding,
+    which nothing should read, are 0.
+
+    What has no kernel (attention dropout, position biases, masks that are not made of causality,
+    windows, padding and packed sequences) is computed by torch, which a warning says once.
+    """
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, key_mask)
+    PreTrainedModel._check_and_adjust_attn_implementation = _check_and_adjust_but_ours
+
+
+def unregister() -> None:
+    """Undo `register`. Models that were made with "flashmoe" no longer run."""
+    AttentionInterface._global_mapping.pop(NAME, None)
+    AttentionMaskInterface._global_mapping.pop(NAME, None)
+    if PreTrainedModel._check_and_adjust_attn_implementation is _check_and_adjust_but_ours:
+        PreTrainedModel._check_and_adjust_attn_implementation = _check_and_adjust
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: KeyMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    output_attentions: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' AttentionInterface.
+
+    query (batch, heads_q, seqlen_q, head_dim), key (batch, heads_kv, seqlen_kv, head_dim), value
+    (batch, heads_kv, seqlen_kv, head_dim_v) -> (batch, seqlen_q, heads_q, head_dim_v), None.
+
+    An attention_mask is the law, as in eager attention, which looks at neither is_causal nor
+    sliding_window: those speak where there is none, or one of padding only, (batch, seqlen_kv).
+    cu_seq_lens_q and cu_seq_lens_k with max_length_q and max_length_k cut rows of the batch, seen
+    as one, into sequences.
+
+    Raises TypeError for an argument that it does not know, NotImplementedError for
+    output_attentions.
+    """
+    if unknown := sorted(k for k, x in others.items() if k not in _OF_OTHERS and x is not None):
+        raise TypeError(
+            f"flashmoe's attention does not know {', '.join(unknown)} (of "
+            f"{type(module).__name__}) and drops no argument: use attn_implementation='eager'"
+        )
+    if output_attentions:
+        raise NotImplementedError(
+            "output_attentions must be False with attn_implementation='flashmoe', which never holds "
+            "the attention weights: use 'eager'"
+        )
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True))
+        mask = _mask_by_hints(q, k, attention_mask, is_causal, sliding_window)
+    else:
+        mask = attention_mask
+    packing = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if any(x is not None for x in packing):
+        mask = _packed(mask, *packing)
+    terms = {
+        "softmax_scale": scaling,
+        "softcap": softcap or 0.0,
+        "sinks": None if s_aux is None else s_aux.float(),
+    }
+    why = _why_by_torch(mask, dropout, position_bias)
+    if why or not isinstance(mask, KeyMask):
+        _warn_of_torch(type(module).__name__, why)
+        return _by_torch(q, k, v, mask, position_bias, dropout, **terms), None
+    return _by_kernel(q, k, v, mask, bool(deterministic), terms), None
+
+
+def _mask_by_hints(
+    q: Tensor, k: Tensor, padding: Tensor | None, is_causal: bool, window: int | None
+) -> KeyMask | Tensor:
+    """Of a window of n keys, the query's own among them, n - 1 are on its left."""
+    left = -1 if window is None else window - 1
+    right = 0 if is_causal else left
+    if padding is None:
+        return KeyMask(left, right)
+    keys = F.pad(padding.bool(), (0, k.shape[1] - padding.shape[1]))
+    found = of_keys(left, right, keys, q.shape[1], padding.shape[1])
+    if found is not None:
+        return found
+    limits = visible(KeyMask(left, right), 1, q.shape[1], k.shape[1], q.device)
+    return limits & keys[:, None, None, :]
+
+
+def _packed(
+    mask: KeyMask | Tensor,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    max_length_q: int | None,
+    max_length_k: int | None,
+) -> KeyMask:
+    if (
+        cu_seq_lens_q is None
+        or cu_seq_lens_k is None
+        or max_length_q is None
+        or max_length_k is None
+    ):
+        raise ValueError(
+            "cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k must be given together"
+        )
+    if not isinstance(mask, KeyMask) or mask.lengths is not None:
+        raise ValueError("attention_mask must be None where cu_seq_lens_q is given")
+    cu_seqlens_q, cu_seqlens_k = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32)
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, int(max_length_q), int(max_length_k))
+    return mask._replace(packing=packing)
+
+
+def _why_by_torch(
+    mask: KeyMask | Tensor, dropout: float, position_bias: Tensor | None
+) -> str:
+    """Why no kernel runs this; empty where one does."""
+    if dropout:
+        return f"dropout={dropout}"
+    if position_bias is not None:
+        return "a position_bias"
+    if not isinstance(mask, KeyMask):
+        return "a mask of more than causality, a window, padding and packed sequences"
+    if mask.lengths is not None and torch.is_grad_enabled():
+        return "lengths of a cache that were found without gradients"
+    return ""
+
+
+@functools.cache
+def _warn_of_torch(module: str, why: str) -> None:
+    warnings.warn(
+        f"{module} asks flashmoe for attention with {why}: computed by torch", stacklevel=3
+    )
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, deterministic: bool, terms: dict[str, Any]
+) -> Tensor:
+    left, right, lengths, packing = mask
+    terms = terms | {"window_size": (left, right)}
+    if lengths is not None:
+        return _with_lengths(q, k, v, lengths, terms)
+    if packing is not None:
+        return _in_sequences(q, k, v, packing, terms | {"deterministic": deterministic})
+    out = flashmoe.flash_attn_func(q, k, v, deterministic=deterministic, **terms)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _with_lengths(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, terms: dict[str, Any]
+) -> Tensor:
+    out: Tensor = flashmoe.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=lengths.seqused_k, cache_leftpad=lengths.leftpad_k, **terms
+    )
+    return out
+
+
+def _in_sequences(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, terms: dict[str, Any]
+) -> Tensor:
+    batch, seqlen_q = q.shape[:2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if packing.rows_q is not None:
+        q = q.index_select(0, packing.rows_q)
+    if packing.rows_k is not None:
+        k, v = k.index_select(0, packing.rows_k), v.index_select(0, packing.rows_k)
+    out: Tensor = flashmoe.flash_attn_varlen_func(q, k, v, *packing[:4], **terms)
+    if packing.rows_q is not None:
+        rows = out.new_zeros(batch * seqlen_q, *out.shape[1:])
+        out = rows.index_copy(0, packing.rows_q, out)
+    return out.unflatten(0, (batch, seqlen_q))
+
+
+def _by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyMask | Tensor,
+    position_bias: Tensor | None,
+    dropout: float,
+    softmax_scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """With all scores in memory."""
+    if isinstance(mask, KeyMask):
+        mask = visible(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if position_bias is not None:
+        if mask.dtype == torch.bool:
+            mask = position_bias.masked_fill(~mask, float("-inf"))
+        else:
+            mask = position_bias + mask
+    if not softcap and sinks is None:
+        out = flashmoe.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask if mask.dtype == torch.bool else mask.to(q.dtype),
+            dropout,
+            scale=softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.transpose(1, 2)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(2, 3)).float()
+    scores = scores * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    # The lowest number, so that a row that sees nothing has no NaN.
+    lowest = torch.finfo(torch.float32).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], 3)
+    weights = F.softmax(scores, 3)[..., : k.shape[2]]
+    return (F.dropout(weights, dropout).to(v.dtype) @ v).transpose(1, 2)
