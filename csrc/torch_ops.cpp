@@ -171,6 +171,13 @@ void describe_sequences(AttentionParams& params, const Tensor& q, const Tensor& 
                         const Options& options, int64_t window_left, int64_t window_right) {
   const int64_t batch = options.cu_seqlens_q ? options.cu_seqlens_q->numel() - 1 : q.sizes()[0];
   STD_TORCH_CHECK(batch >= 0 && batch < INT_MAX, "cu_seqlens_q must have batch + 1 elements");
+  STD_TORCH_CHECK(options.cu_seqlens_k.has_value() + options.block_table.has_value() +
+                          options.cache_batch_idx.has_value() <=
+                      1,
+                  "only one of cu_seqlens_k, block_table and cache_batch_idx says where keys are");
+  STD_TORCH_CHECK(options.cu_seqlens_k || options.block_table || options.cache_batch_idx ||
+                      k.sizes()[0] == batch,
+                  "k must have a batch for each of ", batch, " sequences, got ", k.sizes()[0]);
   Sequences& s = params.sequences;
   const auto lengths = [&](const std::optional<Tensor>& x, const char* name, int64_t size) {
     return data_of<int>(x, name, ScalarType::Int, {size}, q);
@@ -256,10 +263,6 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double 
   return {q, k, v, std::move(out), std::move(lse), params};
 }
 
-bool is_empty(const AttentionParams& params) {
-  return params.batch == 0 || params.seqlen_q == 0 || params.heads_q == 0;
-}
-
 void torch_parallel_for_range(long long begin, long long end, long long grain, ParallelRange body,
                               void* context) {
   struct Body {
@@ -289,7 +292,7 @@ std::tuple<Tensor, Tensor> fwd_cpu_op(
                         cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
                         block_table,  max_seqlen_q, max_seqlen_k};
   Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
-  if (!is_empty(call.params)) {
+  if (call.out.numel() > 0) {
     fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
             best_cpu_isa(), torch_parallel_for_range,
             static_cast<int>(torch::stable::get_num_threads()));
@@ -298,6 +301,10 @@ std::tuple<Tensor, Tensor> fwd_cpu_op(
 }
 
 #ifdef FLASHMOE_WITH_CUDA
+
+bool is_empty(const AttentionParams& params) {
+  return params.batch == 0 || params.seqlen_q == 0 || params.heads_q == 0;
+}
 
 // torch's current stream, without linking libtorch_cuda: the same binary loads on a CPU-only torch.
 cudaStream_t current_stream(int device) {

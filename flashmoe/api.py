@@ -1,45 +1,33 @@
-"""What users call. Validates once per kind of call, then goes straight to the planned kernel."""
+"""What users call: flash-attn's functions of dense batches, and torch's."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 
-from flashmoe.backends.base import Run
-from flashmoe.backends.sdpa import attend_by_sdpa, torch_sdpa
-from flashmoe.frontend import ops
-from flashmoe.frontend.validation import is_normal, mask_of, validate, validate_tensors
-from flashmoe.machine.environment import variable
-from flashmoe.planning.plan import planned, reload_databases
-from flashmoe.spec import shapes
-from flashmoe.spec.call import Call
-from flashmoe.spec.mask import Mask
-from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM, Problem
+from flashmoe.backends.sdpa import torch_sdpa
+from flashmoe.frontend.attend import (
+    PLAIN,
+    Asked,
+    attend,
+    forget_calls,
+    functorch_active,
+    is_plain,
+    refuse_dropout,
+    window_of,
+)
+from flashmoe.frontend.validation import is_normal
+from flashmoe.planning.plan import reload_databases
+from flashmoe.spec.call import Terms
+from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
 
-_Result = Tensor | tuple[Tensor, Tensor, None]
-_Call = Callable[[Tensor, Tensor, Tensor], _Result]
-
-# Ready-made calls by everything that a plan and validation depend on. Bounded: a program with
-# endlessly many shapes only loses the head start.
-_calls: dict[Any, _Call] = {}
-_MAX_CALLS = 4096
-
-# What holds numbers in memory of its own. A subclass may be anything else.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-# What stands for them while torch.export traces.
-_TRACED = _PLAIN | {FakeTensor, FunctionalTensor}
-
-# Kept at hand: each call asks them.
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+# What stands for ordinary tensors while torch.export traces.
+_TRACED = PLAIN | {FakeTensor, FunctionalTensor}
 
 
 def flash_attn_func(
@@ -55,6 +43,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    sinks: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
@@ -90,18 +79,15 @@ def flash_attn_func(
     Source: FlashAttention-2 (arXiv:2307.08691).
     """
     if dropout_p != 0.0:
-        raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
+        refuse_dropout(dropout_p)
     if type(window_size) is not tuple:
-        mask = mask_of(causal, window_size)
-        window_size = mask.left, mask.right
-    if softcap != 0.0:
-        raise NotImplementedError(f"softcap must be 0.0 (not supported yet), got {softcap}")
-    if alibi_slopes is not None:
-        raise NotImplementedError("alibi_slopes must be None (not supported yet)")
+        window_size = window_of(causal, window_size)
     asked = Asked(
         softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
     )
-    return _attend(q, k, v, asked)
+    if softcap == 0.0 and alibi_slopes is None and sinks is None:
+        return attend(q, k, v, asked)
+    return attend(q, k, v, asked, Terms(softcap, alibi_slopes, sinks))
 
 
 def scaled_dot_product_attention(
@@ -142,7 +128,7 @@ def scaled_dot_product_attention(
     if is_causal and query.shape[2] < key.shape[2]:
         # Top-left: no query sees a key past seqlen_q, and over the rest both alignments agree.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    out = _attend(
+    out = attend(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -162,9 +148,9 @@ def _ours(
 ) -> bool:
     if torch.compiler.is_compiling():
         # Its own tracing is no hindrance.
-        plain = all(type(x) in _TRACED for x in (query, key, value)) and not _functorch_active()
+        plain = all(type(x) in _TRACED for x in (query, key, value)) and not functorch_active()
     else:
-        plain = _plain(query, key, value) and not torch._C._is_tracing()
+        plain = is_plain(query, key, value) and not torch._C._is_tracing()
     if not plain or query.is_nested or key.is_nested or value.is_nested:
         return False
     if scale is not None and not _is_our_scale(scale):
@@ -190,166 +176,17 @@ def _ours(
     )
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q, k and v are ordinary tensors, and no transform of torch.func, no dual level and no
-    dispatch mode (fake tensors, make_fx) is active."""
-    return (
-        type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
-        and not _functorch_active()
-        and forward_ad._current_level < 0
-        and not _dispatch_modes()
-    )
-
-
-def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
 def _is_our_scale(scale: object) -> bool:
     if isinstance(scale, Tensor):
         # Its value is not known while torch.compile traces.
-        if torch.compiler.is_compiling() or type(scale) not in _PLAIN or scale.dim():
+        if torch.compiler.is_compiling() or type(scale) not in PLAIN or scale.dim():
             return False
         scale = scale.item()
     return isinstance(scale, (int, float, numbers.Real)) and is_normal(scale)
 
 
-class Asked(NamedTuple):
-    """The arguments of a call beside its tensors, as users give them."""
-
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int | None, int | None] = (-1, -1)
-    deterministic: bool = False
-    return_lse: bool = False
-    backend: str | None = None
-    tile: Tile | str | None = None
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
-    by_op = torch.compiler.is_compiling() or not _plain(q, k, v)
-    if by_op:
-        validate_tensors(q, k, v)
-    # is_cuda, because q.device.type costs a microsecond.
-    device_type = "cuda" if q.is_cuda else "cpu"
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        # As torch does it: float64 is left alone.
-        q, k, v = (
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )
-    if by_op:
-        return _attend_op(q, k, v, asked)
-    try:
-        wants = _wants_gradient(q, k, v)
-        key = (
-            q.shape,
-            k.shape,
-            v.shape,
-            q.dtype,
-            k.dtype,
-            v.dtype,
-            q.device,
-            k.device,
-            v.device,
-            wants,
-            asked,
-        )
-        call = _calls.get(key)
-    except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
-        _validated(q, k, v, asked)
-        raise
-    if call is None and torch._C._is_tracing():  # whose sizes are tensors, so no key is known
-        return _attend_op(q, k, v, asked)
-    if shapes.recorder is not None:
-        _, mask = _validated(q, k, v, asked)
-        shapes.recorder[Problem.of(q, k, mask)] += 1
-    if call is None:
-        call = _prepare(q, k, v, asked)
-        if len(_calls) >= _MAX_CALLS:
-            _calls.clear()
-        _calls[key] = call
-    return call(q, k, v)
-
-
-def _validated(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> tuple[float, Mask]:
-    """The scale and the mask to use. Raises for what no kernel may see."""
-    scale = validate(q, k, v, asked.softmax_scale, asked.backend, asked.tile)
-    return scale, mask_of(asked.causal, asked.window_size)
-
-
-def _asks_for_sdpa(asked: Asked) -> bool:
-    override = asked.backend or (None if asked.tile else variable("FLASHMOE_BACKEND"))
-    return override == "sdpa" and not asked.tile and not asked.return_lse
-
-
-def _by_sdpa(call: Call, mask: Mask, asked: Asked) -> _Call | None:
-    """SDPA, which asked for by name brings its own backward; None where it cannot run this."""
-    q, k, v, scale = call[:4]
-    mask = mask.reduced(q.shape[1], k.shape[1])
-    if mask.is_local or (mask.is_causal and q.shape[1] != k.shape[1]):
-        return None
-    if asked.deterministic and _wants_gradient(q, k, v):
-        raise ValueError("deterministic must be False with backend 'sdpa', got True")
-    return lambda q, k, v: attend_by_sdpa(Call(q, k, v, scale), mask.is_causal)
-
-
-def _attend_op(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Result:
-    """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
-    scale, mask = _validated(q, k, v, asked)
-    if _asks_for_sdpa(asked) and (call := _by_sdpa(Call(q, k, v, scale), mask, asked)) is not None:
-        return call(q, k, v)
-    overrides = asked.backend or "", str(asked.tile or ""), bool(asked.deterministic)
-    arguments = (q, k, v, scale, mask.left, mask.right, *overrides)
-    if asked.return_lse:
-        out, lse = ops.attention(*arguments)
-        return out, lse, None
-    return ops.attention_without_lse(*arguments)  # type: ignore[no-any-return]
-
-
-def _prepare(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> _Call:
-    """The call for all later tensors like these, with nothing left to decide."""
-    scale, mask = _validated(q, k, v, asked)
-    problem = Problem.of(q, k, mask)
-    if _wants_gradient(q, k, v):
-        if _asks_for_sdpa(asked):
-            by_sdpa = _by_sdpa(Call(q, k, v, scale), mask, asked)
-            if by_sdpa is not None:
-                return by_sdpa
-        backend, tile, deterministic = asked.backend, asked.tile, bool(asked.deterministic)
-        training = ops.Training(problem, q.device, backend, tile, deterministic)
-        return _with_gradient(scale, training, asked.return_lse)
-    run: Run = planned(problem, q.device, asked.backend, asked.tile, asked.return_lse).run
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return run(Call(q, k, v, scale))[0]
-
-    def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, lse = run(Call(q, k, v, scale))
-        assert lse is not None
-        return out, lse, None
-
-    return call_with_lse if asked.return_lse else call
-
-
-def _with_gradient(scale: float, training: ops.Training, return_lse: bool) -> _Call:
-    attend: Callable[..., tuple[Tensor, Tensor]] = ops.EagerAttention.apply
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, scale, training)[0]
-
-    def call_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        out, lse = attend(q, k, v, scale, training)
-        return out, lse, None
-
-    return call_with_lse if return_lse else call
-
-
 def forget_plans() -> None:
     """Plan every call anew: after a tuner wrote its database, which is read again, or after the
     environment changed."""
-    _calls.clear()
+    forget_calls()
     reload_databases()

@@ -40,11 +40,14 @@ def test_tensor_errors(overrides, error, message):
         flash_attn_func(*qkv(**overrides))
 
 
-@pytest.mark.parametrize("head_dim", [4, 12, 300, 264])
+@pytest.mark.parametrize("head_dim", [0, 257, 264])
 def test_head_dim(head_dim):
-    tensors = [torch.randn(1, 2, 1, head_dim) for _ in range(3)]
-    with pytest.raises(ValueError, match=f"head_dim must be .* at most 256, got {head_dim}"):
-        flash_attn_func(*tensors)
+    q, k, v = (torch.randn(1, 2, 1, head_dim) for _ in range(3))
+    with pytest.raises(ValueError, match=f"^head_dim must be from 1 to 256, got {head_dim}"):
+        flash_attn_func(q, k, v)
+    q = k = torch.randn(1, 2, 1, 8)
+    with pytest.raises(ValueError, match=f"v's head_dim must be from 1 to 256, got {head_dim}"):
+        flash_attn_func(q, k, v)
 
 
 def test_heads_must_be_a_multiple():
@@ -132,17 +135,9 @@ def test_nested_tensors_are_refused(layout):
         flash_attn_func(x, x, x)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("dropout_p", 0.1),
-        ("softcap", 30.0),
-        ("alibi_slopes", torch.ones(4)),
-    ],
-)
-def test_unsupported_arguments_are_named(argument, value):
-    with pytest.raises(NotImplementedError, match=argument):
-        flash_attn_func(*qkv(), **{argument: value})
+def test_dropout_is_refused_by_name():
+    with pytest.raises(NotImplementedError, match=r"dropout_p must be 0\.0 .*, got 0\.1"):
+        flash_attn_func(*qkv(), dropout_p=0.1)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -21,6 +21,7 @@ from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
+from flashmoe.spec.sequence import sequences_of
 from flashmoe.tiles import Tile
 
 _BLOCK_M = 256
@@ -28,7 +29,9 @@ _BLOCK_M = 256
 
 class BlockedBackend(Backend):
     name = "blocked"
-    features: ClassVar[Features] = {"bwd": frozenset({"window"})}
+    features: ClassVar[Features] = {
+        "bwd": frozenset({"window", "softcap", "alibi", "sink", "packed"})
+    }
 
     def unavailable(self, device: torch.device) -> str:
         return ""
@@ -49,7 +52,34 @@ class BlockedBackend(Backend):
             # A block has whole rows, so it needs neither out nor softmax_lse.
             return _attention_backward(call, saved.dout, saved.dlse, mask)
 
-        return run
+        def run_packed(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+            return _packed_backward(call, saved.dout, saved.dlse, mask)
+
+        return run_packed if problem.layout == "packed" else run
+
+
+def _packed_backward(
+    call: Call, dout: Tensor, dlse: Tensor | None, mask: Mask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """_attention_backward of each sequence, whose lengths are read on the host. What is in no
+    sequence gets 0."""
+    gradients = _zeros(call.q), _zeros(call.k), _zeros(call.v)
+    slopes = call.terms.alibi_slopes
+    for index, (q_begin, k_begin, seqlen_q, seqlen_kv) in enumerate(sequences_of(call)):
+        queries, keys = slice(q_begin, q_begin + seqlen_q), slice(k_begin, k_begin + seqlen_kv)
+        terms = call.terms
+        if slopes is not None and slopes.dim() == 2:
+            terms = terms._replace(alibi_slopes=slopes[index])
+        q, k, v = call.q[None, queries], call.k[None, keys], call.v[None, keys]
+        of_sequence = _attention_backward(
+            Call(q, k, v, call.softmax_scale, terms),
+            dout[None, queries],
+            None if dlse is None else dlse[None, :, queries],
+            mask,
+        )
+        for x, rows, gradient in zip(gradients, (queries, keys, keys), of_sequence, strict=True):
+            x[rows] = gradient[0]
+    return gradients
 
 
 def _attention_backward(
@@ -60,7 +90,7 @@ def _attention_backward(
     P is the softmax of the row and not exp(scores - softmax_lse), and delta the sum of P * dP and
     not of out * dout: of scores beyond 2**24, softmax_lse keeps too few digits for an exponent.
     """
-    q, k, v, softmax_scale = call[:4]
+    q, k, v, softmax_scale, terms, _ = call
     if not (q.numel() and k.numel()):
         return _zeros(q), _zeros(k), _zeros(v)
     batch, seqlen_q, heads_q, head_dim = q.shape
@@ -72,6 +102,11 @@ def _attention_backward(
     kh, vh = (x.to(dtype).permute(0, 2, 1, 3).unsqueeze(2) for x in (k, v))
     dq = _zeros(qh)
     dk, dv = (x.new_zeros(batch, heads_kv, seqlen_kv, head_dim) for x in (kh, vh))
+    # (heads_kv, group, 1, 1), or with a batch in front.
+    slopes, sinks = (
+        None if x is None else x.to(dtype).reshape(*x.shape[:-1], heads_kv, -1, 1, 1)
+        for x in (terms.alibi_slopes, terms.sinks)
+    )
     for start in range(0, seqlen_q, _BLOCK_M):
         stop = min(start + _BLOCK_M, seqlen_q)
         first, last = mask.visible(start, stop, seqlen_q, seqlen_kv)
@@ -80,14 +115,27 @@ def _attention_backward(
         keys, values = kh[..., first:last, :], vh[..., first:last, :]
         qb, do = qh[..., start:stop, :], doh[..., start:stop, :]
         scores = qb @ keys.transpose(-1, -2)
+        i = torch.arange(start, stop, device=q.device).unsqueeze(1)
+        j = torch.arange(first, last, device=q.device)
+        scale = softmax_scale  # what scores are still to be multiplied by
+        if terms.softcap:
+            capped = torch.tanh(scores.mul_(scale / terms.softcap))
+            scores, scale = capped * terms.softcap, 1.0
+        if slopes is not None:
+            if scale < 1:  # otherwise the product may be more than float32 holds
+                scores, scale = scores.mul_(scale), 1.0
+            scores -= slopes / scale * (i + seqlen_kv - seqlen_q - j).abs()
         if not mask.is_full:
-            i = torch.arange(start, stop, device=q.device).unsqueeze(1)
-            j = torch.arange(first, last, device=q.device)
             hidden = mask.hides(i, j, seqlen_q, seqlen_kv)
             scores.masked_fill_(hidden, float("-inf"))
         # Less the maximum before they are scaled: scaled, they may be more than float32 holds.
-        scores -= scores.amax(-1, keepdim=True)
-        p = torch.softmax(scores.mul_(softmax_scale), dim=-1)
+        top = scores.amax(-1, keepdim=True)
+        scores = scores.sub_(top).mul_(scale)
+        if sinks is None:
+            p = torch.softmax(scores, dim=-1)
+        else:
+            sink = (sinks - top * scale).clamp(max=torch.finfo(torch.float32).max)
+            p = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
         if not mask.is_full:
             p.masked_fill_(hidden, 0.0)  # a row that sees nothing has no softmax
         ds = p * (do @ values.transpose(-1, -2))
@@ -95,6 +143,8 @@ def _attention_backward(
         if dlse is not None:
             shift -= dlse.to(dtype).reshape(*ds.shape[:3], -1, 1)[..., start:stop, :]
         ds -= p * shift
+        if terms.softcap:
+            ds *= 1 - capped.square()
         dq[..., start:stop, :] = ds @ keys
         # Sum over the group: fold it into the contracted dimension.
         dk[..., first:last, :] += _fold(ds).transpose(-1, -2) @ _fold(qb)

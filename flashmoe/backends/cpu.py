@@ -28,7 +28,9 @@ class CpuBackend(Backend):
     """A block's rows are (position, query head) pairs: a GQA group shares each tile of K and V."""
 
     name = "cpu"
-    features: ClassVar[Features] = {"fwd": frozenset({"window"})}
+    features: ClassVar[Features] = {
+        "fwd": frozenset({"window", "softcap", "alibi", "sink", "packed", "cache", "paged"})
+    }
 
     def unavailable(self, device: torch.device) -> str:
         return "" if device.type == "cpu" else f"runs on cpu tensors, not on {device.type}"
@@ -70,7 +72,11 @@ class CpuBackend(Backend):
             result: tuple[Tensor, Tensor] = _fwd(*call[:4], *fixed)
             return result
 
-        return run
+        def run_with_options(call: Call) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = _fwd(*call[:4], *fixed, *call.terms, *call.sequences)
+            return result
+
+        return run_with_options if problem.features - {"window"} else run
 
 
 def _considered() -> list[Tile]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch.autograd import forward_ad
 
 from flashmoe import _extension
 from flashmoe.backends.base import Run, RunBackward
+from flashmoe.frontend.lengths import check_lengths
 from flashmoe.planning.plan import planned
 from flashmoe.spec import shapes
-from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
@@ -28,13 +30,43 @@ _extension.load()
 _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    return q.new_empty(q.shape), lse
+class Arguments(NamedTuple):
+    """Those of the ops `attention` and `attention_packed`, which have the first 12, and all."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    backend: str
+    tile: str
+    deterministic: bool = False
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    block_table: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+    @property
+    def call(self) -> Call:
+        return Call(*self[:4], Terms(*self[9:12]), Sequences(*self[12:]))
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.window_left, self.window_right)
 
 
-for _kernel_op in ("fwd_cpu", "fwd_cuda"):
-    torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
+# Where the op's arguments have what gets a gradient beside q, k and v.
+_SINKS = Arguments._fields.index("sinks")
+# From here on they are those of the backward's op, too.
+_SHARED = Arguments._fields.index("deterministic")
 
 
 class Training:
@@ -78,34 +110,25 @@ class Training:
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _run(*arguments, need_lse=True)
+    out, lse = _run(Arguments(*arguments), need_lse=True)
     assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
     return out, lse
 
 
 def _attention_without_lse(*arguments: Any) -> Tensor:
-    return _run(*arguments, need_lse=False)[0]
+    return _run(Arguments(*arguments), need_lse=False)[0]
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    backend: str,
-    tile: str,
-    _deterministic: bool = False,  # every forward is
-    *,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    problem = Problem.of(q, k, Mask(window_left, window_right))
+def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    call = arguments.call
+    check_lengths(call)
+    problem = Problem.of_call(call, arguments.mask)
     if shapes.recorder is not None:
         shapes.recorder[problem] += 1
-    run: Run = planned(problem, q.device, backend, tile, need_lse).run
-    with _without_autocast(q):
-        return run(Call(q, k, v, softmax_scale))
+    device = call.q.device
+    run: Run = planned(problem, device, arguments.backend, arguments.tile, need_lse).run
+    with _without_autocast(call.q):
+        return run(call)
 
 
 def _attention_backward(
@@ -120,35 +143,51 @@ def _attention_backward(
     window_left: int,
     window_right: int,
     backend: str,
-    deterministic: bool = False,
+    *shared: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem.of(q, k, Mask(window_left, window_right))
-    run = Training(problem, q.device, backend, None, deterministic).backward()
+    arguments = Arguments(
+        q, k, v, softmax_scale, window_left, window_right, backend, "", *shared
+    )
+    call = arguments.call
+    problem = Problem.of_call(call, arguments.mask)
+    run = Training(problem, q.device, backend, None, arguments.deterministic).backward()
     # .backward() may be called inside an autocast block, which would round a float32 gradient's
     # matmuls to 16 bits.
     with _without_autocast(q):
-        return run(Call(q, k, v, softmax_scale), Saved(dout, out, softmax_lse, dlse))
+        return run(call, Saved(dout, out, softmax_lse, dlse))
 
 
+_TERMS = (
+    "bool deterministic=False, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None"
+)
+_SEQUENCES = (
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "
+    "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, "
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+)
 _FORWARD = (
     "Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right, "
-    "str backend, str tile, bool deterministic=False"
+    f"str backend, str tile, {_TERMS}"
+)
+_BACKWARD = (
+    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse, "
+    f"float softmax_scale, int window_left, int window_right, str backend, {_TERMS}"
 )
 for _schema in (
     f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_without_lse({_FORWARD}) -> Tensor",
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-    "Tensor? dlse, float softmax_scale, int window_left, int window_right, str backend, "
-    "bool deterministic=False) -> "
-    "(Tensor dq, Tensor dk, Tensor dv)",
+    f"attention_backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"attention_packed({_FORWARD}, {_SEQUENCES}) -> (Tensor out, Tensor softmax_lse)",
+    f"attention_packed_backward({_BACKWARD}, {_SEQUENCES}) -> (Tensor dq, Tensor dk, Tensor dv)",
 ):
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
 
 attention = torch.ops.flashmoe.attention.default
-"""(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False) -> out,
-softmax_lse; differentiable in q, k and v. The plan is made at run time, by the first
-call for a problem, so a compiled graph follows the tuned database. Empty `backend` and `tile` do
-not override. With `deterministic` the gradients are the same bits every time."""
+"""(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False,
+softcap=0.0, alibi_slopes=None, sinks=None) -> out, softmax_lse; differentiable in q, k, v and
+sinks. The plan is made at run time, by the first call for a problem, so a compiled graph follows
+the tuned database. Empty `backend` and `tile` do not override. With `deterministic` the gradients
+are the same bits every time. Slopes and sinks as spec/call.py, Terms, says."""
 
 attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
 """out alone, so that backends that do not return softmax_lse may run; `attention` where a gradient
@@ -156,8 +195,16 @@ is asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
 """(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right, backend,
-deterministic=False) -> dq, dk, dv, contiguous, shaped and typed as q, k, v. dlse, the gradient of
-softmax_lse, may be None. Not differentiable."""
+deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None) -> dq, dk, dv, contiguous, shaped
+and typed as q, k, v. dlse, the gradient of softmax_lse, may be None. Not differentiable."""
+
+attention_packed = torch.ops.flashmoe.attention_packed.default
+"""`attention` of sequences whose lengths are read on the device: the arguments of `attention`, then
+the fields of spec/call.py, Sequences, by their names. Differentiable without leftpad_k,
+cache_batch_idx and block_table."""
+
+attention_packed_backward = torch.ops.flashmoe.attention_packed_backward.default
+"""`attention_backward` of `attention_packed`."""
 
 
 def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -166,6 +213,12 @@ def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    # (batch, heads, seqlen), or (heads, total).
+    shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_attention_without_lse(q: Tensor, *_: Any) -> Tensor:
@@ -188,8 +241,9 @@ def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
+def _wants_gradient(*arguments: Any) -> bool:
     """Also refuses what there is no formula for: nothing may come out as a gradient of 0."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
     # A module's global, which says without a call that no dual level is open.
     if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         raise NotImplementedError(
@@ -206,6 +260,15 @@ def _wants_gradient(*tensors: Tensor) -> bool:
     return True
 
 
+def refuse_gradients(terms: Terms, sequences: Sequences) -> None:
+    """Raise for what has no gradient in a call that asks for some."""
+    if terms.alibi_slopes is not None and terms.alibi_slopes.requires_grad:
+        raise NotImplementedError("alibi_slopes must not require a gradient: it has none")
+    for name in ("leftpad_k", "cache_batch_idx", "block_table"):
+        if getattr(sequences, name) is not None:
+            raise NotImplementedError(f"{name} must be None where gradients are asked for")
+
+
 def _saved(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Saved:
     """With gradients of which autograd gives one or both, and as they come. What a row that sees
     nothing has for a softmax_lse of -inf may be no number, and reaches nothing."""
@@ -216,62 +279,112 @@ def _saved(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -
     return Saved(dout, out, lse, dlse)
 
 
+def _sinks_gradient(call: Call, saved: Saved) -> Tensor:
+    """(heads_q,): a sink is a score whose value is 0, so of its probability p it has the gradient
+    p * (0 - (sum of out * dout - dlse)) in every row."""
+    sinks, cu_seqlens_q = call.terms.sinks, call.sequences.cu_seqlens_q
+    assert sinks is not None
+    dout, out, lse, dlse = saved
+    gain = torch.linalg.vecdot(dout.float(), out.float()).transpose(-1, -2)
+    if dlse is not None:
+        gain = gain - dlse
+    hidden = lse == float("-inf")
+    if cu_seqlens_q is not None:  # a row of no sequence may hold anything
+        row = torch.arange(lse.shape[-1], device=lse.device)
+        hidden = hidden | (row < cu_seqlens_q[0]) | (row >= cu_seqlens_q[-1])
+    each = (gain * torch.exp(sinks.unsqueeze(-1) - lse)).masked_fill(hidden, 0.0)
+    return -each.transpose(-1, -2).flatten(0, -2).sum(0)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd(attention, keyset, *arguments)
-        q, k, v, softmax_scale, left, right, backend, _, *deterministic = arguments
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = (softmax_scale, left, right, backend, *deterministic)
-        ctx.others = (None,) * (len(arguments) - 3)
+    def forward(
+        ctx: Any, forward: Any, backward: Any, keyset: Any, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _below_autograd(forward, keyset, *arguments)
+        are_tensors = [isinstance(x, Tensor) for x in arguments]
+        ctx.save_for_backward(out, lse, *(x for x in arguments if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        ctx.are_tensors, ctx.op = are_tensors, backward
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        if dout is None and dlse is None:
-            return None, None, None, None, *ctx.others
-        q, k, v, out, lse = ctx.saved_tensors
-        saved = _saved(dout, out, lse, dlse)
-        dq, dk, dv = attention_backward(saved.dout, q, k, v, *saved[1:], *ctx.arguments)
-        return None, dq, dk, dv, *ctx.others
+        gradients: list[Tensor | None] = [None] * len(ctx.others)
+        if dout is not None or dlse is not None:
+            out, lse, *tensors = ctx.saved_tensors
+            given = iter(tensors)
+            arguments = Arguments(
+                *(
+                    next(given) if is_tensor else x
+                    for is_tensor, x in zip(ctx.are_tensors, ctx.others, strict=True)
+                )
+            )
+            saved = _saved(dout, out, lse, dlse)
+            gradients[:3] = ctx.op(
+                *(saved.dout, *arguments[:3], *saved[1:], *arguments[3:7]),
+                *arguments[_SHARED : len(ctx.others)],
+            )
+            if len(gradients) > _SINKS and ctx.needs_input_grad[3 + _SINKS]:
+                gradients[_SINKS] = _sinks_gradient(arguments.call, saved)
+        return None, None, None, *gradients
 
 
 class EagerAttention(torch.autograd.Function):
-    """(q, k, v, softmax_scale, Training) -> out, softmax_lse: what the op `attention` computes,
-    without the dispatcher, which takes longer than a small problem. For ordinary tensors, where
-    nothing is traced or transformed."""
+    """(q, k, v, softmax_scale, Training, sinks, Terms, Sequences) -> out, softmax_lse: what the op
+    `attention` computes, without the dispatcher, which takes longer than a small problem. For
+    ordinary tensors, where nothing is traced or transformed. `sinks` are those of the Terms."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, training: Training
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        training: Training,
+        sinks: Tensor | None = None,
+        terms: Terms = NO_TERMS,
+        sequences: Sequences = DENSE,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = training.forward(Call(q, k, v, softmax_scale))
+        out, lse = training.forward(Call(q, k, v, softmax_scale, terms, sequences))
         assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.softmax_scale, ctx.training = softmax_scale, training
+        if terms is NO_TERMS and sequences is DENSE:
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:  # what is changed in place before the backward is an error
+            ctx.save_for_backward(q, k, v, out, lse, *terms[1:], *sequences[:3])
+        ctx.others = softmax_scale, training, terms, sequences
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         if dout is None and dlse is None:
-            return (None,) * 5
-        q, k, v, out, lse = ctx.saved_tensors
-        saved, scale = _saved(dout, out, lse, dlse), ctx.softmax_scale
+            return (None,) * 8
+        q, k, v, out, lse, *_ = ctx.saved_tensors
+        scale, training, terms, sequences = ctx.others
+        saved = _saved(dout, out, lse, dlse)
+        call = Call(q, k, v, scale, terms, sequences)
         if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
-            arguments = (*saved[1:], scale, *ctx.training.arguments)
-            gradients = attention_backward(saved.dout, q, k, v, *arguments)
+            arguments = (*saved[1:], scale, *training.arguments, *terms)
+            if sequences is DENSE:
+                gradients = attention_backward(saved.dout, q, k, v, *arguments)
+            else:
+                gradients = attention_packed_backward(saved.dout, q, k, v, *arguments, *sequences)
         else:
             with _without_autocast(q):
-                gradients = ctx.training.backward()(Call(q, k, v, scale), saved)
-        return *gradients, None, None
+                gradients = training.backward()(call, saved)
+        dsinks = None
+        if terms.sinks is not None and ctx.needs_input_grad[5]:
+            dsinks = _sinks_gradient(call, saved)
+        return *gradients, None, None, dsinks, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _below_autograd(attention_backward, keyset, *arguments)
+    def forward(ctx: Any, op: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _below_autograd(op, keyset, *arguments)
         return dq, dk, dv
 
     @staticmethod
@@ -282,39 +395,69 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
-def _autograd_attention(keyset: Any, *arguments: Any) -> Any:
-    if _wants_gradient(*arguments[:3]):
-        return _Attention.apply(keyset, *arguments)  # type: ignore[no-untyped-call]
-    return _below_autograd(attention, keyset, *arguments)
+def _forward_autograd(
+    op: torch._ops.OpOverload, forward: torch._ops.OpOverload, backward: torch._ops.OpOverload
+) -> Callable[..., Any]:
+    """The autograd kernel of `op`, which is `forward`, or its first result."""
+
+    def autograd(keyset: Any, *arguments: Any) -> Any:
+        if not _wants_gradient(*arguments):
+            return _below_autograd(op, keyset, *arguments)
+        call = Arguments(*arguments).call
+        refuse_gradients(call.terms, call.sequences)
+        found = _Attention.apply(forward, backward, keyset, *arguments)  # type: ignore[no-untyped-call]
+        return found if op is forward else found[0]
+
+    return autograd
 
 
-def _autograd_attention_without_lse(keyset: Any, *arguments: Any) -> Any:
-    if _wants_gradient(*arguments[:3]):
-        return _Attention.apply(keyset, *arguments)[0]  # type: ignore[no-untyped-call]
-    return _below_autograd(attention_without_lse, keyset, *arguments)
+def _backward_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    def autograd(keyset: Any, *arguments: Any) -> Any:
+        if _wants_gradient(*arguments):
+            return _AttentionBackward.apply(op, keyset, *arguments)  # type: ignore[no-untyped-call]
+        return _below_autograd(op, keyset, *arguments)
+
+    return autograd
 
 
-def _autograd_attention_backward(keyset: Any, *arguments: Any) -> Any:
-    if _wants_gradient(*(x for x in arguments[:7] if x is not None)):
-        return _AttentionBackward.apply(keyset, *arguments)  # type: ignore[no-untyped-call]
-    return _below_autograd(attention_backward, keyset, *arguments)
+for _kernel_op in ("fwd_cpu", "fwd_cuda"):
+    torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
 
-
-for _name, _kernel, _fake, _autograd in (
-    ("attention", _attention, _fake_forward, _autograd_attention),
+for _op, _kernel, _fake, _autograd in (
     (
-        "attention_without_lse",
+        attention,
+        _attention,
+        _fake_forward,
+        _forward_autograd(attention, attention, attention_backward),
+    ),
+    (
+        attention_without_lse,
         _attention_without_lse,
         _fake_attention_without_lse,
-        _autograd_attention_without_lse,
+        _forward_autograd(attention_without_lse, attention, attention_backward),
     ),
     (
-        "attention_backward",
+        attention_packed,
+        _attention,
+        _fake_forward,
+        _forward_autograd(attention_packed, attention_packed, attention_packed_backward),
+    ),
+    (
+        attention_backward,
         _attention_backward,
         _fake_attention_backward,
-        _autograd_attention_backward,
+        _backward_autograd(attention_backward),
+    ),
+    (
+        attention_packed_backward,
+        _attention_backward,
+        _fake_attention_backward,
+        _backward_autograd(attention_packed_backward),
     ),
 ):
-    torch.library.register_kernel(f"flashmoe::{_name}", ("cpu", "cuda"), _kernel, lib=_library)
-    torch.library.register_fake(f"flashmoe::{_name}", _fake, lib=_library)
-    _library.impl(_name, _autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    _name = _op.name().removesuffix(".default")
+    torch.library.register_kernel(_name, ("cpu", "cuda"), _kernel, lib=_library)
+    torch.library.register_fake(_name, _fake, lib=_library)
+    _library.impl(  # type: ignore[no-untyped-call]
+        _name.removeprefix("flashmoe::"), _autograd, "Autograd", with_keyset=True
+    )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from flashmoe.backends import BACKENDS
+from flashmoe.frontend.lengths import validate_lengths
+from flashmoe.spec.call import DENSE, NO_TERMS, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.tiles import Tile
@@ -68,6 +70,8 @@ def validate(
     softmax_scale: float | None,
     backend: str | None,
     tile: Tile | str | None,
+    terms: Terms = NO_TERMS,
+    sequences: Sequences = DENSE,
 ) -> float:
     """Raise for what no kernel may see; return the softmax scale to use."""
     validate_tensors(q, k, v)
@@ -75,12 +79,7 @@ def validate(
         raise TypeError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if tile is not None and not isinstance(tile, (str, Tile)):
         raise TypeError(f"tile must be a Tile, its text form or None, got {tile!r}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions (batch, seqlen, heads, head_dim), "
-                f"got shape {tuple(x.shape)}"
-            )
+    _validate_dimensions(q, k, v, sequences)
     if str(q.dtype).removeprefix("torch.") not in DTYPE_BYTES:
         raise TypeError(f"q must be {', '.join(DTYPE_BYTES)}, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -90,29 +89,91 @@ def validate(
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
-    batch, _, heads_q, head_dim = q.shape
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+    heads_q, head_dim = q.shape[-2:]
+    for name, size in (("head_dim", head_dim), ("v's head_dim", v.shape[-1])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must be from 1 to {MAX_HEAD_DIM}, got {size}")
+    if sequences is DENSE:
+        batch = q.shape[0]
+        if k.shape[0] != batch or k.shape[3] != head_dim:
+            raise ValueError(
+                f"k must be (batch={batch}, seqlen_kv, heads_kv, head_dim={head_dim}), "
+                f"got shape {tuple(k.shape)}"
+            )
+    else:
+        if k.shape[-1] != head_dim:
+            raise ValueError(f"k must have q's head_dim {head_dim}, got shape {tuple(k.shape)}")
+        validate_lengths(sequences, q, k)
+    if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
-            f"head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM}, got {head_dim}"
+            f"v must have k's shape {tuple(k.shape)} but for head_dim, got {tuple(v.shape)}"
         )
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(
-            f"k must be (batch={batch}, seqlen_kv, heads_kv, head_dim={head_dim}), "
-            f"got shape {tuple(k.shape)}"
-        )
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    heads_kv = k.shape[2]
+    heads_kv = k.shape[-2]
     if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
         raise ValueError(
             f"q's heads must be a positive multiple of k's ({heads_kv}), got {heads_q}"
         )
+    if terms is not NO_TERMS:
+        cu_seqlens_q = sequences.cu_seqlens_q
+        _validate_terms(terms, q, q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
     if softmax_scale is None:
         return float(head_dim**-0.5)
-    if not isinstance(softmax_scale, (int, float, numbers.Real)):
-        raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
+    _validate_number("softmax_scale", softmax_scale)
     if not is_normal(softmax_scale):
         raise ValueError(
             f"softmax_scale must be from {_MIN_SCALE:.3g} to {_MAX_SCALE:.3g}, got {softmax_scale}"
         )
     return float(softmax_scale)
+
+
+def _validate_dimensions(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> None:
+    dense = "(batch, seqlen, heads, head_dim)"
+    of_q = of_k = dense
+    if sequences.cu_seqlens_q is not None:
+        of_q = "(total_q, heads, head_dim)"
+    if sequences.cu_seqlens_k is not None:
+        of_k = "(total_k, heads, head_dim)"
+    elif sequences.block_table is not None:
+        of_k = "(num_pages, page_size, heads, head_dim)"
+    for name, x, shape in (("q", q, of_q), ("k", k, of_k), ("v", v, of_k)):
+        dims = shape.count(",") + 1
+        if x.dim() != dims:
+            raise ValueError(
+                f"{name} must have {dims} dimensions {shape}, got shape {tuple(x.shape)}"
+            )
+
+
+def _validate_terms(terms: Terms, q: Tensor, batch: int) -> None:
+    softcap, alibi_slopes, sinks = terms
+    _validate_number("softcap", softcap)
+    if softcap != 0 and not is_normal(softcap):
+        raise ValueError(
+            f"softcap must be 0 for none, or from {_MIN_SCALE:.3g} to {_MAX_SCALE:.3g}, "
+            f"got {softcap}"
+        )
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    heads = q.shape[-2]
+    if alibi_slopes is not None:
+        if alibi_slopes.dtype != torch.float32:
+            raise TypeError(f"alibi_slopes must be float32, got {alibi_slopes.dtype}")
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes must be (heads={heads},) or (batch={batch}, heads={heads}), "
+                f"got shape {tuple(alibi_slopes.shape)}"
+            )
+    if sinks is not None:
+        if not sinks.is_floating_point():
+            raise TypeError(f"sinks must be of a floating-point dtype, got {sinks.dtype}")
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks must be (heads={heads},), got shape {tuple(sinks.shape)}")
+
+
+def _validate_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")

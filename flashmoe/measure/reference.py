@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmoe.spec.call import Call
 from flashmoe.spec.mask import FULL, Mask
+from flashmoe.spec.sequence import Sequence, sequences_of
 
 
 def attention_reference(
@@ -15,13 +17,19 @@ def attention_reference(
     softmax_scale: float | None = None,
     mask: Mask = FULL,
     dtype: torch.dtype = torch.float64,
+    *,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V, materialized, differentiable, computed in `dtype`.
 
-    q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim).
+    q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim);
+    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,).
     Returns out (as q) and softmax_lse (batch, heads_q, seqlen_q), both in `dtype`; a row that sees
-    no key has out 0 and lse -inf. With `dtype` the inputs' own it is the same-dtype PyTorch
-    computation that tolerances are measured against.
+    no key has out 0 and its sink, or -inf, as lse. With `dtype` the inputs' own it is the
+    same-dtype PyTorch computation that tolerances are measured against; slopes and sinks stay
+    float32 there, as those of models are.
     """
     group = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -30,15 +38,74 @@ def attention_reference(
     vh = v.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
     scores = qh @ kh.transpose(-1, -2) * scale
     i, j = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
-    hidden = mask.hides(i.unsqueeze(1), j, q.shape[1], k.shape[1])
+    i = i.unsqueeze(1)
+    at_least_float32 = torch.promote_types(dtype, torch.float32)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        distance = (i + k.shape[1] - q.shape[1] - j).abs()
+        scores = scores - alibi_slopes.to(at_least_float32)[..., None, None] * distance
+    hidden = mask.hides(i, j, q.shape[1], k.shape[1])
     scores = scores.masked_fill(hidden, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        sink = sinks.to(at_least_float32).reshape(-1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    lse = torch.logsumexp(scores, dim=-1).to(dtype)
     empty = hidden.all(-1)
     # A row that sees nothing is 0 by definition, where softmax gives NaN. Not exp(scores - lse): a
     # large lse is rounded by more than the logarithm of the number of keys.
     empty = empty.unsqueeze(-1)
     weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
-    return (weights @ vh).transpose(1, 2), lse
+    return (weights[..., : k.shape[1]].to(dtype) @ vh).transpose(1, 2), lse
+
+
+def sequences_reference(
+    call: Call, mask: Mask = FULL, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """attention_reference of any Call, one sequence at a time: packed, in a cache or in pages.
+
+    Returns out (as q) and softmax_lse (heads_q, total_q) where q is packed, else (batch, heads_q,
+    seqlen_q), both in `dtype`. Rows of q in no sequence have out 0 and lse -inf. Page and batch
+    indices are clamped to what k has; without a page, or a batch, there are no keys.
+    """
+    q, terms = call.q, call.terms
+    packed = call.sequences.cu_seqlens_q is not None
+    k_rows, v_rows = (x.flatten(0, -3) for x in (call.k, call.v))
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    lse = out.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -torch.inf)
+    for index, sequence in enumerate(sequences_of(call)):
+        rows = slice(sequence.q_begin, sequence.q_begin + sequence.seqlen_q)
+        keys = _rows_of_keys(call, index, sequence)
+        slopes = terms.alibi_slopes
+        one_out, one_lse = attention_reference(
+            (q if packed else q[index])[rows].unsqueeze(0),
+            k_rows[keys].unsqueeze(0),
+            v_rows[keys].unsqueeze(0),
+            call.softmax_scale,
+            mask,
+            dtype,
+            softcap=terms.softcap,
+            alibi_slopes=slopes[index] if slopes is not None and slopes.dim() == 2 else slopes,
+            sinks=terms.sinks,
+        )
+        (out if packed else out[index])[rows] = one_out[0]
+        (lse if packed else lse[index])[:, rows] = one_lse[0]
+    return out, lse
+
+
+def _rows_of_keys(call: Call, index: int, sequence: Sequence) -> Tensor:
+    """Which rows of k, whose batches or pages are one behind the other, hold a sequence's keys."""
+    k, s = call.k, call.sequences
+    keys = torch.arange(sequence.seqlen_kv, device=k.device) + sequence.k_begin
+    if s.cu_seqlens_k is not None:
+        return keys
+    if not len(k):
+        return keys[:0]
+    if s.block_table is not None:
+        pages = s.block_table[index].long().clamp(0, len(k) - 1)
+        return pages[keys // k.shape[1]] * k.shape[1] + keys % k.shape[1]
+    batch = index if s.cache_batch_idx is None else int(s.cache_batch_idx[index])
+    return min(max(batch, 0), len(k) - 1) * k.shape[1] + keys
 
 
 def error_bound(actual_dtype: torch.dtype, same_dtype_error: float, scale: float) -> float:

@@ -15,6 +15,13 @@ class Terms(NamedTuple):
     alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32, contiguous
     sinks: Tensor | None = None  # (heads_q,), float32, contiguous
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that there are, by their names in spec/problem.py."""
+        present = (self.softcap != 0.0, self.alibi_slopes is not None, self.sinks is not None)
+        names = zip(("softcap", "alibi", "sink"), present, strict=True)
+        return tuple(name for name, is_present in names if is_present)
+
 
 class Sequences(NamedTuple):
     """Lengths that kernels read on the device (csrc/common/sequence.h): int32, contiguous."""
@@ -27,6 +34,16 @@ class Sequences(NamedTuple):
     block_table: Tensor | None = None  # (batch, pages): k, v (num_pages, page_size, heads, dim)
     max_seqlen_q: int = 0  # upper bounds of packed lengths
     max_seqlen_k: int = 0
+
+    @property
+    def layout(self) -> str:
+        """One of LAYOUTS in spec/problem.py."""
+        if all(x is None for x in self[:6]):
+            return "dense"
+        if self.cu_seqlens_k is not None:
+            return "packed"
+        keys = "cache" if self.block_table is None else "paged"
+        return keys if self.cu_seqlens_q is None else f"packed-{keys}"
 
 
 NO_TERMS = Terms()

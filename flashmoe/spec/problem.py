@@ -11,13 +11,15 @@ from flashmoe.spec.mask import FULL, Mask, causal_if
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flashmoe.spec.call import Call
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DIRECTIONS = ("fwd", "bwd")
 # What may be done to scores besides scaling and masking (spec/call.py, Terms).
 TERMS = ("softcap", "alibi", "sink")
 # How sequences lie in memory: one by one; one behind the other; or keys in a cache, whose lengths
-# are read on the device, dense or in pages.
-LAYOUTS = ("dense", "packed", "cache", "paged")
+# are read on the device, dense or in pages, and queries either way.
+LAYOUTS = ("dense", "packed", "cache", "paged", "packed-cache", "packed-paged")
 MAX_HEAD_DIM = 256
 
 
@@ -91,11 +93,33 @@ class Problem:
         sizes = (batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim)
         return cls(*sizes, str(q.dtype).removeprefix("torch."), mask, direction)
 
+    @classmethod
+    def of_call(cls, call: Call, mask: Mask = FULL, direction: str = "fwd") -> Problem:
+        """The problem of `call`. Sizes of packed batches, which differ from call to call, are
+        rounded up to powers of two: many calls are one problem, and planned once."""
+        q, k, sequences = call.q, call.k, call.sequences
+        batch, seqlen_q, seqlen_kv = q.shape[0], q.shape[-3], k.shape[-3]
+        if sequences.block_table is not None:
+            seqlen_kv *= sequences.block_table.shape[1]
+        if sequences.cu_seqlens_q is not None:
+            batch = _ceil_pow2(sequences.cu_seqlens_q.shape[0] - 1)
+            seqlen_q = _ceil_pow2(min(seqlen_q, sequences.max_seqlen_q))
+        if sequences.cu_seqlens_k is not None:
+            seqlen_kv = _ceil_pow2(min(seqlen_kv, sequences.max_seqlen_k))
+        return cls(
+            *(batch, q.shape[-2], k.shape[-2], seqlen_q, seqlen_kv, q.shape[-1]),
+            dtype=str(q.dtype).removeprefix("torch."),
+            mask=mask,
+            direction=direction,
+            terms=call.terms.names,
+            layout=sequences.layout,
+        )
+
     @property
     def features(self) -> frozenset[str]:
         """What a kernel must have beyond full and causal attention of equal head counts."""
         window = {"window"} if self.mask.is_local else set()
-        layout = {self.layout} if self.layout != "dense" else set()
+        layout = set(self.layout.split("-")) - {"dense"}
         return frozenset(window | layout | set(self.terms))
 
     @property

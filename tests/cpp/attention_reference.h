@@ -222,7 +222,7 @@ inline std::pair<int, int> seen_keys(Mask mask, int i, int seqlen_q, int seqlen_
 // but those over head_dim, which run through `order`.
 template <typename Float>
 Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
-                        const std::vector<int>& order) {
+                        const std::vector<int>& order, const Terms& terms = {}) {
   const Values<Float> q_values(q), k_values(k), v_values(v);
   const size_t rows = static_cast<size_t>(q.batch) * q.heads * q.seqlen;
   Result<Float> result{std::vector<Float>(rows * q.head_dim), std::vector<Float>(rows)};
@@ -237,9 +237,19 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
       const Float *q_row = q_values.row(b, i, h), *k_row = k_values.row(b, first + n, kv_head);
       for (int d : order) scores[n] += q_row[d] * k_row[d];
       scores[n] *= static_cast<Float>(scale);
+      if (terms.softcap > 0) {
+        scores[n] = terms.softcap * std::tanh(scores[n] / static_cast<Float>(terms.softcap));
+      }
+      if (terms.alibi_slopes != nullptr) {
+        const int distance = std::abs(i + k.seqlen - q.seqlen - first - n);
+        scores[n] -= terms.alibi_slopes[b * terms.alibi_batch_stride + h] * Float(distance);
+      }
       max = std::fmax(max, scores[n]);
     }
-    if (max == -INFINITY && visible > 0) max = 0;
+    const Float sink = terms.sinks != nullptr ? terms.sinks[h] : -INFINITY;
+    max = std::fmax(max, sink);
+    if (max == -INFINITY) max = 0;
+    sum += std::exp(sink - max);
     Float* out_row = &result.out[r * q.head_dim];
     for (int n = 0; n < visible; ++n) {
       const Float p = std::exp(scores[n] - max);

@@ -1,12 +1,14 @@
 // The CPU forward kernel against plain computations in float64 and float32: odd sizes, dtypes, GQA,
-// causal, windows, strides, tiles, instruction sets and thread counts. Every buffer, and the
-// padding between its rows, is NaN where nothing may be read, and outputs are poisoned first.
+// causal, windows, terms of scores, packed, cached and paged sequences, strides, tiles, instruction
+// sets and thread counts. Every buffer, and the padding between its rows, is NaN where nothing may
+// be read, and outputs are poisoned first.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -43,15 +45,17 @@ struct Case {
   bool heads_first = false;
   float scale = 0;  // 0: 1 / sqrt(head_dim)
   CpuIsa isa = CpuIsa::generic;
+  float softcap = 0;
+  bool alibi = false, sink = false;
 
   std::string name() const {
     char text[256];
     std::snprintf(text, sizeof(text),
                   "b%d sq%d skv%d hq%d hkv%d d%d window%d,%d dtype%d tile%dx%d threads%d pad%d "
-                  "heads_first%d isa%d",
+                  "heads_first%d isa%d softcap%g alibi%d sink%d",
                   batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, mask.left, mask.right,
                   static_cast<int>(dtype), block_m, block_n, threads, pad, heads_first,
-                  static_cast<int>(isa));
+                  static_cast<int>(isa), softcap, alibi, sink);
     return text;
   }
 };
@@ -92,7 +96,7 @@ bool close(double got, double want, double bound) {
 struct Problem {
   Case c;
   Tensor q, k, v, out;
-  std::vector<float> lse;
+  std::vector<float> lse, slopes, sinks;
 
   Problem(const Case& c, unsigned seed)
       : c(c),
@@ -103,17 +107,34 @@ struct Problem {
     std::mt19937 engine(seed);
     std::normal_distribution<double> normal;
     for (Tensor* tensor : {&q, &k, &v}) tensor->fill([&] { return normal(engine); });
+    for (int i = 0; i < c.batch * c.heads_q; ++i) {
+      slopes.push_back(std::ldexp(1.0f, -static_cast<int>(engine() % 9)));
+    }
+    for (int i = 0; i < c.heads_q; ++i) sinks.push_back(static_cast<float>(3 * normal(engine)));
   }
 
   float scale() const {
     return c.scale != 0 ? c.scale : 1.0f / std::sqrt(static_cast<float>(c.head_dim));
   }
 
-  AttentionParams params() { return forward_params(q, k, v, out, lse, scale(), c.mask); }
+  Terms terms() const {
+    return {c.softcap, c.alibi ? slopes.data() : nullptr, c.heads_q,
+            c.sink ? sinks.data() : nullptr};
+  }
 
-  void run() {
+  AttentionParams params() {
+    AttentionParams params = forward_params(q, k, v, out, lse, scale(), c.mask);
+    params.terms = terms();
+    return params;
+  }
+
+  void poison_outputs() {
     std::fill(out.bytes.begin(), out.bytes.end(), POISON);
     lse.assign(static_cast<size_t>(c.batch) * c.heads_q * c.seqlen_q + 16, -12345.0f);
+  }
+
+  void run() {
+    poison_outputs();
     fwd_cpu(params(), c.dtype, c.block_m, c.block_n, c.isa, parallel_for_threads, c.threads);
   }
 
@@ -123,11 +144,11 @@ struct Problem {
   void check() {
     std::vector<int> order(c.head_dim);
     std::iota(order.begin(), order.end(), 0);
-    const Result<double> want = reference<double>(q, k, v, scale(), c.mask, order);
+    const Result<double> want = reference<double>(q, k, v, scale(), c.mask, order, terms());
     double out_error = 0, lse_error = 0;
     std::mt19937 engine(0);
     for (int i = 0; i < 8; ++i) {
-      const Result<float> plain = reference<float>(q, k, v, scale(), c.mask, order);
+      const Result<float> plain = reference<float>(q, k, v, scale(), c.mask, order, terms());
       out_error = std::fmax(out_error, largest_error(plain.out, want.out));
       lse_error = std::fmax(lse_error, largest_error(plain.lse, want.lse));
       std::shuffle(order.begin(), order.end(), engine);
@@ -168,6 +189,26 @@ std::vector<CpuIsa> available_isas() {
     isas.push_back(static_cast<CpuIsa>(isa));
   }
   return isas;
+}
+
+using Random = std::mt19937;
+int below(Random& random, int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); }
+
+// A mask narrower than a register tile or wider than a block, open on one side or on none.
+Mask random_mask(Random& random, int seqlen_q, int seqlen_kv) {
+  const auto limit = [&](int seqlen) {
+    if (below(random, 4) == 0 || seqlen == 0) return -1;
+    return below(random, std::min(seqlen, below(random, 2) ? 10 : 160));
+  };
+  return {limit(seqlen_kv), limit(seqlen_q)};
+}
+
+// Each term in two cases of three.
+void add_random_terms(Random& random, Case& c) {
+  const float softcaps[] = {0, 0.5f, 15};
+  c.softcap = softcaps[below(random, 3)];
+  c.alibi = below(random, 3) > 0;
+  c.sink = below(random, 3) > 0;
 }
 
 void test_against_reference(CpuIsa isa) {
@@ -230,27 +271,194 @@ void test_sweeps(CpuIsa isa) {
   }
 }
 
-// Windows narrower than a register tile and wider than a block, open on one side or on none.
-void test_random_windows(CpuIsa isa) {
-  std::mt19937 random(17);
-  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-  for (int round = 0; round < 150; ++round) {
-    Case c{1 + below(2), 1 + below(160), 1 + below(160), 1 + below(5), 1, 8 * (1 + below(5)), FULL};
-    if (below(3) == 0) c.seqlen_q = c.seqlen_kv;
-    const auto limit = [&](int seqlen) {
-      return below(4) == 0 ? -1 : below(std::min(seqlen, below(2) ? 10 : 160));
-    };
-    c.mask = {limit(c.seqlen_kv), limit(c.seqlen_q)};
-    c.heads_kv += below(2);
+void test_random_problems(CpuIsa isa) {
+  Random random(17);
+  for (int round = 0; round < 300; ++round) {
+    Case c{1 + below(random, 2),
+           1 + below(random, 160),
+           1 + below(random, 160),
+           1 + below(random, 5),
+           1,
+           8 * (1 + below(random, 5)),
+           FULL};
+    if (below(random, 3) == 0) c.seqlen_q = c.seqlen_kv;
+    c.mask = random_mask(random, c.seqlen_q, c.seqlen_kv);
+    c.heads_kv += below(random, 2);
     c.heads_q *= c.heads_kv;
-    c.dtype = static_cast<DType>(below(3));
-    c.block_m = 1 + below(130), c.block_n = 1 + below(60);
-    c.threads = 1 + below(3), c.pad = below(3), c.heads_first = below(2) == 0;
-    if (below(4) == 0) c.scale = 3;
+    c.dtype = static_cast<DType>(below(random, 3));
+    c.block_m = 1 + below(random, 130), c.block_n = 1 + below(random, 60);
+    c.threads = 1 + below(random, 3), c.pad = below(random, 3);
+    c.heads_first = below(random, 2) == 0;
+    if (below(random, 4) == 0) c.scale = 3;
+    if (round % 2) add_random_terms(random, c);
     c.isa = isa;
     Problem problem(c, 1000 + round);
     problem.run();
     problem.check();
+  }
+}
+
+enum class Keys { packed, cache, paged };
+
+// A dense problem for each sequence, and one call whose tensors hold them all: NaN but for their
+// rows. What it gives them is checked as if they had been computed alone.
+struct Batch {
+  std::vector<Problem*> problems;
+  bool packed_q;
+  Keys keys;
+
+  // Sets what is described of sequences and runs them. Some keys in front and behind are not used,
+  // batches and pages are in any order, and what a table holds behind them is no page.
+  void run(Random& random) {
+    const int batch = static_cast<int>(problems.size());
+    const Case& c = problems[0]->c;
+    int max_seqlen_q = 0, max_seqlen_k = 0;
+    std::vector<int> cu_seqlens_q{packed_q ? below(random, 4) : 0}, cu_seqlens_k{below(random, 4)};
+    std::vector<int> seqused_k, leftpad_k, cache_batch_idx, block_table;
+    for (const Problem* problem : problems) {
+      const int pad = below(random, 2) * below(random, 20), used = pad + problem->c.seqlen_kv;
+      leftpad_k.push_back(pad);
+      seqused_k.push_back(used);
+      cu_seqlens_q.push_back(cu_seqlens_q.back() + problem->c.seqlen_q);
+      cu_seqlens_k.push_back(cu_seqlens_k.back() + used + below(random, 2) * below(random, 9));
+      max_seqlen_q = std::max(max_seqlen_q, problem->c.seqlen_q);
+      max_seqlen_k = std::max(max_seqlen_k, cu_seqlens_k.back() - *(cu_seqlens_k.end() - 2));
+    }
+    const int total_q = cu_seqlens_q.back() + below(random, 5);
+    const int total_k = cu_seqlens_k.back() + below(random, 5);
+    const int page_size = 1 + below(random, 40);
+    const int pages = (max_seqlen_k + page_size - 1) / page_size + below(random, 3);
+    const int batches = batch + below(random, 3);
+    std::vector<int> numbers(keys == Keys::paged ? pages * batch + 2 : batches);
+    std::iota(numbers.begin(), numbers.end(), 0);
+    std::shuffle(numbers.begin(), numbers.end(), random);
+    cache_batch_idx.assign(numbers.begin(), numbers.begin() + batch);
+    for (int i = 0; i < batch; ++i) {
+      for (int page = 0; page < pages; ++page) {
+        const bool used = page * page_size < seqused_k[i] && (page + 1) * page_size > leftpad_k[i];
+        block_table.push_back(used ? numbers[i * pages + page] : below(random, 2) ? -1 : 1 << 30);
+      }
+    }
+
+    Tensor q(c.dtype, packed_q ? 1 : batch, packed_q ? total_q : max_seqlen_q, c.heads_q,
+             c.head_dim, c.pad, c.heads_first);
+    Tensor out(c.dtype, q.batch, q.seqlen, q.heads, q.head_dim, c.pad, !c.heads_first);
+    const int k_batches = keys == Keys::packed ? 1 : static_cast<int>(numbers.size());
+    const int k_rows = keys == Keys::packed  ? total_k
+                       : keys == Keys::cache ? max_seqlen_k
+                                             : page_size;
+    Tensor k(c.dtype, k_batches, k_rows, c.heads_kv, c.head_dim, c.pad, c.heads_first);
+    Tensor v(c.dtype, k_batches, k_rows, c.heads_kv, c.head_dim, c.pad, !c.heads_first);
+    std::fill(out.bytes.begin(), out.bytes.end(), POISON);
+
+    const auto copy_row = [&](Tensor& from, int b, int s, Tensor& to, int to_b, int to_s) {
+      for (int h = 0; h < from.heads; ++h) {
+        std::memcpy(to.at(to_b, to_s, h, 0), from.at(b, s, h, 0), c.head_dim * size_of(c.dtype));
+      }
+    };
+    std::vector<float> slopes;
+    for (int i = 0; i < batch; ++i) {
+      Problem& problem = *problems[i];
+      for (int row = 0; row < problem.c.seqlen_q; ++row) {
+        copy_row(problem.q, 0, row, q, packed_q ? 0 : i, (packed_q ? cu_seqlens_q[i] : 0) + row);
+      }
+      for (int key = 0; key < problem.c.seqlen_kv; ++key) {
+        const int position = leftpad_k[i] + key;
+        int b = 0, s = cu_seqlens_k[i] + position;
+        if (keys == Keys::cache) b = cache_batch_idx[i], s = position;
+        if (keys == Keys::paged) {
+          b = block_table[i * pages + position / page_size], s = position % page_size;
+        }
+        copy_row(problem.k, 0, key, k, b, s);
+        copy_row(problem.v, 0, key, v, b, s);
+      }
+      problem.sinks = problems[0]->sinks;
+      slopes.insert(slopes.end(), problem.slopes.begin(), problem.slopes.end());
+    }
+
+    std::vector<float> lse(static_cast<size_t>(q.batch) * q.heads * q.seqlen, -12345.0f);
+    AttentionParams params = forward_params(q, k, v, out, lse, problems[0]->scale(), c.mask);
+    params.terms = problems[0]->terms();
+    params.terms.alibi_slopes = c.alibi ? slopes.data() : nullptr;
+    params.batch = batch;
+    params.seqlen_q = max_seqlen_q;
+    params.seqlen_kv = keys == Keys::paged ? pages * page_size : max_seqlen_k;
+    Sequences& sequences = params.sequences;
+    sequences.total_q = packed_q ? total_q : max_seqlen_q;
+    sequences.total_k = total_k;
+    sequences.num_pages = k_batches;
+    sequences.page_size = k_rows;
+    sequences.leftpad_k = leftpad_k.data();
+    sequences.seqused_k = seqused_k.data();
+    if (packed_q) {
+      sequences.cu_seqlens_q = cu_seqlens_q.data();
+      params.q_batch_stride = params.o_batch_stride = 1 << 30;  // not used
+    }
+    if (keys == Keys::packed) {
+      sequences.cu_seqlens_k = cu_seqlens_k.data();
+      params.k_batch_stride = params.v_batch_stride = 1 << 30;
+    }
+    if (keys == Keys::cache) sequences.cache_batch_idx = cache_batch_idx.data();
+    if (keys == Keys::paged) {
+      sequences.block_table = block_table.data();
+      sequences.block_table_stride = pages;
+    }
+    fwd_cpu(params, c.dtype, c.block_m, c.block_n, c.isa, parallel_for_threads, c.threads);
+
+    const long long touched = written_outside(out);
+    CHECK(touched == 0, "%lld bytes outside the output rows of %s", touched, c.name().c_str());
+    for (int i = 0; i < batch; ++i) {
+      Problem& problem = *problems[i];
+      problem.poison_outputs();
+      for (int row = 0; row < problem.c.seqlen_q; ++row) {
+        const int b = packed_q ? 0 : i, s = (packed_q ? cu_seqlens_q[i] : 0) + row;
+        copy_row(out, b, s, problem.out, 0, row);
+        for (int h = 0; h < q.heads; ++h) {
+          problem.lse[h * problem.c.seqlen_q + row] = lse[(b * q.heads + h) * q.seqlen + s];
+        }
+      }
+      problem.check();
+    }
+    for (int row = 0; packed_q && row < total_q; ++row) {
+      if (row >= cu_seqlens_q[0] && row < cu_seqlens_q[batch]) continue;
+      for (int h = 0; h < q.heads; ++h) {
+        CHECK(lse[h * total_q + row] == -INFINITY, "lse %g of row %d in no sequence of %s",
+              lse[h * total_q + row], row, c.name().c_str());
+        for (int d = 0; d < q.head_dim; ++d) {
+          CHECK(out.get(0, row, h, d) == 0, "out %g of row %d in no sequence of %s",
+                out.get(0, row, h, d), row, c.name().c_str());
+        }
+      }
+    }
+  }
+};
+
+void test_random_sequences(CpuIsa isa) {
+  Random random(23);
+  for (int round = 0; round < 240; ++round) {
+    Case c{1, 0, 0, 1 + below(random, 4), 1 + below(random, 2), 8 * (1 + below(random, 9)), FULL};
+    c.heads_q *= c.heads_kv;
+    c.dtype = static_cast<DType>(below(random, 3));
+    c.block_m = 1 + below(random, 130), c.block_n = 1 + below(random, 60);
+    c.threads = 1 + below(random, 3), c.pad = below(random, 3);
+    c.heads_first = below(random, 2) == 0;
+    if (below(random, 2)) c.mask = random_mask(random, 100, 100);
+    if (below(random, 2)) add_random_terms(random, c);
+    c.isa = isa;
+    Batch all{{}, below(random, 3) > 0, static_cast<Keys>(round % 3)};
+    std::vector<std::unique_ptr<Problem>> problems;
+    const int longest = below(random, 3) ? 90 : 3;
+    const int batch = 1 + below(random, 5), same_q = 1 + below(random, longest);
+    for (int i = 0; i < batch; ++i) {
+      const auto length = [&] {
+        return below(random, 4) ? 1 + below(random, longest) : below(random, 2);
+      };
+      c.seqlen_q = all.packed_q ? length() : same_q;
+      c.seqlen_kv = length();
+      problems.push_back(std::make_unique<Problem>(c, 5000 + 10 * round + i));
+      all.problems.push_back(problems.back().get());
+    }
+    all.run(random);
   }
 }
 
@@ -461,7 +669,8 @@ int main() {
   for (CpuIsa isa : available_isas()) {
     test_against_reference(isa);
     test_sweeps(isa);
-    test_random_windows(isa);
+    test_random_problems(isa);
+    test_random_sequences(isa);
     test_keys_outside_the_window_are_not_read(isa);
     test_large_values(isa);
     test_empty(isa);

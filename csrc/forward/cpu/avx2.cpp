@@ -29,6 +29,7 @@ struct Avx2 : X86Eight {
   static FLASHMOE_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static FLASHMOE_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static FLASHMOE_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static FLASHMOE_INLINE Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static FLASHMOE_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   // b when either is NaN.
   static FLASHMOE_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }

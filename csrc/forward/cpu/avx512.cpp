@@ -31,6 +31,7 @@ struct Avx512 : X86Eight {
   static FLASHMOE_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static FLASHMOE_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static FLASHMOE_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static FLASHMOE_INLINE Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static FLASHMOE_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   // b when either is NaN. The maskz form with a full mask is the plain instruction; gcc 12 warns of
   // an uninitialized operand inside its own _mm512_max_ps and _mm512_slli_epi32 (PR 105593).

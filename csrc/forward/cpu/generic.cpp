@@ -73,6 +73,7 @@ struct Generic {
   static FLASHMOE_INLINE Reg add(Reg a, Reg b) { return a + b; }
   static FLASHMOE_INLINE Reg sub(Reg a, Reg b) { return a - b; }
   static FLASHMOE_INLINE Reg mul(Reg a, Reg b) { return a * b; }
+  static FLASHMOE_INLINE Reg div(Reg a, Reg b) { return a / b; }
   static FLASHMOE_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   // b when either is NaN.
   static FLASHMOE_INLINE Reg max(Reg a, Reg b) { return select_greater(a, b, a, b); }

@@ -48,24 +48,33 @@ struct BlockForward {
   const CpuTask& task;
   const int head_dim;
   const int group;
-  const T* k_head;  // row 0 of this kv head
+  const int seqlen_q, seqlen_kv;  // of the task's sequence
+  const int q_batch;              // 0 where q is packed
+  const T* k_head;                // the sequence's first key of this kv head; in pages, page 0
   const T* v_head;
+  // What a stored score is to be multiplied by: terms other than sinks scale before they compute,
+  // unless that could overflow where nothing else does.
+  const float score_scale;
   const int block_n;         // a multiple of KEY_GROUP
   const long long o_stride;  // head_dim rounded up to whole vectors
 
   const long long v_stride;  // one line more than a column: columns must not share cache sets
 
-  float* q_t;            // [panel][head_dim][PANEL]
-  float* k_tile;         // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
-  float* v_tile;         // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
-  float* s_t;            // [block_n][PANEL] scores, then probabilities
-  float* o;              // [row][o_stride], not yet divided by row_sum
-  float* row_max;        // [row], of the scores before softmax_scale, which is positive
-  float* row_sum;        // [row]
-  float* alpha;          // [PANEL] exp2(old max - new max) of the current panel and tile
-  float* key_begin;      // [PANEL] first key each row of the current panel sees, counted from the
-  float* key_end;        // [PANEL] first that is computed of the current tile, and past its last
-  float* q_rows;         // [8][head_dim]
+  float* q_t;        // [panel][head_dim][PANEL]
+  float* k_tile;     // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
+  float* v_tile;     // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
+  float* s_t;        // [block_n][PANEL] scores, then probabilities
+  float* o;          // [row][o_stride], not yet divided by row_sum
+  float* row_max;    // [row], of the scores before score_scale, which is positive
+  float* row_sum;    // [row]
+  float* alpha;      // [PANEL] exp2(old max - new max) of the current panel and tile
+  float* key_begin;  // [PANEL] first key each row of the current panel sees, counted from the
+  float* key_end;    // [PANEL] first that is computed of the current tile, and past its last
+  float* q_rows;     // [8][head_dim]
+  float* slopes;     // [PANEL] of ALiBi, of each row of the current panel, per score_scale
+  float* positions;  // [PANEL] the key level with each row, counted as key_begin
+  const T** k_rows;  // [block_n] of the current tile, where they are in pages
+  const T** v_rows;
   long long floats;      // scratch used
   float p_shift = 0.0f;  // P is this many powers of two smaller
 
@@ -75,8 +84,15 @@ struct BlockForward {
         task(task),
         head_dim(params.head_dim),
         group(params.heads_q / params.heads_kv),
-        k_head(kv_head(params.k, task, params.k_batch_stride, params.k_head_stride)),
-        v_head(kv_head(params.v, task, params.v_batch_stride, params.v_head_stride)),
+        seqlen_q(task.sequence.seqlen_q),
+        seqlen_kv(task.sequence.seqlen_kv),
+        q_batch(params.sequences.cu_seqlens_q != nullptr ? 0 : task.batch),
+        k_head(kv_head(params.k, params.k_batch_stride, params.k_row_stride, params.k_head_stride)),
+        v_head(kv_head(params.v, params.v_batch_stride, params.v_row_stride, params.v_head_stride)),
+        score_scale(params.terms.softcap > 0 ||
+                            (params.terms.alibi_slopes != nullptr && params.softmax_scale < 1.0f)
+                        ? 1.0f
+                        : params.softmax_scale),
         block_n(static_cast<int>(round_up(block_n, KEY_GROUP))),
         o_stride(round_up(params.head_dim, WIDTH)),
         v_stride(static_cast<long long>(this->block_n) * V_COLUMNS + ALIGN_FLOATS) {
@@ -98,12 +114,17 @@ struct BlockForward {
     key_begin = take(PANEL);
     key_end = take(PANEL);
     q_rows = take(8 * head_dim);
+    slopes = take(PANEL);
+    positions = take(PANEL);
+    constexpr long long POINTER_FLOATS = sizeof(const T*) / sizeof(float);
+    k_rows = reinterpret_cast<const T**>(take(this->block_n * POINTER_FLOATS));
+    v_rows = reinterpret_cast<const T**>(take(this->block_n * POINTER_FLOATS));
     floats = used;
   }
 
   // Neither end ever decreases with the row. A row that sees nothing has {0, 0}.
   KeyRange visible_at(int position) const {
-    return visible(params.mask, position, position + 1, params.seqlen_q, params.seqlen_kv);
+    return visible(params.mask, position, position + 1, seqlen_q, seqlen_kv);
   }
   KeyRange visible_keys(long long row) const { return visible_at(static_cast<int>(row / group)); }
 
@@ -111,9 +132,19 @@ struct BlockForward {
     return static_cast<long long>(task.head_kv) * group + row % group;
   }
 
-  static const T* kv_head(const void* base, const CpuTask& task, long long batch_stride,
-                          long long head_stride) {
-    return static_cast<const T*>(base) + task.batch * batch_stride + task.head_kv * head_stride;
+  const T* kv_head(const void* base, long long batch_stride, long long row_stride,
+                   long long head_stride) const {
+    const T* head = static_cast<const T*>(base) + task.head_kv * head_stride;
+    if (in_pages()) return head;
+    return head + task.kv_batch * batch_stride + task.sequence.k_begin * row_stride;
+  }
+  bool in_pages() const { return params.sequences.block_table != nullptr; }
+
+  // Where a row of q or out begins.
+  long long q_offset(long long row, long long batch_stride, long long row_stride,
+                     long long head_stride) const {
+    return q_batch * batch_stride + (task.sequence.q_begin + row / group) * row_stride +
+           query_head(row) * head_stride;
   }
 
   // Rows of a (seqlen, heads, head_dim) tensor lie too far apart for the hardware prefetchers, and
@@ -127,8 +158,8 @@ struct BlockForward {
     // Lanes behind the last row repeat it; nobody reads their results.
     const auto src = [&](int lane) {
       const long long row = panel_begin + (lane < rows ? lane : rows - 1);
-      return static_cast<const T*>(params.q) + task.batch * params.q_batch_stride +
-             row / group * params.q_row_stride + query_head(row) * params.q_head_stride;
+      return static_cast<const T*>(params.q) +
+             q_offset(row, params.q_batch_stride, params.q_row_stride, params.q_head_stride);
     };
     for (int lane = 0; lane < round_up(rows, WIDTH); lane += 8) {
       for (int i = 0; i < 8; ++i) {
@@ -144,10 +175,38 @@ struct BlockForward {
     }
   }
 
-  void stage_k(long long n_begin, int keys) const {
-    const auto row = [&](int n) {
-      return k_head + (n_begin + (n < keys ? n : keys - 1)) * params.k_row_stride;
-    };
+  // Brings keys [n_begin, n_begin + keys) and their values to k_tile and v_tile.
+  void stage(long long n_begin, int keys) const {
+    if (in_pages()) {
+      find_rows(n_begin, keys);
+      stage_k(keys, [&](int n) { return k_rows[n]; });
+      stage_v(keys, [&](int n) { return v_rows[n]; });
+    } else {
+      stage_k(keys, [&](int n) { return k_head + (n_begin + n) * params.k_row_stride; });
+      stage_v(keys, [&](int n) { return v_head + (n_begin + n) * params.v_row_stride; });
+    }
+  }
+
+  // Sets k_rows and v_rows.
+  FLASHMOE_NOINLINE void find_rows(long long n_begin, int keys) const {
+    const Sequences& s = params.sequences;
+    const long long first = task.sequence.k_begin + n_begin;
+    const int* page = s.block_table + task.batch * s.block_table_stride + first / s.page_size;
+    int slot = static_cast<int>(first % s.page_size);
+    for (int n = 0; n < keys; ++page, slot = 0) {
+      const long long index = clamped(*page, 0, s.num_pages - 1);
+      const T* k = k_head + index * params.k_batch_stride;
+      const T* v = v_head + index * params.v_batch_stride;
+      for (; n < keys && slot < s.page_size; ++n, ++slot) {
+        k_rows[n] = k + slot * params.k_row_stride;
+        v_rows[n] = v + slot * params.v_row_stride;
+      }
+    }
+  }
+
+  template <typename Row>
+  void stage_k(int keys, const Row& row_of) const {
+    const auto row = [&](int n) { return row_of(n < keys ? n : keys - 1); };
     for (int n = 0; n < keys; n += KEY_GROUP) {
       const T *k0 = row(n), *k1 = row(n + 1), *k2 = row(n + 2), *k3 = row(n + 3);
       for (int i = 0; i < KEY_GROUP; ++i) prefetch_row(row(n + KEY_GROUP + i));
@@ -159,10 +218,9 @@ struct BlockForward {
     }
   }
 
-  void stage_v(long long n_begin, int keys) const {
-    const auto row = [&](int n) {
-      return v_head + (n_begin + (n < keys ? n : keys - 1)) * params.v_row_stride;
-    };
+  template <typename Row>
+  void stage_v(int keys, const Row& row_of) const {
+    const auto row = [&](int n) { return row_of(n < keys ? n : keys - 1); };
     for (int n = 0; n < keys; ++n) {
       const T* v = row(n);
       float* dst = v_tile + n * V_COLUMNS;
@@ -171,6 +229,28 @@ struct BlockForward {
         const auto v_d = d < head_dim ? Vec::eight_load(v + d) : Vec::eight_set1(0.0f);
         Vec::eight_store(dst + d / V_COLUMNS * v_stride + d % V_COLUMNS, v_d);
       }
+    }
+  }
+
+  // Makes scores of S^T[keys][rows], whose keys are counted from first_key, what the terms say.
+  template <int NV>
+  FLASHMOE_NOINLINE void apply_terms(long long panel_begin, int rows, long long first_key,
+                                     int keys) const {
+    const Terms& terms = params.terms;
+    float scale = params.softmax_scale / score_scale;
+    if (terms.softcap > 0) {
+      const float most = 0x1.fffffep127f, factor = params.softmax_scale / terms.softcap;
+      softcap_panel<Vec, NV>(keys, factor < most ? factor : most, terms.softcap, s_t);
+      scale = 1.0f;
+    }
+    if (terms.alibi_slopes != nullptr) {
+      for (int lane = 0; lane < NV * WIDTH; ++lane) {
+        const long long row = panel_begin + (lane < rows ? lane : rows - 1);
+        const float* of_batch = terms.alibi_slopes + task.batch * terms.alibi_batch_stride;
+        slopes[lane] = of_batch[query_head(row)] / score_scale;
+        positions[lane] = static_cast<float>(row / group + seqlen_kv - seqlen_q - first_key);
+      }
+      alibi_panel<Vec, NV>(keys, scale, slopes, positions, s_t);
     }
   }
 
@@ -217,7 +297,7 @@ struct BlockForward {
       // A row that has seen nothing yet keeps -inf; -inf - (-inf) would make it NaN.
       const auto m_used = Vec::select_greater(m_new, neg_inf, m_new, Vec::set1(0.0f));
       // The difference is scaled, not the scores: scaling a score rounds it by its own magnitude.
-      const auto scale = Vec::set1(params.softmax_scale * LOG2_E);
+      const auto scale = Vec::set1(score_scale * LOG2_E);
       const auto alpha_j = exp2_nonpositive<Vec>(Vec::mul(Vec::sub(m_old, m_used), scale));
       auto sum = Vec::set1(0.0f);
       for (n = 0; n < keys; ++n) {
@@ -304,6 +384,9 @@ struct BlockForward {
 
     const long long local = panel_begin - task.row_begin;
     qk_panel<Vec, NV>(keys, k_tile + skipped * head_dim, q_t + local * head_dim, head_dim, s_t);
+    if (params.terms.softcap > 0 || params.terms.alibi_slopes != nullptr) {
+      apply_terms<NV>(panel_begin, rows, n_begin + skipped, keys);
+    }
     if (common_begin > 0) mask_first<NV>(common_begin);
     const bool moved = softmax_panel<NV>(common_end, keys, row_max + local, row_sum + local);
 
@@ -322,22 +405,34 @@ struct BlockForward {
 
   void write_row(long long row) const {
     const long long local = row - task.row_begin;
-    const float sum = row_sum[local];
+    const float sum = row_sum[local], max = row_max[local] * score_scale;
     // A row without keys: its O is whatever the scratch held.
     const bool empty = sum == 0.0f;
-    T* dst = static_cast<T*>(params.out) + task.batch * params.o_batch_stride +
-             row / group * params.o_row_stride + query_head(row) * params.o_head_stride;
-    const auto scale = Vec::eight_set1(empty ? 0.0f : 1.0f / sum);
+    const float powers = __builtin_ldexpf(1.0f, static_cast<int>(p_shift));
+    float factor = empty ? 0.0f : 1.0f / sum;
+    float lse = empty ? -__builtin_inff() : max + __builtin_logf(sum * powers);
+    if (params.terms.sinks != nullptr) {
+      const float sink = params.terms.sinks[query_head(row)];
+      if (empty) {
+        lse = sink;
+      } else {
+        const float top = sink > max ? sink : max, of_keys = __builtin_expf(max - top) * powers;
+        const float total = sum * of_keys + __builtin_expf(sink - top);
+        factor = of_keys / total;
+        lse = top + __builtin_logf(total);
+      }
+    }
+    T* dst = static_cast<T*>(params.out) +
+             q_offset(row, params.o_batch_stride, params.o_row_stride, params.o_head_stride);
+    const auto scale = Vec::eight_set1(factor);
     for (int d = 0; d < head_dim; d += 8) {
       const auto o_d = empty ? scale : Vec::eight_load(o + local * o_stride + d);
       Vec::eight_store(dst + d, Vec::eight_mul(o_d, scale));
     }
-    const long long batch_head =
-        static_cast<long long>(task.batch) * params.heads_q + query_head(row);
-    params.softmax_lse[batch_head * params.seqlen_q + row / group] =
-        empty ? -__builtin_inff()
-              : row_max[local] * params.softmax_scale +
-                    __builtin_logf(sum * __builtin_ldexpf(1.0f, static_cast<int>(p_shift)));
+    const Sequences& s = params.sequences;
+    const long long lse_rows = s.cu_seqlens_q != nullptr ? s.total_q : params.seqlen_q;
+    const long long batch_head = static_cast<long long>(q_batch) * params.heads_q + query_head(row);
+    params.softmax_lse[batch_head * lse_rows + task.sequence.q_begin + row / group] = lse;
   }
 
   bool o_is_finite() const {
@@ -376,8 +471,7 @@ struct BlockForward {
     const long long kv_end = visible_keys(task.row_end - 1).end;
     for (long long n = visible_keys(task.row_begin).begin; n < kv_end; n += block_n) {
       const int keys = static_cast<int>(clamp<long long>(kv_end - n, 0, block_n));
-      stage_k(n, keys);
-      stage_v(n, keys);
+      stage(n, keys);
       for (long long begin = task.row_begin; begin < task.row_end; begin += PANEL) {
         const int rows = static_cast<int>(clamp<long long>(task.row_end - begin, 0, PANEL));
         add_tile<PANEL / WIDTH>(begin, rows, n, keys);

@@ -5,12 +5,14 @@
 
 namespace flashmoe {
 
-// Rows [row_begin, row_end) of one (batch, kv head). Row r is query position r / group of query
+// Rows [row_begin, row_end) of one (sequence, kv head). Row r is query position r / group of query
 // head head_kv * group + r % group, group = heads_q / heads_kv: all query heads of a kv head share
 // its tiles, and neither end of the visible keys ever decreases with r.
 struct CpuTask {
-  int batch, head_kv;
+  int batch, head_kv;  // batch is the sequence's index
   long long row_begin, row_end;
+  Sequence sequence;
+  int kv_batch;  // the batch of k and v that it reads, unless they are packed or in pages: 0 there
 };
 
 struct CpuKernel {

@@ -32,6 +32,55 @@ FLASHMOE_INLINE typename Vec::Reg exp2_nonpositive(typename Vec::Reg x, float sh
   return Vec::mul(p, Vec::exponent_from_low_bits(biased));
 }
 
+// tanh, within 2 * 2^-24 relative. Polynomial: minimax for the relative error of tanh(x) on
+// [-0.625, 0.625], where 1 - exp(-2 |x|) would cancel.
+template <class Vec>
+FLASHMOE_INLINE typename Vec::Reg tanh(typename Vec::Reg x) {
+  const auto zero = Vec::set1(0.0f), one = Vec::set1(1.0f);
+  const auto magnitude = Vec::max(Vec::sub(zero, x), x);
+  const auto square = Vec::mul(x, x);
+  auto p = Vec::set1(-0x1.75e1cap-8f);
+  p = Vec::fma(p, square, Vec::set1(0x1.52269ap-6f));
+  p = Vec::fma(p, square, Vec::set1(-0x1.b83c5ap-5f));
+  p = Vec::fma(p, square, Vec::set1(0x1.110726p-3f));
+  p = Vec::fma(p, square, Vec::set1(-0x1.555532p-2f));
+  const auto small = Vec::fma(Vec::mul(x, square), p, x);
+  // exp(-2 |x|): 2 * log2(e) = 2.885...
+  const auto e = exp2_nonpositive<Vec>(Vec::mul(magnitude, Vec::set1(-2.88539008177792681f)));
+  const auto large = Vec::div(Vec::sub(one, e), Vec::add(one, e));
+  const auto with_sign = Vec::select_greater(x, zero, large, Vec::sub(zero, large));
+  return Vec::select_greater(Vec::set1(0.625f), magnitude, small, with_sign);
+}
+
+// S^T[keys][NV vectors of rows] = softcap * tanh(scale * S^T)
+template <class Vec, int NV>
+FLASHMOE_NOINLINE void softcap_panel(int keys, float scale, float softcap, float* s_t) {
+  for (int n = 0; n < keys; ++n) {
+    for (int j = 0; j < NV; ++j) {
+      float* s = s_t + n * Vec::PANEL + j * Vec::WIDTH;
+      const auto x = Vec::mul(Vec::load(s), Vec::set1(scale));
+      Vec::store(s, Vec::mul(Vec::set1(softcap), tanh<Vec>(x)));
+    }
+  }
+}
+
+// S^T[keys][NV vectors of rows] = scale * S^T - slopes[row] * |positions[row] - key|
+template <class Vec, int NV>
+FLASHMOE_NOINLINE void alibi_panel(int keys, float scale, const float* slopes,
+                                   const float* positions, float* s_t) {
+  for (int n = 0; n < keys; ++n) {
+    const auto key = Vec::set1(static_cast<float>(n));
+    for (int j = 0; j < NV; ++j) {
+      float* s = s_t + n * Vec::PANEL + j * Vec::WIDTH;
+      const auto ahead = Vec::sub(key, Vec::load(positions + j * Vec::WIDTH));
+      const auto nearness =
+          Vec::sub(Vec::set1(0.0f), Vec::max(ahead, Vec::sub(Vec::set1(0.0f), ahead)));
+      const auto x = Vec::mul(Vec::load(s), Vec::set1(scale));
+      Vec::store(s, Vec::fma(Vec::load(slopes + j * Vec::WIDTH), nearness, x));
+    }
+  }
+}
+
 // Products added up in one chain before the chain is added to S. The rounding error of a chain
 // grows with its length: one chain of 256 exceeds PyTorch's. Each chain costs a pass over S.
 FLASHMOE_INLINE int chain_length(int head_dim) { return head_dim <= 64 ? 32 : 64; }

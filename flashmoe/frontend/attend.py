@@ -1,0 +1,309 @@
+"""From a user's call to its kernel: validated once per kind of call, then a look-up and the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flashmoe.backends.base import Run
+from flashmoe.backends.sdpa import attend_by_sdpa
+from flashmoe.frontend import ops
+from flashmoe.frontend.lengths import check_lengths
+from flashmoe.frontend.validation import mask_of, validate, validate_tensors
+from flashmoe.machine.environment import variable
+from flashmoe.planning.plan import planned
+from flashmoe.spec import shapes
+from flashmoe.spec.call import DENSE, NO_TERMS, Call, Sequences, Terms
+from flashmoe.spec.mask import Mask
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+_Call = Callable[[Tensor, Tensor, Tensor, Terms, Sequences], Result]
+
+# Ready-made calls by everything that a plan and validation depend on. Bounded: a program with
+# endlessly many shapes only loses the head start.
+_calls: dict[Any, _Call] = {}
+_MAX_CALLS = 4096
+
+# What holds numbers in memory of its own. A subclass may be anything else.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+# Kept at hand: each call asks them.
+functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+class Asked(NamedTuple):
+    """The arguments of a call beside its tensors, as users give them."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int | None, int | None] = (-1, -1)
+    deterministic: bool = False
+    return_lse: bool = False
+    backend: str | None = None
+    tile: Tile | str | None = None
+
+
+def refuse_dropout(dropout_p: float) -> None:
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
+
+
+def window_of(causal: bool, window_size: object) -> tuple[int, int]:
+    """A window that has a hash, of whatever users give."""
+    mask = mask_of(causal, window_size)
+    return mask.left, mask.right
+
+
+def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are ordinary tensors, and no transform of torch.func, no dual level and no
+    dispatch mode (fake tensors, make_fx) is active."""
+    return (
+        type(q) in PLAIN
+        and type(k) in PLAIN
+        and type(v) in PLAIN
+        and not functorch_active()
+        and forward_ad._current_level < 0
+        and not _dispatch_modes()
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    asked: Asked,
+    terms: Terms = NO_TERMS,
+    sequences: Sequences = DENSE,
+) -> Result:
+    """Attention of what a user gave, with out of v's head_dim."""
+    plain_terms = terms is NO_TERMS and sequences is DENSE
+    by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
+    if not (plain_terms or by_op):
+        by_op = any(x is not None and type(x) not in PLAIN for x in (*terms[1:], *sequences[:6]))
+    if by_op:
+        validate_tensors(q, k, v)
+    # is_cuda, because q.device.type costs a microsecond.
+    device_type = "cuda" if q.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        # As torch does it: float64 is left alone.
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (q, k, v)
+        )
+    if by_op:
+        return _attend_op(q, k, v, asked, terms, sequences)
+    try:
+        wants = _wants_gradient(q, k, v, terms)
+        key: Any = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            wants,
+            asked,
+        )
+        if not plain_terms:
+            kinds = tuple(map(_kind, (*terms[1:], *sequences[:6])))
+            key = (key, terms.softcap, kinds, sequences[6:])
+        call = _calls.get(key)
+    except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
+        _validated(q, k, v, asked, terms, sequences)
+        raise
+    if call is None and torch._C._is_tracing():  # whose sizes are tensors, so no key is known
+        return _attend_op(q, k, v, asked, terms, sequences)
+    if shapes.recorder is not None:
+        scale, mask = _validated(q, k, v, asked, terms, sequences)
+        to_record = Call(*_padded(q, k, v), scale, terms, sequences)
+        shapes.recorder[Problem.of_call(to_record, mask)] += 1
+    if call is None:
+        call = _prepare(q, k, v, asked, terms, sequences)
+        if len(_calls) >= _MAX_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    if not plain_terms:
+        terms, sequences = _as_kernels_take(terms, sequences)
+    return call(q, k, v, terms, sequences)
+
+
+def forget_calls() -> None:
+    """Decide anew at the next calls."""
+    _calls.clear()
+
+
+def _kind(x: Tensor | None) -> Any:
+    return None if x is None else (x.shape, x.dtype, x.device)
+
+
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or any(x is not None and x.requires_grad for x in terms[1:])
+    )
+
+
+def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequences]:
+    """In the dtypes and strides that spec/call.py says. Differentiable in sinks."""
+    softcap, alibi_slopes, sinks = terms
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.contiguous()
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    if terms is not NO_TERMS:
+        terms = Terms(float(softcap), alibi_slopes, sinks)
+    if sequences is not DENSE:
+        lengths = (None if x is None else x.contiguous() for x in sequences[:6])
+        sequences = Sequences(*lengths, *sequences[6:])
+    return terms, sequences
+
+
+def _validated(
+    q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences
+) -> tuple[float, Mask]:
+    """The scale and the mask to use. Raises for what no kernel may see."""
+    scale = validate(q, k, v, asked.softmax_scale, asked.backend, asked.tile, terms, sequences)
+    return scale, mask_of(asked.causal, asked.window_size)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With columns of 0 up to the one head_dim that kernels take, a multiple of 8: they add nothing
+    to a score, and are cut from out."""
+    head_dim = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
+    q, k, v = (
+        x if x.shape[-1] == head_dim else F.pad(x, (0, head_dim - x.shape[-1])) for x in (q, k, v)
+    )
+    return q, k, v
+
+
+def _is_padded(q: Tensor, v: Tensor) -> bool:
+    return q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 != 0
+
+
+def _cut(result: Result, head_dim: int) -> Result:
+    if isinstance(result, Tensor):
+        return result[..., :head_dim].contiguous()
+    return result[0][..., :head_dim].contiguous(), *result[1:]
+
+
+def _asks_for_sdpa(asked: Asked, terms: Terms, sequences: Sequences) -> bool:
+    if asked.tile or asked.return_lse or terms is not NO_TERMS or sequences is not DENSE:
+        return False
+    return (asked.backend or variable("FLASHMOE_BACKEND")) == "sdpa"
+
+
+def _by_sdpa(call: Call, mask: Mask, asked: Asked) -> _Call | None:
+    """SDPA, which asked for by name brings its own backward; None where it cannot run this."""
+    q, k, v, scale = call[:4]
+    mask = mask.reduced(q.shape[1], k.shape[1])
+    if mask.is_local or (mask.is_causal and q.shape[1] != k.shape[1]):
+        return None
+    if asked.deterministic and _wants_gradient(q, k, v, NO_TERMS):
+        raise ValueError("deterministic must be False with backend 'sdpa', got True")
+    return lambda q, k, v, *_: attend_by_sdpa(Call(q, k, v, scale), mask.is_causal)
+
+
+def _attend_op(
+    q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences
+) -> Result:
+    """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
+    scale, mask = _validated(q, k, v, asked, terms, sequences)
+    if _is_padded(q, v):
+        asked = asked._replace(softmax_scale=scale)
+        return _cut(_attend_op(*_padded(q, k, v), asked, terms, sequences), v.shape[-1])
+    if _asks_for_sdpa(asked, terms, sequences):
+        by_sdpa = _by_sdpa(Call(q, k, v, scale), mask, asked)
+        if by_sdpa is not None:
+            return by_sdpa(q, k, v, terms, sequences)
+    terms, sequences = _as_kernels_take(terms, sequences)
+    overrides = asked.backend or "", str(asked.tile or ""), bool(asked.deterministic)
+    arguments = (q, k, v, scale, mask.left, mask.right, *overrides, *terms)
+    if sequences is DENSE and not asked.return_lse:
+        return ops.attention_without_lse(*arguments)  # type: ignore[no-any-return]
+    if sequences is DENSE:
+        out, lse = ops.attention(*arguments)
+    else:
+        out, lse = ops.attention_packed(*arguments, *sequences)
+    return (out, lse, None) if asked.return_lse else out
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences
+) -> _Call:
+    """The call for all later tensors like these, with nothing left to decide."""
+    scale, mask = _validated(q, k, v, asked, terms, sequences)
+    if _is_padded(q, v):
+        head_dim_v, asked = v.shape[-1], asked._replace(softmax_scale=scale)
+        padded_call = _prepare(*_padded(q, k, v), asked, terms, sequences)
+        return lambda q, k, v, terms, sequences: _cut(
+            padded_call(*_padded(q, k, v), terms, sequences), head_dim_v
+        )
+    call = _with_gradient if _wants_gradient(q, k, v, terms) else _without_gradient
+    prepared = call(Call(q, k, v, scale, terms, sequences), mask, asked)
+    if sequences is DENSE or variable("FLASHMOE_CHECK") != "1":
+        return prepared
+
+    def checked(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Result:
+        check_lengths(Call(q, k, v, scale, terms, sequences))
+        return prepared(q, k, v, terms, sequences)
+
+    return checked
+
+
+def _without_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
+    problem, scale = Problem.of_call(like, mask), like.softmax_scale
+    run: Run = planned(problem, like.q.device, asked.backend, asked.tile, asked.return_lse).run
+
+    def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
+        return run(Call(q, k, v, scale, terms, sequences))[0]
+
+    def call_with_lse(
+        q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
+    ) -> tuple[Tensor, Tensor, None]:
+        out, lse = run(Call(q, k, v, scale, terms, sequences))
+        assert lse is not None
+        return out, lse, None
+
+    return call_with_lse if asked.return_lse else call
+
+
+def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
+    if _asks_for_sdpa(asked, like.terms, like.sequences):
+        by_sdpa = _by_sdpa(like, mask, asked)
+        if by_sdpa is not None:
+            return by_sdpa
+    ops.refuse_gradients(like.terms, like.sequences)
+    problem, scale = Problem.of_call(like, mask), like.softmax_scale
+    overrides = asked.backend, asked.tile, bool(asked.deterministic)
+    training = ops.Training(problem, like.q.device, *overrides)
+    attend: Callable[..., tuple[Tensor, Tensor]] = ops.EagerAttention.apply
+    if like.terms is NO_TERMS and like.sequences is DENSE and not asked.return_lse:
+        # Each argument takes the autograd Function a tenth of a microsecond.
+        return lambda q, k, v, *_: attend(q, k, v, scale, training)[0]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
+        return attend(q, k, v, scale, training, terms[2], terms, sequences)[0]
+
+    def call_with_lse(
+        q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
+    ) -> tuple[Tensor, Tensor, None]:
+        out, lse = attend(q, k, v, scale, training, terms[2], terms, sequences)
+        return out, lse, None
+
+    return call_with_lse if asked.return_lse else call
