@@ -62,6 +62,13 @@ def window_of(causal: bool, window_size: object) -> tuple[int, int]:
     return mask.left, mask.right
 
 
+def terms_of(softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None) -> Terms:
+    """As users give them: not validated, and sinks of any dtype. Without any, NO_TERMS itself."""
+    if softcap == 0.0 and alibi_slopes is None and sinks is None:
+        return NO_TERMS
+    return Terms(softcap, alibi_slopes, sinks)
+
+
 def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v are ordinary tensors, and no transform of torch.func, no dual level and no
     dispatch mode (fake tensors, make_fx) is active."""
