@@ -137,7 +137,7 @@ def attention(
     terms = {
         "softmax_scale": scaling,
         "softcap": softcap or 0.0,
-        "sinks": None if s_aux is None else s_aux.float(),
+        "sinks": s_aux,
     }
     why = _why_by_torch(mask, dropout, position_bias)
     if why or not isinstance(mask, KeyMask):
