@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from flashmoe.api import flash_attn_func, scaled_dot_product_attention
+from flashmoe.api import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    scaled_dot_product_attention,
+)
 from flashmoe.machine.device import Arch
 from flashmoe.planning.plan import Plan, make_plan
 from flashmoe.spec.mask import Mask
@@ -19,6 +28,12 @@ __all__ = [
     "Problem",
     "Tile",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "make_plan",
     "record_problems",
     "scaled_dot_product_attention",

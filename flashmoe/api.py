@@ -1,4 +1,4 @@
-"""What users call: flash-attn's functions of dense batches, and torch's."""
+"""What users call: flash-attn's functions, and torch's."""
 
 from __future__ import annotations
 
@@ -17,77 +17,36 @@ from flashmoe.frontend.attend import (
     forget_calls,
     functorch_active,
     is_plain,
-    refuse_dropout,
-    window_of,
 )
+from flashmoe.frontend.dense import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+)
+from flashmoe.frontend.kvcache import flash_attn_with_kvcache
 from flashmoe.frontend.validation import is_normal
+from flashmoe.frontend.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from flashmoe.planning.plan import reload_databases
-from flashmoe.spec.call import Terms
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
-from flashmoe.tiles import Tile
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "forget_plans",
+    "scaled_dot_product_attention",
+]
 
 # What stands for ordinary tensors while torch.export traces.
 _TRACED = PLAIN | {FakeTensor, FunctionalTensor}
-
-
-def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] | None = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    sinks: Tensor | None = None,
-    backend: str | None = None,
-    tile: Tile | str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
-    """softmax(softmax_scale * Q K^T) V, with flash-attn's signature, layout and meaning.
-
-    Args:
-        q: (batch, seqlen_q, heads_q, head_dim), float32, float16 or bfloat16; head_dim a multiple
-            of 8, at most 256. Any strides; without a contiguous last dimension it is copied.
-        k, v: (batch, seqlen_kv, heads_kv, head_dim); heads_q must be a multiple of heads_kv, and
-            query head h uses head h // (heads_q // heads_kv).
-        softmax_scale: positive and at most 2.3e38; default 1 / sqrt(head_dim).
-        causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
-        window_size: (left, right); query i sees key j when
-            -left <= j - (i + seqlen_kv - seqlen_q) <= right. -1 or None: no limit on that side.
-            With `causal`, right is 0.
-        deterministic: the same gradients bit by bit every time, as under
-            `torch.use_deterministic_algorithms(True)`. Otherwise dQ may be added up in any order on
-            Hopper, which is faster. `backend="sdpa"`, whose gradients are torch's own, refuses it
-            where gradients are asked for.
-        return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
-        backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
-
-    Returns:
-        out, shaped and typed as q, contiguous. softmax_lse is (batch, heads_q, seqlen_q) float32,
-        natural logarithm, differentiable. A row that sees no key has out 0 and softmax_lse
-        -inf.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what it got and what is allowed.
-        NotImplementedError: dropout_p, softcap, alibi_slopes other than the default; nested
-            tensors; forward-mode AD, torch.func.grad and its kin; double backward.
-
-    Source: FlashAttention-2 (arXiv:2307.08691).
-    """
-    if dropout_p != 0.0:
-        refuse_dropout(dropout_p)
-    if type(window_size) is not tuple:
-        window_size = window_of(causal, window_size)
-    asked = Asked(
-        softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
-    )
-    if softcap == 0.0 and alibi_slopes is None and sinks is None:
-        return attend(q, k, v, asked)
-    return attend(q, k, v, asked, Terms(softcap, alibi_slopes, sinks))
 
 
 def scaled_dot_product_attention(

@@ -76,8 +76,10 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """An H200 and a build with four sm90 kernels, one of them for windows, and an sm80 one."""
+    """An H200 and a build with four sm90 kernels, one of them for windows, an sm80 one, and a
+    backward."""
     sm80 = Tile("sm80", 128, 64, 1, 4)
+    backward = Tile("sm90_bwd", 64, 128, 3, do_stages=2, ds_stages=2, late_dq=True)
     info = replace(
         _extension.load(),
         cuda_archs=("80", "90"),
@@ -89,6 +91,8 @@ def hopper(monkeypatch):
         },
         handles={(128, tile, PLAIN): handle for handle, tile in enumerate((sm80, *BUILT_IN))}
         | {(128, sm80, LOCAL): 0, (128, WINDOWED, LOCAL): 4},
+        backward_instances={("sm90_bwd", 128, PLAIN): (backward,)},
+        backward_handles={(128, backward, PLAIN): 0},
     )
     monkeypatch.setattr(_extension, "load", lambda: info)
     monkeypatch.setattr(plan, "arch", lambda device: H200)
@@ -279,7 +283,9 @@ def test_without_a_compiler_only_compiled_tiles_are_tried(hopper, no_compiler):
 
 
 def test_hopper_prefers_its_own_kernel_to_triton(hopper):
-    assert plan.heuristic(PROBLEM, DEVICE).backend == "cuda"
+    for direction in ("fwd", "bwd"):
+        found = plan.heuristic(replace(PROBLEM, direction=direction), DEVICE)
+        assert found.backend == "cuda", direction
     newer = replace(H200, capability=(10, 0))
     assert plan._preference(PROBLEM, newer)[0] == "triton"
     float32 = replace(PROBLEM, dtype="float32")

@@ -167,7 +167,7 @@ def test_tensor_memory_accelerator(causal: bool, order: int) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3, 2.0])
+@pytest.mark.parametrize("scale", [1e-3, 2.0])
 def test_any_scale(scale: float) -> None:
     check(1, 1, 1, seqlen_q=21, seqlen_kv=25, scale=scale, mask=CAUSAL)
 

@@ -96,7 +96,9 @@ def _interpreted() -> bool:
 
 class TritonBackend(Backend):
     name = "triton"
-    features: ClassVar[Features] = {"fwd": frozenset({"window"}), "bwd": frozenset({"window"})}
+    features: ClassVar[Features] = dict.fromkeys(
+        ("fwd", "bwd"), frozenset({"window", "softcap", "alibi", "sink"})
+    )
 
     def unavailable(self, device: torch.device) -> str:
         if importlib.util.find_spec("triton") is None:
@@ -156,7 +158,7 @@ class TritonBackend(Backend):
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
             q, k, v = (last_contiguous(x) for x in call[:3])
-            return attention_forward(Call(q, k, v, call.softmax_scale), mask, **options)
+            return attention_forward(call._replace(q=q, k=k, v=v), mask, **options)
 
         return run
 
@@ -168,7 +170,7 @@ class TritonBackend(Backend):
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             q, k, v, dout = (last_contiguous(x) for x in (*call[:3], saved.dout))
-            contiguous = Call(q, k, v, call.softmax_scale)
+            contiguous = call._replace(q=q, k=k, v=v)
             return attention_backward(contiguous, saved._replace(dout=dout), mask, **options)
 
         return run

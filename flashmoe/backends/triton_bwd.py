@@ -29,10 +29,12 @@ from flashmoe.backends.triton_fwd import (
     _store_rows,
     _tile_of_program,
     _visible_keys,
+    _with_terms,
     can_use_tma,
     device_guard,
     dot_precision,
     heads_per_section,
+    slope_stride,
     tma_descriptor,
     window_limits,
 )
@@ -96,10 +98,11 @@ def _load_statistic(base, row, start, offs_m, USE_TMA: tl.constexpr):
 def _visit_queries(
     dk, dv, k, v, q_base, dout_base, lse2_base, delta_base,
     stride_qm, stride_dm, batch, head, row, begin, end, start_n, seqlen_q, seqlen_kv,
-    window_left, window_right, scale,
+    window_left, window_right, scale, softcap, slope,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows begin..end give a tile of keys."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -121,7 +124,9 @@ def _visit_queries(
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         scores_t = _dot(k, tl.trans(q), zeros, PRECISION)
         dprobs_t = _dot(v, tl.trans(dout), zeros, PRECISION)
-        probs_t = tl.math.exp2(scores_t * scale - lse2[None, :])
+        ahead = keys[:, None] - (start + offs_m + (seqlen_kv - seqlen_q))[None, :]
+        scores_t, tanh = _with_terms(scores_t, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
+        probs_t = tl.math.exp2(scores_t - lse2[None, :])
         if MASKED:
             if CAUSAL or IS_LOCAL:
                 level_key = start + offs_m + (seqlen_kv - seqlen_q)
@@ -131,23 +136,27 @@ def _visit_queries(
                 probs_t = tl.where(visible, probs_t, 0.0)
             if not EVEN_N:
                 probs_t = tl.where((keys < seqlen_kv)[:, None], probs_t, 0.0)
-        dscores_t = (probs_t * (dprobs_t - delta[None, :])).to(q.dtype)
+        dscores_t = probs_t * (dprobs_t - delta[None, :])
+        if SOFTCAP:
+            dscores_t *= 1.0 - tanh * tanh
+        dscores_t = dscores_t.to(q.dtype)
         dv = _dot(probs_t.to(dout.dtype), dout, dv, PRECISION)
         dk = _dot(dscores_t, q, dk, PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["batch_heads_kv", "heads_kv", "group", "seqlen_q", "seqlen_kv",
-                               "section", "rows_padded", "window_left",
-                               "window_right"])  # fmt: skip
+                               "section", "rows_padded", "window_left", "window_right",
+                               "stride_slopes"])  # fmt: skip
 def _backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
-    softmax_scale, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, slopes_ptr,
+    scale, softmax_scale, softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb,
+    stride_kn, stride_kh, stride_vb,
     stride_vn, stride_vh, stride_db, stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
     seqlen_q, seqlen_kv, section, rows_padded, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     tile, batch_head_kv = _tile_of_program(
@@ -191,6 +200,7 @@ def _backward_dkdv_kernel(
     for member in range(group):
         head = head_kv * group + member
         batch_head = batch * (heads_kv * group) + head
+        slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
         # The accelerator takes 32-bit coordinates; attention_backward keeps to pointers past them.
         row = batch_head * rows_padded if USE_TMA else batch_head.to(tl.int64) * rows_padded
         q_base = _head_base(q_ptr, batch, head, stride_qb, stride_qh, USE_TMA)
@@ -199,21 +209,24 @@ def _backward_dkdv_kernel(
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, begin, masked_end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
+                USE_TMA, PRECISION,
             )  # fmt: skip
         dk, dv = _visit_queries(
             dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
             stride_qm, stride_dm, batch, head, row, masked_end, full_end, start_n,
-            seqlen_q, seqlen_kv, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_M, EVEN_N, USE_TMA, PRECISION,
+            seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
+            USE_TMA, PRECISION,
         )  # fmt: skip
         if IS_LOCAL:
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, full_end, end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
+                USE_TMA, PRECISION,
             )  # fmt: skip
 
     dk = dk * softmax_scale
@@ -224,10 +237,10 @@ def _backward_dkdv_kernel(
 @triton.jit
 def _visit_keys(
     dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-    begin, end, seqlen_kv, level_key, window_left, window_right, scale,
+    begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys begin..end give the dQ of a tile of queries."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -244,7 +257,9 @@ def _visit_keys(
         zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = _dot(q, tl.trans(k), zeros, PRECISION)
         dprobs = _dot(dout, tl.trans(v), zeros, PRECISION)
-        probs = tl.math.exp2(scores * scale - lse2[:, None])
+        ahead = (start + offs_n)[None, :] - level_key[:, None]
+        scores, tanh = _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
+        probs = tl.math.exp2(scores - lse2[:, None])
         if MASKED:
             if CAUSAL or IS_LOCAL:
                 keys = (start + offs_n)[None, :]
@@ -252,23 +267,25 @@ def _visit_keys(
                 probs = tl.where(visible, probs, 0.0)
             if not EVEN_N:
                 probs = tl.where((start + offs_n < seqlen_kv)[None, :], probs, 0.0)
-        dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
-        dq = _dot(dscores, k, dq, PRECISION)
+        dscores = probs * (dprobs - delta[:, None])
+        if SOFTCAP:
+            dscores *= 1.0 - tanh * tanh
+        dq = _dot(dscores.to(k.dtype), k, dq, PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=["batch_heads", "heads_q", "group", "seqlen_q", "seqlen_kv",
-                               "section", "rows_padded", "window_left",
-                               "window_right"])  # fmt: skip
+                               "section", "rows_padded", "window_left", "window_right",
+                               "stride_slopes"])  # fmt: skip
 def _backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, scale, softmax_scale,
-    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, scale, softmax_scale,
+    softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_db, stride_dm, stride_dh,
     batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
     window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(tl.program_id(0), num_tiles, batch_heads, section, CAUSAL)
@@ -290,6 +307,7 @@ def _backward_dq_kernel(
     k_base = _head_base(k_ptr, batch, head_kv, stride_kb, stride_kh, USE_TMA)
     v_base = _head_base(v_ptr, batch, head_kv, stride_vb, stride_vh, USE_TMA)
 
+    slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
     level_key = rows + (seqlen_kv - seqlen_q)
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
@@ -298,19 +316,24 @@ def _backward_dq_kernel(
     if IS_LOCAL:
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-            begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, USE_TMA, PRECISION,
+            begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale, softcap,
+            slope,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
+            USE_TMA, PRECISION,
         )  # fmt: skip
     dq = _visit_keys(
         dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-        full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM,
-        BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, USE_TMA, PRECISION,
+        full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale, softcap,
+        slope,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, SOFTCAP, ALIBI,
+        USE_TMA, PRECISION,
     )  # fmt: skip
     if CAUSAL or IS_LOCAL or not EVEN_N:
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-            full_end, end, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, USE_TMA, PRECISION,
+            full_end, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
+            USE_TMA, PRECISION,
         )  # fmt: skip
     dq = dq * softmax_scale
     _store_rows(dq_ptr, dq, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
@@ -357,7 +380,9 @@ def attention_backward(
     workspace = torch.empty((2, rows), dtype=torch.float32, device=q.device)
     lse2, delta = workspace[0], workspace[1]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    common = (softmax_scale * LOG2_E.value, softmax_scale, *strides)
+    softcap, slopes, _ = call.terms  # softmax_lse contains the sinks
+    scales = softmax_scale * LOG2_E.value, softmax_scale, softcap or 1.0
+    common = (lse2 if slopes is None else slopes, *scales, slope_stride(slopes), *strides)
     lengths = (group, seqlen_q, seqlen_kv)
     window = window_limits(mask, seqlen_q, seqlen_kv)
     section_kv, section_q = 1, 1
@@ -370,6 +395,7 @@ def attention_backward(
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "enable_fp_fusion": True}
     options: dict[str, Any] = {
         **shape, "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local, "USE_TMA": use_tma,
+        "SOFTCAP": softcap > 0, "ALIBI": slopes is not None,
         "PRECISION": dot_precision(q), "num_stages": num_stages, "num_warps": num_warps,
     }  # fmt: skip
     with device_guard(q):

@@ -3,7 +3,8 @@
 The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691): the scores of a
 block_m x block_n tile never leave the chip, the running maximum and sum rescale the output tile,
 and tiles that no query of a program sees are never visited. A mask of both sides (IS_LOCAL) is a
-kernel of its own: without it the code is what it would be if there were no windows.
+kernel of its own: without it the code is what it would be if there were no windows. So are softcap,
+ALiBi and sinks (flashmoe/spec/call.py, Terms).
 """
 
 from __future__ import annotations
@@ -166,19 +167,37 @@ def _visible_keys(
 
 
 @triton.jit
+def _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """(scores of Q K^T with softcap and ALiBi, in units of log2; what softcap's tanh gave).
+
+    scale contains log2(e). ahead is by how much a key is ahead of its query's level key, slope the
+    head's.
+    """
+    tanh = 0.0
+    if SOFTCAP:
+        tanh = 1.0 - 2.0 / (1.0 + tl.math.exp2(scores * (2.0 * scale / softcap)))
+        scores = tanh * (softcap * LOG2_E)
+    else:
+        scores = scores * scale
+    if ALIBI:
+        scores -= tl.abs(ahead).to(tl.float32) * (slope * LOG2_E)
+    return scores, tanh
+
+
+@triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, end,
-    seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM: tl.constexpr, BLOCK_D:
-    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
-    tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
 
-    row_max is in units of log2: scale contains log2(e). If CAREFUL it is in units of the scores,
-    whose differences are scaled, so that none is rounded by its own magnitude, and probabilities
-    are 2^CAREFUL_SHIFT times smaller, so that their sums with any values are finite. Only a MASKED
-    range looks at which keys each row sees and at seqlen_kv.
+    row_max is in units of log2: scale contains log2(e). If CAREFUL, and without terms, it is in
+    units of the scores, whose differences are scaled, so that none is rounded by its own magnitude;
+    and probabilities are 2^CAREFUL_SHIFT times smaller, so that their sums with any values are
+    finite. Only a MASKED range looks at which keys each row sees and at seqlen_kv.
     """
     offs_n = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
@@ -189,9 +208,9 @@ def _attend(
         )  # fmt: skip
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = _dot(q, tl.trans(k), scores, PRECISION)
-        if not POSITIVE_SCALE:
-            # The maximum below is taken before scaling, which only a positive scale allows.
-            scores = scores * scale
+        if SOFTCAP or ALIBI:
+            ahead = (start + offs_n)[None, :] - level_key[:, None]
+            scores, _ = _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
         if MASKED:
             if CAUSAL or IS_LOCAL:
                 keys = (start + offs_n)[None, :]
@@ -199,7 +218,8 @@ def _attend(
                 scores = tl.where(visible, scores, float("-inf"))
             if not EVEN_N:
                 scores = tl.where((start + offs_n < seqlen_kv)[None, :], scores, float("-inf"))
-        factor = scale if POSITIVE_SCALE else 1.0
+        # The maximum is taken before scaling, which is positive.
+        factor = 1.0 if SOFTCAP or ALIBI else scale
         tile_max = tl.max(scores, 1)
         new_max = tl.maximum(row_max, tile_max if CAREFUL else tile_max * factor)
         # A row that has seen no key yet keeps -inf as its maximum; -inf - (-inf) would be NaN.
@@ -226,34 +246,41 @@ def _attend(
 @triton.jit
 def _attend_all(
     q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
-    seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM: tl.constexpr, BLOCK_D:
-    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
-    tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, HEAD_DIM:
+    tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL:
+    tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
+    tl.constexpr, SINK: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL:
+    tl.constexpr,
 ):  # fmt: skip
-    """The tile's output before normalization, its row sums and maxima, from all keys it sees."""
+    """The tile's output before normalization, its row sums and maxima, from all keys it sees, and
+    from the sink, which they begin with."""
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if SINK:
+        shift = 0.0 if q.dtype == tl.float16 or not CAREFUL else CAREFUL_SHIFT
+        unit = scale if CAREFUL and not (SOFTCAP or ALIBI) else 1.0
+        row_max = tl.zeros([BLOCK_M], tl.float32) + sink * LOG2_E / unit
+        row_sum += tl.math.exp2(-shift)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if IS_LOCAL:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, POSITIVE_SCALE,
-            USE_TMA, PRECISION, CAREFUL,
+            softcap, slope, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N,
+            SOFTCAP, ALIBI, USE_TMA, PRECISION, CAREFUL,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
         full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, POSITIVE_SCALE,
-        USE_TMA, PRECISION, CAREFUL,
+        softcap, slope, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N,
+        SOFTCAP, ALIBI, USE_TMA, PRECISION, CAREFUL,
     )  # fmt: skip
     if CAUSAL or IS_LOCAL or not EVEN_N:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             full_end, end, seqlen_kv, level_key, window_left, window_right, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, POSITIVE_SCALE,
-            USE_TMA, PRECISION, CAREFUL,
+            softcap, slope, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N,
+            SOFTCAP, ALIBI, USE_TMA, PRECISION, CAREFUL,
         )  # fmt: skip
     return acc, row_sum, row_max
 
@@ -268,15 +295,17 @@ def _attend_all(
         "heads_per_section",
         "window_left",
         "window_right",
+        "stride_slopes",
     ]
 )
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, scale, stride_qb, stride_qm, stride_qh, stride_kb,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, sinks_ptr, scale, softcap, stride_slopes,
+    stride_qb, stride_qm, stride_qh, stride_kb,
     stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, batch_heads, heads_q, group, seqlen_q,
     seqlen_kv, heads_per_section, window_left, window_right, HEAD_DIM: tl.constexpr, BLOCK_D:
     tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
-    tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
+    tl.constexpr, SINK: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(
@@ -293,14 +322,17 @@ def _attention_forward_kernel(
     k_base = _head_base(k_ptr, batch, head_kv, stride_kb, stride_kh, USE_TMA)
     v_base = _head_base(v_ptr, batch, head_kv, stride_vb, stride_vh, USE_TMA)
 
+    slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
+    sink = tl.load(sinks_ptr + head) if SINK else 0.0
     level_key = rows + (seqlen_kv - seqlen_q)
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
     )
     acc, row_sum, row_max = _attend_all(
         q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
-        seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
-        BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, POSITIVE_SCALE, USE_TMA, PRECISION, False,
+        seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, HEAD_DIM,
+        BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK, USE_TMA,
+        PRECISION, False,
     )  # fmt: skip
     # What overflowed is not finite; a row that has seen no key keeps -inf as its maximum.
     lost = (row_max != float("-inf")) & ~(tl.abs(row_max) < COARSE_MAXIMUM)
@@ -308,10 +340,11 @@ def _attention_forward_kernel(
     if tl.max(lost, 0) > 0:
         acc, row_sum, row_max = _attend_all(
             q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end,
-            end, seqlen_kv, level_key, window_left, window_right, scale, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, POSITIVE_SCALE, USE_TMA, PRECISION, True,
+            end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK,
+            USE_TMA, PRECISION, True,
         )  # fmt: skip
-        row_max = row_max * (scale if POSITIVE_SCALE else 1.0)
+        row_max = row_max * (1.0 if SOFTCAP or ALIBI else scale)
         row_max += 0.0 if q.dtype == tl.float16 else CAREFUL_SHIFT
 
     # A row that saw no key has sum 0: its output is 0 and its log-sum-exp -inf.
@@ -345,6 +378,11 @@ def window_limits(mask: Mask, seqlen_q: int, seqlen_kv: int) -> tuple[int, int]:
     nothing in its place."""
     left, right = mask.left, mask.right
     return seqlen_kv if left < 0 else left, seqlen_q if right < 0 else right
+
+
+def slope_stride(slopes: Tensor | None) -> int:
+    """Elements between the ALiBi slopes of two batches; 0 where all have the same."""
+    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
 
 
 def heads_per_section(heads: int, group: int, seqlen_kv: int, head_dim: int, itemsize: int) -> int:
@@ -397,7 +435,8 @@ def attention_forward(
     use_tma: bool = False,
     launch: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(softmax_scale * Q K^T) V and the natural log-sum-exp of every row of scores.
+    """softmax(softmax_scale * Q K^T) V, with the call's terms, and the natural log-sum-exp of every
+    row of scores.
 
     The last dimension of q, k and v is contiguous. Returns out (contiguous, as q) and softmax_lse
     (batch, heads_q, seqlen_q) in float32; a row that sees no key has out 0 and lse -inf. A key that
@@ -412,8 +451,10 @@ def attention_forward(
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
+    softcap, slopes, sinks = call.terms
     if seqlen_kv == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        unseen = torch.full_like(lse, float("-inf"))
+        return out.zero_(), unseen if sinks is None else unseen.copy_(sinks[:, None])
     block_d = max(16, triton.next_power_of_2(head_dim))
     group = heads_q // heads_kv
     use_tma = use_tma and can_use_tma(k, v)
@@ -427,12 +468,15 @@ def attention_forward(
     with device_guard(q):
         run(
             q, tma_descriptor(k, block_n, block_d) if use_tma else k, tma_descriptor(v, block_n,
-            block_d) if use_tma else v, out, lse, softmax_scale * LOG2_E.value, *q.stride()[:3],
-            *k.stride()[:3], *v.stride()[:3], batch * heads_q, heads_q, group, seqlen_q, seqlen_kv,
+            block_d) if use_tma else v, out, lse, lse if slopes is None else slopes,
+            lse if sinks is None else sinks, softmax_scale * LOG2_E.value, softcap or 1.0,
+            slope_stride(slopes), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], batch *
+            heads_q, heads_q, group, seqlen_q, seqlen_kv,
             section, *window_limits(mask, seqlen_q, seqlen_kv), HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=mask.is_causal, IS_LOCAL=mask.is_local,
             EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
-            POSITIVE_SCALE=softmax_scale > 0, USE_TMA=use_tma, PRECISION=dot_precision(q),
+            SOFTCAP=softcap > 0, ALIBI=slopes is not None, SINK=sinks is not None,
+            USE_TMA=use_tma, PRECISION=dot_precision(q),
             num_stages=num_stages, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

@@ -1,4 +1,4 @@
-"""From a user's call to its kernel: validated once per kind of call, then a look-up and the kernel."""
+"""From a user's call to its kernel: validated once per kind of call, later only looked up."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequenc
         terms = Terms(float(softcap), alibi_slopes, sinks)
     if sequences is not DENSE:
         lengths = (None if x is None else x.contiguous() for x in sequences[:6])
-        sequences = Sequences(*lengths, *sequences[6:])
+        sequences = Sequences._make((*lengths, *sequences[6:]))
     return terms, sequences
 
 

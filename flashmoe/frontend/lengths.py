@@ -6,6 +6,8 @@ wait for them but to check them.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,7 @@ def check_lengths(call: Call) -> None:
 
 def _check_cumulative(name: str, cu_seqlens: Tensor, rows: int, longest: int) -> None:
     ends = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    lengths = [end - begin for begin, end in pairwise(ends)]
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens_{name} must start at 0, got {ends[0]}")
     if min(lengths, default=0) < 0:

@@ -145,9 +145,7 @@ def _attention_backward(
     backend: str,
     *shared: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = Arguments(
-        q, k, v, softmax_scale, window_left, window_right, backend, "", *shared
-    )
+    arguments = Arguments(q, k, v, softmax_scale, window_left, window_right, backend, "", *shared)
     call = arguments.call
     problem = Problem.of_call(call, arguments.mask)
     run = Training(problem, q.device, backend, None, arguments.deterministic).backward()
@@ -200,8 +198,7 @@ and typed as q, k, v. dlse, the gradient of softmax_lse, may be None. Not differ
 
 attention_packed = torch.ops.flashmoe.attention_packed.default
 """`attention` of sequences whose lengths are read on the device: the arguments of `attention`, then
-the fields of spec/call.py, Sequences, by their names. Differentiable without leftpad_k,
-cache_batch_idx and block_table."""
+the fields of spec/call.py, Sequences, by their names. Differentiable where k and v are packed."""
 
 attention_packed_backward = torch.ops.flashmoe.attention_packed_backward.default
 """`attention_backward` of `attention_packed`."""
@@ -264,9 +261,11 @@ def refuse_gradients(terms: Terms, sequences: Sequences) -> None:
     """Raise for what has no gradient in a call that asks for some."""
     if terms.alibi_slopes is not None and terms.alibi_slopes.requires_grad:
         raise NotImplementedError("alibi_slopes must not require a gradient: it has none")
-    for name in ("leftpad_k", "cache_batch_idx", "block_table"):
-        if getattr(sequences, name) is not None:
-            raise NotImplementedError(f"{name} must be None where gradients are asked for")
+    if sequences.layout not in ("dense", "packed"):
+        raise NotImplementedError(
+            "keys in a cache or in pages (block_table) have no gradients here; torch.no_grad() "
+            "says that none are wanted"
+        )
 
 
 def _saved(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Saved:
@@ -293,7 +292,8 @@ def _sinks_gradient(call: Call, saved: Saved) -> Tensor:
         row = torch.arange(lse.shape[-1], device=lse.device)
         hidden = hidden | (row < cu_seqlens_q[0]) | (row >= cu_seqlens_q[-1])
     each = (gain * torch.exp(sinks.unsqueeze(-1) - lse)).masked_fill(hidden, 0.0)
-    return -each.transpose(-1, -2).flatten(0, -2).sum(0)
+    gradient: Tensor = -each.transpose(-1, -2).flatten(0, -2).sum(0)
+    return gradient
 
 
 class _Attention(torch.autograd.Function):
@@ -455,7 +455,7 @@ for _op, _kernel, _fake, _autograd in (
         _backward_autograd(attention_packed_backward),
     ),
 ):
-    _name = _op.name().removesuffix(".default")
+    _name = _op._schema.name
     torch.library.register_kernel(_name, ("cpu", "cuda"), _kernel, lib=_library)
     torch.library.register_fake(_name, _fake, lib=_library)
     _library.impl(  # type: ignore[no-untyped-call]

@@ -53,6 +53,17 @@ def mask_of(causal: bool, window_size: object) -> Mask:
     return Mask(left, 0 if causal else right)
 
 
+def unpacked(name: str, x: Tensor, shape: str) -> tuple[Tensor, ...]:
+    """The tensors along the third dimension from the right, as many as `shape` says of it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    sizes = shape.strip("()").split(", ")
+    if x.is_nested or x.dim() != len(sizes) or x.shape[-3] != int(sizes[-3]):
+        kind = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
+        raise ValueError(f"{name} must be {shape}, got {kind}")
+    return x.unbind(-3)
+
+
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise for what is no dense tensor."""
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -15,6 +15,7 @@ from flashmoe.frontend.attend import (
     terms_of,
     window_of,
 )
+from flashmoe.frontend.validation import unpacked
 from flashmoe.spec.call import Sequences
 from flashmoe.tiles import Tile
 
@@ -57,8 +58,8 @@ def flash_attn_varlen_func(
             cu_seqlens[i] to cu_seqlens[i + 1] - 1, so they start at 0 and never decrease. A
             sequence may be empty; rows past the last one have out 0, softmax_lse -inf and
             gradients 0. cu_seqlens_k may be None with a block_table and seqused_k.
-        max_seqlen_q, max_seqlen_k: no sequence is longer; an int or a tensor of one number. One that
-            is on a GPU is not read: rows of q or k are taken as the bound instead.
+        max_seqlen_q, max_seqlen_k: no sequence is longer; an int or a tensor of one number. One
+            on a GPU is not read: the rows of q or k are taken as the bound instead.
         softmax_scale, causal, window_size, softcap, alibi_slopes, sinks, deterministic: as in
             flash_attn_func, of each sequence alone.
         return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
@@ -92,15 +93,108 @@ def flash_attn_varlen_func(
     elif not isinstance(cu_seqlens_k, Tensor):
         raise TypeError("cu_seqlens_k or seqused_k must be a torch.Tensor with block_table")
     else:
-        cu_seqlens_k, seqused_k = None, _lengths("cu_seqlens_k", cu_seqlens_k)
+        seqused_k, cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens_k), None
     sequences = Sequences(
         *(cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, block_table),
-        max_seqlen("max_seqlen_q", max_seqlen_q, q),
+        longest_of("max_seqlen_q", max_seqlen_q, q),
         # Of pages, the table's columns are the bound.
-        0 if cu_seqlens_k is None else max_seqlen("max_seqlen_k", max_seqlen_k, k),
+        0 if cu_seqlens_k is None else longest_of("max_seqlen_k", max_seqlen_k, k),
     )
     result = attend(q, k, v, asked, terms_of(softcap, alibi_slopes, sinks), sequences)
     return result if out is None else written_to(out, result)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    backend: str | None = None,
+    tile: Tile | str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_varlen_func of qkv (total, 3, heads, head_dim): its q, k and v, of lengths alike.
+
+    They are read where they lie, and qkv gets one gradient. Arguments, result and errors are those
+    of flash_attn_varlen_func.
+    """
+    q, k, v = unpacked("qkv", qkv, "(total, 3, heads, head_dim)")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        sinks=sinks,
+        backend=backend,
+        tile=tile,
+    )
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    backend: str | None = None,
+    tile: Tile | str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash_attn_varlen_func of q and kv (total_k, 2, heads_kv, head_dim): its k and v.
+
+    They are read where they lie, and kv gets one gradient. Arguments, result and errors are those
+    of flash_attn_varlen_func.
+    """
+    k, v = unpacked("kv", kv, "(total_k, 2, heads_kv, head_dim)")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        sinks=sinks,
+        backend=backend,
+        tile=tile,
+    )
 
 
 def _lengths(name: str, cu_seqlens: Tensor) -> Tensor:
@@ -112,7 +206,7 @@ def _lengths(name: str, cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens[1:] - cu_seqlens[:-1]
 
 
-def max_seqlen(name: str, value: int | Tensor, packed: Tensor) -> int:
+def longest_of(name: str, value: int | Tensor, packed: Tensor) -> int:
     """As an integer that is known without waiting for a device. Raises for what is no length."""
     if type(value) is int and value >= 0:
         return value
@@ -126,7 +220,9 @@ def max_seqlen(name: str, value: int | Tensor, packed: Tensor) -> int:
             return packed.shape[0]
         value = int(value)
     # While torch.compile traces, an int may be a symbol, which only looks like one.
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer, torch.SymInt)):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(
+        value, (int, np.integer, torch.SymInt)
+    ):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")

@@ -218,7 +218,9 @@ def _cpu_decodes(problem: Problem) -> bool:
 
 
 def _has_sm90(problem: Problem, here: Arch) -> bool:
-    return any(tile.kernel == "sm90" for tile in BACKENDS["cuda"].compiled_in(problem, here))
+    """Whether a Hopper kernel is compiled in, in the problem's direction."""
+    compiled = BACKENDS["cuda"].compiled_in(problem, here)
+    return any(tile.kernel.startswith("sm90") for tile in compiled)
 
 
 @dataclass(frozen=True, slots=True)

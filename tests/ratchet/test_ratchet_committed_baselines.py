@@ -52,7 +52,6 @@ def test_there_is_one() -> None:
     assert BASELINES
 
 
-@pytest.mark.xfail(strict=True, reason="the H200's was timed otherwise and has to be taken anew")
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
 def test_a_gate_against_it_decides(path: Path) -> None:
     assert problems(load(path)) == ()

@@ -1,0 +1,184 @@
+"""A KV cache with flash-attn's signature: append to it, and attend to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashmoe.frontend.append import (
+    is_scattered,
+    new_keys,
+    positions_of,
+    room_of,
+    rotary_of,
+    scatter,
+)
+from flashmoe.frontend.attend import Asked, attend, terms_of, window_of
+from flashmoe.frontend.validation import mask_of, validate, validate_tensors
+from flashmoe.frontend.varlen import longest_of, written_to
+from flashmoe.spec.call import Sequences
+from flashmoe.tiles import Tile
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    page_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    tile: Tile | str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of queries to a cache of keys, after new keys and values were appended to it, with
+    flash-attn's signature.
+
+    The host never waits for the device, so lengths may change between replays of a CUDA graph.
+    FLASHMOE_CHECK=1 reads and checks them. There are no gradients.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim); with cu_seqlens_q (total_q, heads_q, head_dim).
+        k_cache, v_cache: (batch_cache, seqlen_cache, heads_kv, head_dim); with a block_table
+            (num_pages, page_size, heads_kv, head_dim), pages of any size. Written in place.
+        k, v: (batch, seqlen_new, heads_kv, head_dim), or none: written to the cache at positions
+            cache_seqlens + i of each sequence. With cu_seqlens_k_new (total_new, heads_kv,
+            head_dim). What has no place there (past the end, no page or batch of that number) is
+            not written.
+        rotary_cos, rotary_sin: (seqlen_rotary, rotary_dim / 2), at least as many rows as a sequence
+            has room for keys: k is rotated by row cache_seqlens + i, and so is q where the call is
+            causal or has a window; otherwise all of q by row cache_seqlens. They need k.
+        cache_seqlens: how many keys each sequence has before k is appended: an int, or (batch,)
+            int32. Without k, None is all that there is room for.
+        cache_batch_idx: (batch,), int32: which batch of the cache each sequence has; not with a
+            block_table.
+        cache_leftpad: (batch,), int32: so many keys of each sequence, the first ones, are not seen;
+            not with a block_table.
+        block_table: (batch, pages), int32: which page holds each page_size keys of a sequence.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, sinks: as in flash_attn_func; the
+            last query is level with the last key, appended ones included.
+        rotary_interleaved: rotate columns 0 and 1, 2 and 3, … (GPT-J); else columns i and i +
+            rotary_dim / 2 (GPT-NeoX).
+        num_splits: taken for flash-attn's sake: over how many blocks keys are split is up to the
+            plan and changes no result by more than rounding.
+        return_softmax_lse: also return softmax_lse.
+        page_table, seqused_k: FlashAttention-3's names of block_table and cache_seqlens.
+        cu_seqlens_q, max_seqlen_q: (batch + 1,), int32, and a bound of the lengths, as in
+            flash_attn_varlen_func: queries of prefill and decode in one call.
+        cu_seqlens_k_new: the same of k and v.
+        out: as the result, which is written to it.
+        backend, tile: as in flash_attn_func.
+
+    Returns:
+        out, as q with v_cache's head_dim, contiguous. softmax_lse is (batch, heads_q, seqlen_q), or
+        (heads_q, total_q) with cu_seqlens_q; float32.
+
+    Raises: as flash_attn_func.
+    """
+    if type(window_size) is not tuple:
+        window_size = window_of(causal, window_size)
+    if not isinstance(num_splits, (int, np.integer)) or num_splits < 0:
+        raise ValueError(f"num_splits must be an integer of at least 0, got {num_splits!r}")
+    if page_table is not None:
+        block_table = _only("block_table", block_table, "page_table", page_table)
+    if seqused_k is not None:
+        cache_seqlens = _only("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
+    _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
+    lengths = _lengths_of(cache_seqlens, q, k_cache, cu_seqlens_q, block_table)
+    longest = 0
+    if cu_seqlens_q is not None:
+        longest = longest_of(
+            "max_seqlen_q", q.shape[0] if max_seqlen_q is None else max_seqlen_q, q
+        )
+    elif max_seqlen_q is not None:
+        raise ValueError("max_seqlen_q must be None without cu_seqlens_q")
+    sequences = Sequences(
+        *(cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table), longest
+    )
+    asked = Asked(softmax_scale, causal, window_size, False, return_softmax_lse, backend, tile)
+    terms = terms_of(softcap, alibi_slopes, sinks)
+    if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
+        scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
+        asked = asked._replace(softmax_scale=scale)
+        new = new_keys(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
+        if rotary_cos is not None or rotary_sin is not None:
+            rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, q, k_cache, block_table)
+            is_full = mask_of(causal, window_size).is_full
+            q = rotary.rotated(q, positions_of(q, cu_seqlens_q, lengths, steps=not is_full))
+            new = new._replace(k=rotary.rotated(new.k, new.positions))
+        if isinstance(cache_seqlens, Tensor) or is_scattered(sequences, cu_seqlens_k_new):
+            scatter(new, k_cache, v_cache, sequences, cu_seqlens_k_new)
+        elif cache_seqlens is not None:
+            rows = slice(cache_seqlens, cache_seqlens + new.k.shape[1])
+            k_cache[:, rows], v_cache[:, rows] = new.k, new.v
+        sequences = sequences._replace(seqused_k=lengths + new.lengths)
+    result = attend(q, k_cache, v_cache, asked, terms, sequences)
+    if out is not None:
+        result = written_to(out, result)
+    return result if isinstance(result, Tensor) else result[:2]
+
+
+def _only(name: str, value: object, other: str, alias: Tensor) -> Tensor:
+    if value is not None:
+        raise ValueError(f"{name} and {other} are two names of one argument, got both")
+    return alias
+
+
+def _refuse_gradients(**tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise NotImplementedError(
+                    f"{name} must not require a gradient: flash_attn_with_kvcache has none; call "
+                    "it under torch.no_grad()"
+                )
+
+
+def _lengths_of(
+    cache_seqlens: int | Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    cu_seqlens_q: Tensor | None,
+    block_table: Tensor | None,
+) -> Tensor:
+    """(batch,) int32: the keys that each sequence has, where they were given as one number, too."""
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens
+    validate_tensors(q, k_cache, k_cache)
+    many = q if cu_seqlens_q is None else cu_seqlens_q
+    if many.dim() == 0 or k_cache.dim() != 4:
+        length = 0  # what validates the tensors says more
+    elif cache_seqlens is None:
+        length = room_of(k_cache, block_table)
+    elif isinstance(cache_seqlens, (int, np.integer, torch.SymInt)):
+        length = cache_seqlens
+        room = room_of(k_cache, block_table)
+        if not 0 <= length <= room:
+            raise ValueError(f"cache_seqlens must be from 0 to {room}, got {length}")
+    else:
+        raise TypeError(
+            f"cache_seqlens must be an integer, an int32 tensor or None, got {cache_seqlens!r}"
+        )
+    batch = 0 if many.dim() == 0 else many.shape[0] - (cu_seqlens_q is not None)
+    return torch.full((max(batch, 0),), length, dtype=torch.int32, device=q.device)
