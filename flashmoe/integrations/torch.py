@@ -87,7 +87,9 @@ def _activate() -> _Active:
     return active
 
 
-def _refuse(dropout_p: float, return_debug_mask: bool = False, num_splits: int | None = None) -> None:
+def _refuse(
+    dropout_p: float, return_debug_mask: bool = False, num_splits: int | None = None
+) -> None:
     if dropout_p != 0.0:
         raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
     if return_debug_mask:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -11,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-import flashmoe
-from flashmoe.integrations.transformers_masks import (
+from flashmoe.integrations.keys import (
     KeyMask,
-    Lengths,
     Packing,
-    key_mask,
+    by_kernel,
+    by_torch,
     of_keys,
     visible,
+    warn_of_torch,
 )
+from flashmoe.integrations.transformers_masks import key_mask
 
 NAME = "flashmoe"
 
@@ -121,8 +121,8 @@ def attention(
         )
     if output_attentions:
         raise NotImplementedError(
-            "output_attentions must be False with attn_implementation='flashmoe', which never holds "
-            "the attention weights: use 'eager'"
+            "output_attentions must be False with attn_implementation='flashmoe', which never "
+            "holds the attention weights: use 'eager'"
         )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
@@ -141,9 +141,9 @@ def attention(
     }
     why = _why_by_torch(mask, dropout, position_bias)
     if why or not isinstance(mask, KeyMask):
-        _warn_of_torch(type(module).__name__, why)
-        return _by_torch(q, k, v, mask, position_bias, dropout, **terms), None
-    return _by_kernel(q, k, v, mask, bool(deterministic), terms), None
+        warn_of_torch(type(module).__name__, why)
+        return by_torch(q, k, v, mask, position_bias, dropout, **terms), None
+    return by_kernel(q, k, v, mask, bool(deterministic), terms), None
 
 
 def _mask_by_hints(
@@ -185,9 +185,7 @@ def _packed(
     return mask._replace(packing=packing)
 
 
-def _why_by_torch(
-    mask: KeyMask | Tensor, dropout: float, position_bias: Tensor | None
-) -> str:
+def _why_by_torch(mask: KeyMask | Tensor, dropout: float, position_bias: Tensor | None) -> str:
     """Why no kernel runs this; empty where one does."""
     if dropout:
         return f"dropout={dropout}"
@@ -198,96 +196,3 @@ def _why_by_torch(
     if mask.lengths is not None and torch.is_grad_enabled():
         return "lengths of a cache that were found without gradients"
     return ""
-
-
-@functools.cache
-def _warn_of_torch(module: str, why: str) -> None:
-    warnings.warn(
-        f"{module} asks flashmoe for attention with {why}: computed by torch", stacklevel=3
-    )
-
-
-def _by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, deterministic: bool, terms: dict[str, Any]
-) -> Tensor:
-    left, right, lengths, packing = mask
-    terms = terms | {"window_size": (left, right)}
-    if lengths is not None:
-        return _with_lengths(q, k, v, lengths, terms)
-    if packing is not None:
-        return _in_sequences(q, k, v, packing, terms | {"deterministic": deterministic})
-    out = flashmoe.flash_attn_func(q, k, v, deterministic=deterministic, **terms)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _with_lengths(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, terms: dict[str, Any]
-) -> Tensor:
-    out: Tensor = flashmoe.flash_attn_with_kvcache(
-        q, k, v, cache_seqlens=lengths.seqused_k, cache_leftpad=lengths.leftpad_k, **terms
-    )
-    return out
-
-
-def _in_sequences(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, terms: dict[str, Any]
-) -> Tensor:
-    batch, seqlen_q = q.shape[:2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    if packing.rows_q is not None:
-        q = q.index_select(0, packing.rows_q)
-    if packing.rows_k is not None:
-        k, v = k.index_select(0, packing.rows_k), v.index_select(0, packing.rows_k)
-    out: Tensor = flashmoe.flash_attn_varlen_func(q, k, v, *packing[:4], **terms)
-    if packing.rows_q is not None:
-        rows = out.new_zeros(batch * seqlen_q, *out.shape[1:])
-        out = rows.index_copy(0, packing.rows_q, out)
-    return out.unflatten(0, (batch, seqlen_q))
-
-
-def _by_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: KeyMask | Tensor,
-    position_bias: Tensor | None,
-    dropout: float,
-    softmax_scale: float | None,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """With all scores in memory."""
-    if isinstance(mask, KeyMask):
-        mask = visible(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if position_bias is not None:
-        if mask.dtype == torch.bool:
-            mask = position_bias.masked_fill(~mask, float("-inf"))
-        else:
-            mask = position_bias + mask
-    if not softcap and sinks is None:
-        out = flashmoe.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask if mask.dtype == torch.bool else mask.to(q.dtype),
-            dropout,
-            scale=softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.transpose(1, 2)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.transpose(2, 3)).float()
-    scores = scores * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    # The lowest number, so that a row that sees nothing has no NaN.
-    lowest = torch.finfo(torch.float32).min
-    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if sinks is not None:
-        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], 3)
-    weights = F.softmax(scores, 3)[..., : k.shape[2]]
-    return (F.dropout(weights, dropout).to(v.dtype) @ v).transpose(1, 2)

@@ -13,17 +13,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support import DEVICE
 from torch import Tensor
 
 import flashmoe
 from flashmoe.integrations import flash_attn as ours
-from support import DEVICE
 
 if importlib.util.find_spec("flash_attn") is not None:
     pytest.skip("a real flash-attn is installed", allow_module_level=True)
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4} if DTYPE == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4} if torch.float32 == DTYPE else {"rtol": 2e-2, "atol": 2e-2}
 
 
 @pytest.fixture
@@ -179,7 +179,9 @@ def test_rotary(interleaved: bool, offsets: int | str) -> None:
     want = torch.cat([turned.flatten(-2), x[..., 6:]], -1)
     got = apply_rotary_emb(x, angles.cos(), angles.sin(), interleaved, False, start)
     torch.testing.assert_close(got, want)
-    back = apply_rotary(got, angles.cos(), angles.sin(), start, None, None, interleaved, False, True)
+    back = apply_rotary(
+        got, angles.cos(), angles.sin(), start, None, None, interleaved, False, True
+    )
     torch.testing.assert_close(back, x)
     ends = torch.tensor([0, 7, 7, 14], dtype=torch.int32, device=DEVICE)
     if isinstance(start, Tensor):

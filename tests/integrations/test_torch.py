@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from support import DEVICE
 from torch import Tensor
 
 import flashmoe
 from flashmoe.integrations import torch as ours
-from support import DEVICE
 
 TORCH_SDPA = F.scaled_dot_product_attention
 needs_hook = pytest.mark.skipif(
@@ -19,7 +19,9 @@ needs_hook = pytest.mark.skipif(
 )
 
 
-def _qkv(heads_q: int = 4, heads_kv: int = 2, seqlen_q: int = 19, seqlen_k: int = 19) -> list[Tensor]:
+def _qkv(
+    heads_q: int = 4, heads_kv: int = 2, seqlen_q: int = 19, seqlen_k: int = 19
+) -> list[Tensor]:
     torch.manual_seed(0)
     sizes = ((heads_q, seqlen_q), (heads_kv, seqlen_k), (heads_kv, seqlen_k))
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -64,7 +64,9 @@ def unpad_input_for_concatenated_sequences(
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """unpad_input's rows (total, ...) back as (batch, seqlen, ...), 0 elsewhere."""
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(
+        0, (batch, seqlen)
+    )
 
 
 def _cumulated(lengths: Tensor) -> Tensor:

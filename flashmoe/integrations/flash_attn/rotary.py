@@ -74,7 +74,9 @@ def apply_rotary(
     return apply_rotary_emb(x, cos, -sin if conjugate else sin, *how)
 
 
-def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def apply_rotary_emb_torch(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
     """apply_rotary_emb with cos and sin (seqlen, rotary_dim / 2) or (batch, seqlen, rotary_dim / 2)
     of each position."""
     return _rotated(x, cos, sin, interleaved)

@@ -1,0 +1,226 @@
+"""Masks of keys as what kernels take: limits, lengths and packed sequences; and the calls."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flashmoe
+from flashmoe.spec.mask import Mask
+
+
+class Lengths(NamedTuple):
+    """Keys of each sequence from leftpad_k to before seqused_k, (batch,) int32."""
+
+    seqused_k: Tensor
+    leftpad_k: Tensor | None = None
+
+
+class Packing(NamedTuple):
+    """Sequences one behind the other: cu_seqlens (sequences + 1,) int32, and of the batch * seqlen
+    rows those that are in them, in their order; None where these are the first."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    rows_q: Tensor | None = None
+    rows_k: Tensor | None = None
+
+
+class KeyMask(NamedTuple):
+    """Which keys a query sees: the limits of spec/mask.py, aligned at the last key of a sequence.
+    Travels through a model where other implementations have their mask's tensor."""
+
+    left: int = -1
+    right: int = -1
+    lengths: Lengths | None = None
+    packing: Packing | None = None
+
+    @property
+    def ndim(self) -> int:
+        """As transformers asks of a mask: no mask of padding, which would have two."""
+        return 4
+
+    @property
+    def limits(self) -> Mask:
+        return Mask(self.left, self.right)
+
+
+def of_keys(
+    left: int, right: int, keys: Tensor, seqlen_q: int, last: int | None = None
+) -> KeyMask | None:
+    """The KeyMask of which keys (batch, seqlen_kv) may be seen at all, of which the first `last`.
+    Where there are limits, the queries are the last keys up to there. None where there is none: a
+    window counts keys between others that are hidden."""
+    seqlen_kv = keys.shape[1]
+    last = seqlen_kv if last is None else last
+    place = torch.arange(seqlen_kv, device=keys.device)
+    keys = keys & (place < last)
+    leftpad = torch.where(keys, place, seqlen_kv).amin(1)
+    seqused = torch.where(keys, place + 1, 0).amax(1)
+    count = keys.sum(1)
+    every, without_holes, level = torch.stack(
+        [keys.all(), (seqused - leftpad == count).all(), (seqused == last).all()]
+    ).tolist()
+    if every:
+        return KeyMask(left, right)
+    has_window, is_limited = left >= 0 or right > 0, left >= 0 or right >= 0
+    if has_window and not without_holes:
+        return None
+    # Lengths copy nothing; packed sequences compute nothing for padding, and have gradients.
+    if without_holes and (level or not is_limited) and seqlen_q < seqlen_kv:
+        if not torch.is_grad_enabled():
+            lengths = Lengths(seqused.to(torch.int32), leftpad.to(torch.int32))
+            return KeyMask(left, right, lengths)
+    if not is_limited:
+        # These need not be the keys' own queries: none is left out.
+        cu_seqlens_q, longest_q = cumulated(torch.full_like(count, seqlen_q))
+        rows_q = None
+    else:
+        queries = keys[:, last - seqlen_q : last]
+        cu_seqlens_q, longest_q = cumulated(queries.sum(1))
+        rows_q = queries.flatten().nonzero().squeeze(1)
+    cu_seqlens_k, longest_k = cumulated(count)
+    rows_k = keys.flatten().nonzero().squeeze(1)
+    return KeyMask(
+        left,
+        right,
+        packing=Packing(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, rows_q, rows_k),
+    )
+
+
+def cumulated(lengths: Tensor) -> tuple[Tensor, int]:
+    """cu_seqlens, and the longest length."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max())
+
+
+def visible(mask: KeyMask, batch: int, seqlen_q: int, seqlen_kv: int, device: Any) -> Tensor:
+    """The mask as a boolean tensor that broadcasts to (batch, 1, seqlen_q, seqlen_kv)."""
+    if mask.packing is not None:
+        sequence_q, i = _places(*mask.packing[::2], batch * seqlen_q, -1)
+        sequence_k, j = _places(*mask.packing[1::2], batch * seqlen_kv, -2)
+        i, j = i.view(batch, 1, seqlen_q, 1), j.view(batch, 1, 1, seqlen_kv)
+        same = sequence_q.view(i.shape) == sequence_k.view(j.shape)
+        return same & ~mask.limits.hides(i, j, 0, 0)
+    i = torch.arange(seqlen_q, device=device).view(-1, 1)
+    j = torch.arange(seqlen_kv, device=device)
+    if mask.lengths is None:
+        return ~mask.limits.hides(i, j, seqlen_q, seqlen_kv)
+    seqused_k, leftpad_k = (None if x is None else x.view(-1, 1, 1, 1) for x in mask.lengths)
+    seen = ~mask.limits.hides(i, j, seqlen_q, seqused_k) & (j < seqused_k)
+    return seen if leftpad_k is None else seen & (j >= leftpad_k)
+
+
+def _places(
+    cu_seqlens: Tensor, _longest: int, rows: Tensor | None, count: int, nowhere: int
+) -> tuple[Tensor, Tensor]:
+    """Of each of `count` rows its sequence's number, `nowhere` outside of them, and how far behind
+    its sequence's last row it is: 0, -1, ..."""
+    lengths = cu_seqlens.diff().long()
+    number = torch.repeat_interleave(lengths)
+    behind = torch.arange(len(number), device=number.device) - (cu_seqlens[1:].long()[number] - 1)
+    if rows is None:
+        rows = torch.arange(len(number), device=number.device)
+    return (
+        torch.full((count,), nowhere, device=rows.device).index_copy(0, rows, number),
+        torch.zeros(count, dtype=torch.long, device=rows.device).index_copy(0, rows, behind),
+    )
+
+
+@functools.cache
+def warn_of_torch(module: str, why: str) -> None:
+    warnings.warn(
+        f"{module} asks flashmoe for attention with {why}: computed by torch", stacklevel=3
+    )
+
+
+def by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, deterministic: bool, terms: dict[str, Any]
+) -> Tensor:
+    left, right, lengths, packing = mask
+    terms = terms | {"window_size": (left, right)}
+    if lengths is not None:
+        return _with_lengths(q, k, v, lengths, terms)
+    if packing is not None:
+        return _in_sequences(q, k, v, packing, terms | {"deterministic": deterministic})
+    out = flashmoe.flash_attn_func(q, k, v, deterministic=deterministic, **terms)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _with_lengths(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, terms: dict[str, Any]
+) -> Tensor:
+    out: Tensor = flashmoe.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=lengths.seqused_k, cache_leftpad=lengths.leftpad_k, **terms
+    )
+    return out
+
+
+def _in_sequences(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, terms: dict[str, Any]
+) -> Tensor:
+    batch, seqlen_q = q.shape[:2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if packing.rows_q is not None:
+        q = q.index_select(0, packing.rows_q)
+    if packing.rows_k is not None:
+        k, v = k.index_select(0, packing.rows_k), v.index_select(0, packing.rows_k)
+    out: Tensor = flashmoe.flash_attn_varlen_func(q, k, v, *packing[:4], **terms)
+    if packing.rows_q is not None:
+        rows = out.new_zeros(batch * seqlen_q, *out.shape[1:])
+        out = rows.index_copy(0, packing.rows_q, out)
+    return out.unflatten(0, (batch, seqlen_q))
+
+
+def by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyMask | Tensor,
+    position_bias: Tensor | None,
+    dropout: float,
+    softmax_scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """With all scores in memory."""
+    if isinstance(mask, KeyMask):
+        mask = visible(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if position_bias is not None:
+        if mask.dtype == torch.bool:
+            mask = position_bias.masked_fill(~mask, float("-inf"))
+        else:
+            mask = position_bias + mask
+    if not softcap and sinks is None:
+        out = flashmoe.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask if mask.dtype == torch.bool else mask.to(q.dtype),
+            dropout,
+            scale=softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.transpose(1, 2)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(2, 3)).float()
+    scores = scores * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    # The lowest number, so that a row that sees nothing has no NaN.
+    lowest = torch.finfo(torch.float32).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], 3)
+    weights = F.softmax(scores, 3)[..., : k.shape[2]]
+    return (F.dropout(weights, dropout).to(v.dtype) @ v).transpose(1, 2)
