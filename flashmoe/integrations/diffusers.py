@@ -9,7 +9,7 @@ from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor
 
 import flashmoe
-from flashmoe.integrations.keys import KeyMask, by_kernel, of_keys, warn_of_torch
+from flashmoe.integrations.keys import KeyMask, Terms, by_kernel, of_keys, warn_of_torch
 
 NAME = "flashmoe"
 _MEMBER = NAME.upper()
@@ -32,7 +32,8 @@ def register() -> None:
 
     Masks of keys, boolean and the same for all queries, become lengths; others are computed by
     torch, which a warning says once. Models whose processors do not ask diffusers' dispatcher
-    (Stable Diffusion 3 and older) call torch: flashmoe.integrations.torch.patch_sdpa() reaches them.
+    but torch (Stable Diffusion 3 and older) are reached by
+    flashmoe.integrations.torch.patch_sdpa().
     """
     if _MEMBER not in _Names.__members__:
         # An Enum has no public way to get a name from outside.
@@ -85,8 +86,8 @@ def attention(
     if attn_mask is not None and not is_causal and dropout_p == 0.0:
         keys = _keys_of(attn_mask, key)
         if keys is not None:
-            terms = {"softmax_scale": scale, "softcap": 0.0, "sinks": None}
-            return by_kernel(query, key, value, _key_mask(keys, query.shape[1]), False, terms)
+            mask = _key_mask(keys, query.shape[1])
+            return by_kernel(query, key, value, mask, False, Terms(scale))
     if attn_mask is not None:
         warn_of_torch("diffusers", "a mask that differs between queries, or is additive")
         if attn_mask.shape == (query.shape[0], key.shape[1]):
@@ -113,18 +114,22 @@ def _keys_of(mask: Tensor, key: Tensor) -> Tensor | None:
 _last: list[tuple[Any, Tensor, KeyMask]] = []
 
 
-@torch.compiler.disable(reason="flashmoe looks at the mask's values, once for all blocks")
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="flashmoe looks at the mask's values, once for all blocks"
+)
 def _key_mask(keys: Tensor, seqlen_q: int) -> KeyMask:
     """A model's blocks hand the same mask over and over: what it says is read once. The tensor that
     is kept keeps its memory from being another's."""
-    where = None
-    if not keys.is_inference():
-        where = (keys.data_ptr(), keys.shape, keys.stride(), keys._version, seqlen_q)
-        where = (*where, torch.is_grad_enabled())
-        if _last and _last[0][0] == where:
-            return _last[0][2]
+    if keys.is_inference():  # which does not tell when it is changed
+        return _read(keys, seqlen_q)
+    memory = (keys.device, keys.data_ptr(), keys.shape, keys.stride(), keys._version)
+    where = (*memory, seqlen_q, torch.is_grad_enabled())
+    if not _last or _last[0][0] != where:
+        _last[:] = [(where, keys, _read(keys, seqlen_q))]
+    return _last[0][2]
+
+
+def _read(keys: Tensor, seqlen_q: int) -> KeyMask:
     found = of_keys(-1, -1, keys, seqlen_q)
-    assert found is not None, "a mask of keys without a window"
-    if where is not None:
-        _last[:] = [(where, keys, found)]
+    assert found is not None, "only under a window may there be none"
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +48,13 @@ class KeyMask(NamedTuple):
         """As transformers asks of a mask: no mask of padding, which would have two."""
         return 4
 
-    @property
-    def limits(self) -> Mask:
-        return Mask(self.left, self.right)
+
+class Terms(NamedTuple):
+    """By the names that flashmoe's functions have for them."""
+
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
 
 def of_keys(
@@ -74,10 +79,9 @@ def of_keys(
     if has_window and not without_holes:
         return None
     # Lengths copy nothing; packed sequences compute nothing for padding, and have gradients.
-    if without_holes and (level or not is_limited) and seqlen_q < seqlen_kv:
-        if not torch.is_grad_enabled():
-            lengths = Lengths(seqused.to(torch.int32), leftpad.to(torch.int32))
-            return KeyMask(left, right, lengths)
+    has_lengths = without_holes and (level or not is_limited)
+    if has_lengths and seqlen_q < seqlen_kv and not torch.is_grad_enabled():
+        return KeyMask(left, right, Lengths(seqused.to(torch.int32), leftpad.to(torch.int32)))
     if not is_limited:
         # These need not be the keys' own queries: none is left out.
         cu_seqlens_q, longest_q = cumulated(torch.full_like(count, seqlen_q))
@@ -88,11 +92,8 @@ def of_keys(
         rows_q = queries.flatten().nonzero().squeeze(1)
     cu_seqlens_k, longest_k = cumulated(count)
     rows_k = keys.flatten().nonzero().squeeze(1)
-    return KeyMask(
-        left,
-        right,
-        packing=Packing(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, rows_q, rows_k),
-    )
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, rows_q, rows_k)
+    return KeyMask(left, right, packing=packing)
 
 
 def cumulated(lengths: Tensor) -> tuple[Tensor, int]:
@@ -102,19 +103,22 @@ def cumulated(lengths: Tensor) -> tuple[Tensor, int]:
 
 def visible(mask: KeyMask, batch: int, seqlen_q: int, seqlen_kv: int, device: Any) -> Tensor:
     """The mask as a boolean tensor that broadcasts to (batch, 1, seqlen_q, seqlen_kv)."""
+    hides: Callable[..., Tensor] = Mask(mask.left, mask.right).hides
     if mask.packing is not None:
         sequence_q, i = _places(*mask.packing[::2], batch * seqlen_q, -1)
         sequence_k, j = _places(*mask.packing[1::2], batch * seqlen_kv, -2)
         i, j = i.view(batch, 1, seqlen_q, 1), j.view(batch, 1, 1, seqlen_kv)
         same = sequence_q.view(i.shape) == sequence_k.view(j.shape)
-        return same & ~mask.limits.hides(i, j, 0, 0)
+        return same & ~hides(i, j, 0, 0)
     i = torch.arange(seqlen_q, device=device).view(-1, 1)
     j = torch.arange(seqlen_kv, device=device)
     if mask.lengths is None:
-        return ~mask.limits.hides(i, j, seqlen_q, seqlen_kv)
-    seqused_k, leftpad_k = (None if x is None else x.view(-1, 1, 1, 1) for x in mask.lengths)
-    seen = ~mask.limits.hides(i, j, seqlen_q, seqused_k) & (j < seqused_k)
-    return seen if leftpad_k is None else seen & (j >= leftpad_k)
+        return ~hides(i, j, seqlen_q, seqlen_kv)
+    seqused_k = mask.lengths.seqused_k.view(-1, 1, 1, 1)
+    seen = ~hides(i, j, seqlen_q, seqused_k) & (j < seqused_k)
+    if mask.lengths.leftpad_k is None:
+        return seen
+    return seen & (j >= mask.lengths.leftpad_k.view(-1, 1, 1, 1))
 
 
 def _places(
@@ -135,48 +139,42 @@ def _places(
 
 @functools.cache
 def warn_of_torch(module: str, why: str) -> None:
+    """Once for each."""
     warnings.warn(
         f"{module} asks flashmoe for attention with {why}: computed by torch", stacklevel=3
     )
 
 
 def by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, deterministic: bool, terms: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, deterministic: bool, terms: Terms
 ) -> Tensor:
+    """q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_kv, heads_kv, head_dim), v (batch,
+    seqlen_kv, heads_kv, head_dim_v) -> (batch, seqlen_q, heads_q, head_dim_v). What is not in a
+    sequence gets 0."""
     left, right, lengths, packing = mask
-    terms = terms | {"window_size": (left, right)}
+    options: dict[str, Any] = terms._asdict() | {"window_size": (left, right)}
+    out: Any
     if lengths is not None:
-        return _with_lengths(q, k, v, lengths, terms)
-    if packing is not None:
-        return _in_sequences(q, k, v, packing, terms | {"deterministic": deterministic})
-    out = flashmoe.flash_attn_func(q, k, v, deterministic=deterministic, **terms)
+        seqused_k, leftpad_k = lengths
+        options |= {"cache_seqlens": seqused_k, "cache_leftpad": leftpad_k}
+        out = flashmoe.flash_attn_with_kvcache(q, k, v, **options)
+    elif packing is None:
+        out = flashmoe.flash_attn_func(q, k, v, deterministic=deterministic, **options)
+    else:
+        sizes = q.shape[:2]
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        if packing.rows_q is not None:
+            q = q.index_select(0, packing.rows_q)
+        if packing.rows_k is not None:
+            k, v = k.index_select(0, packing.rows_k), v.index_select(0, packing.rows_k)
+        options["deterministic"] = deterministic
+        out = flashmoe.flash_attn_varlen_func(q, k, v, *packing[:4], **options)
+        if packing.rows_q is not None:
+            rows = out.new_zeros(sizes.numel(), *out.shape[1:])
+            out = rows.index_copy(0, packing.rows_q, out)
+        out = out.view(*sizes, *out.shape[1:])
     assert isinstance(out, Tensor)
     return out
-
-
-def _with_lengths(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, terms: dict[str, Any]
-) -> Tensor:
-    out: Tensor = flashmoe.flash_attn_with_kvcache(
-        q, k, v, cache_seqlens=lengths.seqused_k, cache_leftpad=lengths.leftpad_k, **terms
-    )
-    return out
-
-
-def _in_sequences(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, terms: dict[str, Any]
-) -> Tensor:
-    batch, seqlen_q = q.shape[:2]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    if packing.rows_q is not None:
-        q = q.index_select(0, packing.rows_q)
-    if packing.rows_k is not None:
-        k, v = k.index_select(0, packing.rows_k), v.index_select(0, packing.rows_k)
-    out: Tensor = flashmoe.flash_attn_varlen_func(q, k, v, *packing[:4], **terms)
-    if packing.rows_q is not None:
-        rows = out.new_zeros(batch * seqlen_q, *out.shape[1:])
-        out = rows.index_copy(0, packing.rows_q, out)
-    return out.unflatten(0, (batch, seqlen_q))
 
 
 def by_torch(
@@ -186,28 +184,27 @@ def by_torch(
     mask: KeyMask | Tensor,
     position_bias: Tensor | None,
     dropout: float,
-    softmax_scale: float | None,
-    softcap: float,
-    sinks: Tensor | None,
+    terms: Terms,
 ) -> Tensor:
-    """With all scores in memory."""
-    if isinstance(mask, KeyMask):
-        mask = visible(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
+    """`by_kernel` with all scores in memory, also of a mask that broadcasts to (batch, heads_q,
+    seqlen_q, seqlen_kv), boolean or additive, and a position_bias, which is added."""
+    seen: Tensor | None
+    if isinstance(mask, Tensor):
+        seen = mask
+    elif mask == KeyMask():
+        seen = None
+    else:
+        seen = visible(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if position_bias is not None:
-        if mask.dtype == torch.bool:
-            mask = position_bias.masked_fill(~mask, float("-inf"))
-        else:
-            mask = position_bias + mask
+        seen = position_bias if seen is None else _added(position_bias, seen)
+    softmax_scale, softcap, sinks = terms
     if not softcap and sinks is None:
+        if seen is not None and seen.dtype != torch.bool:
+            seen = seen.to(q.dtype)
+        grouped = q.shape[1] != k.shape[1]
         out = flashmoe.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask if mask.dtype == torch.bool else mask.to(q.dtype),
-            dropout,
-            scale=softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, seen, dropout, scale=softmax_scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
     group = q.shape[1] // k.shape[1]
@@ -216,11 +213,18 @@ def by_torch(
     scores = scores * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    # The lowest number, so that a row that sees nothing has no NaN.
-    lowest = torch.finfo(torch.float32).min
-    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if seen is not None:
+        scores = _added(scores, seen)
     if sinks is not None:
         column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], 3)
     weights = F.softmax(scores, 3)[..., : k.shape[2]]
     return (F.dropout(weights, dropout).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _added(scores: Tensor, mask: Tensor) -> Tensor:
+    """The lowest number stands for a hidden key, as in transformers, so that a row that sees
+    nothing has no NaN."""
+    if mask.dtype != torch.bool:
+        return scores + mask
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

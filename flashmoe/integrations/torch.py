@@ -25,7 +25,7 @@ def patch_sdpa() -> None:
     was imported by `from torch.nn.functional import ...` before stays as it was."""
     if F.scaled_dot_product_attention is not flashmoe.scaled_dot_product_attention:
         _replaced.append(F.scaled_dot_product_attention)
-        F.scaled_dot_product_attention = flashmoe.scaled_dot_product_attention  # type: ignore[assignment]
+        F.scaled_dot_product_attention = flashmoe.scaled_dot_product_attention
 
 
 def unpatch_sdpa() -> None:
@@ -192,9 +192,9 @@ def _sdpa(
 ) -> tuple[Tensor, Tensor, None, None, int, int, Tensor, Tensor, Tensor]:
     """aten::_scaled_dot_product_flash_attention: (batch, heads, seqlen, head_dim)."""
     max_q, max_k = query.shape[2], key.shape[2]
-    dense = (None, None, max_q, max_k, dropout_p, is_causal, return_debug_mask)
+    dense: Any = (None, None, max_q, max_k, dropout_p, is_causal, return_debug_mask)
     out, lse, *state = _forward(*_swapped(query, key, value), *dense, scale=scale)
-    return out.transpose(1, 2), lse, None, None, max_q, max_k, *state  # type: ignore[return-value]
+    return out.transpose(1, 2), lse, None, None, max_q, max_k, state[0], state[1], state[2]
 
 
 def _sdpa_backward(
@@ -216,12 +216,14 @@ def _sdpa_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward."""
-    saved = _swapped(grad_out, query, key, value, out)
-    rest = (max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset)
-    return _swapped(*_backward(*saved, logsumexp, None, None, *rest, scale=scale))
+    dout, q, k, v, out = _swapped(grad_out, query, key, value, out)
+    packed = (None, None, max_q, max_k)
+    state = (philox_seed, philox_offset)
+    arguments = (dout, q, k, v, out, logsumexp, *packed, dropout_p, is_causal, *state)
+    return _swapped(*_backward(*arguments, scale=scale))
 
 
-def _swapped(*tensors: Tensor) -> Any:
+def _swapped(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from flashmoe.integrations.keys import (
     KeyMask,
     Packing,
+    Terms,
     by_kernel,
     by_torch,
     of_keys,
@@ -50,12 +51,14 @@ _check_and_adjust = PreTrainedModel._check_and_adjust_attn_implementation
 
 
 @functools.wraps(_check_and_adjust)
-def _check_and_adjust_but_ours(self: Any, attn_implementation: str | None, *more: Any, **kw: Any):
+def _check_and_adjust_but_ours(
+    self: Any, attn_implementation: str | None, *more: Any, **options: Any
+) -> Any:
     # transformers takes each name with "flash" in it for a package or a kernel of its hub to load,
     # and for models with sinks it puts a kernel of the hub in its place.
     if attn_implementation == NAME:
         return NAME
-    return _check_and_adjust(self, attn_implementation, *more, **kw)
+    return _check_and_adjust(self, attn_implementation, *more, **options)
 
 
 def register() -> None:
@@ -134,15 +137,11 @@ def attention(
     packing = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if any(x is not None for x in packing):
         mask = _packed(mask, *packing)
-    terms = {
-        "softmax_scale": scaling,
-        "softcap": softcap or 0.0,
-        "sinks": s_aux,
-    }
+    terms = Terms(scaling, softcap or 0.0, s_aux)
     why = _why_by_torch(mask, dropout, position_bias)
     if why or not isinstance(mask, KeyMask):
         warn_of_torch(type(module).__name__, why)
-        return by_torch(q, k, v, mask, position_bias, dropout, **terms), None
+        return by_torch(q, k, v, mask, position_bias, dropout, terms), None
     return by_kernel(q, k, v, mask, bool(deterministic), terms), None
 
 

@@ -83,7 +83,7 @@ def key_mask(
     if attention_mask is None and (full or (causal and type(last) is int and last == kv_length)):
         # No value to look at, so that a compiled graph stays whole.
         return None if full and allow_is_bidirectional_skip else KeyMask(right=0 if causal else -1)
-    found = _looked_at(
+    found: KeyMask | None = _looked_at(
         (batch_size, q_length, kv_length), last, kv_offset, mask_function, attention_mask, device
     )
     if found is not None:
@@ -102,7 +102,9 @@ def key_mask(
     return dense
 
 
-@torch.compiler.disable(reason="flashmoe looks at the mask's values, once for all layers")
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="flashmoe looks at the mask's values, once for all layers"
+)
 def _looked_at(
     sizes: tuple[int, int, int],
     last: int | Tensor,

@@ -136,4 +136,4 @@ class _Installed(Distribution):
         return self._files.get(filename)
 
     def locate_file(self, path: Any) -> Path:
-        return Path(__file__).parent / path
+        return Path(__file__).parent.joinpath(path)

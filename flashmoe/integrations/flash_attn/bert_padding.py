@@ -64,9 +64,8 @@ def unpad_input_for_concatenated_sequences(
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """unpad_input's rows (total, ...) back as (batch, seqlen, ...), 0 elsewhere."""
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(
-        0, (batch, seqlen)
-    )
+    rows = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    return rows.view(batch, seqlen, *rows.shape[1:])
 
 
 def _cumulated(lengths: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def flash_attn_qkvpacked_func(
         if num_heads_q is None:
             raise ValueError("num_heads_q must be given with qkv (batch, seqlen, heads, head_dim)")
         heads_kv = (qkv.shape[2] - num_heads_q) // 2
-        q, k, v = qkv.split([num_heads_q, heads_kv, heads_kv], 2)
+        q, k, v = torch.split(qkv, [num_heads_q, heads_kv, heads_kv], 2)
     return flash_attn_func(
         q,
         k,
