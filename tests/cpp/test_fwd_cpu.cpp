@@ -334,7 +334,7 @@ struct Batch {
     std::shuffle(numbers.begin(), numbers.end(), random);
     cache_batch_idx.assign(numbers.begin(), numbers.begin() + batch);
     for (int i = 0; i < batch; ++i) {
-      for (int page = 0; page < pages; ++page) {
+      for (int page = 0; keys == Keys::paged && page < pages; ++page) {
         const bool used = page * page_size < seqused_k[i] && (page + 1) * page_size > leftpad_k[i];
         block_table.push_back(used ? numbers[i * pages + page] : below(random, 2) ? -1 : 1 << 30);
       }

@@ -31,7 +31,11 @@ using ParallelFor = void (*)(long long begin, long long end, long long grain, Pa
 // it, and NaN or inf it sees propagates as in PyTorch. A row whose visible scores are all -inf,
 // like a row that sees nothing, gives out 0 and lse -inf.
 //
-// Throws std::invalid_argument when head_dim, heads, softmax_scale or a block size is not
+// Lengths of sequences are read on the calling thread, before it returns; nothing outside a
+// sequence is read. Rows of a packed q that are in none get out 0 and lse -inf. Indices of pages
+// and of batches are clamped to those there are; without any there are no keys.
+//
+// Throws std::invalid_argument when head_dim, heads, softmax_scale, softcap or a block size is not
 // supported.
 void fwd_cpu(const AttentionParams& params, DType dtype, int block_m, int block_n, CpuIsa isa,
              ParallelFor parallel_for, int num_threads);
