@@ -96,7 +96,7 @@ def hopper(monkeypatch):
     )
     monkeypatch.setattr(_extension, "load", lambda: info)
     monkeypatch.setattr(plan, "arch", lambda device: H200)
-    for backend in (CUDA, BACKENDS["triton"]):
+    for backend in (CUDA, BACKENDS["decode"], BACKENDS["triton"]):
         monkeypatch.setattr(backend, "unavailable", lambda device: "")
     plan.reload_databases()
     cuda_backend._handle.cache_clear()

@@ -56,8 +56,8 @@ __device__ __forceinline__ float finite_max(float row_max) {
   return row_max == -INFINITY ? 0.f : row_max;
 }
 
-// GENERAL kernels have windows and terms, which they decide at run time; the others compute full and
-// causal attention.
+// GENERAL kernels have windows and terms, which they decide at run time; the others compute full
+// and causal attention.
 template <typename T, typename Tile, bool ALIGNED, bool GENERAL>
 __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     attention_forward_kernel(const __grid_constant__ AttentionParams params, int num_m_blocks) {
