@@ -2,6 +2,8 @@
 // time.
 #pragma once
 
+#include <climits>
+
 #include "attention_problem.h"
 #include "common/schedule.cuh"
 #include "common/sm90_launch.h"
@@ -91,6 +93,17 @@ inline PackedProblem random_packed_problem(int head_dim, int block_m, int block_
   return x;
 }
 
+// Lengths, or where `bad` numbers that are none: below 0, past the tensors, in any order.
+inline std::vector<int> maybe_bad(const std::vector<int>& lengths, bool bad, int total,
+                                  std::mt19937_64& random) {
+  std::vector<int> given = lengths;
+  for (int& x : given) {
+    const int any[] = {INT_MIN, INT_MAX, static_cast<int>(random() % (total + 100u)) - 50};
+    if (bad) x = any[random() % 16 < 2 ? random() % 2 : 2];
+  }
+  return given;
+}
+
 // The terms of one sequence of a batch.
 inline Terms terms_of(const RandomTerms& terms, int b) {
   Terms mine = terms.get();
@@ -167,8 +180,11 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
   std::fill(out.bytes.begin(), out.bytes.end(), POISON);
   std::vector<float> lse(static_cast<size_t>(x.all.heads_q) * x.total_q, NAN);
   const float scale = 1 / std::sqrt(static_cast<float>(x.all.head_dim));
-  const GuardedInts cu_seqlens_q(x.cu_seqlens_q), cu_seqlens_k(x.cu_seqlens_k);
-  const GuardedInts seqused_k(x.seqused_k);
+  // Of bad lengths nothing is asked but that nobody reads or writes elsewhere, and that it ends.
+  const bool bad = random() % 6 == 0;
+  const GuardedInts cu_seqlens_q(maybe_bad(x.cu_seqlens_q, bad, x.total_q, random));
+  const GuardedInts cu_seqlens_k(maybe_bad(x.cu_seqlens_k, bad, x.total_k, random));
+  const GuardedInts seqused_k(maybe_bad(x.seqused_k, bad, x.total_k, random));
   const RandomTerms terms(x.all, random);
   fake_device.sm_count = 1 + static_cast<int>(random() % 3);
   fake_device.seed = random();
@@ -176,7 +192,7 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
                                          forward_params(q, k, v, out, lse, scale, x.all.mask));
   params.terms = terms.get();
   std::string wrong = launch(params, dtype, random);
-  for (int b = 0; b < x.batch() && wrong.empty(); ++b) {
+  for (int b = 0; b < x.batch() && wrong.empty() && !bad; ++b) {
     if (b == poisoned) continue;
     OneSequence mine(x, b, q, k, v);
     Tensor mine_out(dtype, 1, x.seqlen_q(b), x.all.heads_q, x.all.head_dim, 0, false);
@@ -189,7 +205,7 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
         compare(mine.q, mine.k, mine.v, mine_out, mine_lse, scale, x.all.mask, terms_of(terms, b));
     if (!wrong.empty()) wrong = "sequence " + std::to_string(b) + ": " + wrong;
   }
-  for (int s = x.cu_seqlens_q.back(); s < x.total_q && wrong.empty(); ++s)
+  for (int s = x.cu_seqlens_q.back(); s < x.total_q && wrong.empty() && !bad; ++s)
     for (int h = 0; h < x.all.heads_q; ++h) {
       bool zero = lse[static_cast<size_t>(h) * x.total_q + s] == -INFINITY;
       for (int d = 0; d < x.all.head_dim; ++d) zero = zero && out.get(0, s, h, d) == 0;

@@ -168,7 +168,10 @@ __device__ __forceinline__ void finish(const Sm90BackwardParams& params) {
     clear_rest<T>(params.call.dq, s.cu_seqlens_q, p.batch, s.total_q, p.heads_q, p.head_dim);
     clear_rest<T>(params.call.dk, s.cu_seqlens_k, p.batch, s.total_k, p.heads_kv, p.head_dim);
     clear_rest<T>(params.call.dv, s.cu_seqlens_k, p.batch, s.total_k, p.heads_kv, p.head_dim);
-    if (work.m_start < 0) return;
+    if (work.m_start < 0) {
+      ptx::griddepcontrol_wait();  // as in kernel.cuh
+      return;
+    }
   }
   const float4* sum = E::sums(params, work);
   const float scale = p.softmax_scale;

@@ -51,7 +51,12 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
   }
   __syncthreads();
   const int index = VARIANT.deterministic ? ptx::ld_shared_b32(smem.ticket) : blockIdx.x;
-  if (!Work::is_there<VARIANT>(params, index)) return;
+  if (!Work::is_there<VARIANT>(params, index)) {
+    // This kernel ends after the one before, even where it has no work at all: the next relies on
+    // it.
+    ptx::griddepcontrol_wait();
+    return;
+  }
   const Work work = Work::of<TILE, VARIANT>(params, index);
   // Through a shuffle, so that the compiler knows it as uniform in a warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
