@@ -13,6 +13,8 @@ import torch
 
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
+from flashmoe.backends.cuda import CudaBackend
+from flashmoe.backends.decode import DecodeBackend
 from flashmoe.machine.device import arch
 from flashmoe.spec.call import Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
@@ -24,6 +26,7 @@ DEVICE = torch.device("cuda", 0)
 PLAIN_SIZES = ((130, 257, FULL), (257, 200, CAUSAL))
 LOCAL_SIZES = ((130, 257, Mask(40, 3)), (257, 200, Mask(70, 0)))
 CUDA = BACKENDS["cuda"]
+DECODE = DecodeBackend(CudaBackend())
 
 
 def run(
@@ -58,9 +61,23 @@ def run(
     return True
 
 
+def run_decode(tile: Tile, head_dim: int, num_splits: int) -> bool:
+    """The same for a cache of pages with lengths."""
+    lengths = torch.tensor([700, 0, 33], dtype=torch.int32, device=DEVICE)
+    pages = torch.randperm(3 * 44, dtype=torch.int32, device=DEVICE).reshape(3, 44)
+    q = torch.randn(3, 5, 8, head_dim, device=DEVICE).bfloat16()
+    k, v = (torch.randn(3 * 44, 16, 2, head_dim, device=DEVICE).bfloat16() for _ in "kv")
+    problem = Problem(3, 8, 2, 5, 704, head_dim, "bfloat16", mask=CAUSAL, layout="paged")
+    if tile.violations(arch(DEVICE), problem):
+        return False
+    sequences = Sequences(seqused_k=lengths, block_table=pages)
+    DECODE.bind(problem, tile, num_splits)(Call(q, k, v, 0.1, sequences=sequences))
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kernels = ("sm80", "sm90", "sm90_bwd")
+    kernels = ("sm80", "sm90", "sm90_bwd", "decode")
     parser.add_argument(
         "--kernel", nargs="+", choices=kernels, default=kernels, help="only tiles of these"
     )
@@ -74,6 +91,11 @@ def main() -> None:
                 continue
             sizes = LOCAL_SIZES if variant.local else PLAIN_SIZES
             calls += sum(run(tile, head_dim - 8, variant, *size) for size in sizes)
+    if "decode" in arguments.kernel:
+        for head_dim, tile, _ in {
+            handle: key for key, handle in info.decode_handles.items()
+        }.values():
+            calls += sum(run_decode(tile, head_dim - 8, splits) for splits in (1, 5, 44))
     torch.cuda.synchronize()
     print(f"{calls} calls")
 

@@ -63,6 +63,8 @@ RUNTIME_FIELDS = {
     "sm90_bwd": (),
     "decode": (),  # every kernel of it has them all
 }
+# What else nvcc compiles for a kernel.
+LAUNCH_SOURCES = {"sm90": ("common/schedule.cu",)}
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
 
@@ -194,6 +196,8 @@ def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Gene
         path = directory / f"{instance.symbol}.cu"
         _write(path, _INSTANCE_SOURCES[instance.kernel](instance))
         sources.setdefault(instance.kernel, []).append(path)
+    for kernel, paths in sources.items():
+        paths += [CSRC / source for source in LAUNCH_SOURCES.get(kernel, ())]
     registry = directory / "registry.cpp"
     _write(registry, _registry_source(listed, first, archs, cuda_version))
     return Generated(registry, sources)

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"frontend"},
             {"api"},
             {"__init__"},
-            {"__main__", "autotune", "ratchet"},
+            {"__main__", "autotune", "integrations", "ratchet"},
         ),
     )
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_calls import (
     backends_for,
     cached_calls,
     check_backward,
@@ -13,17 +15,15 @@ from calls import (
     int32,
     masks,
     packed_calls,
-    problem_of,
     saved,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import DEVICE
 
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.reference import attention_reference, sequences_reference
 from flashmoe.spec.call import Call, Saved, Sequences
 from flashmoe.spec.mask import CAUSAL, FULL
+from flashmoe.spec.problem import Problem
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,7 +46,7 @@ def test_gradients_of_random_packed_batches(data):
 
 
 def forwards(call, mask=FULL):
-    problem = problem_of(call, mask)
+    problem = Problem.of_call(call, mask)
     results = [BACKENDS[name].bind(problem, tile)(call) for name, tile in backends_for(problem)]
     assert results or DEVICE.type != "cpu"
     return results
@@ -78,7 +78,7 @@ def test_rows_in_no_sequence():
         assert (lse[:, outside] == -torch.inf).all()
         close(out, expected)
         close(lse, expected_lse)
-    problem = problem_of(call, CAUSAL, "bwd")
+    problem = Problem.of_call(call, CAUSAL, "bwd")
     for name, tile in backends_for(problem):
         of_forward = Saved(torch.ones_like(q), expected.to(q.dtype), expected_lse.float())
         for x in BACKENDS[name].bind_backward(problem, tile)(call, of_forward):

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_calls import (
     backends_for,
     check_backward,
     check_forward,
     dense_calls,
     masks,
-    problem_of,
     saved,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import DEVICE
 
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.reference import attention_reference
 from flashmoe.spec.call import Call, Saved, Terms
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
+from flashmoe.spec.problem import Problem
 
 
 def random_call(terms: Terms, seqlen_q: int = 40, seqlen_kv: int = 56) -> Call:
@@ -31,7 +31,7 @@ def random_call(terms: Terms, seqlen_q: int = 40, seqlen_kv: int = 56) -> Call:
 
 def forwards(call: Call, mask: Mask = FULL) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """The results of all backends; there is at least one."""
-    problem = problem_of(call, mask)
+    problem = Problem.of_call(call, mask)
     results = [BACKENDS[name].bind(problem, tile)(call) for name, tile in backends_for(problem)]
     assert results, f"no backend computes {problem.label}"
     return results
@@ -114,7 +114,7 @@ def test_alibi_beside_the_smallest_and_largest_scores(softmax_scale):
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     dout = torch.randn_like(call.q)
     of_forward = Saved(dout, expected.float(), torch.zeros(2, 4, 40))
-    problem = problem_of(call, FULL, "bwd")
+    problem = Problem.of_call(call, FULL, "bwd")
     for name, tile in backends_for(problem):
         _, _, dv = BACKENDS[name].bind_backward(problem, tile)(call, of_forward)
         v = call.v.double().requires_grad_()

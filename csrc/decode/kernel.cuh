@@ -18,10 +18,9 @@ namespace flashmoe::decoding {
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// softcap * tanh(x / softcap), to 1e-7 * softcap.
-__device__ __forceinline__ float capped(float x, float softcap) {
-  const float e = ptx::ex2_approx_ftz(x / softcap * (2 * LOG2_E));
-  return softcap - 2 * softcap / (e + 1);
+// softcap * tanh(x / softcap), to 1e-6 * softcap; `slope` is 2 * log2(e) / softcap.
+__device__ __forceinline__ float capped(float x, float softcap, float slope) {
+  return softcap - 2 * softcap * ptx::rcp_approx_ftz(ptx::ex2_approx_ftz(x * slope) + 1);
 }
 
 // Of a row: what its weighted sum of O is multiplied with, and its softmax_lse. `total` is
@@ -65,14 +64,13 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
   const unsigned ring_smem = Q_smem + Tile::FRONT_BYTES + warp * Tile::RING_BYTES;
 
   // Heads are neighbours: what thread blocks read at a time lies side by side.
-  const int group = p.heads_q / p.heads_kv;
-  const int m_blocks = num_m_blocks(p, Tile::BLOCK_M);
-  const int head_kv = static_cast<int>(blockIdx.x) % p.heads_kv;
-  int index = static_cast<int>(blockIdx.x) / p.heads_kv;
-  const int m_block = index % m_blocks;
-  index /= m_blocks;
-  const int part = index % params.num_splits;
-  const int batch = index / params.num_splits;
+  const int group = params.group.divisor, m_blocks = params.m_blocks.divisor;
+  const int index = static_cast<int>(blockIdx.x);
+  const int past_head = params.heads_kv.divide(index), head_kv = index - past_head * p.heads_kv;
+  const int past_block = params.m_blocks.divide(past_head);
+  const int m_block = past_head - past_block * m_blocks;
+  const int batch = params.splits.divide(past_block);
+  const int part = past_block - batch * params.num_splits;
   const long long tree =
       (static_cast<long long>(batch) * m_blocks + m_block) * p.heads_kv + head_kv;
 
@@ -87,7 +85,8 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
 
   // Positions are those of keys in their packed tensor, dense cache or pages. Of [begin, end),
   // which some row sees, all rows see [common_begin, common_end).
-  const int first_query = m_start / group, last_query = (m_start + rows - 1) / group;
+  const int first_query = params.group.divide(m_start);
+  const int last_query = params.group.divide(m_start + rows - 1);
   const KeyRange keys = keys_of(first_query, last_query);
   const int begin = sequence.k_begin + keys.begin, end = sequence.k_begin + keys.end;
   const int common_begin = sequence.k_begin + keys_of(last_query, last_query).begin;
@@ -95,10 +94,10 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
   // Steps begin at a multiple of 16, as pages do.
   const int origin = begin & ~15;
   const int steps = begin < end ? ceil_div(end - origin, Tile::BLOCK_N) : 0;
-  const int each = steps_each(steps, Tile::BLOCK_N, params.num_splits, params.batch_invariant);
-  const int parts = max(ceil_div(steps, each), 1);
-  if (part >= parts) return;
+  const int even = params.splits.divide(steps + params.num_splits - 1);
+  const int each = steps_each(steps, even, Tile::BLOCK_N, params.batch_invariant);
   const int step_begin = part * each;
+  if (part > 0 && step_begin >= steps) return;
   const auto position_of = [&](int t) {  // of this warp's tile t
     return origin + ((step_begin + t) * NUM_WARPS + warp) * WARP_N;
   };
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
   const auto fetch_pages = [&](int first) {
     const int sixteen = first + lane;
     const int position = position_of(sixteen / (WARP_N / 16)) + sixteen % (WARP_N / 16) * 16;
-    const int page = position / s.page_size;
+    const int page = params.page_size.divide(position);
     fetched_page = page_of(page, position < end);
     fetched_row = position - page * s.page_size;
   };
@@ -126,9 +125,16 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
                            ? clamped(s.cache_batch_idx[batch], 0, s.num_pages - 1)
                            : batch;
 
-  // Tile t of K or V of this warp to shared memory, zeros for keys that no row sees.
-  const auto load = [&](unsigned dst_smem, const T* x, long long batch_stride, long long row_stride,
-                        int t) {
+  // Tile t of K or V of this warp to its ring, zeros for keys that no row sees; a group of its own,
+  // also where there is nothing left to load.
+  const auto load = [&](bool is_v, int t) {
+    if (t >= tiles) return ptx::cp_async_commit_group();
+    if (!is_v && by_16 && t * (WARP_N / 16) % 32 == 0) fetch_pages(t * (WARP_N / 16));
+    const unsigned dst_smem = ring_smem + (t % NUM_STAGES * 2 + is_v) * Tile::KV_BYTES;
+    const T* x = static_cast<const T*>(is_v ? p.v : p.k) +
+                 head_kv * (is_v ? p.v_head_stride : p.k_head_stride);
+    const long long batch_stride = is_v ? p.v_batch_stride : p.k_batch_stride;
+    const long long row_stride = is_v ? p.v_row_stride : p.k_row_stride;
 #pragma unroll
     for (int i = 0; i < WARP_N / 16; ++i) {
       const int position = position_of(t) + i * 16;
@@ -144,7 +150,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
         const bool seen = position + key >= begin && position + key < end;
         const T* row_src = src + key * row_stride;
         if (by_key) {
-          const int its_page = (position + key) / s.page_size;
+          const int its_page = params.page_size.divide(position + key);
           row_src = x + page_of(its_page, seen) * batch_stride +
                     (position + key - its_page * s.page_size) * row_stride;
         }
@@ -156,42 +162,28 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
         }
       }
     }
-  };
-  const T* K = static_cast<const T*>(p.k) + head_kv * p.k_head_stride;
-  const T* V = static_cast<const T*>(p.v) + head_kv * p.v_head_stride;
-  const auto load_K = [&](int t) {
-    if (t < tiles) {
-      if (by_16 && t * (WARP_N / 16) % 32 == 0) fetch_pages(t * (WARP_N / 16));
-      load(ring_smem + t % NUM_STAGES * 2 * Tile::KV_BYTES, K, p.k_batch_stride, p.k_row_stride, t);
-    }
-    ptx::cp_async_commit_group();
-  };
-  const auto load_V = [&](int t) {
-    if (t < tiles) {
-      load(ring_smem + (t % NUM_STAGES * 2 + 1) * Tile::KV_BYTES, V, p.v_batch_stride,
-           p.v_row_stride, t);
-    }
     ptx::cp_async_commit_group();
   };
 
-  // Groups are committed in the order Q K V K V .. , also where there is nothing left to load, so
-  // that "at most 2 * NUM_STAGES - 1 pending" always means that the one needed now has arrived.
+  // Groups are committed in the order Q K V K V .. , so that "at most 2 * NUM_STAGES - 1 pending"
+  // always means that the one needed now has arrived. Loops that run once a thread block stay
+  // loops: it would take longer to fetch their code than to run it.
   const long long q_first =
       s.cu_seqlens_q != nullptr ? sequence.q_begin * p.q_row_stride : batch * p.q_batch_stride;
+#pragma unroll 1
   for (int i = threadIdx.x; i < Tile::BLOCK_M * D_TILES; i += Tile::NUM_THREADS) {
     const int row = i / D_TILES, chunk = i % D_TILES;
-    const int query = (m_start + row) / group, head = head_kv * group + (m_start + row) % group;
+    const int query = params.group.divide(m_start + row);
+    const int head = head_kv * group + m_start + row - query * group;
     ptx::cp_async_cg_16_zfill(Q_smem + swizzle<HEAD_DIM>(row, chunk),
                               static_cast<const T*>(p.q) + q_first + query * p.q_row_stride +
                                   head * p.q_head_stride + chunk * 8,
                               row < rows && chunk * 8 < p.head_dim);
   }
   ptx::cp_async_commit_group();
-#pragma unroll
-  for (int stage = 0; stage < NUM_STAGES; ++stage) {
-    load_K(stage);
-    load_V(stage);
-  }
+#pragma unroll 1
+  for (int i = 0; i < 2 * NUM_STAGES; ++i) load(i % 2 != 0, i / 2);
+  const int parts = max(ceil_div(steps, each), 1);
   const TreeMemory<Tile> memory(params, tree);
   if (parts > 1) memory.begin(part, parts);
 
@@ -204,11 +196,9 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = m_start + min(m * 16 + half * 8 + lane / 4, rows - 1);
-      level[m][half] = row / group + sequence.seqlen_kv - sequence.seqlen_q;
-      slope[m][half] =
-          slopes == nullptr
-              ? 0.f
-              : slopes[batch * p.terms.alibi_batch_stride + head_kv * group + row % group];
+      const int query = params.group.divide(row), head = head_kv * group + row - query * group;
+      level[m][half] = query + sequence.seqlen_kv - sequence.seqlen_q;
+      slope[m][half] = slopes == nullptr ? 0.f : slopes[batch * p.terms.alibi_batch_stride + head];
       row_max[m][half] = -INFINITY;
       row_sum[m][half] = 0.f;  // this lane's columns only, until the end
     }
@@ -236,6 +226,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
   // Scores stay as q k^T has them unless a term asks for more; differences are scaled, not scores,
   // which would round by their own magnitude.
   const bool changed = p.terms.softcap > 0 || slopes != nullptr;
+  const float cap_slope = 2 * LOG2_E / p.terms.softcap;
   const float exponent = changed ? LOG2_E : p.softmax_scale * LOG2_E;
 
   for (int t = 0; t < tiles; ++t) {
@@ -269,7 +260,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
       }
     }
     __syncwarp();
-    load_K(t + NUM_STAGES);
+    load(false, t + NUM_STAGES);
 
     const int key0 = position - sequence.k_begin + (lane & 3) * 2;
     if (changed) {
@@ -280,7 +271,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float x = S_rmem[m][n][i] * p.softmax_scale;
-            if (p.terms.softcap > 0) x = capped(x, p.terms.softcap);
+            if (p.terms.softcap > 0) x = capped(x, p.terms.softcap, cap_slope);
             const int distance = level[m][i / 2] - (key0 + n * 8 + (i & 1));
             S_rmem[m][n][i] = x - slope[m][i / 2] * fabsf(static_cast<float>(distance));
           }
@@ -377,7 +368,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
       }
     }
     __syncwarp();
-    load_V(t + NUM_STAGES);
+    load(true, t + NUM_STAGES);
   }
 
   // Each warp's result to its own ring.
@@ -411,7 +402,8 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
   // One result of all of them: it is the row's end, or goes to the workspace.
   const Merger<Tile> merger{Q_smem, rows, exponent};
   const auto finish = [&](int row, int column, float4 sum, float2 total) {
-    const int query = (m_start + row) / group, head = head_kv * group + (m_start + row) % group;
+    const int query = params.group.divide(m_start + row);
+    const int head = head_kv * group + m_start + row - query * group;
     const float sink = p.terms.sinks == nullptr ? -INFINITY : p.terms.sinks[head] * LOG2_E;
     const RowEnd row_end(total, exponent, sink);
     const bool packed = s.cu_seqlens_q != nullptr;
@@ -428,8 +420,10 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
       p.softmax_lse[lse_row + query] = row_end.lse;
     }
   };
-  const auto store = [&](int result) {
-    return [&, result](int row, int column, float4 sum, float2 total) {
+  // A result to the workspace, or, of all keys, to where the row ends.
+  const auto put = [&](int result, bool is_last) {
+    return [&, result, is_last](int row, int column, float4 sum, float2 total) {
+      if (is_last) return finish(row, column, sum, total);
       const float inverse = total.y == 0.f ? 0.f : 1.f / total.y;
       *reinterpret_cast<float4*>(memory.out_of(result, row) + column) = {
           sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
@@ -447,32 +441,23 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     return float4{__int_as_float(x.x), __int_as_float(x.y), __int_as_float(x.z),
                   __int_as_float(x.w)};
   };
-  if (parts == 1) {
-    merger.sum(NUM_WARPS, of_warp, finish);
-    return;
-  }
-  merger.sum(NUM_WARPS, of_warp, store(part));
+  merger.sum(NUM_WARPS, of_warp, put(part, parts == 1));
 
   int count = parts, first_result = 0, own = part;
   unsigned long long* counters = memory.counters;
   while (count > 1) {
-    const int at_once = merged_at_once(count), node = own / at_once;
-    const int first = first_result + node * at_once;
-    const int members = min(at_once, count - node * at_once);
+    const int node = node_of(own, count), first = first_result + node * MERGE_EACH;
+    const int members = count <= MERGE_ALL ? count : min(MERGE_EACH, count - node * MERGE_EACH);
     if (!memory.last_of(counters + node, members, merger.flag_smem())) return;
     merger.weigh(members, [&](int i, int row) { return *memory.stats_of(first + i, row); });
+    first_result += count;
+    count = nodes_of(count);
+    counters += count;
+    own = node;
     const auto of_part = [&](int i, int row, int column) {
       return *reinterpret_cast<const float4*>(memory.out_of(first + i, row) + column);
     };
-    first_result += count;
-    count = ceil_div(count, at_once);
-    counters += count;
-    own = node;
-    if (count == 1) {
-      merger.sum(members, of_part, finish);
-    } else {
-      merger.sum(members, of_part, store(first_result + node));
-    }
+    merger.sum(members, of_part, put(first_result + node, count == 1));
   }
 }
 

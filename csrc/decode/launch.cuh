@@ -25,7 +25,14 @@ cudaError_t launch(const DecodeParams& params, int device, cudaStream_t stream) 
   const long long blocks = static_cast<long long>(num_m_blocks(p, Tile::BLOCK_M)) * p.batch *
                            p.heads_kv * params.num_splits;
   if (blocks > 0x7fffffffll) return cudaErrorInvalidConfiguration;
-  void* arguments[] = {const_cast<DecodeParams*>(&params)};
+  DecodeParams divisible = params;
+  divisible.heads_kv = FastDivisor::of(p.heads_kv);
+  divisible.group = FastDivisor::of(p.heads_q / p.heads_kv);
+  divisible.m_blocks = FastDivisor::of(num_m_blocks(p, Tile::BLOCK_M));
+  divisible.splits = FastDivisor::of(params.num_splits);
+  const int page_size = p.sequences.page_size;
+  divisible.page_size = FastDivisor::of(page_size > 0 ? page_size : 1);
+  void* arguments[] = {&divisible};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
                           dim3(static_cast<unsigned>(blocks)), dim3(Tile::NUM_THREADS), arguments,
                           Tile::SMEM_BYTES, stream);

@@ -115,15 +115,14 @@ struct TreeMemory {
     int level = 0;
     unsigned long long* first = counters;
     for (int count = parts; count > 1; ++level) {
-      const int each = merged_at_once(count);
-      part /= each;
+      part = node_of(part, count);
       if (static_cast<int>(threadIdx.x) == level) {
         const unsigned long long found = ptx::ld_relaxed_gpu_b64(first + part);
         if (found >> COUNT_BITS != tag >> COUNT_BITS) {
           ptx::atom_relaxed_gpu_cas_b64(first + part, found, tag);
         }
       }
-      count = ceil_div(count, each);
+      count = nodes_of(count);
       first += count;
     }
   }

@@ -2,6 +2,7 @@
 // the kernel and its host side must agree on. Plain C++.
 #pragma once
 
+#include "common/fast_divisor.h"
 #include "common/params.h"
 
 namespace flashmoe::decoding {
@@ -12,7 +13,8 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // otherwise groups of MERGE_EACH do, side by side. One SM reads results at about 64 bytes a clock,
 // so a few hundred would keep the last thread block busy for longer than the keys took.
 constexpr int MERGE_ALL = 40, MERGE_EACH = 16;
-constexpr int merged_at_once(int count) { return count <= MERGE_ALL ? count : MERGE_EACH; }
+constexpr int nodes_of(int count) { return count <= MERGE_ALL ? 1 : ceil_div(count, MERGE_EACH); }
+constexpr int node_of(int part, int count) { return count <= MERGE_ALL ? 0 : part / MERGE_EACH; }
 
 // Results and groups on all levels of a tree over `count` thread blocks, none for one.
 struct Tree {
@@ -22,7 +24,7 @@ constexpr Tree tree_of(int count) {
   Tree tree{0, 0};
   while (count > 1) {
     tree.results += count;
-    count = ceil_div(count, merged_at_once(count));
+    count = nodes_of(count);
     tree.groups += count;
   }
   return tree;
@@ -43,11 +45,13 @@ struct DecodeParams {
   unsigned long long tag;  // of this launch, positive, at most 64 - COUNT_BITS bits
   int num_splits;          // thread blocks for a sequence's keys: 1 to MAX_SPLITS
   bool batch_invariant;
+  // Which the launch fills in.
+  FastDivisor heads_kv, group, m_blocks, splits, page_size;
 };
 
-// How many steps of block_n keys each thread block takes of a sequence that has `steps`.
-constexpr int steps_each(int steps, int block_n, int num_splits, bool batch_invariant) {
-  const int even = ceil_div(steps, num_splits);
+// How many steps of block_n keys each thread block takes of a sequence that has `steps`: at least
+// those that make num_splits parts, `even`.
+constexpr int steps_each(int steps, int even, int block_n, bool batch_invariant) {
   if (!batch_invariant) return even > 0 ? even : 1;
   const int fixed = ceil_div(INVARIANT_KEYS, block_n), long_one = ceil_div(steps, INVARIANT_SPLITS);
   return fixed > long_one ? fixed : long_one;

@@ -25,7 +25,7 @@ _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
 _bwd = torch.ops.flashmoe.bwd_cuda.default
 
-_FEATURES = frozenset({"window", *TERMS})
+_FEATURES = frozenset({"window", "packed", *TERMS})
 _SM90_SPACE = {
     "block_m": (64, 128, 192, 256),
     "block_n": tuple(range(32, 257, 16)),
@@ -65,13 +65,17 @@ class CudaBackend(Backend):
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         """The compiled-in one that is predicted to be fastest; where nothing is predicted, the
         first one listed in csrc/instances for the head dimension that fits this GPU. Where Hopper's
-        kernel is compiled in without the problem's window and terms alone: what is the default
-        without them, to be compiled when it is first used."""
+        kernel is compiled in without the problem's terms, window or lengths alone: what is the
+        default without them, to be compiled when it is first used."""
         compiled = _compiled_in(problem, arch)
         if not _has_sm90(compiled) and _compiles(problem, arch):
-            causal = causal_if(problem.mask.right >= 0)
-            mask = problem.mask if problem.terms else causal
-            return self.default_tile(replace(problem, mask=mask, terms=()), arch)
+            if problem.terms:
+                less = replace(problem, terms=())
+            elif problem.mask.is_local:
+                less = replace(problem, mask=causal_if(problem.mask.right >= 0))
+            else:
+                less = replace(problem, layout="dense")
+            return self.default_tile(less, arch)
         times = {tile: self.predicted(tile, problem, arch) for tile in compiled}
         known = {tile: time for tile, time in times.items() if time is not None}
         return min(known, key=known.__getitem__) if known else compiled[0]
@@ -145,6 +149,13 @@ class CudaBackend(Backend):
             result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle, *call.terms)
             return result
 
+        def run_packed(call: Call) -> tuple[Tensor, Tensor]:
+            options = (*call.terms, *call.sequences)
+            result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle, *options)
+            return result
+
+        if problem.layout == "packed":
+            return run_packed
         return run_with_terms if problem.terms else run
 
     def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
@@ -153,14 +164,19 @@ class CudaBackend(Backend):
         handle = _compiled_handle(tile, problem.head_dim, Variant.of(problem))
         assert handle is not None, f"{tile} is not compiled in"
         left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
+        packed = problem.layout == "packed"
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             q, k, v, softmax_scale = call[:4]
             dout, out, lse, dlse = saved
             arguments = (dout, q, k, v, out, lse, dlse, softmax_scale, left, right, handle)
             # Sinks are a part of softmax_lse.
-            terms = call.terms[:2] if has_terms else ()
-            result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments, *terms)
+            options = call.terms[:2] if has_terms or packed else ()
+            if packed:
+                s = call.sequences
+                lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)
+                options = (*options, *lengths, s.max_seqlen_q, s.max_seqlen_k)
+            result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments, *options)
             return result
 
         return run

@@ -3,6 +3,7 @@
 // same in Python (Tile.violations); a test compares the two.
 #pragma once
 
+#include "common/fast_divisor.h"
 #include "common/params.h"
 #include "common/schedule.h"
 #include "common/variant.h"
@@ -91,24 +92,6 @@ struct LegalSm90Tile {
 // where fewer than 2^16 keys weigh as much as the maximum's, and O finite whatever the values are;
 // the smallest values still survive. float16 does not reach so low, nor so high that it needed it.
 constexpr float max_shift(bool bfloat16) { return bfloat16 ? 16.f : 0.f; }
-
-// Division of an int from 0 on by one above 0, by multiplication (Granlund and Montgomery, 1994).
-struct FastDivisor {
-  int divisor;
-  unsigned multiplier, shift;
-
-  static FastDivisor of(int divisor) {
-    unsigned shift = 0;
-    while ((1ll << shift) < divisor) ++shift;
-    const unsigned long long power = 1ull << (31 + shift);
-    return {divisor, static_cast<unsigned>((power + divisor - 1) / divisor), shift};
-  }
-#ifdef __CUDACC__
-  __device__ __forceinline__ int divide(int n) const {
-    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> (shift - 1));
-  }
-#endif
-};
 
 struct Sm90Params {
   ptx::TensorMap q, k, v, o;

@@ -35,13 +35,13 @@ def backends_for(problem: Problem) -> list[tuple[str, Tile | None]]:
 
 
 def check_forward(call: Call, mask: Mask) -> None:
-    problem = problem_of(call, mask)
+    problem = Problem.of_call(call, mask)
     for name, tile in backends_for(problem):
         assert_forward_matches(*BACKENDS[name].bind(problem, tile)(call), call, mask)
 
 
 def check_backward(call: Call, saved: Saved, mask: Mask) -> None:
-    problem = problem_of(call, mask, "bwd")
+    problem = Problem.of_call(call, mask, "bwd")
     for name, tile in backends_for(problem):
         gradients = BACKENDS[name].bind_backward(problem, tile)(call, saved)
         assert_backward_matches(gradients, call, saved, mask)
@@ -49,35 +49,6 @@ def check_backward(call: Call, saved: Saved, mask: Mask) -> None:
 
 def int32(values: Sequence[int] | Tensor) -> Tensor:
     return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def problem_of(call: Call, mask: Mask, direction: str = "fwd") -> Problem:
-    q, k, _, _, terms, s = call
-    layout = "dense"
-    if s.cu_seqlens_k is not None:
-        layout = "packed"
-    elif any(x is not None for x in s[:6]):
-        layout = "cache" if s.block_table is None else "paged"
-    has = {
-        "softcap": terms.softcap,
-        "alibi": terms.alibi_slopes is not None,
-        "sink": terms.sinks is not None,
-    }
-    packed_q = s.cu_seqlens_q is not None
-    pages = 1 if s.block_table is None else s.block_table.shape[1]
-    return Problem(
-        batch=len(s.cu_seqlens_q) - 1 if packed_q else len(q),
-        heads_q=q.shape[-2],
-        heads_kv=k.shape[-2],
-        seqlen_q=s.max_seqlen_q if packed_q else q.shape[1],
-        seqlen_kv=k.shape[1] * pages if s.cu_seqlens_k is None else s.max_seqlen_k,
-        head_dim=q.shape[-1],
-        dtype=str(q.dtype).removeprefix("torch."),
-        mask=mask,
-        direction=direction,
-        terms=tuple(name for name in has if has[name]),
-        layout=layout,
-    )
 
 
 def masks() -> st.SearchStrategy[Mask]:

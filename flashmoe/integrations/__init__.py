@@ -1,0 +1,1 @@
+"""flashmoe inside other libraries: one call each, undone by its counterpart."""

@@ -1,0 +1,246 @@
+"""flash_attn.flash_attn_interface: FlashAttention-2's functions, and its forward/backward pair."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashmoe
+from flashmoe.integrations import pair
+
+__all__ = [
+    "_flash_attn_backward",
+    "_flash_attn_forward",
+    "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_forward",
+    "_wrapped_flash_attn_backward",
+    "_wrapped_flash_attn_forward",
+    "_wrapped_flash_attn_varlen_backward",
+    "_wrapped_flash_attn_varlen_forward",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+# flash-attn has none of these.
+_OURS_ALONE = ("backend", "tile")
+
+
+def _with_s_aux(name: str) -> Callable[..., Any]:
+    """flashmoe's function with sinks by the name of s_aux, for which transformers looks in the
+    signature, and without them silently drops a model's sinks."""
+    function = getattr(flashmoe, name)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, s_aux: Tensor | None = None, **options: Any) -> Any:
+        if s_aux is not None:
+            options["sinks"] = s_aux
+        return function(*arguments, **options)
+
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.name not in _OURS_ALONE]
+    s_aux = inspect.Parameter("s_aux", inspect.Parameter.KEYWORD_ONLY, default=None)
+    call.__signature__ = signature.replace(parameters=[*shown, s_aux])  # type: ignore[attr-defined]
+    return call
+
+
+flash_attn_func = _with_s_aux("flash_attn_func")
+flash_attn_kvpacked_func = _with_s_aux("flash_attn_kvpacked_func")
+flash_attn_qkvpacked_func = _with_s_aux("flash_attn_qkvpacked_func")
+flash_attn_varlen_func = _with_s_aux("flash_attn_varlen_func")
+flash_attn_varlen_kvpacked_func = _with_s_aux("flash_attn_varlen_kvpacked_func")
+flash_attn_varlen_qkvpacked_func = _with_s_aux("flash_attn_varlen_qkvpacked_func")
+flash_attn_with_kvcache = _with_s_aux("flash_attn_with_kvcache")
+
+_Forward = tuple[Tensor, Tensor, None, Tensor]
+
+
+def _refuse(dropout_p: float, **others: Any) -> None:
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
+    for name, value in others.items():
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{name} must be {None if value is not True else False}")
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+) -> _Forward:
+    """out, softmax_lse, None, and a random state that says nothing."""
+    _refuse(dropout_p, return_softmax=return_softmax)
+    out, lse = pair.forward(
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )
+    return out, lse, None, _random_state(q)
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> _Forward:
+    """As _flash_attn_forward, of packed sequences. Rows outside of them are 0 in any case."""
+    _refuse(dropout_p, return_softmax=return_softmax, leftpad_k=leftpad_k)
+    out, lse = pair.forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        block_table=block_table,
+        seqused_k=seqused_k,
+    )
+    return out, lse, None, _random_state(q)
+
+
+def _random_state(q: Tensor) -> Tensor:
+    return torch.zeros(2, dtype=torch.int64, device=q.device)
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Writes dq, dk and dv; returns the rows' sums of dout * out (batch, heads, seqlen)."""
+    _refuse(dropout_p)
+    found = pair.backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        softmax_scale=softmax_scale,
+        window=(window_size_left, 0 if causal else window_size_right),
+        deterministic=deterministic,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )
+    return _written(found, (dq, dk, dv), dout, out)
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """As _flash_attn_backward, of packed sequences; returns (heads, total)."""
+    _refuse(dropout_p)
+    found = pair.backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=softmax_scale,
+        window=(window_size_left, 0 if causal else window_size_right),
+        deterministic=deterministic,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )
+    return _written(found, (dq, dk, dv), dout, out)
+
+
+def _written(
+    found: tuple[Tensor, ...], places: tuple[Tensor | None, ...], dout: Tensor, out: Tensor
+) -> Tensor:
+    for place, gradient in zip(places, found, strict=True):
+        if place is not None:
+            place.copy_(gradient)
+    return (dout.float() * out.float()).sum(-1).transpose(-1, -2)
+
+
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward

@@ -1,0 +1,273 @@
+"""flash-attn's module names resolve to flashmoe, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import DEVICE
+from torch import Tensor
+
+import flashmoe
+from flashmoe.integrations import flash_attn as ours
+
+if importlib.util.find_spec("flash_attn") is not None:
+    pytest.skip("a real flash-attn is installed", allow_module_level=True)
+
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4} if torch.float32 == DTYPE else {"rtol": 2e-2, "atol": 2e-2}
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    assert ours.install() == ("flash_attn", "flash_attn_interface")
+    yield
+    ours.uninstall()
+
+
+def _qkv(batch: int = 2, seqlen: int = 13, heads: int = 4, heads_kv: int = 2) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(batch, seqlen, h, 16) for h in (heads, heads_kv, heads_kv)]
+    return [torch.randn(x, device=DEVICE, dtype=DTYPE, requires_grad=True) for x in shapes]
+
+
+def _close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+@pytest.mark.usefixtures("installed")
+def test_names() -> None:
+    flash_attn = importlib.import_module("flash_attn")
+    from flash_attn import flash_attn_func  # noqa: F401
+    from flash_attn.bert_padding import pad_input  # noqa: F401
+    from flash_attn.flash_attn_interface import _flash_attn_forward  # noqa: F401
+    from flash_attn.layers.rotary import apply_rotary_emb  # noqa: F401
+    from flash_attn.ops.triton.rotary import apply_rotary  # noqa: F401
+
+    assert flash_attn.__version__ == importlib.metadata.version("flash-attn") == "2.8.3"
+    assert importlib.metadata.version("flash_attn") == "2.8.3"
+    assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
+    assert importlib.metadata.packages_distributions()["flash_attn_interface"] == ["flash-attn-3"]
+    assert importlib.util.find_spec("flash_attn_interface") is not None
+    assert importlib.util.find_spec("flash_attn.cute") is None
+    with pytest.raises(ImportError, match="flash_attn_unpadded_func"):
+        from flash_attn import flash_attn_unpadded_func  # noqa: F401
+    with pytest.raises(AttributeError, match="flash_attn_3_cuda is not supported"):
+        _ = flash_attn.flash_attn_3_cuda
+    with pytest.raises(ModuleNotFoundError, match=r"flash_attn\.losses"):
+        importlib.import_module("flash_attn.losses")
+
+
+def test_undone() -> None:
+    ours.install()
+    importlib.import_module("flash_attn.layers.rotary")
+    ours.uninstall()
+    assert not [name for name in sys.modules if name.startswith("flash_attn")]
+    assert importlib.util.find_spec("flash_attn") is None
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("flash-attn")
+
+
+def test_a_real_one_stays_unless_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = types.ModuleType("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", real)
+    assert ours.install() == ("flash_attn_interface",)
+    assert importlib.import_module("flash_attn") is real
+    ours.uninstall()
+    assert ours.install(replace=True) == ("flash_attn", "flash_attn_interface")
+    assert importlib.import_module("flash_attn").__version__ == "2.8.3"
+    ours.uninstall()
+    assert sys.modules["flash_attn"] is real
+
+
+@pytest.mark.usefixtures("installed")
+def test_sinks_by_s_aux() -> None:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    # transformers passes a model's sinks on only to a function with that argument.
+    assert "s_aux" in inspect.signature(flash_attn_varlen_func).parameters
+    q, k, v = _qkv()
+    sinks = torch.randn(4, device=DEVICE)
+    got = flash_attn_func(q, k, v, causal=True, s_aux=sinks)
+    assert torch.equal(got, flashmoe.flash_attn_func(q, k, v, causal=True, sinks=sinks))
+    assert not torch.equal(got, flash_attn_func(q, k, v, causal=True))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [(-1, -1), (4, 2)])
+def test_the_private_pair(packed: bool, window: tuple[int, int]) -> None:
+    from flash_attn import flash_attn_interface as fa
+
+    q, k, v = _qkv()
+    how = {"softmax_scale": 0.3, "causal": False, "softcap": 2.0}
+    dout = torch.randn_like(q)
+    gradients = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    if packed:
+        ends = torch.tensor([0, 13, 26], dtype=torch.int32, device=DEVICE)
+        lengths = (ends, ends, 13, 13)
+        q_, k_, v_, dout_ = (x.detach().flatten(0, 1) for x in (q, k, v, dout))
+        rest = (0.0, how["softmax_scale"], how["causal"], *window, how["softcap"], None)
+        out, lse, _, state = fa._flash_attn_varlen_forward(q_, k_, v_, *lengths, *rest, False)
+        places = [x.flatten(0, 1) for x in gradients]
+        saved = (dout_, q_, k_, v_, out, lse, *places)
+        sums = fa._flash_attn_varlen_backward(*saved, *lengths, *rest, False, state)
+        assert sums.shape == lse.shape == (4, 26)
+        out = out.unflatten(0, (2, 13))
+    else:
+        rest = (0.0, how["softmax_scale"], how["causal"], *window, how["softcap"], None)
+        out, lse, _, state = fa._flash_attn_forward(q, k, v, *rest, False)
+        assert not out.requires_grad
+        sums = fa._flash_attn_backward(dout, q, k, v, out, lse, *gradients, *rest, False, state)
+        assert sums.shape == lse.shape == (2, 4, 13)
+    want = flashmoe.flash_attn_func(q, k, v, window_size=window, **how)
+    _close(out, want)
+    wanted = torch.autograd.grad(want, (q, k, v), dout)
+    for got, expected in zip(gradients, wanted, strict=True):
+        _close(got, expected)
+    with pytest.raises(NotImplementedError, match=r"dropout_p must be 0\.0"):
+        fa._flash_attn_forward(q, k, v, 0.1, 0.3, False, -1, -1, 0.0, None, False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_padding_and_back() -> None:
+    from flash_attn import bert_padding
+
+    x = torch.arange(24.0, device=DEVICE).view(2, 4, 3)
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]], device=DEVICE)
+    rows, indices, ends, longest, used = bert_padding.unpad_input(x, mask)
+    assert torch.equal(rows, x[mask.bool()])
+    assert (ends.tolist(), longest, used.tolist()) == ([0, 2, 5], 3, [2, 3])
+    assert torch.equal(bert_padding.pad_input(rows, indices, 2, 4), x * mask.unsqueeze(-1))
+    unused = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]], device=DEVICE)
+    _, _, ends, longest, used = bert_padding.unpad_input(x, mask, unused)
+    assert (ends.tolist(), longest, used.tolist()) == ([0, 3, 6], 3, [2, 3])
+    lengths = torch.tensor([[2, 1, 0, 0], [4, 0, 0, 0]], device=DEVICE)
+    rows, indices, ends, longest = bert_padding.unpad_input_for_concatenated_sequences(x, lengths)
+    assert (ends.tolist(), longest, len(rows)) == ([0, 2, 3, 7], 4, 7)
+    assert indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offsets", [0, 3, "each"])
+def test_rotary(interleaved: bool, offsets: int | str) -> None:
+    from flash_attn.layers.rotary import apply_rotary_emb
+    from flash_attn.ops.triton.rotary import apply_rotary
+
+    # Pairs of columns as complex numbers, turned by the position's angle.
+    angles = torch.outer(torch.arange(20.0), torch.tensor([1.0, 0.1, 0.01])).to(DEVICE)
+    start = torch.tensor([5, 0], device=DEVICE) if offsets == "each" else offsets
+    x = torch.randn(2, 7, 3, 8, device=DEVICE)
+    pairs = x[..., :6].unflatten(-1, (3, 2) if interleaved else (2, 3))
+    if not interleaved:
+        pairs = pairs.transpose(-1, -2)
+    first = start.tolist() if isinstance(start, Tensor) else [start, start]
+    turn = torch.stack([angles[n : n + 7] for n in first]).unsqueeze(2)
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(turn), turn)
+    turned = torch.view_as_real(turned)
+    if not interleaved:
+        turned = turned.transpose(-1, -2)
+    want = torch.cat([turned.flatten(-2), x[..., 6:]], -1)
+    got = apply_rotary_emb(x, angles.cos(), angles.sin(), interleaved, False, start)
+    torch.testing.assert_close(got, want)
+    back = apply_rotary(
+        got, angles.cos(), angles.sin(), start, None, None, interleaved, False, True
+    )
+    torch.testing.assert_close(back, x)
+    ends = torch.tensor([0, 7, 7, 14], dtype=torch.int32, device=DEVICE)
+    if isinstance(start, Tensor):
+        start = torch.tensor([5, 9, 0], device=DEVICE)
+    rows = torch.cat([x.flatten(0, 1), torch.full((2, 3, 8), 9.0, device=DEVICE)])
+    packed = apply_rotary_emb(rows, angles.cos(), angles.sin(), interleaved, True, start, ends)
+    torch.testing.assert_close(packed[:14].view_as(x), want)
+    assert packed.data_ptr() == rows.data_ptr()
+    assert torch.equal(packed[14:], torch.full_like(packed[14:], 9.0))
+
+
+@pytest.mark.usefixtures("installed")
+def test_rotary_of_packed_tensors() -> None:
+    from flash_attn.layers import rotary
+
+    angles = torch.rand(9, 4, device=DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+    qkv = torch.randn(2, 9, 3, 2, 8, device=DEVICE)
+    want = qkv.clone()
+    for i in range(2):
+        want[:, :, i] = rotary.apply_rotary_emb(qkv[:, :, i], cos, sin)
+    flat = torch.cat([qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]], 2)
+    kv = qkv[:, :, 1:].clone()
+    torch.testing.assert_close(rotary.apply_rotary_emb_qkv_(qkv, cos, sin), want)
+    flat = rotary.apply_rotary_emb_qkv_(flat, cos, sin, num_heads_q=2)
+    torch.testing.assert_close(flat, want.flatten(2, 3))
+    torch.testing.assert_close(rotary.apply_rotary_emb_kv_(kv, cos, sin), want[:, :, 1:])
+
+
+@pytest.mark.usefixtures("installed")
+def test_flash_attention_3() -> None:
+    import flash_attn_interface as fa3
+
+    q, k, v = _qkv()
+    want, lse, _ = flashmoe.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    got = fa3.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert torch.equal(got[0], want)
+    assert torch.equal(got[1], lse)
+    ends = torch.tensor([0, 13, 26], dtype=torch.int32, device=DEVICE)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    got = fa3.flash_attn_varlen_func(*flat, ends, ends, 13, 13, causal=True)
+    _close(got, want.flatten(0, 1))
+    qkv = torch.cat([q, k, v], 2)
+    assert torch.equal(fa3.flash_attn_qkvpacked_func(qkv, causal=True, num_heads_q=4), want)
+    detached = [x.detach() for x in (q, k, v)]
+    got = fa3.flash_attn_with_kvcache(*detached, cache_seqlens=13, causal=True)
+    _close(got, want.detach())
+    for name in ("qv", "q_descale"):
+        with pytest.raises(NotImplementedError, match=f"{name} must be None"):
+            fa3.flash_attn_func(q, k, v, **{name: q})
+    with pytest.raises(NotImplementedError, match="attention_chunk must be 0, got 4"):
+        fa3.flash_attn_func(q, k, v, attention_chunk=4)
+
+
+@pytest.mark.usefixtures("installed")
+def test_combined_parts() -> None:
+    import flash_attn_interface as fa3
+
+    q, k, v = (x.detach() for x in _qkv())
+    parts = [
+        flashmoe.flash_attn_func(q, k[:, part], v[:, part], return_attn_probs=True)[:2]
+        for part in (slice(0, 5), slice(5, 13))
+    ]
+    outs = torch.stack([out.float() for out, _ in parts])
+    lses = torch.stack([lse.transpose(1, 2) for _, lse in parts])
+    want, lse, _ = flashmoe.flash_attn_func(q, k, v, return_attn_probs=True)
+    out, combined = fa3.flash_attn_combine(outs, lses, out_dtype=DTYPE)
+    _close(out, want)
+    torch.testing.assert_close(combined, lse.transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_finds_it() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    script = """
+import torch
+from flashmoe.integrations import flash_attn
+flash_attn.install()
+torch.cuda.is_available = lambda: True
+from transformers.utils import import_utils
+assert import_utils.is_flash_attn_2_available()
+assert import_utils.is_flash_attn_3_available()
+assert not import_utils.is_flash_attn_4_available()
+from transformers import modeling_flash_attention_utils as utils
+for name in ("flash_attention_2", "flash_attention_3"):
+    (dense, *_), (keywords, _) = utils.lazy_import_flash_attention(name)
+    assert dense.__module__.startswith("flashmoe"), dense
+    assert keywords.keywords["supports_mapping"]["s_aux"], name
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
