@@ -26,7 +26,6 @@ FEATURES = (
     ("dropout", "`dropout_p`", "2", "yes"),
     ("packed", "packed sequences", "2, 3, 4", "`varlen_attn`"),
     ("cache", "KV cache with lengths", "2, 3, 4", "no"),
-    ("cache", "KV cache", "2, 3, 4", "no"),
     ("paged", "paged KV cache", "2, 3, 4", "no"),
 )
 ON = {
@@ -44,8 +43,9 @@ def features() -> str:
         "# Features",
         "",
         f"Every backend below computes {', '.join(DTYPE_BYTES)} (`cuda` and `decode`: the 16-bit "
-        f"ones), head_dim a multiple of 8 up to {MAX_HEAD_DIM}, full and causal attention of any "
-        "two lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with its gradient. "
+        f"ones), head_dim up to {MAX_HEAD_DIM} (padded to a multiple of 8), full and causal "
+        "attention of any two lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with "
+        "its gradient. "
         "`backend=` names one; without it the fastest that can is taken.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in backends)} | flash-attn | SDPA |",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from calls import assert_matches, cumulative, int32, keywords, masks, random_terms
+from api_calls import assert_matches, cumulative, int32, keywords, masks, random_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DEVICE

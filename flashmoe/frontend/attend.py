@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from flashmoe.backends.base import Run
 from flashmoe.backends.sdpa import attend_by_sdpa
 from flashmoe.frontend import ops
+from flashmoe.frontend.eager import EagerAttention
+from flashmoe.frontend.gradients import Training, refuse_gradients
 from flashmoe.frontend.lengths import check_lengths
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.machine.environment import variable
@@ -295,11 +297,11 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
         by_sdpa = _by_sdpa(like, mask, asked)
         if by_sdpa is not None:
             return by_sdpa
-    ops.refuse_gradients(like.terms, like.sequences)
+    refuse_gradients(like.terms, like.sequences)
     problem, scale = Problem.of_call(like, mask), like.softmax_scale
     overrides = asked.backend, asked.tile, bool(asked.deterministic)
-    training = ops.Training(problem, like.q.device, *overrides)
-    attend: Callable[..., tuple[Tensor, Tensor]] = ops.EagerAttention.apply
+    training = Training(problem, like.q.device, *overrides)
+    attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
     if like.terms is NO_TERMS and like.sequences is DENSE and not asked.return_lse:
         # Each argument takes the autograd Function a tenth of a microsecond.
         return lambda q, k, v, *_: attend(q, k, v, scale, training)[0]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +10,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashmoe import _extension
-from flashmoe.backends.base import Run, RunBackward
+from flashmoe.backends.base import Run
+from flashmoe.frontend.gradients import (
+    Training,
+    refuse_gradients,
+    saved_of,
+    sinks_gradient,
+    without_autocast,
+)
 from flashmoe.frontend.lengths import check_lengths
 from flashmoe.planning.plan import planned
 from flashmoe.spec import shapes
-from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
+from flashmoe.spec.call import Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile
 
 _extension.load()
 
@@ -69,46 +72,6 @@ _SINKS = Arguments._fields.index("sinks")
 _SHARED = Arguments._fields.index("deterministic")
 
 
-class Training:
-    """A forward that returns softmax_lse, and its backward, for tensors of one kind, each planned
-    when it is first asked for. `backend`, `tile` and `deterministic` as the op `attention` takes
-    them."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        device: torch.device,
-        backend: str | None,
-        tile: Tile | str | None,
-        deterministic: bool,
-    ) -> None:
-        self._problem, self._device = problem, device
-        self._backend, self._tile, self._deterministic = backend, tile, deterministic
-        self._backwards: dict[bool, RunBackward] = {}
-
-    @functools.cached_property
-    def forward(self) -> Run:
-        run: Run = planned(
-            self._problem, self._device, self._backend, self._tile, need_lse=True
-        ).run
-        return run
-
-    def backward(self) -> RunBackward:
-        repeats = self._deterministic or torch.are_deterministic_algorithms_enabled()
-        run = self._backwards.get(repeats)
-        if run is None:
-            problem = replace(self._problem, direction="bwd")
-            run = planned(problem, self._device, self._backend, deterministic=repeats).run
-            self._backwards[repeats] = run
-        return run
-
-    @property
-    def arguments(self) -> tuple[int, int, str, bool]:
-        """Those of the op `attention_backward` after the scale."""
-        mask = self._problem.mask
-        return mask.left, mask.right, self._backend or "", self._deterministic
-
-
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     out, lse = _run(Arguments(*arguments), need_lse=True)
     assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
@@ -127,7 +90,7 @@ def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         shapes.recorder[problem] += 1
     device = call.q.device
     run: Run = planned(problem, device, arguments.backend, arguments.tile, need_lse).run
-    with _without_autocast(call.q):
+    with without_autocast(call.q):
         return run(call)
 
 
@@ -151,7 +114,7 @@ def _attention_backward(
     run = Training(problem, q.device, backend, None, arguments.deterministic).backward()
     # .backward() may be called inside an autocast block, which would round a float32 gradient's
     # matmuls to 16 bits.
-    with _without_autocast(q):
+    with without_autocast(q):
         return run(call, Saved(dout, out, softmax_lse, dlse))
 
 
@@ -204,14 +167,6 @@ attention_packed_backward = torch.ops.flashmoe.attention_packed_backward.default
 """`attention_backward` of `attention_packed`."""
 
 
-def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Nothing where autocast is off, for entering its context costs microseconds."""
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     # (batch, heads, seqlen), or (heads, total).
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
@@ -257,42 +212,6 @@ def _wants_gradient(*arguments: Any) -> bool:
     return True
 
 
-def refuse_gradients(terms: Terms, sequences: Sequences) -> None:
-    """Raise for what has no gradient in a call that asks for some."""
-    if terms.alibi_slopes is not None and terms.alibi_slopes.requires_grad:
-        raise NotImplementedError("alibi_slopes must not require a gradient: it has none")
-    if sequences.layout not in ("dense", "packed"):
-        raise NotImplementedError(
-            "keys in a cache or in pages (block_table) have no gradients here; torch.no_grad() "
-            "says that none are wanted"
-        )
-
-
-def _saved(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Saved:
-    """With gradients of which autograd gives one or both, and as they come. What a row that sees
-    nothing has for a softmax_lse of -inf may be no number, and reaches nothing."""
-    if dout is None:
-        dout = torch.zeros_like(out)
-    if dlse is not None:
-        dlse = dlse.masked_fill(lse == float("-inf"), 0.0).contiguous()
-    return Saved(dout, out, lse, dlse)
-
-
-def _sinks_gradient(call: Call, saved: Saved) -> Tensor:
-    """(heads_q,): a sink is a score whose value is 0, so of its probability p it has the gradient
-    p * (0 - (sum of out * dout - dlse)) in every row."""
-    sinks = call.terms.sinks
-    assert sinks is not None
-    dout, out, lse, dlse = saved
-    gain = torch.linalg.vecdot(dout.float(), out.float()).transpose(-1, -2)
-    if dlse is not None:
-        gain = gain - dlse
-    hidden = lse == float("-inf")
-    each = (gain * torch.exp(sinks.unsqueeze(-1) - lse)).masked_fill(hidden, 0.0)
-    gradient: Tensor = -each.transpose(-1, -2).flatten(0, -2).sum(0)
-    return gradient
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -318,64 +237,14 @@ class _Attention(torch.autograd.Function):
                     for is_tensor, x in zip(ctx.are_tensors, ctx.others, strict=True)
                 )
             )
-            saved = _saved(dout, out, lse, dlse)
+            saved = saved_of(dout, out, lse, dlse)
             gradients[:3] = ctx.op(
                 *(saved.dout, *arguments[:3], *saved[1:], *arguments[3:7]),
                 *arguments[_SHARED : len(ctx.others)],
             )
             if len(gradients) > _SINKS and ctx.needs_input_grad[3 + _SINKS]:
-                gradients[_SINKS] = _sinks_gradient(arguments.call, saved)
+                gradients[_SINKS] = sinks_gradient(arguments.call, saved)
         return None, None, None, *gradients
-
-
-class EagerAttention(torch.autograd.Function):
-    """(q, k, v, softmax_scale, Training, sinks, Terms, Sequences) -> out, softmax_lse: what the op
-    `attention` computes, without the dispatcher, which takes longer than a small problem. For
-    ordinary tensors, where nothing is traced or transformed. `sinks` are those of the Terms."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        training: Training,
-        sinks: Tensor | None = None,
-        terms: Terms = NO_TERMS,
-        sequences: Sequences = DENSE,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = training.forward(Call(q, k, v, softmax_scale, terms, sequences))
-        assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
-        if terms is NO_TERMS and sequences is DENSE:
-            ctx.save_for_backward(q, k, v, out, lse)
-        else:  # what is changed in place before the backward is an error
-            ctx.save_for_backward(q, k, v, out, lse, *terms[1:], *sequences[:3])
-        ctx.others = softmax_scale, training, terms, sequences
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        if dout is None and dlse is None:
-            return (None,) * 8
-        q, k, v, out, lse, *_ = ctx.saved_tensors
-        scale, training, terms, sequences = ctx.others
-        saved = _saved(dout, out, lse, dlse)
-        call = Call(q, k, v, scale, terms, sequences)
-        if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
-            arguments = (*saved[1:], scale, *training.arguments, *terms)
-            if sequences is DENSE:
-                gradients = attention_backward(saved.dout, q, k, v, *arguments)
-            else:
-                gradients = attention_packed_backward(saved.dout, q, k, v, *arguments, *sequences)
-        else:
-            with _without_autocast(q):
-                gradients = training.backward()(call, saved)
-        dsinks = None
-        if terms.sinks is not None and ctx.needs_input_grad[5]:
-            dsinks = _sinks_gradient(call, saved)
-        return *gradients, None, None, dsinks, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):

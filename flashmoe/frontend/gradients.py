@@ -1,0 +1,101 @@
+"""What a backward needs beside its kernel: its plan, what the forward leaves, and what has no
+gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flashmoe.backends.base import Run, RunBackward
+from flashmoe.planning.plan import planned
+from flashmoe.spec.call import Call, Saved, Sequences, Terms
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import Tile
+
+
+class Training:
+    """A forward that returns softmax_lse, and its backward, for tensors of one kind, each planned
+    when it is first asked for. `backend`, `tile` and `deterministic` as the op `attention` takes
+    them."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
+        backend: str | None,
+        tile: Tile | str | None,
+        deterministic: bool,
+    ) -> None:
+        self._problem, self._device = problem, device
+        self._backend, self._tile, self._deterministic = backend, tile, deterministic
+        self._backwards: dict[bool, RunBackward] = {}
+
+    @functools.cached_property
+    def forward(self) -> Run:
+        run: Run = planned(
+            self._problem, self._device, self._backend, self._tile, need_lse=True
+        ).run
+        return run
+
+    def backward(self) -> RunBackward:
+        repeats = self._deterministic or torch.are_deterministic_algorithms_enabled()
+        run = self._backwards.get(repeats)
+        if run is None:
+            problem = replace(self._problem, direction="bwd")
+            run = planned(problem, self._device, self._backend, deterministic=repeats).run
+            self._backwards[repeats] = run
+        return run
+
+    @property
+    def arguments(self) -> tuple[int, int, str, bool]:
+        """Those of the op `attention_backward` after the scale."""
+        mask = self._problem.mask
+        return mask.left, mask.right, self._backend or "", self._deterministic
+
+
+def refuse_gradients(terms: Terms, sequences: Sequences) -> None:
+    """Raise for what has no gradient in a call that asks for some."""
+    if terms.alibi_slopes is not None and terms.alibi_slopes.requires_grad:
+        raise NotImplementedError("alibi_slopes must not require a gradient: it has none")
+    if sequences.layout not in ("dense", "packed"):
+        raise NotImplementedError(
+            "keys in a cache or in pages (block_table) have no gradients here; torch.no_grad() "
+            "says that none are wanted"
+        )
+
+
+def saved_of(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Saved:
+    """With gradients of which autograd gives one or both, and as they come. What a row that sees
+    nothing has for a softmax_lse of -inf may be no number, and reaches nothing."""
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if dlse is not None:
+        dlse = dlse.masked_fill(lse == float("-inf"), 0.0).contiguous()
+    return Saved(dout, out, lse, dlse)
+
+
+def sinks_gradient(call: Call, saved: Saved) -> Tensor:
+    """(heads_q,): a sink is a score whose value is 0, so of its probability p it has the gradient
+    p * (0 - (sum of out * dout - dlse)) in every row."""
+    sinks = call.terms.sinks
+    assert sinks is not None
+    dout, out, lse, dlse = saved
+    gain = torch.linalg.vecdot(dout.float(), out.float()).transpose(-1, -2)
+    if dlse is not None:
+        gain = gain - dlse
+    hidden = lse == float("-inf")
+    each = (gain * torch.exp(sinks.unsqueeze(-1) - lse)).masked_fill(hidden, 0.0)
+    gradient: Tensor = -each.transpose(-1, -2).flatten(0, -2).sum(0)
+    return gradient
+
+
+def without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Nothing where autocast is off, for entering its context costs microseconds."""
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
