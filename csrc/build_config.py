@@ -28,6 +28,7 @@ CUDA_SOURCES = (
     "common/sm90_launch.cpp",
     "backward/cuda.cpp",
     "backward/sm90/host.cpp",
+    "decode/cuda.cpp",
 )
 CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden")
 NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
@@ -45,46 +46,67 @@ INSTANCE_FIELDS = {
         *("block_m", "block_n", "num_stages", "do_stages", "ds_stages"),
         "late_dq",
     ),
+    "decode": ("block_m", "block_n", "num_stages", "num_warps", "ctas_per_sm"),
 }
 # Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
-# columns of a line. And those that it decides at run time, so that every instance has both.
+# columns of a line. And those that it decides at run time, in a general kernel beside the default
+# of each head_dim; the others are plain.
 VARIANT_FIELDS = {
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "packed"),
     "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "packed"),
+    "decode": (),
 }
-RUNTIME_FIELDS = {"sm80": ("local",), "sm90": (), "sm90_bwd": ()}
+RUNTIME_FIELDS = {
+    "sm80": ("local", "softcap", "alibi", "sink"),
+    "sm90": (),
+    "sm90_bwd": (),
+    "decode": (),  # every kernel of it has them all
+}
+# What else nvcc compiles for a kernel.
+LAUNCH_SOURCES = {"sm90": ("common/schedule.cu",)}
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
 
 
 class Instance(NamedTuple):
     """One compiled tile of one kernel; `shape` are the values of INSTANCE_FIELDS[kernel],
-    `variant` those of VARIANT_FIELDS[kernel] that it is compiled with."""
+    `variant` those of VARIANT_FIELDS[kernel] that it is compiled with. `is_general`: it decides
+    RUNTIME_FIELDS[kernel] at run time."""
 
     kernel: str
     head_dim: int
     shape: tuple[int, ...]
     variant: tuple[str, ...] = ()
+    is_general: bool = False
 
     @property
-    def is_backward(self) -> bool:
-        return self.kernel == "sm90_bwd"
+    def table(self) -> str:
+        """The one in the registry that it stands in."""
+        return {"sm90_bwd": "backward", "decode": "decode"}.get(self.kernel, "forward")
 
     @property
     def symbol(self) -> str:
-        name = "bwd_sm90" if self.is_backward else f"fwd_{self.kernel}"
-        return "_".join(map(str, (name, self.head_dim, *self.shape, *self.variant)))
+        name = {"backward": "bwd_sm90", "decode": "decode"}.get(self.table, f"fwd_{self.kernel}")
+        general = ("general",) if self.is_general else ()
+        return "_".join(map(str, (name, self.head_dim, *self.shape, *self.variant, *general)))
 
     @property
     def variants(self) -> list[tuple[str, ...]]:
-        """The variants whose problems it computes."""
+        """The variants that it is for: of a general one all that need it."""
+        if not self.is_general:
+            return [self.variant]
         runtime = RUNTIME_FIELDS[self.kernel]
         return [
-            (*self.variant, *chosen)
-            for n in range(len(runtime) + 1)
+            chosen
+            for n in range(1, len(runtime) + 1)
             for chosen in itertools.combinations(runtime, n)
         ]
+
+    @property
+    def computes(self) -> tuple[str, ...]:
+        """The features that it has."""
+        return RUNTIME_FIELDS[self.kernel] if self.is_general else self.variant
 
     def to_json(self) -> dict[str, int | str]:
         fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
@@ -127,8 +149,8 @@ def instances() -> list[Instance]:
 def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
     """nvcc's -gencode flags for a kernel when `archs` are asked for; empty: it is not built.
 
-    sm80: machine code for each, and PTX of the last for GPUs to come. sm90: wgmma and setmaxnreg
-    exist on sm_90a alone.
+    sm80 and decode: machine code for each, and PTX of the last for GPUs to come. sm90: wgmma and
+    setmaxnreg exist on sm_90a alone.
     """
     if kernel.startswith("sm90"):
         hopper = any(arch.rstrip("af") == "90" for arch in archs)
@@ -140,10 +162,13 @@ def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
 def source_hashes() -> dict[str, str]:
     """For each kind of device, SHA-256 (16 digits) over the sources that its kernels depend on;
     which tiles are compiled in changes none of them."""
-    rooms = {name: sorted((CSRC / name).rglob("*")) for name in ("common", "forward", "backward")}
+    rooms = {
+        name: sorted((CSRC / name).rglob("*"))
+        for name in ("common", "forward", "backward", "decode")
+    }
     cpu = [path for path in rooms["forward"] if path.parent.name == "cpu"]
     cuda = [path for path in rooms["forward"] if path not in cpu]
-    cuda += [*rooms["backward"], *sorted((CSRC / "ptx").iterdir())]
+    cuda += [*rooms["backward"], *rooms["decode"], *sorted((CSRC / "ptx").iterdir())]
     hashes = {}
     for kind, sources in (("cpu", cpu), ("cuda", cuda)):
         digest = hashlib.sha256()
@@ -164,12 +189,15 @@ def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Gene
     _write(directory / "wgmma.cuh", _wgmma_source())
     listed = [i for i in instances() if gencode(i.kernel, archs)]
     first = {(i.kernel, i.head_dim): i for i in reversed(listed)}
+    general = [i._replace(is_general=True) for i in first.values() if RUNTIME_FIELDS[i.kernel]]
+    listed += sorted(general)
     sources: dict[str, list[Path]] = {}
     for instance in listed:
-        is_default = first[instance.kernel, instance.head_dim] == instance
         path = directory / f"{instance.symbol}.cu"
-        _write(path, _INSTANCE_SOURCES[instance.kernel](instance, is_default))
+        _write(path, _INSTANCE_SOURCES[instance.kernel](instance))
         sources.setdefault(instance.kernel, []).append(path)
+    for kernel, paths in sources.items():
+        paths += [CSRC / source for source in LAUNCH_SOURCES.get(kernel, ())]
     registry = directory / "registry.cpp"
     _write(registry, _registry_source(listed, first, archs, cuda_version))
     return Generated(registry, sources)
@@ -205,6 +233,7 @@ def _wgmma_source() -> str:
 
 
 _ARGUMENTS = "const AttentionParams& params, DType dtype, int device, cudaStream_t stream"
+_DECODE_ARGUMENTS = _ARGUMENTS.replace("AttentionParams", "decoding::DecodeParams")
 
 
 # In the order of DType.
@@ -214,27 +243,29 @@ _SM90_DTYPES = ("__half", "__nv_bfloat16")
 _SM90_BWD_FUNCTIONS = {
     "prepare": ("sm90_backward::EDGE_THREADS, 4", "TILE, VARIANT"),
     "attention_backward": ("TILE.num_threads(), 1", "TILE, VARIANT"),
-    "finish": ("sm90_backward::EDGE_THREADS, 4", "TILE"),
+    "finish": ("sm90_backward::EDGE_THREADS, 4", "TILE, VARIANT"),
 }
 
 
-def _sm80_source(instance: Instance, is_default: bool) -> str:
+def _sm80_source(instance: Instance) -> str:
     tile = f"Sm80Tile<{', '.join(map(str, (instance.head_dim, *instance.shape)))}>"
+    general = str(instance.is_general).lower()
     functions = [(instance.symbol, "true")]
-    if is_default:
+    if instance.is_general:  # any rows that are not 16-byte aligned are its own
         functions.append((f"{instance.symbol}_unaligned", "false"))
     lines = ['#include "forward/sm80/launch.cuh"', "", "namespace flashmoe {", ""]
     for symbol, aligned in functions:
+        launch = f"sm80::launch_dtype<{tile}, {aligned}, {general}>"
         lines += [
             f"cudaError_t {symbol}({_ARGUMENTS}) {{",
-            f"  return sm80::launch_dtype<{tile}, {aligned}>(params, dtype, device, stream);",
+            f"  return {launch}(params, dtype, device, stream);",
             "}",
             "",
         ]
     return "\n".join([*lines, "}  // namespace flashmoe", ""])
 
 
-def _sm90_source(instance: Instance, is_default: bool) -> str:
+def _sm90_source(instance: Instance) -> str:
     lines = [
         '#include "forward/sm90/kernel.cuh"',
         "",
@@ -263,7 +294,7 @@ def _sm90_source(instance: Instance, is_default: bool) -> str:
     return "\n".join([*lines, "", "}  // namespace flashmoe", ""])
 
 
-def _sm90_bwd_source(instance: Instance, is_default: bool) -> str:
+def _sm90_bwd_source(instance: Instance) -> str:
     lines = [
         '#include "backward/sm90/kernel.cuh"',
         "",
@@ -297,7 +328,30 @@ def _sm90_bwd_source(instance: Instance, is_default: bool) -> str:
     return "\n".join([*lines, "};", "", "}  // namespace flashmoe", ""])
 
 
-_INSTANCE_SOURCES = {"sm80": _sm80_source, "sm90": _sm90_source, "sm90_bwd": _sm90_bwd_source}
+def _decode_source(instance: Instance) -> str:
+    tile = _decode_tile(instance)
+    lines = [
+        '#include "decode/launch.cuh"',
+        "",
+        "namespace flashmoe {",
+        "",
+        f"cudaError_t {instance.symbol}({_DECODE_ARGUMENTS}) {{",
+        f"  return decoding::launch_dtype<{tile}>(params, dtype, device, stream);",
+        "}",
+    ]
+    return "\n".join([*lines, "", "}  // namespace flashmoe", ""])
+
+
+_INSTANCE_SOURCES = {
+    "sm80": _sm80_source,
+    "sm90": _sm90_source,
+    "sm90_bwd": _sm90_bwd_source,
+    "decode": _decode_source,
+}
+
+
+def _decode_tile(instance: Instance) -> str:
+    return f"DecodeTile<{', '.join(map(str, (instance.head_dim, *instance.shape)))}>"
 
 
 def _sm90_tile(instance: Instance) -> str:
@@ -328,8 +382,10 @@ def _registry_source(
     archs: tuple[str, ...],
     cuda_version: str,
 ) -> str:
-    forward = [instance for instance in listed if not instance.is_backward]
-    backward = [instance for instance in listed if instance.is_backward]
+    forward, backward, decode = (
+        [instance for instance in listed if instance.table == table]
+        for table in ("forward", "backward", "decode")
+    )
     info = json.dumps(
         {
             "cuda_archs": archs,
@@ -338,21 +394,20 @@ def _registry_source(
             "variant_fields": VARIANT_FIELDS,
             "instances": [_listed(instance) for instance in forward],
             "backward_instances": [_listed(instance) for instance in backward],
+            "decode_instances": [_listed(instance) for instance in decode],
             "source_hashes": source_hashes(),
         }
     )
-    declarations, entries, backward_entries = [], [], []
+    declarations, entries, backward_entries, decode_entries = [], [], [], []
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
-        variant = _variant((*instance.variant, *RUNTIME_FIELDS[instance.kernel]))
+        variant = _variant(instance.computes)
         if instance.kernel == "sm80":
-            default = first["sm80", head_dim]
+            unaligned = first["sm80", head_dim]._replace(is_general=True).symbol + "_unaligned"
             declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
-            if instance == default:
-                declarations.append(f"cudaError_t {symbol}_unaligned({_ARGUMENTS});")
-            entries.append(
-                f"    {{{head_dim}, {symbol}, {default.symbol}_unaligned, {{}}, {variant}, {{}}}},"
-            )
+            if instance.is_general:
+                declarations.append(f"cudaError_t {unaligned}({_ARGUMENTS});")
+            entries.append(f"    {{{head_dim}, {symbol}, {unaligned}, {{}}, {variant}, {{}}}},")
         else:
             declarations.append(f"extern const void* const {symbol}[2];")
             entries.append(
@@ -365,14 +420,24 @@ def _registry_source(
         addresses = ", ".join(
             f"{{{', '.join(f'{symbol}[{dtype}][{i}]' for i in range(3))}}}" for dtype in range(2)
         )
-        variant = _variant((*instance.variant, *RUNTIME_FIELDS[instance.kernel]))
+        variant = _variant(instance.computes)
         backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {variant}, {{{addresses}}}}},")
-    lines = ['#include "instances/registry.h"', "", "namespace flashmoe {", ""]
+    for instance in decode:
+        fields = instance.to_json()
+        columns = (fields[name] for name in ("head_dim", "block_m", "block_n", "ctas_per_sm"))
+        declarations.append(f"cudaError_t {instance.symbol}({_DECODE_ARGUMENTS});")
+        decode_entries.append(
+            f"    {{{', '.join(map(str, columns))}, {_decode_tile(instance)}::SMEM_BYTES, "
+            f"{instance.symbol}}},"
+        )
+    lines = ['#include "instances/registry.h"', "", '#include "decode/tile.h"', ""]
+    lines += ["namespace flashmoe {", ""]
     if listed:
         lines += declarations
         for name, kernel, table in (
             ("compiled_kernels", "Kernel", entries),
             ("compiled_backward_kernels", "BackwardKernel", backward_entries),
+            ("compiled_decode_kernels", "DecodeKernel", decode_entries),
         ):
             lines += ["", f"const std::vector<{kernel}>& {name}() {{"]
             lines += [f"  static const std::vector<{kernel}> kernels = {{", *table, "  };"]

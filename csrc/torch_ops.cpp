@@ -7,6 +7,7 @@
 
 #include <array>
 #include <climits>
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <initializer_list>
@@ -132,6 +133,15 @@ int32_t dtype_code(const Tensor& x) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   return dtype;
+}
+
+// Uninitialized and contiguous, shaped like x, of 3 or 4 dimensions.
+Tensor empty_contiguous_like(const Tensor& x) {
+  const auto sizes = x.sizes();
+  if (x.dim() == 3) {
+    return empty_contiguous<3>({sizes[0], sizes[1], sizes[2]}, dtype_code(x), x);
+  }
+  return empty_contiguous<4>({sizes[0], sizes[1], sizes[2], sizes[3]}, dtype_code(x), x);
 }
 
 // -1 where a limit hides nothing, as kernels need it.
@@ -320,6 +330,24 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// x, or its copy where the TMA cannot fetch x.
+Tensor fetchable(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t last = x.dim() - 1;
+  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[last] == 1;
+  for (int64_t i = 0; i < last; ++i) {
+    aligned = aligned && (sizes[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0));
+  }
+  if (aligned) return x;
+  Tensor copy = empty_contiguous_like(x);
+  return torch::stable::copy_(copy, x);
+}
+
+// Of `bytes`, a multiple of 4.
+Tensor empty_workspace(int64_t bytes, const Tensor& like) {
+  return empty_contiguous<1>({bytes / 4}, aoti_torch_dtype_float32(), like);
+}
+
 std::tuple<Tensor, Tensor> fwd_cuda_op(
     const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
     int64_t window_right, int64_t handle, double softcap, const std::optional<Tensor>& alibi_slopes,
@@ -333,7 +361,11 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
   const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
                         cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
                         block_table,  max_seqlen_q, max_seqlen_k};
-  Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
+  // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel.
+  const bool packed = cu_seqlens_q.has_value();
+  Call call = packed ? prepare(fetchable(q), fetchable(k), fetchable(v), softmax_scale, window_left,
+                               window_right, options)
+                     : prepare(q, k, v, softmax_scale, window_left, window_right, options);
   const Kernel* kernel = find_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
@@ -341,74 +373,122 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
   const DType dtype = dtype_of(q);
   STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
   if (!is_empty(call.params)) {
+    std::optional<Tensor> workspace;
+    if (const int64_t bytes = forward_workspace_bytes(*kernel, call.params)) {
+      workspace = empty_workspace(bytes, call.q);
+    }
     const cudaError_t error =
-        launch_forward(*kernel, call.params, dtype, device, current_stream(device));
+        launch_forward(*kernel, call.params, dtype, device, current_stream(device),
+                       workspace ? workspace->data_ptr() : nullptr);
     STD_TORCH_CHECK(error == cudaSuccess,
                     "launching the forward kernel failed: ", cudaGetErrorString(error));
+  } else if (packed) {
+    // Rows that are in no sequence.
+    torch::stable::zero_(call.out);
+    torch::stable::fill_(call.softmax_lse, -INFINITY);
   }
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
-// x, or its copy where the TMA cannot fetch x.
-Tensor fetchable(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[3] == 1;
-  for (int i = 0; i < 3; ++i) {
-    aligned = aligned && (sizes[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0));
-  }
+// x, or its copy where cp.async cannot fetch its rows.
+Tensor with_aligned_rows(const Tensor& x) {
+  const auto strides = x.strides();
+  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[x.dim() - 1] == 1;
+  for (int i = 0; i < x.dim() - 1; ++i) aligned = aligned && strides[i] % 8 == 0;
   if (aligned) return x;
-  Tensor copy = empty_contiguous<4>({sizes[0], sizes[1], sizes[2], sizes[3]}, dtype_code(x), x);
-  return torch::stable::copy_(copy, x);
+  const Tensor copy = torch::stable::contiguous(x);  // or x itself
+  return copy.data_ptr() == x.data_ptr() ? torch::stable::clone(x) : copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tensor& q_in,
-                                               const Tensor& k_in, const Tensor& v_in,
-                                               const Tensor& out_in, const Tensor& softmax_lse,
-                                               const std::optional<Tensor>& dlse,
-                                               double softmax_scale, int64_t window_left,
-                                               int64_t window_right, int64_t handle, double softcap,
-                                               const std::optional<Tensor>& alibi_slopes) {
+std::tuple<Tensor, Tensor> decode_cuda_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, int64_t handle, int64_t num_splits, double softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
+    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const int device = static_cast<int>(q.get_device_index());
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
+  const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
+                        cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
+                        block_table,  max_seqlen_q, max_seqlen_k};
+  STD_TORCH_CHECK(num_splits >= -1, "num_splits must be -1 or more, got ", num_splits);
+  Call call = prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
+                      softmax_scale, window_left, window_right, options);
+  const DecodeKernel* kernel = find_decode_kernel(handle);
+  STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
+  STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
+                  " takes head_dim up to ", kernel->head_dim, ", got ", call.params.head_dim);
+  const DType dtype = dtype_of(q);
+  STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
+  if (!is_empty(call.params)) {
+    // Without a page, or a batch, there are no keys.
+    if (k.numel() == 0) call.params.seqlen_kv = 0;
+    const decoding::DecodeParams params = prepare_decode(*kernel, call.params, num_splits, device);
+    std::optional<Tensor> workspace;
+    if (const int64_t bytes = decode_workspace_bytes(*kernel, params)) {
+      workspace = empty_contiguous<1>({(bytes + 3) / 4}, aoti_torch_dtype_float32(), call.q);
+    }
+    const cudaError_t error = launch_decode(*kernel, params, dtype, device, current_stream(device),
+                                            workspace ? workspace->data_ptr() : nullptr);
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "launching the decode kernel failed: ", cudaGetErrorString(error));
+  }
+  return {std::move(call.out), std::move(call.softmax_lse)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
+    const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+    const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
+    double softmax_scale, int64_t window_left, int64_t window_right, int64_t handle, double softcap,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   const std::optional<Tensor> none;
-  const Options options{softcap, alibi_slopes, none, none, none, none, none, none, none};
+  const Options options{softcap, alibi_slopes, none, cu_seqlens_q, cu_seqlens_k, seqused_k,
+                        none,    none,         none, max_seqlen_q, max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
-  const auto q_sizes = q_in.sizes(), k_sizes = k_in.sizes();
+  const int64_t dims = q_in.dim(), batch_dims = dims - 3;
   for (const Tensor* x : {&dout_in, &out_in}) {
     STD_TORCH_CHECK(
-        x->dim() == 4 && x->scalar_type() == q_in.scalar_type() && same_device(*x, q_in),
+        x->dim() == dims && x->scalar_type() == q_in.scalar_type() && same_device(*x, q_in),
         "dout and out must have q's dtype, device and dimensions");
-    for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(x->sizes()[i] == q_sizes[i], "dout and out must have q's shape");
+    for (int64_t i = 0; i < dims; ++i) {
+      STD_TORCH_CHECK(x->sizes()[i] == q_in.sizes()[i], "dout and out must have q's shape");
     }
   }
   for (const Tensor* x : {&softmax_lse, dlse ? &*dlse : &softmax_lse}) {
     const auto sizes = x->sizes();
-    STD_TORCH_CHECK(x->dim() == 3 && x->scalar_type() == ScalarType::Float &&
-                        same_device(*x, q_in) && sizes[0] == q_sizes[0] && sizes[1] == q_sizes[2] &&
-                        sizes[2] == q_sizes[1] && x->is_contiguous(),
-                    "softmax_lse and dlse must be contiguous float32 (batch, heads_q, seqlen_q)");
+    STD_TORCH_CHECK(
+        x->dim() == dims - 1 && x->scalar_type() == ScalarType::Float && same_device(*x, q_in) &&
+            (batch_dims == 0 || sizes[0] == q_in.sizes()[0]) &&
+            sizes[batch_dims] == heads_of(q_in) && sizes[batch_dims + 1] == rows_of(q_in) &&
+            x->is_contiguous(),
+        "softmax_lse and dlse must be contiguous float32 (batch, heads_q, seqlen_q), or "
+        "(heads_q, total_q) of a packed batch");
   }
   const BackwardKernel* kernel = find_backward_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
-  STD_TORCH_CHECK(q_sizes[3] <= kernel->tile.head_dim, "kernel ", handle, " takes head_dim up to ",
-                  kernel->tile.head_dim, ", got ", q_sizes[3]);
+  STD_TORCH_CHECK(head_dim_of(q_in) <= kernel->tile.head_dim, "kernel ", handle,
+                  " takes head_dim up to ", kernel->tile.head_dim, ", got ", head_dim_of(q_in));
   const DType dtype = dtype_of(q_in);
   STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
 
   const Tensor q = fetchable(q_in), k = fetchable(k_in), v = fetchable(v_in);
   const Tensor out = fetchable(out_in), dout = fetchable(dout_in);
-  const int32_t code = dtype_code(q);
-  Tensor dq = empty_contiguous<4>({q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]}, code, q);
-  Tensor dk = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
-  Tensor dv = empty_contiguous<4>({k_sizes[0], k_sizes[1], k_sizes[2], k_sizes[3]}, code, q);
+  Tensor dq = empty_contiguous_like(q), dk = empty_contiguous_like(k),
+         dv = empty_contiguous_like(k);
   BackwardParams params{};
   params.attention = describe(q, k, v, window_left, window_right, options);
   params.attention.softmax_scale = static_cast<float>(softmax_scale);
   params.attention.out = out.data_ptr();
-  const auto o_strides = out.strides(), do_strides = dout.strides();
+  const auto o_strides = strides_of(out), do_strides = strides_of(dout);
   params.attention.o_batch_stride = o_strides[0];
   params.attention.o_row_stride = o_strides[1];
   params.attention.o_head_stride = o_strides[2];
@@ -427,9 +507,13 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(const Tensor& dout_in, const Tens
     torch::stable::zero_(dk);
     torch::stable::zero_(dv);
   } else {
+    if (seqused_k) {
+      // Keys that are not used have no gradient, and no block of keys.
+      torch::stable::zero_(dk);
+      torch::stable::zero_(dv);
+    }
     const Tensor workspace =
-        empty_contiguous<1>({sm90_backward::workspace_bytes(kernel->tile, params.attention) / 4},
-                            aoti_torch_dtype_float32(), q);
+        empty_workspace(sm90_backward::workspace_bytes(kernel->tile, params.attention), q);
     const cudaError_t error = launch_backward(*kernel, params, dtype, device,
                                               current_stream(device), workspace.data_ptr());
     STD_TORCH_CHECK(error == cudaSuccess,
@@ -491,9 +575,15 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
       "int window_right, int kernel, " FLASHMOE_OPTIONS ") -> (Tensor out, Tensor softmax_lse)");
   m.def(
+      "decode_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, int num_splits, " FLASHMOE_OPTIONS
+      ") -> (Tensor out, Tensor softmax_lse)");
+  m.def(
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
-      "float softcap=0.0, Tensor? alibi_slopes=None) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, "
+      "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, int max_seqlen_q=0, "
+      "int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op)); }
@@ -501,6 +591,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flash
 #ifdef FLASHMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("fwd_cuda", TORCH_BOX(&flashmoe::fwd_cuda_op));
+  m.impl("decode_cuda", TORCH_BOX(&flashmoe::decode_cuda_op));
   m.impl("bwd_cuda", TORCH_BOX(&flashmoe::bwd_cuda_op));
 }
 #endif

@@ -22,13 +22,16 @@ FEATURES = (
     ("window", "`window_size`", "2, 3, 4", "no"),
     ("softcap", "`softcap`", "2, 3, 4", "no"),
     ("alibi", "`alibi_slopes`", "2", "as a mask"),
-    ("sinks", "attention sinks", "4", "no"),
+    ("sink", "attention sinks", "4", "no"),
     ("dropout", "`dropout_p`", "2", "yes"),
     ("packed", "packed sequences", "2, 3, 4", "`varlen_attn`"),
+    ("cache", "KV cache with lengths", "2, 3, 4", "no"),
+    ("cache", "KV cache", "2, 3, 4", "no"),
     ("paged", "paged KV cache", "2, 3, 4", "no"),
 )
 ON = {
     "cuda": "GPU (Hopper; Ampere and Ada forward)",
+    "decode": "GPU (few queries, or a cache)",
     "triton": "GPU (Triton)",
     "cpu": "CPU",
     "blocked": "anywhere, in torch operations",
@@ -40,9 +43,9 @@ def features() -> str:
     lines = [
         "# Features",
         "",
-        f"Every backend below computes {', '.join(DTYPE_BYTES)} (`cuda`: the 16-bit ones), "
-        f"head_dim a multiple of 8 up to {MAX_HEAD_DIM}, full and causal attention of any two "
-        "lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with its gradient. "
+        f"Every backend below computes {', '.join(DTYPE_BYTES)} (`cuda` and `decode`: the 16-bit "
+        f"ones), head_dim a multiple of 8 up to {MAX_HEAD_DIM}, full and causal attention of any "
+        "two lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with its gradient. "
         "`backend=` names one; without it the fastest that can is taken.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in backends)} | flash-attn | SDPA |",

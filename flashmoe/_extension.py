@@ -27,9 +27,10 @@ _FLAGS = {field.name for field in fields(Tile) if field.type in (bool, "bool")}
 class BuildInfo:
     """What setup.py compiled: CUDA architectures (empty without CUDA), for each CUDA kernel the
     fields of Tile and of Variant that it is compiled for, for each (kernel, head_dim, variant) the
-    tiles that are compiled in and for each of those its handle, the same of the backward kernel,
-    whose handles are its own, and for each kind of device a hash of the kernels' sources. Where a
-    kernel decides at run time what a variant is for, its tiles stand under every one.
+    tiles that are compiled in and for each of those its handle, the same of the backward kernel and
+    of the decode kernel, whose handles are their own, and for each kind of device a hash of the
+    kernels' sources. Where a kernel decides at run time what a variant is for, its tiles stand
+    under every one.
     """
 
     cuda_archs: tuple[str, ...]
@@ -40,6 +41,8 @@ class BuildInfo:
     handles: Handles
     backward_instances: Instances
     backward_handles: Handles
+    decode_instances: Instances
+    decode_handles: Handles
     source_hashes: dict[str, str]
 
 
@@ -83,6 +86,7 @@ def load() -> BuildInfo:
     info = json.loads(_library().flashmoe_build_info().decode())
     forward, handles = _tiles(info["instances"])
     backward, backward_handles = _tiles(info["backward_instances"])
+    decode, decode_handles = _tiles(info["decode_instances"])
     return BuildInfo(
         tuple(info["cuda_archs"]),
         info["cuda_version"],
@@ -92,6 +96,8 @@ def load() -> BuildInfo:
         handles,
         backward,
         backward_handles,
+        decode,
+        decode_handles,
         info["source_hashes"],
     )
 

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not INFO.cuda_archs, reason="this build has no C
 BACKWARD = sum(len(tiles) for tiles in INFO.backward_instances.values())
 HOPPER = sum(len(tiles) for (kernel, *_), tiles in INFO.instances.items() if kernel == "sm90")
 # Bytes of a thread's stack. ptxas spills a few of the 255 registers of the widest sm80 tiles, which
-# are nevertheless the fastest of theirs. A Hopper tile keeps O and P there while it computes rows
-# again, at most 256 + 176 columns.
-STACK_LIMITS = {"sm80": 64, "sm90": 768}
+# are nevertheless the fastest of theirs, and more where rows are not aligned, beside windows and
+# terms. A Hopper tile keeps O and P there while it computes rows again, at most 256 + 176 columns.
+STACK_LIMITS = {"sm80": 128, "sm90": 768}
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 

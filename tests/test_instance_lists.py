@@ -45,7 +45,11 @@ def build_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
     sm80, plain, local, backward = build_config.instances()
     assert backward.symbol == "bwd_sm90_64_128_128_3_3_2_1_local_deterministic"
-    assert sm80.variants == [(), ("local",)]  # it decides at run time
+    assert sm80.variants == [()]
+    general = sm80._replace(is_general=True)  # it decides at run time
+    assert general.symbol == sm80.symbol + "_general"
+    assert len(general.variants) == 2**4 - 1
+    assert {("local",), ("softcap", "alibi"), general.computes} <= {*general.variants}
     assert plain.variants == [()]
     assert local.variants == [("local",)]
     assert plain.to_json() == local.to_json()
@@ -90,17 +94,27 @@ def test_kernels_are_registered_with_what_they_can_do(
         if row.startswith("    {64, ")
     ]
     assert [match and match[1] for match in variants] == [
-        "{.local = true}",
+        "{}",
         "{}",
         "{.local = true}",
+        "{.local = true, .softcap = true, .alibi = true, .sink = true}",
     ]
     info = json.loads(re.search(r'R"\((.*)\)"', text)[1])  # type: ignore[index]
-    assert [x["variants"] for x in info["instances"]] == [[[], ["local"]], [[]], [["local"]]]
+    *listed, general = (x["variants"] for x in info["instances"])
+    assert listed == [[[]], [[]], [["local"]]]
+    assert ["local", "sink"] in general
+    assert [] not in general
+    plain, general = (path.read_text(encoding="utf-8") for path in found.instances["sm80"])
+    assert "Sm80Tile<64, 128, 64, 2, 4>, true, false>" in plain
+    assert "Sm80Tile<64, 128, 64, 2, 4>, true, true>" in general
+    assert "Sm80Tile<64, 128, 64, 2, 4>, false, true>" in general
     assert "late_dq" in info["backward_instances"][0]
     assert "{64, 128, 128, 3, 3, 2, true}, {.local = true, .deterministic = true}, {" in text
     (backward,) = (path.read_text(encoding="utf-8") for path in found.instances["sm90_bwd"])
     assert "attention_backward<__half, TILE, VARIANT>" in backward
-    plain, local = (path.read_text(encoding="utf-8") for path in found.instances["sm90"])
+    *listed, schedule = found.instances["sm90"]
+    assert schedule.name == "schedule.cu"
+    plain, local = (path.read_text(encoding="utf-8") for path in listed)
     assert "constexpr Variant VARIANT{};" in plain
     assert "constexpr Variant VARIANT{.local = true};" in local
     assert "attention_forward<__half, TILE, VARIANT>" in plain

@@ -20,7 +20,7 @@ from flashmoe.backends import cuda as cuda_backend
 from flashmoe.backends.base import Default, first_default
 from flashmoe.machine.device import Arch
 from flashmoe.planning import database, plan
-from flashmoe.spec.call import Call
+from flashmoe.spec.call import Call, Saved, Terms
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import PLAIN, Tile, Variant
@@ -30,6 +30,7 @@ A100 = Arch("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
 DEVICE = torch.device("cuda", 0)
 PROBLEM = Problem(2, 16, 16, 8192, 8192, 128, "bfloat16")
 COMPILED = Tile.parse("sm90:128x128-stages2-q2-pingpong-qreg")
+SM80 = Tile("sm80", 128, 64, 1, 4)
 BUILT_IN = (COMPILED, Tile.parse("sm90:192x64-stages4-q1"), Tile.parse("sm90:64x64-ctas2-serial"))
 SMALL = Tile.parse("sm90:64x48-stages1")
 # One tile of both variants: kernels of their own.
@@ -78,19 +79,18 @@ def no_compiler(monkeypatch):
 def hopper(monkeypatch):
     """An H200 and a build with four sm90 kernels, one of them for windows, an sm80 one, and a
     backward."""
-    sm80 = Tile("sm80", 128, 64, 1, 4)
     backward = Tile("sm90_bwd", 64, 128, 3, do_stages=2, ds_stages=2, late_dq=True)
     info = replace(
         _extension.load(),
         cuda_archs=("80", "90"),
         instances={
-            ("sm80", 128, PLAIN): (sm80,),
+            ("sm80", 128, PLAIN): (SM80,),
             ("sm90", 128, PLAIN): BUILT_IN,
-            ("sm80", 128, LOCAL): (sm80,),
+            ("sm80", 128, LOCAL): (SM80,),
             ("sm90", 128, LOCAL): (WINDOWED,),
         },
-        handles={(128, tile, PLAIN): handle for handle, tile in enumerate((sm80, *BUILT_IN))}
-        | {(128, sm80, LOCAL): 0, (128, WINDOWED, LOCAL): 4},
+        handles={(128, tile, PLAIN): handle for handle, tile in enumerate((SM80, *BUILT_IN))}
+        | {(128, SM80, LOCAL): 0, (128, WINDOWED, LOCAL): 4},
         backward_instances={("sm90_bwd", 128, PLAIN): (backward,)},
         backward_handles={(128, backward, PLAIN): 0},
     )
@@ -384,6 +384,74 @@ def test_a_window_runs_on_kernels_of_its_variant(hopper, compiler, monkeypatch):
     assert CUDA.is_compiled(COMPILED, window)
     (text,) = compiler.compiled
     assert "VARIANT{.local = true}" in text
+
+
+TERMS = Terms(30.0, "slopes", "sinks")
+
+
+def test_terms_that_nothing_is_compiled_in_for_are_compiled_at_first_use(
+    hopper, compiler, monkeypatch, caplog
+):
+    loaded = []
+    monkeypatch.setattr(_extension, "load_kernel", lambda cubin, *target: loaded.append(target))
+    monkeypatch.setattr(cuda_backend, "_fwd", lambda *arguments: arguments)
+    capped = replace(PROBLEM, mask=Mask(100, 7), terms=("softcap", "sink"))
+    assert CUDA.unsupported(capped, H200) == ""
+    assert CUDA.compiled_in(capped, H200) == []
+    # What is the default without terms, and without a window where nothing has that either.
+    assert CUDA.default_tile(capped, H200) == WINDOWED
+    narrow = {key: x for key, x in hopper.instances.items() if key[2] != LOCAL}
+    monkeypatch.setattr(_extension, "load", lambda: replace(hopper, instances=narrow))
+    causal = replace(PROBLEM, mask=CAUSAL)
+    assert CUDA.default_tile(capped, H200) == CUDA.default_tile(causal, H200)
+    chosen = plan.make_plan(capped, DEVICE)
+    assert (chosen.backend, chosen.tile) == ("cuda", CUDA.default_tile(capped, H200))
+    call = Call("q", "k", "v", 0.5, TERMS)
+    called = CUDA.bind(capped, SMALL)(call)
+    assert called == ("q", "k", "v", 0.5, 100, 7, None, 30.0, "slopes", "sinks")
+    variant = Variant(local=True, softcap=True, sink=True)
+    assert loaded == [(SMALL, 128, "bfloat16", variant)]
+    (text,) = compiler.compiled
+    assert "VARIANT{.local = true, .softcap = true, .sink = true}" in text
+    assert "compiling sm90:64x48" in caplog.text
+    assert "bfloat16 local softcap sink" in caplog.text
+
+
+def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler, monkeypatch):
+    capped = replace(PROBLEM, terms=("softcap",))
+    assert CUDA.unsupported(capped, H200) == (
+        "no tile is compiled in for bfloat16 softcap, head_dim 128"
+    )
+    general = replace(
+        hopper,
+        instances=hopper.instances | {("sm80", 128, Variant(softcap=True)): (SM80,)},
+        handles=hopper.handles | {(128, SM80, Variant(softcap=True)): 5},
+    )
+    monkeypatch.setattr(_extension, "load", lambda: general)
+    monkeypatch.setattr(cuda_backend, "_fwd", lambda *arguments: arguments)
+    assert CUDA.unsupported(capped, H200) == ""
+    assert CUDA.tiles(capped, H200) == [SM80]
+    assert CUDA.default_tile(capped, H200) == SM80
+    call = Call("q", "k", "v", 0.5, TERMS)
+    assert CUDA.bind(capped, SM80)(call)[6:] == (5, 30.0, "slopes", "sinks")
+
+
+def test_a_backward_has_sinks_and_no_terms_that_are_not_compiled_in(hopper, compiler, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "_bwd", lambda *arguments: arguments)
+    backward = replace(PROBLEM, direction="bwd")
+    (tile,) = CUDA.tiles(backward, H200)
+    sinks = replace(backward, terms=("sink",))
+    assert Variant.of(sinks) == PLAIN
+    assert CUDA.tiles(sinks, H200) == [tile]
+    call, saved = Call("q", "k", "v", 0.5, TERMS), Saved("dout", "out", "lse", "dlse")
+    plain = ("dout", "q", "k", "v", "out", "lse", "dlse", 0.5, -1, -1, 0)
+    assert CUDA.bind_backward(backward, tile)(call, saved) == plain
+    with_sinks = call._replace(terms=Terms(sinks="sinks"))
+    assert CUDA.bind_backward(sinks, tile)(with_sinks, saved) == (*plain, 0.0, None)
+    capped = replace(backward, terms=("softcap", "alibi"))
+    assert CUDA.unsupported(capped, H200) == (
+        "no tile is compiled in for bfloat16 softcap alibi, head_dim 128"
+    )
 
 
 def test_the_first_default_that_applies_is_taken():

@@ -19,7 +19,7 @@ PROBLEM_OPTIONS = (
     "batch", "heads", "kv_heads", "seqlen", "seqlen_kv", "head_dim", "dtype", "causal",
     "window",
 )  # fmt: skip
-_BACKENDS_WITH_TILES = ("cuda", "triton", "cpu")
+_BACKENDS_WITH_TILES = ("cuda", "decode", "triton", "cpu")
 
 _DESCRIPTION = """\
 Find the fastest correct tile for attention problems on this machine and store it where

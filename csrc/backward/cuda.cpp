@@ -13,7 +13,8 @@ const BackwardKernel* find_backward_kernel(long long handle) {
 cudaError_t launch_backward(const BackwardKernel& kernel, const BackwardParams& params, DType dtype,
                             int device, cudaStream_t stream, void* workspace) {
   if (params.attention.head_dim > kernel.tile.head_dim || dtype == DType::float32 ||
-      !kernel.variant.covers(params.attention)) {
+      !kernel.variant.covers(params.attention) ||
+      kernel.variant.softcap != (params.attention.terms.softcap > 0)) {
     return cudaErrorInvalidValue;
   }
   return sm90_backward::launch(kernel.tile, kernel.entries[dtype == DType::bfloat16], params, dtype,

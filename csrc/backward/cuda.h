@@ -22,7 +22,8 @@ struct BackwardKernel {
 const BackwardKernel* find_backward_kernel(long long handle);
 
 // Needs sm90_backward::can_run, 16-bit tensors, and no dimension of 0. `workspace` as
-// sm90_backward::launch wants it. A window needs a local variant: cudaErrorInvalidValue without.
+// sm90_backward::launch wants it. A window needs a local variant, and terms need theirs:
+// cudaErrorInvalidValue without.
 cudaError_t launch_backward(const BackwardKernel& kernel, const BackwardParams& params, DType dtype,
                             int device, cudaStream_t stream, void* workspace);
 

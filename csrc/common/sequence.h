@@ -20,6 +20,8 @@ struct Sequences {
   long long block_table_stride;
   int page_size, num_pages;  // of the table's pages; num_pages is that of k, or its batch
   int total_q, total_k;      // rows of packed tensors
+
+  constexpr bool is_packed() const { return cu_seqlens_q != nullptr; }
 };
 
 // One sequence: its rows, and where they begin in packed tensors (0 in dense ones).

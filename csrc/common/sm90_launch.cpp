@@ -75,6 +75,61 @@ const Device& device_properties(int device) {
   return devices[device & 63];
 }
 
+namespace {
+
+// How many blocks a packed batch has at most.
+long long packed_blocks(int total, int batch, int max_seqlen, int block) {
+  if (block == 0) return 0;
+  const long long by_rows = total / block + std::min(batch, total);
+  return std::min(by_rows, static_cast<long long>(batch) * ((max_seqlen + block - 1) / block));
+}
+
+}  // namespace
+
+Schedule plan_schedule(const AttentionParams& p, int block_queries, int block_keys, void* memory) {
+  const Sequences& s = p.sequences;
+  Schedule schedule{};
+  schedule.block_queries = block_queries, schedule.block_keys = block_keys;
+  schedule.room_queries =
+      static_cast<int>(packed_blocks(s.total_q, p.batch, p.seqlen_q, block_queries));
+  schedule.room_keys = static_cast<int>(packed_blocks(s.total_k, p.batch, p.seqlen_kv, block_keys));
+  schedule.counts = static_cast<int*>(memory);
+  schedule.sequences = reinterpret_cast<PackedBlock*>(schedule.counts + 4);
+  schedule.queries = schedule.sequences + p.batch;
+  schedule.keys = block_keys == 0 ? nullptr : schedule.queries + schedule.room_queries;
+  return schedule;
+}
+
+long long schedule_bytes(const AttentionParams& p, int block_queries, int block_keys) {
+  const Sequences& s = p.sequences;
+  const long long blocks = packed_blocks(s.total_q, p.batch, p.seqlen_q, block_queries) +
+                           packed_blocks(s.total_k, p.batch, p.seqlen_kv, block_keys);
+  return 16 + (p.batch + blocks) * static_cast<long long>(sizeof(PackedBlock));
+}
+
+cudaError_t launch_schedule(const AttentionParams& p, const Schedule& schedule,
+                            cudaStream_t stream) {
+  ScheduleParams params{p.sequences, p.batch, p.seqlen_q, p.seqlen_kv, schedule};
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(schedule_entry, dim3(1), dim3(SCHEDULE_THREADS), arguments,
+                          SCHEDULE_SMEM_BYTES, stream);
+}
+
+cudaError_t launch_overlapping(const void* kernel, long long grid, int threads, int smem_bytes,
+                               void** arguments, cudaStream_t stream) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
 // Per device and kernel, and costs a driver call: once only.
 cudaError_t allow_smem(const void* kernel, int bytes, int device) {
   static std::mutex mutex;

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "common/params.h"
+#include "common/schedule.h"
 #include "ptx/tensor_map.h"
 
 namespace flashmoe::sm90 {
@@ -16,17 +17,50 @@ struct TensorView {
   int batch, seqlen, heads, head_dim;
 };
 
+// A packed tensor (total, heads, head_dim), whose batches are its rows once more, and whose base
+// lies `total` rows before: row i of a sequence that begins at `begin` and has `rows` is row
+// total - rows + i of "batch" begin + rows. So the bounds of the second dimension cut the
+// sequence's end, and boxes of it neither read nor write what follows. (As in quack and Triton's
+// ragged_tma.)
+inline TensorView packed_view(const void* data, long long row_stride, long long head_stride,
+                              int total, int heads, int head_dim) {
+  if (total == 1) row_stride = 8;  // of a single row it may be anything
+  const char* base = static_cast<const char*>(data) - 2 * row_stride * total;
+  return {base, row_stride, row_stride, head_stride, total + 1, total, heads, head_dim};
+}
+
+// Tensors that are laid out like q, and like k.
+inline TensorView queries_view(const AttentionParams& p, const void* data, long long batch_stride,
+                               long long row_stride, long long head_stride) {
+  if (p.sequences.is_packed()) {
+    const int total = p.sequences.total_q;
+    return packed_view(data, row_stride, head_stride, total, p.heads_q, p.head_dim);
+  }
+  return {data, batch_stride, row_stride, head_stride, p.batch, p.seqlen_q, p.heads_q, p.head_dim};
+}
+inline TensorView keys_view(const AttentionParams& p, const void* data, long long batch_stride,
+                            long long row_stride, long long head_stride) {
+  if (p.sequences.is_packed()) {
+    const int total = p.sequences.total_k;
+    // Keys that do not exist have no address.
+    if (total == 0) data = p.q;
+    return packed_view(data, row_stride, head_stride, total, p.heads_kv, p.head_dim);
+  }
+  return {data,    batch_stride, row_stride, head_stride,
+          p.batch, p.seqlen_kv,  p.heads_kv, p.head_dim};
+}
+
 inline TensorView q_view(const AttentionParams& p) {
-  return {p.q,     p.q_batch_stride, p.q_row_stride, p.q_head_stride,
-          p.batch, p.seqlen_q,       p.heads_q,      p.head_dim};
+  return queries_view(p, p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride);
 }
 inline TensorView k_view(const AttentionParams& p) {
-  return {p.k,     p.k_batch_stride, p.k_row_stride, p.k_head_stride,
-          p.batch, p.seqlen_kv,      p.heads_kv,     p.head_dim};
+  return keys_view(p, p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride);
 }
 inline TensorView v_view(const AttentionParams& p) {
-  return {p.v,     p.v_batch_stride, p.v_row_stride, p.v_head_stride,
-          p.batch, p.seqlen_kv,      p.heads_kv,     p.head_dim};
+  return keys_view(p, p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
+}
+inline TensorView out_view(const AttentionParams& p) {
+  return queries_view(p, p.out, p.o_batch_stride, p.o_row_stride, p.o_head_stride);
 }
 
 // Whether the TMA can fetch it: aligned to 16 bytes, at positive strides that are.
@@ -39,6 +73,22 @@ struct Device {
   int sm_count = 0, l2_bytes = 0;
 };
 const Device& device_properties(int device);
+
+// A Schedule of p's packed batch in `memory`, by blocks of so many queries and keys (0: these are
+// not listed); and the bytes that it takes there, a multiple of 16.
+Schedule plan_schedule(const AttentionParams& p, int block_queries, int block_keys, void* memory);
+long long schedule_bytes(const AttentionParams& p, int block_queries, int block_keys);
+
+// The kernel that fills it, list_blocks of common/schedule.cuh: its address.
+extern const void* const schedule_entry;
+
+// Launches that. What reads the schedule may be launched to overlap it, and waits for it.
+cudaError_t launch_schedule(const AttentionParams& p, const Schedule& schedule,
+                            cudaStream_t stream);
+
+// Launches a kernel that may begin while the one before it ends.
+cudaError_t launch_overlapping(const void* kernel, long long grid, int threads, int smem_bytes,
+                               void** arguments, cudaStream_t stream);
 
 // Opts a kernel in to more than 48 KiB of shared memory.
 cudaError_t allow_smem(const void* kernel, int bytes, int device);

@@ -18,9 +18,9 @@ struct Variant {
     const Sequences& s = p.sequences;
     return (local || !p.mask.is_local()) && (softcap || p.terms.softcap == 0) &&
            (alibi || p.terms.alibi_slopes == nullptr) && (sink || p.terms.sinks == nullptr) &&
-           (packed ||
-            (s.cu_seqlens_q == nullptr && s.cu_seqlens_k == nullptr && s.seqused_k == nullptr)) &&
-           s.leftpad_k == nullptr && s.cache_batch_idx == nullptr && s.block_table == nullptr;
+           packed == s.is_packed() && packed == (s.cu_seqlens_k != nullptr) &&
+           (packed || s.seqused_k == nullptr) && s.leftpad_k == nullptr &&
+           s.cache_batch_idx == nullptr && s.block_table == nullptr;
   }
 };
 

@@ -26,12 +26,12 @@ bool rows_aligned(const AttentionParams& p) {
          aligned(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
 }
 
-// The first sm80 kernel of the smallest head_dim that holds this one.
-const Kernel* sm80_default(int head_dim) {
+// The first sm80 kernel of the smallest head_dim that computes the call.
+const Kernel* sm80_default(const AttentionParams& params) {
   const Kernel* found = nullptr;
   for (const Kernel& kernel : compiled_kernels()) {
-    if (kernel.launch != nullptr && kernel.head_dim >= head_dim &&
-        (found == nullptr || kernel.head_dim < found->head_dim)) {
+    if (kernel.launch != nullptr && kernel.head_dim >= params.head_dim &&
+        kernel.variant.covers(params) && (found == nullptr || kernel.head_dim < found->head_dim)) {
       found = &kernel;
     }
   }
@@ -69,27 +69,36 @@ long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, 
   return static_cast<long long>(compiled_kernels().size() + loaded_kernels.size()) - 1;
 }
 
+long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params) {
+  return kernel.launch != nullptr ? 0 : sm90::workspace_bytes(kernel.tile, params);
+}
+
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
-                           int device, cudaStream_t stream) {
+                           int device, cudaStream_t stream, void* workspace) {
+  // Hopper's kernels with softcap have no way to do without.
+  const bool uncapped = kernel.launch == nullptr && kernel.variant.softcap;
   if (params.head_dim > kernel.head_dim || dtype == DType::float32 ||
-      !kernel.variant.covers(params)) {
+      !kernel.variant.covers(params) || (uncapped && params.terms.softcap == 0)) {
     return cudaErrorInvalidValue;
   }
   if (kernel.launch != nullptr) {
     const auto launch = rows_aligned(params) ? kernel.launch : kernel.launch_unaligned;
     return launch(params, dtype, device, stream);
   }
+  const bool packed = params.sequences.is_packed();
   // Keys that do not exist have no address to describe to the TMA.
-  if (params.seqlen_kv == 0 || !sm90::can_run(params)) {
-    const Kernel* fallback = sm80_default(params.head_dim);
+  if ((params.seqlen_kv == 0 && !packed) || !sm90::can_run(params)) {
+    const Kernel* fallback = sm80_default(params);
     if (fallback == nullptr) return cudaErrorNotSupported;
-    return launch_forward(*fallback, params, dtype, device, stream);
+    return launch_forward(*fallback, params, dtype, device, stream, nullptr);
   }
   const void* entry = kernel.entries[dtype == DType::bfloat16];
   if (entry == nullptr) return cudaErrorInvalidValue;
-  // Only blocks of rows that differ in length are drawn from a counter.
-  unsigned* counter = params.mask.is_full() ? nullptr : sm90::next_counter(device, stream);
-  return sm90::launch(kernel.tile, entry, params, dtype, device, stream, counter);
+  // Only blocks of rows that differ in length are drawn from a counter. Packed batches have one in
+  // their workspace.
+  const bool draws = !packed && !params.mask.is_full();
+  unsigned* counter = draws ? sm90::next_counter(device, stream) : nullptr;
+  return sm90::launch(kernel.tile, entry, params, dtype, device, stream, counter, workspace);
 }
 
 }  // namespace flashmoe

@@ -34,10 +34,14 @@ const Kernel* find_kernel(long long handle);
 // when the CUDA runtime cannot load it.
 long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, DType dtype);
 
-// Launches `kernel`, or the default sm80 kernel where the TMA cannot fetch the tensors. Needs
-// batch, heads_q and seqlen_q above 0. A window needs a local variant: cudaErrorInvalidValue
-// without.
+// Bytes of device memory that a launch needs besides its tensors: for a packed batch.
+long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params);
+
+// Launches `kernel`, or the default sm80 kernel where the TMA cannot fetch the tensors, unless they
+// are packed: cudaErrorNotSupported. Needs batch, heads_q and seqlen_q above 0, and a `workspace`
+// of forward_workspace_bytes, aligned to 16. A window needs a local variant, terms and packed
+// batches need theirs: cudaErrorInvalidValue without.
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
-                           int device, cudaStream_t stream);
+                           int device, cudaStream_t stream, void* workspace);
 
 }  // namespace flashmoe

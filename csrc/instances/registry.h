@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backward/cuda.h"
+#include "decode/cuda.h"
 #include "forward/cuda.h"
 #endif
 
@@ -15,6 +16,8 @@ namespace flashmoe {
 const std::vector<Kernel>& compiled_kernels();
 // In the order of its backward_instances.
 const std::vector<BackwardKernel>& compiled_backward_kernels();
+// In the order of its decode_instances.
+const std::vector<DecodeKernel>& compiled_decode_kernels();
 #endif
 
 extern const char build_info[];  // JSON: see flashmoe/_extension.py

@@ -33,8 +33,22 @@ __device__ __forceinline__ void st_shared_v4(unsigned dst_smem, int4 x) {
                : "memory");
 }
 
+__device__ __forceinline__ void st_shared_v2(unsigned dst_smem, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(dst_smem), "f"(x.x), "f"(x.y) : "memory");
+}
+
 __device__ __forceinline__ void st_shared_b32(unsigned dst_smem, unsigned x) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(dst_smem), "r"(x) : "memory");
+}
+
+// Past L1: what a kernel before has written, where the compiler may not know it.
+__device__ __forceinline__ int4 ld_global_cg_v4(const void* src_gmem) {
+  int4 x;
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(src_gmem)
+               : "memory");
+  return x;
 }
 
 // Predicated, where the compiler would branch.

@@ -110,6 +110,18 @@ __device__ __forceinline__ float lg2_approx_ftz(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// On the MUFU, off by 2^-11 of the result at most; -1 and 1 of infinities.
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// a * b + c, clamped to 0 to 1.
+__device__ __forceinline__ float fma_sat(float a, float b, float c) {
+  float y;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+  return y;
+}
 // 2^x on the MUFU; ex2(-inf) is exactly 0.
 __device__ __forceinline__ float ex2_approx_ftz(float x) {
   float y;

@@ -63,6 +63,7 @@ def _packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """_attention_backward of each sequence, whose lengths are read on the host. What is in no
     sequence gets 0."""
+    assert call.sequences.cu_seqlens_q is not None, "the blocked backward needs a packed q, too"
     gradients = _zeros(call.q), _zeros(call.k), _zeros(call.v)
     slopes = call.terms.alibi_slopes
     for index, (q_begin, k_begin, seqlen_q, seqlen_kv) in enumerate(sequences_of(call)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -16,13 +17,15 @@ from flashmoe.machine.device import Arch
 from flashmoe.machine.environment import variable
 from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved
-from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile, Variant, grid, sm90_head_dim
+from flashmoe.spec.mask import causal_if
+from flashmoe.spec.problem import TERMS, Problem
+from flashmoe.tiles import PLAIN, Tile, Variant, grid, sm90_head_dim
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
 _bwd = torch.ops.flashmoe.bwd_cuda.default
 
+_FEATURES = frozenset({"window", "packed", *TERMS})
 _SM90_SPACE = {
     "block_m": (64, 128, 192, 256),
     "block_n": tuple(range(32, 257, 16)),
@@ -38,7 +41,7 @@ _SM90_SPACE = {
 
 class CudaBackend(Backend):
     name = "cuda"
-    features: ClassVar[Features] = {"fwd": frozenset({"window"}), "bwd": frozenset({"window"})}
+    features: ClassVar[Features] = {"fwd": _FEATURES, "bwd": _FEATURES}
     repeats = False  # dQ is added up by atomics
 
     def unavailable(self, device: torch.device) -> str:
@@ -54,14 +57,25 @@ class CudaBackend(Backend):
             return missing
         if problem.direction == "bwd" and arch.capability[0] != 9:
             return "has a backward kernel for compute capability 9.x only"
-        if not _compiled_in(problem, arch):
-            return f"no tile is compiled in for {problem.dtype}, head_dim {problem.head_dim}"
+        if not _compiled_in(problem, arch) and not _compiles(problem, arch):
+            kind = " ".join((problem.dtype, *Variant.of(problem).names))
+            return f"no tile is compiled in for {kind}, head_dim {problem.head_dim}"
         return ""
 
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         """The compiled-in one that is predicted to be fastest; where nothing is predicted, the
-        first one listed in csrc/instances for the head dimension that fits this GPU."""
+        first one listed in csrc/instances for the head dimension that fits this GPU. Where Hopper's
+        kernel is compiled in without the problem's terms, window or lengths alone: what is the
+        default without them, to be compiled when it is first used."""
         compiled = _compiled_in(problem, arch)
+        if not _has_sm90(compiled) and _compiles(problem, arch):
+            if problem.terms:
+                less = replace(problem, terms=())
+            elif problem.mask.is_local:
+                less = replace(problem, mask=causal_if(problem.mask.right >= 0))
+            else:
+                less = replace(problem, layout="dense")
+            return self.default_tile(less, arch)
         times = {tile: self.predicted(tile, problem, arch) for tile in compiled}
         known = {tile: time for tile, time in times.items() if time is not None}
         return min(known, key=known.__getitem__) if known else compiled[0]
@@ -78,13 +92,8 @@ class CudaBackend(Backend):
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         """On Hopper every legal tile of its kernel where they can be compiled; otherwise those that
         are compiled in."""
-        compiled = _compiled_in(problem, arch)
-        if (
-            problem.direction == "bwd"
-            or not any(tile.kernel == "sm90" for tile in compiled)
-            or jit.unavailable()
-        ):
-            return compiled
+        if not _compiles(problem, arch):
+            return _compiled_in(problem, arch)
         return list(_legal_sm90(sm90_head_dim(problem.head_dim), arch))
 
     def reasons(self, problem: Problem, arch: Arch) -> Mapping[Tile, str]:
@@ -136,20 +145,38 @@ class CudaBackend(Backend):
             result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle)
             return result
 
-        return run
+        def run_with_terms(call: Call) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle, *call.terms)
+            return result
+
+        def run_packed(call: Call) -> tuple[Tensor, Tensor]:
+            options = (*call.terms, *call.sequences)
+            result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle, *options)
+            return result
+
+        if problem.layout == "packed":
+            return run_packed
+        return run_with_terms if problem.terms else run
 
     def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
         """dK and dV are the same bits every time; dQ is added to by atomics, in any order."""
         assert tile is not None, "the cuda backward needs a tile"
         handle = _compiled_handle(tile, problem.head_dim, Variant.of(problem))
         assert handle is not None, f"{tile} is not compiled in"
-        left, right = problem.mask.left, problem.mask.right
+        left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
+        packed = problem.layout == "packed"
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             q, k, v, softmax_scale = call[:4]
             dout, out, lse, dlse = saved
             arguments = (dout, q, k, v, out, lse, dlse, softmax_scale, left, right, handle)
-            result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments)
+            # Sinks are a part of softmax_lse.
+            options = call.terms[:2] if has_terms or packed else ()
+            if packed:
+                s = call.sequences
+                lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)
+                options = (*options, *lengths, s.max_seqlen_q, s.max_seqlen_k)
+            result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments, *options)
             return result
 
         return run
@@ -163,9 +190,22 @@ def _instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | No
     return min(held, default=None)
 
 
-def _compiled_in(problem: Problem, arch: Arch) -> list[Tile]:
-    """The legal tiles in the binary, Hopper's first."""
-    info, variant = _extension.load(), Variant.of(problem)
+def _has_sm90(tiles: list[Tile]) -> bool:
+    return any(tile.kernel == "sm90" for tile in tiles)
+
+
+def _compiles(problem: Problem, arch: Arch) -> bool:
+    """Whether tiles of Hopper's forward can be compiled here, of any variant."""
+    return (
+        problem.direction == "fwd"
+        and _has_sm90(_compiled_in(problem, arch, PLAIN))
+        and not jit.unavailable()
+    )
+
+
+def _compiled_in(problem: Problem, arch: Arch, variant: Variant | None = None) -> list[Tile]:
+    """The legal tiles in the binary, Hopper's first, of the problem's variant or another."""
+    info, variant = _extension.load(), variant or Variant.of(problem)
     backward = problem.direction == "bwd"
     instances = info.backward_instances if backward else info.instances
     held = [

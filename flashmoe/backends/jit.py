@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -53,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_s
 _DIGEST_BYTES = 32
 _INSTALL = "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime"
 _compiler_lock = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 class Target(NamedTuple):
@@ -107,6 +109,9 @@ def cubin(target: Target) -> bytes:
     code = _cached(target)
     if code is None:
         chosen = _chosen_compiler()
+        names = " ".join((target.dtype, *target.variant.names))
+        told = "compiling %s for head_dim %d, %s: it takes seconds, and is kept"
+        _log.warning(told, target.tile, target.head_dim, names)
         code = chosen.compile(source(target))
         try:
             _keep(code, _path(target, chosen))

@@ -281,16 +281,13 @@ def _saved(dout: Tensor | None, out: Tensor, lse: Tensor, dlse: Tensor | None) -
 def _sinks_gradient(call: Call, saved: Saved) -> Tensor:
     """(heads_q,): a sink is a score whose value is 0, so of its probability p it has the gradient
     p * (0 - (sum of out * dout - dlse)) in every row."""
-    sinks, cu_seqlens_q = call.terms.sinks, call.sequences.cu_seqlens_q
+    sinks = call.terms.sinks
     assert sinks is not None
     dout, out, lse, dlse = saved
     gain = torch.linalg.vecdot(dout.float(), out.float()).transpose(-1, -2)
     if dlse is not None:
         gain = gain - dlse
     hidden = lse == float("-inf")
-    if cu_seqlens_q is not None:  # a row of no sequence may hold anything
-        row = torch.arange(lse.shape[-1], device=lse.device)
-        hidden = hidden | (row < cu_seqlens_q[0]) | (row >= cu_seqlens_q[-1])
     each = (gain * torch.exp(sinks.unsqueeze(-1) - lse)).masked_fill(hidden, 0.0)
     gradient: Tensor = -each.transpose(-1, -2).flatten(0, -2).sum(0)
     return gradient

@@ -71,11 +71,11 @@ def sequences_reference(
     q, terms = call.q, call.terms
     packed = call.sequences.cu_seqlens_q is not None
     k_rows, v_rows = (x.flatten(0, -3) for x in (call.k, call.v))
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    out = torch.zeros((*q.shape[:-1], call.v.shape[-1]), dtype=dtype, device=q.device)
     lse = out.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -torch.inf)
     for index, sequence in enumerate(sequences_of(call)):
         rows = slice(sequence.q_begin, sequence.q_begin + sequence.seqlen_q)
-        keys = _rows_of_keys(call, index, sequence)
+        keys = rows_of_keys(call, index, sequence)
         slopes = terms.alibi_slopes
         one_out, one_lse = attention_reference(
             (q if packed else q[index])[rows].unsqueeze(0),
@@ -93,8 +93,9 @@ def sequences_reference(
     return out, lse
 
 
-def _rows_of_keys(call: Call, index: int, sequence: Sequence) -> Tensor:
-    """Which rows of k, whose batches or pages are one behind the other, hold a sequence's keys."""
+def rows_of_keys(call: Call, index: int, sequence: Sequence) -> Tensor:
+    """Which rows of k.flatten(0, -3), batches or pages one behind the other, hold the keys of
+    `sequence`, which is sequences_of(call)[index]."""
     k, s = call.k, call.sequences
     keys = torch.arange(sequence.seqlen_kv, device=k.device) + sequence.k_begin
     if s.cu_seqlens_k is not None:

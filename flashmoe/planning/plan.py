@@ -25,8 +25,9 @@ from flashmoe.tiles import Tile
 # mma.sync: at 3e10 FLOP a forward takes about 0.1 ms on an H200, which is what one launch costs the
 # host (85 to 130 us, the cuda kernel 15 us).
 _TRITON_FLOPS = 3e10
-# Below so many queries a block of rows is mostly empty, and no kernel of ours splits the keys over
-# blocks yet: at (16, 32 heads over 8, 1 x 8192, 128) sm80 takes 0.74 ms on an H200, SDPA 0.13.
+# Below so many queries a block of rows is mostly empty, and kernels that do not split the keys
+# leave most of a GPU idle: at (16, 32 heads over 8, 1 x 8192, 128) sm80 takes 0.74 ms on an H200,
+# SDPA 0.13.
 _DECODE_SEQLEN_Q = 16
 # On a CPU our kernel loses only in float32 (of 16-bit keys SDPA makes float32 ones first) with one
 # query head for each of K's (where more share a tile of K, we win), and for a query or two. On 2
@@ -162,14 +163,16 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
         if (need_lse and name == "sdpa") or why_not(name, problem, device):
             continue
         backend = BACKENDS[name]
-        tiles: Sequence[Tile | None] = backend.compiled_in(problem, here) or [None]
+        tiles: Sequence[Tile | None] = backend.compiled_in(problem, here)
+        if (default := backend.default_tile(problem, here)) not in tiles:
+            tiles = [default]  # to be compiled
         if _decodes(problem):
             tiles = []
         times = [(tile, backend.predicted(tile, problem, here)) for tile in tiles]
         found = {Candidate(name, tile, time): time for tile, time in times if time is not None}
         known |= found
         if not found:
-            unknown.append(Candidate(name, backend.default_tile(problem, here)))
+            unknown.append(Candidate(name, default))
     first = fastest(known) if known else None
     return [*sorted(known, key=lambda c: (c != first, known[c])), *unknown]
 
@@ -188,8 +191,10 @@ def _preference(problem: Problem, here: Arch) -> list[str]:
     # In float32 only triton's forward is left, at 16 to 49 % of SDPA's speed in five problems of
     # 128 to 2048 tokens, causal or not, head_dim 64 and 128 (H100, benchmarks/results/
     # tuned-nvidia-h100.json).
-    if problem.direction == "fwd" and (_decodes(problem) or problem.dtype == "float32"):
+    if problem.direction == "fwd" and problem.dtype == "float32":
         return sorted(BACKENDS, key=lambda name: name != "sdpa")
+    if problem.direction == "fwd" and _decodes(problem):
+        return sorted(BACKENDS, key=lambda name: (name != "decode", name != "sdpa"))
     if (
         here.capability >= (9, 0)
         and problem.flops >= _TRITON_FLOPS
@@ -218,9 +223,10 @@ def _cpu_decodes(problem: Problem) -> bool:
 
 
 def _has_sm90(problem: Problem, here: Arch) -> bool:
-    """Whether a Hopper kernel is compiled in, in the problem's direction."""
-    compiled = BACKENDS["cuda"].compiled_in(problem, here)
-    return any(tile.kernel.startswith("sm90") for tile in compiled)
+    """Whether it is a Hopper kernel that the cuda backend would take."""
+    cuda = BACKENDS["cuda"]
+    tile = None if cuda.unsupported(problem, here) else cuda.default_tile(problem, here)
+    return tile is not None and tile.kernel.startswith("sm90")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashmoe.tiles.decode import DECODE_HEAD_DIMS, decode_smem_bytes
 from flashmoe.tiles.sm80 import SM80_HEAD_DIMS, instance_head_dim, sm80_smem_bytes
 from flashmoe.tiles.sm90 import sm90_head_dim, sm90_registers, sm90_smem_bytes
 from flashmoe.tiles.sm90_bwd import SM90_BWD_HEAD_DIMS, sm90_bwd_smem_bytes
@@ -10,11 +11,13 @@ from flashmoe.tiles.triton import triton_head_dim, triton_registers, triton_smem
 from flashmoe.tiles.variant import PLAIN, Variant
 
 __all__ = [
+    "DECODE_HEAD_DIMS",
     "PLAIN",
     "SM80_HEAD_DIMS",
     "SM90_BWD_HEAD_DIMS",
     "Tile",
     "Variant",
+    "decode_smem_bytes",
     "grid",
     "instance_head_dim",
     "sm80_smem_bytes",

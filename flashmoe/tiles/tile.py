@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from flashmoe.machine.device import Arch
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import cpu, sm80, sm90, sm90_bwd, triton
+from flashmoe.tiles import cpu, decode, sm80, sm90, sm90_bwd, triton
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One configuration of one kernel. `kernel` is one of cpu, sm80, sm90, sm90_bwd, triton. A tile
-    handles block_m query rows by block_n keys a step, with num_stages K/V buffers in flight.
+    """One configuration of one kernel. `kernel` is one of cpu, decode, sm80, sm90, sm90_bwd,
+    triton. A tile handles block_m query rows by block_n keys a step, with num_stages K/V buffers in
+    flight. Rows of decode are (query, head of a group) pairs.
 
     num_warps: warps a thread block. tma: operands are fetched by the tensor memory accelerator,
     where alignment allows it. q_stages: buffers of Q. pingpong: groups of 64 rows take turns at the
@@ -115,14 +116,14 @@ def _default(name: str) -> Any:
 
 
 _OPTIONS = (
-    _Option("num_stages", "stages", ("cpu", "sm80", "sm90", "sm90_bwd", "triton")),
-    _Option("num_warps", "warps", ("cpu", "sm80", "triton")),
+    _Option("num_stages", "stages", ("cpu", "decode", "sm80", "sm90", "sm90_bwd", "triton")),
+    _Option("num_warps", "warps", ("cpu", "decode", "sm80", "triton")),
     _Option("tma", "tma", ("triton",)),
     _Option("q_stages", "q", ("sm90",)),
     _Option("pingpong", "pingpong", ("sm90",)),
     _Option("q_in_registers", "qreg", ("sm90",)),
     _Option("exp2_fma", "fma", ("sm90",)),
-    _Option("ctas_per_sm", "ctas", ("sm90",)),
+    _Option("ctas_per_sm", "ctas", ("decode", "sm90")),
     _Option("serial", "serial", ("sm90",)),
     _Option("do_stages", "do", ("sm90_bwd",)),
     _Option("ds_stages", "ds", ("sm90_bwd",)),
@@ -135,6 +136,7 @@ _SYNTAX = "".join(f"[-{o.text}{'' if o.is_flag else o.text[0].upper()}]" for o i
 
 _RULES: dict[str, Callable[[Tile, Arch, Problem], Iterator[str]]] = {
     "cpu": cpu.rules,
+    "decode": decode.rules,
     "sm80": sm80.rules,
     "sm90": sm90.rules,
     "sm90_bwd": sm90_bwd.rules,

@@ -24,8 +24,8 @@ class Variant:
 
     @classmethod
     def of(cls, problem: Problem) -> Variant:
-        """The one that computes a problem."""
-        terms = dict.fromkeys(problem.terms, True)
+        """The one that computes a problem. To a backward sinks are a part of softmax_lse."""
+        terms = {x: True for x in problem.terms if x != "sink" or problem.direction == "fwd"}
         return cls(local=problem.mask.is_local, packed=problem.layout == "packed", **terms)
 
     @classmethod

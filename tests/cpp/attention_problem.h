@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/common/variant.h"
 #include "attention_reference.h"
 #include "emulator/include/cuda_runtime.h"
 
@@ -20,19 +21,67 @@ namespace flashmoe {
 struct Problem {
   int batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim;
   Mask mask;
+  float softcap;
+  bool alibi, sink;
 
   std::string text() const {
     std::string text;
     for (const int n : {batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim}) {
       text += std::to_string(n) + " ";
     }
-    return text + "window " + std::to_string(mask.left) + " " + std::to_string(mask.right);
+    text += "window " + std::to_string(mask.left) + " " + std::to_string(mask.right);
+    if (softcap > 0) text += ", softcap " + std::to_string(softcap);
+    return text + (alibi ? ", alibi" : "") + (sink ? ", sinks" : "");
   }
 };
 
+// Slopes and sinks of a problem: its last one is the last that may be read.
+class RandomTerms {
+ public:
+  RandomTerms(const Problem& x, std::mt19937_64& random)
+      : softcap_(x.softcap),
+        by_batch_(random() % 2 ? x.heads_q : 0),
+        slopes_(fill(x.alibi ? (by_batch_ ? x.batch : 1) * x.heads_q : 0,
+                     [&] {
+                       // Usual ones; a few that leave a row little but its own key; and growth.
+                       const int kind = static_cast<int>(random() % 8);
+                       return kind == 0   ? 40.f
+                              : kind == 1 ? -0.25f
+                                          : std::ldexp(1.f, -static_cast<int>(random() % 9));
+                     })),
+        sinks_(fill(x.sink ? x.heads_q : 0, [&] {
+          const float far[] = {-INFINITY, -300, 300};
+          std::normal_distribution<float> normal;
+          return random() % 4 == 0 ? far[random() % 3] : 3 * normal(random);
+        })) {}
+
+  Terms get() const {
+    return {softcap_, reinterpret_cast<const float*>(slopes_.size() ? slopes_.data() : nullptr),
+            by_batch_, reinterpret_cast<const float*>(sinks_.size() ? sinks_.data() : nullptr)};
+  }
+
+ private:
+  struct Floats : GuardedBytes {
+    Floats(int count, const std::function<float()>& value) : GuardedBytes(4u * count) {
+      for (int i = 0; i < count; ++i) {
+        const float x = value();
+        std::memcpy(data() + 4 * i, &x, 4);
+      }
+    }
+  };
+  static Floats fill(int count, const std::function<float()>& value) { return {count, value}; }
+  float softcap_;
+  long long by_batch_;
+  Floats slopes_, sinks_;
+};
+
+// By how much the tanh of softcap may be off.
+inline double cap_error(const Terms& terms) { return terms.softcap * 0x1p-11; }
+
 // What is wrong with out and softmax_lse, or nothing.
 inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
-                           const std::vector<float>& lse, float scale, Mask mask) {
+                           const std::vector<float>& lse, float scale, Mask mask,
+                           const Terms& terms = {}) {
   Tensor magnitude(v.dtype, v.batch, v.seqlen, v.heads, v.head_dim, 0, false);
   for (int b = 0; b < v.batch; ++b)
     for (int s = 0; s < v.seqlen; ++s)
@@ -41,24 +90,25 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
           magnitude.set(b, s, h, d, std::fabs(v.get(b, s, h, d)));
   std::vector<int> order(q.head_dim);
   std::iota(order.begin(), order.end(), 0);
-  const auto want = reference<double>(q, k, v, scale, mask, order);
+  const auto want = reference<double>(q, k, v, scale, mask, order, terms);
   // P and O are rounded to the dtype: relative to the terms of the sum, not to the sum.
-  const auto terms = reference<double>(q, k, magnitude, scale, mask, order);
+  const auto summands = reference<double>(q, k, magnitude, scale, mask, order, terms);
   const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
   for (size_t r = 0; r < want.lse.size(); ++r) {
     const int i = r % q.seqlen, h = r / q.seqlen % q.heads, b = r / q.seqlen / q.heads;
     const std::string where =
         "batch " + std::to_string(b) + ", head " + std::to_string(h) + ", row " + std::to_string(i);
     const bool empty = want.lse[r] == -INFINITY;
-    if (!(empty
-              ? lse[r] == want.lse[r]
-              : std::fabs(lse[r] - want.lse[r]) <= std::max(1e-4, 1e-6 * std::fabs(want.lse[r])))) {
+    if (!(empty ? lse[r] == want.lse[r]
+                : std::fabs(lse[r] - want.lse[r]) <=
+                      std::max(1e-4, 1e-6 * std::fabs(want.lse[r])) + cap_error(terms))) {
       return where + ": softmax_lse " + std::to_string(lse[r]) + ", not " +
              std::to_string(want.lse[r]);
     }
     for (int d = 0; d < q.head_dim; ++d) {
       const double got = out.get(b, i, h, d), wanted = want.out[r * q.head_dim + d];
-      const double allowed = empty ? 0 : 2 * unit * terms.out[r * q.head_dim + d] + 1e-6;
+      const double summed = summands.out[r * q.head_dim + d];
+      const double allowed = summed == 0 ? 0 : 2 * (unit + cap_error(terms)) * summed + 1e-6;
       if (!(std::fabs(got - wanted) <= allowed)) {
         return where + ", column " + std::to_string(d) + ": " + std::to_string(got) + ", not " +
                std::to_string(wanted);
@@ -71,9 +121,9 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
   return "";
 }
 
-// Shapes around a tile's, where blocks of rows see all, some or none of the keys; with windows
-// where they are `local`.
-inline Problem random_problem(int head_dim, int block_m, int block_n, bool local,
+// Shapes around a tile's, where blocks of rows see all, some or none of the keys; with windows and
+// terms where the variant has them.
+inline Problem random_problem(int head_dim, int block_m, int block_n, Variant variant,
                               std::mt19937_64& random) {
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
   Problem x;
@@ -85,7 +135,14 @@ inline Problem random_problem(int head_dim, int block_m, int block_n, bool local
   x.seqlen_q = 1 + below(3 * block_m);
   x.seqlen_kv = 1 + below(4 * block_n);
   if (below(2) == 0) x.seqlen_q = x.seqlen_kv;
-  if (local) {
+  x.softcap = 0;
+  if (variant.softcap) {
+    const float caps[] = {0.5f, 4, 30};
+    x.softcap = caps[below(3)];
+  }
+  x.alibi = variant.alibi && below(8) > 0;
+  x.sink = variant.sink && below(8) > 0;
+  if (variant.local) {
     // Narrower than a tile, or several; one side may be open, and may hide nothing.
     const auto limit = [&](int seqlen) {
       return below(4) == 0 ? -1 : below(std::min(seqlen, below(2) ? block_n / 2 : 3 * block_n));
@@ -157,14 +214,18 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
         for (int i = first; i < x.seqlen_kv; ++i) k.set(b, i, h, x.head_dim - 1, -INFINITY);
     }
   }
-  if (random() % 5 == 0) make_extreme(q, k, v, scale, random);
+  // Beside the largest scores float32 has no room for a bias.
+  if (random() % 5 == 0 && !x.alibi) make_extreme(q, k, v, scale, random);
+  const RandomTerms terms(x, random);
   std::fill(out.bytes.begin(), out.bytes.end(), POISON);
   std::vector<float> lse(static_cast<size_t>(x.batch) * x.heads_q * x.seqlen_q, NAN);
 
   fake_device.sm_count = 1 + static_cast<int>(random() % 3);
   fake_device.seed = random();
-  std::string wrong = launch(forward_params(q, k, v, out, lse, scale, x.mask), dtype, random);
-  if (wrong.empty()) wrong = compare(q, k, v, out, lse, scale, x.mask);
+  AttentionParams params = forward_params(q, k, v, out, lse, scale, x.mask);
+  params.terms = terms.get();
+  std::string wrong = launch(params, dtype, random);
+  if (wrong.empty()) wrong = compare(q, k, v, out, lse, scale, x.mask, terms.get());
   if (wrong.empty()) return true;
   std::printf("%s, %s, %s, seed %llu: %s\n", name.c_str(), x.text().c_str(),
               dtype == DType::float16 ? "float16" : "bfloat16",
@@ -190,7 +251,7 @@ int run_all(const Instances& instances, int argc, char** argv) {
     for (const auto& instance : instances) {
       if (std::string(instance.name).find(only) == std::string::npos) continue;
       const Problem x = random_problem(instance.head_dim(), instance.block_m(), instance.block_n(),
-                                       instance.local(), random);
+                                       instance.may(), random);
       failures += !instance.check(x, random());
       ++runs;
     }

@@ -1,5 +1,5 @@
-// The mma.sync forward kernel and its launch, on emulator::run: tiles, shapes, windows and orders
-// of execution.
+// The mma.sync forward kernel and its launch, on emulator::run: tiles, shapes, windows, terms and
+// orders of execution.
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
 #include "attention_problem.h"
@@ -12,13 +12,15 @@ namespace {
 struct Instance {
   const char* name;
   int shape[3];
-  bool aligned, windows;
+  bool aligned, general;
   cudaError_t (*launch)(const AttentionParams&, DType, int, cudaStream_t);
 
   int head_dim() const { return shape[0]; }
   int block_m() const { return shape[1]; }
   int block_n() const { return shape[2]; }
-  bool local() const { return windows; }
+  Variant may() const {
+    return {.local = general, .softcap = general, .alibi = general, .sink = general};
+  }
 
   // Tiles of keys that no row sees become NaN, which would reach every row that visits them.
   void poison_unseen_tiles(const AttentionParams& p) const {
@@ -47,14 +49,13 @@ struct Instance {
   }
 };
 
-// The kernel is the same for problems with windows and without.
-template <typename Tile, bool ALIGNED>
-Instance instance(const char* name, bool windows = false) {
+template <typename Tile, bool ALIGNED, bool GENERAL = false>
+Instance instance(const char* name) {
   return {name,
           {Tile::HEAD_DIM, Tile::BLOCK_M, Tile::BLOCK_N},
           ALIGNED,
-          windows,
-          sm80::launch_dtype<Tile, ALIGNED>};
+          GENERAL,
+          sm80::launch_dtype<Tile, ALIGNED, GENERAL>};
 }
 
 const Instance INSTANCES[] = {
@@ -62,11 +63,10 @@ const Instance INSTANCES[] = {
     instance<Sm80Tile<64, 128, 64, 2, 4>, true>("64:128x64-stages2-warps4"),
     instance<Sm80Tile<96, 64, 16, 3, 4>, true>("96:64x16-stages3-warps4"),
     instance<Sm80Tile<128, 128, 48, 2, 8>, true>("128:128x48-stages2-warps8"),
-    instance<Sm80Tile<64, 64, 64, 1, 4>, false>("64:64x64-stages1-warps4-unaligned"),
-    instance<Sm80Tile<64, 64, 32, 1, 4>, true>("64:64x32-stages1-warps4-local", true),
-    instance<Sm80Tile<64, 128, 64, 2, 4>, true>("64:128x64-stages2-warps4-local", true),
-    instance<Sm80Tile<96, 64, 16, 3, 4>, true>("96:64x16-stages3-warps4-local", true),
-    instance<Sm80Tile<64, 64, 64, 1, 4>, false>("64:64x64-stages1-warps4-unaligned-local", true),
+    instance<Sm80Tile<64, 64, 32, 1, 4>, true, true>("64:64x32-stages1-warps4-general"),
+    instance<Sm80Tile<64, 128, 64, 2, 4>, true, true>("64:128x64-stages2-warps4-general"),
+    instance<Sm80Tile<96, 64, 16, 3, 4>, true, true>("96:64x16-stages3-warps4-general"),
+    instance<Sm80Tile<64, 64, 64, 1, 4>, false, true>("64:64x64-stages1-warps4-general-unaligned"),
 };
 
 }  // namespace

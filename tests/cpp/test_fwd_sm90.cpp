@@ -2,9 +2,9 @@
 // execution.
 #include "emulator/device.h"
 // The kernel, with tests/cpp/emulator/ptx in the place of csrc/ptx.
-#include "attention_problem.h"
 #include "forward/sm90/host.h"
 #include "forward/sm90/kernel.cuh"
+#include "packed_problem.h"
 
 using namespace flashmoe;
 
@@ -24,22 +24,27 @@ struct Instance {
   int head_dim() const { return tile.head_dim; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
-  bool local() const { return variant.local; }
+  Variant may() const { return variant; }
 
   bool check(const Problem& x, uint64_t seed) const {
-    return flashmoe::check(name, x, true, seed, [&](const auto& params, DType dtype, auto& random) {
+    const LaunchForward launch = [&](const auto& params, DType dtype, auto& random) {
       if (!sm90::can_run(params)) return std::string("can_run refuses");
       const auto entry = entries[dtype == DType::bfloat16];
-      fake_device.call = [entry](const void*, void** arguments) {
-        entry(*static_cast<const Sm90Params*>(arguments[0]));
-      };
+      fake_device.call = run_kernel<Sm90Params>;
       unsigned counter = 0;
       unsigned* const given = random() % 4 == 0 ? nullptr : &counter;
+      const GuardedBytes workspace(static_cast<size_t>(sm90::workspace_bytes(tile, params)));
+      std::fill(workspace.begin(), workspace.end(), POISON);
       const cudaError_t error = sm90::launch(tile, reinterpret_cast<const void*>(entry), params,
-                                             dtype, 0, nullptr, given);
+                                             dtype, 0, nullptr, given, workspace.data());
       if (error == cudaSuccess && counter != 0) return std::string("the counter is not left at 0");
       return launch_error(error);
-    });
+    };
+    if (!variant.packed) return flashmoe::check(name, x, true, seed, launch);
+    std::mt19937_64 random(seed);
+    const PackedProblem packed =
+        random_packed_problem(tile.head_dim, tile.block_m, tile.block_n, variant, true, random);
+    return check_packed(name, packed, random(), launch);
   }
 };
 
@@ -50,7 +55,10 @@ Instance instance(const char* name) {
       name, TILE, VARIANT, {kernel<__half, TILE, VARIANT>, kernel<__nv_bfloat16, TILE, VARIANT>}};
 }
 
-constexpr Variant LOCAL{.local = true};
+constexpr Variant LOCAL{.local = true}, SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
+    SINK{.sink = true}, ALL{.local = true, .softcap = true, .alibi = true, .sink = true};
+constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true},
+    ALL_PACKED{.local = true, .softcap = true, .alibi = true, .sink = true, .packed = true};
 
 // head_dim, block_m, block_n, num_stages, q_stages, pingpong, q_in_registers, exp2_fma,
 // ctas_per_sm, serial
@@ -79,6 +87,42 @@ const Instance INSTANCES[] = {
     instance<{64, 256, 32, 4, 2, true, false, 0, 1, false}, LOCAL>(
         "64:256x32-stages4-q2-pingpong-local"),
     instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, LOCAL>("128:64x80-stages2-q2-local"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}, SOFTCAP>(
+        "64:128x64-stages2-pingpong-softcap"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, SOFTCAP>(
+        "64:192x32-stages3-q2-pingpong-fma5-softcap"),
+    instance<{80, 256, 64, 3, 1, false, false, 0, 1, true}, SOFTCAP>(
+        "80:256x64-stages3-serial-softcap"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}, ALIBI>(
+        "64:128x64-stages2-pingpong-alibi"),
+    instance<{80, 128, 32, 4, 1, true, true, 0, 1, true}, ALIBI>(
+        "80:128x32-stages4-pingpong-qreg-serial-alibi"),
+    instance<{64, 256, 48, 2, 2, false, false, 0, 1, true}, SINK>(
+        "64:256x48-stages2-q2-serial-sink"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, SINK>("64:128x64-stages2-qreg-sink"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, ALL>("64:128x64-stages2-qreg-all"),
+    instance<{96, 256, 64, 3, 2, true, false, 0, 1, true}, ALL>(
+        "96:256x64-stages3-q2-pingpong-serial-all"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, ALL>("128:64x80-stages2-q2-all"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, ALL>(
+        "64:192x32-stages3-q2-pingpong-fma5-all"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}, PACKED>(
+        "64:128x64-stages2-pingpong-packed"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, PACKED>(
+        "64:192x32-stages3-q2-pingpong-fma5-packed"),
+    instance<{80, 128, 32, 4, 1, true, true, 0, 1, true}, PACKED>(
+        "80:128x32-stages4-pingpong-qreg-serial-packed"),
+    instance<{64, 256, 48, 2, 2, false, false, 0, 1, true}, PACKED>(
+        "64:256x48-stages2-q2-serial-packed"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, PACKED>("128:64x80-stages2-q2-packed"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, LOCAL_PACKED>(
+        "64:192x32-stages3-q2-pingpong-fma5-local-packed"),
+    instance<{80, 256, 64, 3, 1, false, false, 0, 1, true}, LOCAL_PACKED>(
+        "80:256x64-stages3-serial-local-packed"),
+    instance<{64, 64, 48, 1, 1, false, false, 0, 2, false}, LOCAL_PACKED>(
+        "64:64x48-stages1-ctas2-local-packed"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, ALL_PACKED>(
+        "64:128x64-stages2-qreg-all-packed"),
 };
 
 }  // namespace

@@ -86,6 +86,13 @@ struct Consumer {
     }
     ptx::wgmma_commit_group();
   }
+  // With softcap: its tanh in the place of S.
+  __device__ __forceinline__ void cap(Scores& S_rmem) const {
+    if constexpr (VARIANT.softcap) {
+#pragma unroll
+      for (float& s : S_rmem) s = ptx::tanh_approx(s * params.cap_scale);
+    }
+  }
   // -infinity where a query does not see a key, or a key does not exist.
   __device__ __forceinline__ void mask(Scores& S_rmem, int m_start) const {
     const Mask mask = mask_of<VARIANT>(p);
@@ -93,10 +100,12 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       const int key = work.n_start + mine * 64 + warp * 16 + lane / 4 + half * 8;
       // The query that it is level with, and those that see it, from this thread's first one on.
-      const int level = key - (p.seqlen_kv - p.seqlen_q) - m_start - lane % 4 * 2;
+      const Sequence& s = work.sequence;
+      const int level =
+          key - (seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s)) - m_start - lane % 4 * 2;
       int first = mask.right >= 0 ? level - reach<VARIANT>(p) : 0;
       const int end = mask.left >= 0 ? level + mask.left + 1 : BLOCK_M;
-      if (key >= p.seqlen_kv) first = BLOCK_M;
+      if (key >= seqlen_kv<VARIANT>(p, s)) first = BLOCK_M;
 #pragma unroll
       for (int i = 0; i < BLOCK_M / 8; ++i) {
 #pragma unroll
@@ -108,9 +117,21 @@ struct Consumer {
       }
     }
   }
-  // P from S, in place and packed.
-  __device__ __forceinline__ void exponentiate(Scores& S_rmem, Operand& P_rmem,
-                                               unsigned minus_lse) const {
+  // What ALiBi takes from a score of a query head for each key between, in units of log 2.
+  __device__ __forceinline__ float slope(int head) const {
+    if (!VARIANT.alibi || p.terms.alibi_slopes == nullptr) return 0.f;
+    return p.terms.alibi_slopes[work.batch * p.terms.alibi_batch_stride + head] *
+           1.4426950408889634f;
+  }
+  // P from S, in place and packed. In place it is multiplied by the derivative of softcap, which
+  // only dS has.
+  __device__ __forceinline__ void exponentiate(Scores& S_rmem, Operand& P_rmem, unsigned minus_lse,
+                                               int m_start, float slope) const {
+    // The query that is level with this thread's first key, from its first one on.
+    const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
+    const Sequence& s = work.sequence;
+    const int level =
+        key - (seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s)) - m_start - lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 8; ++i) {
       const float2 l = ptx::ld_shared_v2(minus_lse + i * 32 + lane % 4 * 8);
@@ -118,13 +139,28 @@ struct Consumer {
       for (int half = 0; half < 2; ++half) {
         float& s0 = S_rmem[4 * i + 2 * half];
         float& s1 = S_rmem[4 * i + 2 * half + 1];
-        s0 = ptx::ex2_approx_ftz(fmaf(s0, params.scale_log2, l.x));
-        s1 = ptx::ex2_approx_ftz(fmaf(s1, params.scale_log2, l.y));
+        const float t0 = s0, t1 = s1;
+        s0 = fmaf(s0, params.scale_log2, l.x);
+        s1 = fmaf(s1, params.scale_log2, l.y);
+        if constexpr (VARIANT.alibi) {
+          const float first = static_cast<float>(level + half * 8);
+          s0 = fmaf(-slope, fabsf(first - 8 * i), s0);
+          s1 = fmaf(-slope, fabsf(first - (8 * i + 1)), s1);
+        }
+        s0 = ptx::ex2_approx_ftz(s0);
+        s1 = ptx::ex2_approx_ftz(s1);
         P_rmem[i / 2][i % 2 * 2 + half] = ptx::cvt_rn_x2<T>(s0, s1);
+        if constexpr (VARIANT.softcap) {
+          // Clamped: a hidden score is -infinity.
+          s0 *= ptx::fma_sat(-t0, t0, 1.f);
+          s1 *= ptx::fma_sat(-t1, t1, 1.f);
+        }
       }
+      // Or ptxas would keep what the derivatives are computed from while it does exponentials.
+      if (VARIANT.softcap && i % 2 == 1) ptx::pmevent();
     }
   }
-  // dS = P (dP - delta), packed.
+  // dS = P (dP - delta), packed; P as exponentiate leaves it.
   __device__ __forceinline__ void differentiate(const Scores& P_rmem, const Scores& dP_rmem,
                                                 Operand& dS_rmem, unsigned delta) const {
 #pragma unroll
@@ -192,11 +228,13 @@ struct Consumer {
   }
   // From there to memory: by one thread, once all have staged.
   __device__ __forceinline__ void store(const ptx::TensorMap* map, unsigned keys) const {
+    const Place place = k_place<VARIANT>(p, work.sequence);
+    const int row = work.n_start + mine * 64;
 #pragma unroll
     for (int panel = 0; panel < TILE.panels(); ++panel) {
       ptx::cp_async_bulk_tensor_4d_store(map, keys + panel * BLOCK_N * 128 + mine * 8192,
-                                         panel * 64, work.n_start + mine * 64, work.head_kv,
-                                         work.batch);
+                                         panel * 64, VARIANT.packed ? place.shift + row : row,
+                                         work.head_kv, VARIANT.packed ? place.end : work.batch);
     }
     ptx::cp_async_bulk_commit_group();
     ptx::cp_async_bulk_wait_group_read<0>();
@@ -206,6 +244,7 @@ struct Consumer {
 // Where the steps of a thread block are: which block of queries, of which head.
 struct Steps {
   int count, m, m_start, m_first, m_end, m_blocks;
+  int head;
   long long block;  // over all heads and batches
   // Queries before the first and from the second on do not see all keys.
   int all_seen, all_seen_end;
@@ -222,13 +261,14 @@ struct Steps {
     steps.m_blocks = params.m_blocks;
     steps.m_end = work.m_end<VARIANT>(params);
     steps.count = (work.m_end<VARIANT>(params) - work.m_first) * group;
-    steps.block =
-        (static_cast<long long>(work.batch) * p.heads_q + work.head_kv * group) * params.m_blocks +
-        work.m_start;
-    const int last_key = first_key + 63, diagonal = p.seqlen_kv - p.seqlen_q;
+    steps.block = work.row_block<VARIANT>(params, work.head_kv * group) + work.m_start;
+    steps.head = work.head_kv * group;
+    const Sequence& s = work.sequence;
+    const int last_key = first_key + 63,
+              diagonal = seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s);
     steps.all_seen = mask.right >= 0 ? last_key - diagonal - reach<VARIANT>(p) : 0;
     steps.all_seen_end = mask.left >= 0 ? first_key - diagonal + mask.left + 1 : 0x7fffffff;
-    if (last_key >= p.seqlen_kv) steps.all_seen = p.seqlen_q;
+    if (last_key >= seqlen_kv<VARIANT>(p, s)) steps.all_seen = seqlen_q<VARIANT>(p, s);
     return steps;
   }
   // Whether some key is not seen by some of the block's queries.
@@ -243,7 +283,10 @@ struct Steps {
       m = m_first;
       block -= m_end - m_first;
     }
-    if (m == m_start) block += m_blocks;  // of the next head
+    if (m == m_start) {  // of the next head
+      block += m_blocks;
+      ++head;
+    }
   }
 };
 

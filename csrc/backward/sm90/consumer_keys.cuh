@@ -46,14 +46,16 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
     ptx::fence_registers(S_rmem);
 #pragma unroll 1
     for (int step = 1; step <= steps.count; ++step) {
+      const float slope = c.slope(steps.head);
       const unsigned Q = smem.Q + q_ring.stage() * TILE.q_bytes();
       const unsigned dO = smem.dO + do_ring.stage() * TILE.q_bytes();
       const unsigned dS = smem.dS + ds_ring.stage() * TILE.ds_bytes();
       const unsigned stats = smem.stats + q_ring.stage() * TILE.stats_bytes();
       ptx::mbarrier_wait_parity(smem.full_dO + 8 * do_ring.stage(), do_ring.parity());
       c.start_scores(dP_rmem, smem.V, dO);
+      c.cap(S_rmem);
       if (steps.masked<TILE, VARIANT>()) c.mask(S_rmem, steps.m * BLOCK_M);
-      c.exponentiate(S_rmem, P_rmem, stats);
+      c.exponentiate(S_rmem, P_rmem, stats, steps.m * BLOCK_M, slope);
       c.start_gradient(dV_rmem, P_rmem, dO);
       ptx::wgmma_wait_group<1>();  // dP
       ptx::fence_registers(dP_rmem);

@@ -80,8 +80,11 @@ struct Roles : Consumer<T, TILE, VARIANT> {
       ptx::fence_registers(S_rmem);
 #pragma unroll 1
       for (int step = 1; step <= steps.count; ++step) {
+        const float slope = this->slope(steps.head);
+        this->cap(S_rmem);
         if (steps.masked<TILE, VARIANT>()) this->mask(S_rmem, steps.m * BLOCK_M);
-        this->exponentiate(S_rmem, P_rmem, smem.stats + q_ring.stage() * TILE.stats_bytes());
+        this->exponentiate(S_rmem, P_rmem, smem.stats + q_ring.stage() * TILE.stats_bytes(),
+                           steps.m * BLOCK_M, slope);
         hand_on(S_rmem);
         ptx::bar_arrive(C::BARRIER_P, C::ALL);
         ptx::mbarrier_wait_parity(smem.full_dO + 8 * do_ring.stage(), do_ring.parity());

@@ -16,15 +16,27 @@ constexpr int EDGE_THREADS = 256;
 // first: what the kernel needs first was touched last, and is in L2; so are the sums it added to
 // last.
 struct EdgeWork {
-  int block, batch, head, m_start;
+  int block, batch, head, m_start;  // m_start: -1 where a packed batch has no such block
+  Sequence sequence;
 
-  template <Sm90BackwardTile TILE>
+  template <Sm90BackwardTile TILE, Variant VARIANT>
   __device__ __forceinline__ static EdgeWork of(const Sm90BackwardParams& params) {
     const unsigned block = gridDim.x - 1 - blockIdx.x, m_blocks = params.m_blocks;
     const unsigned heads = params.call.attention.heads_q, batch_head = block / m_blocks;
+    if constexpr (VARIANT.packed) {
+      const unsigned place = block - batch_head * m_blocks;
+      if (int(place) >= ptx::ld_global_cg_v4(params.schedule.counts).x) {
+        return {int(block), 0, 0, -1, {}};
+      }
+      const PackedBlock found = load_block(params.schedule.queries + place);
+      return {int(block), found.batch, int(batch_head), found.start, found.sequence};
+    }
     const unsigned batch = batch_head / heads;
-    return {int(block), int(batch), int(batch_head - batch * heads),
-            int(block - batch_head * m_blocks) * TILE.block_m};
+    return {int(block),
+            int(batch),
+            int(batch_head - batch * heads),
+            int(block - batch_head * m_blocks) * TILE.block_m,
+            {}};
   }
 };
 
@@ -50,17 +62,24 @@ struct EdgeRows {
 // head. The derivative of softmax_lse by a score is its P: dS = P (dP - rowsum(O dO) + dlse).
 template <typename T, Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
+  // What is launched behind may read the list of blocks at once, as it has been written then.
+  if constexpr (VARIANT.packed) ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   using E = EdgeRows<TILE>;
   constexpr int AT_ONCE = 4;  // rows of a thread whose loads are under way together
   static_assert(E::COUNT % AT_ONCE == 0 && E::COUNT <= E::LANES, "a lane has one row's statistics");
   const AttentionParams& p = params.call.attention;
-  const EdgeWork work = EdgeWork::of<TILE>(params);
+  const EdgeWork work = EdgeWork::of<TILE, VARIANT>(params);
+  if (VARIANT.packed && work.m_start < 0) {
+    if (work.block == 0 && threadIdx.x == 0) *params.ticket = 0;
+    return;
+  }
+  const Sequence& sequence = work.sequence;
   bool needs_zeros = true;
   if constexpr (VARIANT.deterministic) {
     // Who adds first stores; there are blocks to which nobody does.
     const KeyRange keys = visible(mask_of<VARIANT>(p), work.m_start, work.m_start + TILE.block_m,
-                                  p.seqlen_q, p.seqlen_kv);
+                                  seqlen_q<VARIANT>(p, sequence), seqlen_kv<VARIANT>(p, sequence));
     needs_zeros = keys.begin == keys.end;
   }
   // Before the loads, or the compiler keeps these until the loads have come.
@@ -72,16 +91,17 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   if (threadIdx.x == 0) params.turns[work.block] = 0;
   if (work.block == 0 && threadIdx.x == 0) *params.ticket = 0;
   const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES, column = lane * 8;
-  const T* out =
-      static_cast<const T*>(p.out) + work.batch * p.o_batch_stride + work.head * p.o_head_stride;
+  const T* out = static_cast<const T*>(p.out) + work.batch * p.o_batch_stride +
+                 offset<VARIANT>(sequence.q_begin, p.o_row_stride) + work.head * p.o_head_stride;
   const T* dout = static_cast<const T*>(params.call.dout) +
-                  work.batch * params.call.do_batch_stride + work.head * params.call.do_head_stride;
+                  work.batch * params.call.do_batch_stride +
+                  offset<VARIANT>(sequence.q_begin, params.call.do_row_stride) +
+                  work.head * params.call.do_head_stride;
   // The one of a thread's rows whose statistics it writes, and their inputs.
   const int mine = lane * E::ROWS + first, my_row = work.m_start + mine;
   float lse = -INFINITY, dlse = 0.f;
-  if (lane < E::COUNT && my_row < p.seqlen_q) {
-    const long long at =
-        (static_cast<long long>(work.batch) * p.heads_q + work.head) * p.seqlen_q + my_row;
+  if (lane < E::COUNT && my_row < seqlen_q<VARIANT>(p, sequence)) {
+    const long long at = lse_offset<VARIANT>(p, sequence, work.batch, work.head) + my_row;
     lse = p.softmax_lse[at];
     if (params.call.dlse != nullptr) dlse = params.call.dlse[at];
   }
@@ -94,7 +114,7 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
     for (int i = 0; i < AT_ONCE; ++i) {
       const int row = work.m_start + (start + i) * E::ROWS + first;
       o[i] = d[i] = make_int4(0, 0, 0, 0);
-      if (row < p.seqlen_q && column < p.head_dim) {
+      if (row < seqlen_q<VARIANT>(p, sequence) && column < p.head_dim) {
         o[i] = *reinterpret_cast<const int4*>(out + row * p.o_row_stride + column);
         d[i] = *reinterpret_cast<const int4*>(dout + row * params.call.do_row_stride + column);
       }
@@ -122,15 +142,34 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   }
 }
 
+// Zeros in the rows of a packed gradient behind the last sequence.
+template <typename T>
+__device__ __forceinline__ void clear_rest(void* gradient, const int* cu_seqlens, int batch,
+                                           int total, int heads, int head_dim) {
+  const long long row_chunks = heads * (head_dim / 8);  // of 16 bytes
+  const long long first = packed_end(cu_seqlens, batch, total) * row_chunks;
+  for (long long i = first + blockIdx.x * EDGE_THREADS + threadIdx.x; i < total * row_chunks;
+       i += static_cast<long long>(gridDim.x) * EDGE_THREADS) {
+    ptx::st_global_v4_if(true, static_cast<T*>(gradient) + i * 8, 0, 0, 0, 0);
+  }
+}
+
 // dQ of one block of queries of a head from its sum.
-template <typename T, Sm90BackwardTile TILE>
+template <typename T, Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 __device__ __forceinline__ void finish(const Sm90BackwardParams& params) {
   extern __shared__ __align__(1024) unsigned char smem_raw[];
   using E = EdgeRows<TILE>;
   constexpr int PITCH = TILE.finish_pitch();
   const unsigned smem = ptx::smem_address(smem_raw);
   const AttentionParams& p = params.call.attention;
-  const EdgeWork work = EdgeWork::of<TILE>(params);
+  const EdgeWork work = EdgeWork::of<TILE, VARIANT>(params);
+  if constexpr (VARIANT.packed) {
+    const Sequences& s = p.sequences;
+    clear_rest<T>(params.call.dq, s.cu_seqlens_q, p.batch, s.total_q, p.heads_q, p.head_dim);
+    clear_rest<T>(params.call.dk, s.cu_seqlens_k, p.batch, s.total_k, p.heads_kv, p.head_dim);
+    clear_rest<T>(params.call.dv, s.cu_seqlens_k, p.batch, s.total_k, p.heads_kv, p.head_dim);
+    if (work.m_start < 0) return;
+  }
   const float4* sum = E::sums(params, work);
   const float scale = p.softmax_scale;
   ptx::griddepcontrol_wait();
@@ -154,12 +193,15 @@ __device__ __forceinline__ void finish(const Sm90BackwardParams& params) {
   const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES;
   const long long row_stride = static_cast<long long>(p.heads_q) * p.head_dim;
   T* dq = static_cast<T*>(params.call.dq) +
-          (static_cast<long long>(work.batch) * p.seqlen_q + work.m_start) * row_stride +
+          (static_cast<long long>(VARIANT.packed ? 0 : work.batch) * p.seqlen_q + work.m_start) *
+              row_stride +
+          offset<VARIANT>(work.sequence.q_begin, row_stride) +
           static_cast<long long>(work.head) * p.head_dim;
 #pragma unroll
   for (int i = 0; i < E::COUNT; ++i) {
     const int row = i * E::ROWS + first;
-    const bool there = work.m_start + row < p.seqlen_q && lane * 8 < p.head_dim;
+    const bool there =
+        work.m_start + row < seqlen_q<VARIANT>(p, work.sequence) && lane * 8 < p.head_dim;
     const int4 x = ptx::ld_shared_v4(smem + row * PITCH + lane * 16);
     ptx::st_global_v4_if(there, dq + row * row_stride + lane * 8, x.x, x.y, x.z, x.w);
   }

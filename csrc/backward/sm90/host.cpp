@@ -8,26 +8,27 @@
 namespace flashmoe::sm90_backward {
 namespace {
 
-constexpr unsigned EDGE_THREADS = 256;
-
-sm90::TensorView out_view(const AttentionParams& p) {
-  return {p.out,   p.o_batch_stride, p.o_row_stride, p.o_head_stride,
-          p.batch, p.seqlen_q,       p.heads_q,      p.head_dim};
-}
+constexpr int EDGE_THREADS = 256;
 
 sm90::TensorView dout_view(const BackwardParams& p) {
-  const AttentionParams& a = p.attention;
-  return {p.dout,  p.do_batch_stride, p.do_row_stride, p.do_head_stride,
-          a.batch, a.seqlen_q,        a.heads_q,       a.head_dim};
+  return sm90::queries_view(p.attention, p.dout, p.do_batch_stride, p.do_row_stride,
+                            p.do_head_stride);
 }
 
 // A contiguous gradient of k or v.
 sm90::TensorView gradient_view(void* data, const AttentionParams& a) {
   const long long row = static_cast<long long>(a.heads_kv) * a.head_dim;
-  return {data, row * a.seqlen_kv, row, a.head_dim, a.batch, a.seqlen_kv, a.heads_kv, a.head_dim};
+  return sm90::keys_view(a, data, row * a.seqlen_kv, row, a.head_dim);
+}
+
+Schedule schedule_of(const Sm90BackwardTile& tile, const AttentionParams& a, void* memory) {
+  return sm90::plan_schedule(a, tile.block_m, tile.block_n, memory);
 }
 
 long long blocks_of_queries(const Sm90BackwardTile& tile, const AttentionParams& a) {
+  if (a.sequences.is_packed()) {
+    return static_cast<long long>(schedule_of(tile, a, nullptr).room_queries) * a.heads_q;
+  }
   const long long m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   return m_blocks * a.batch * a.heads_q;
 }
@@ -51,21 +52,33 @@ int section_of(const AttentionParams& a, int l2_bytes) {
 bool can_run(const BackwardParams& p) {
   const AttentionParams& a = p.attention;
   return sm90::is_fetchable(sm90::q_view(a)) && sm90::is_fetchable(sm90::k_view(a)) &&
-         sm90::is_fetchable(sm90::v_view(a)) && sm90::is_fetchable(out_view(a)) &&
+         sm90::is_fetchable(sm90::v_view(a)) && sm90::is_fetchable(sm90::out_view(a)) &&
          sm90::is_fetchable(dout_view(p));
 }
 
-// Statistics, sums of dQ, turns and the ticket; a multiple of 16, as all but the last are.
+// Statistics, sums of dQ, turns and the ticket, and a packed batch's schedule; a multiple of 16, as
+// each but the turns and the ticket is.
 long long workspace_bytes(const Sm90BackwardTile& tile, const AttentionParams& a) {
   const long long blocks = blocks_of_queries(tile, a);
-  return stats_bytes(tile, a) + blocks * tile.dq_elements() * 4 + (blocks + 1 + 3) / 4 * 16;
+  const long long schedule =
+      a.sequences.is_packed() ? sm90::schedule_bytes(a, tile.block_m, tile.block_n) : 0;
+  return stats_bytes(tile, a) + blocks * tile.dq_elements() * 4 + (blocks + 1 + 3) / 4 * 16 +
+         schedule;
 }
 
 cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const BackwardParams& call,
                    DType dtype, int device, cudaStream_t stream, void* workspace) {
   const AttentionParams& a = call.attention;
-  const long long n_blocks = (a.seqlen_kv + tile.block_n - 1) / tile.block_n;
-  const long long grid = n_blocks * a.batch * a.heads_kv, edge_grid = blocks_of_queries(tile, a);
+  const bool packed = a.sequences.is_packed();
+  Schedule schedule{};
+  if (packed) {
+    char* end = static_cast<char*>(workspace) + workspace_bytes(tile, a);
+    schedule = schedule_of(tile, a, end - sm90::schedule_bytes(a, tile.block_m, tile.block_n));
+  }
+  const long long n_blocks =
+      packed ? schedule.room_keys : (a.seqlen_kv + tile.block_n - 1) / tile.block_n;
+  const long long grid = n_blocks * (packed ? 1 : a.batch) * a.heads_kv;
+  const long long edge_grid = blocks_of_queries(tile, a);
   if (grid > 0x7fffffffll || edge_grid > 0x7fffffffll) return cudaErrorInvalidConfiguration;
 
   Sm90BackwardParams params;
@@ -75,10 +88,21 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
   params.dq_sum = params.stats + stats_bytes(tile, a) / 4;
   params.turns = reinterpret_cast<int*>(params.dq_sum + edge_grid * tile.dq_elements());
   params.ticket = params.turns + edge_grid;
-  params.scale_log2 = a.softmax_scale * 1.4426950408889634f;
-  params.m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
+  const bool capped = a.terms.softcap > 0;
+  params.scale_log2 = (capped ? a.terms.softcap : a.softmax_scale) * 1.4426950408889634f;
+  params.cap_scale = capped ? a.softmax_scale / a.terms.softcap : 0.f;
+  params.m_blocks = packed ? schedule.room_queries : (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   params.n_blocks = static_cast<int>(n_blocks);
-  params.section = section_of(a, sm90::device_properties(device).l2_bytes);
+  const int l2_bytes = sm90::device_properties(device).l2_bytes;
+  if (packed) {
+    AttentionParams one = a;
+    one.batch = 1;
+    // Where nothing is masked, one head after the other.
+    params.section = a.mask.is_full() ? 1 : section_of(one, l2_bytes);
+    params.schedule = schedule;
+  } else {
+    params.section = section_of(a, l2_bytes);
+  }
   if (!sm90::encode(&params.q, sm90::q_view(a), tile.block_m, dtype) ||
       !sm90::encode(&params.k, sm90::k_view(a), tile.block_n, dtype) ||
       !sm90::encode(&params.v, sm90::v_view(a), tile.block_n, dtype) ||
@@ -88,30 +112,26 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
     return cudaErrorNotSupported;
   }
   void* arguments[] = {&params};
-  // The second and third may begin while the one before ends: they wait where they need it.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  const auto run = [&](int which, long long blocks, unsigned threads, int smem_bytes) {
+  const auto run = [&](int which, long long blocks, int threads, int smem_bytes) {
     if (smem_bytes > 48 << 10) {
       if (const cudaError_t error = sm90::allow_smem(entries[which], smem_bytes, device)) {
         return error;
       }
     }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = which > 0 ? 1 : 0;
-    return cudaLaunchKernelExC(&config, entries[which], arguments);
+    // All but what comes first may begin while the one before ends: they wait where they need it.
+    if (which > 0 || packed) {
+      return sm90::launch_overlapping(entries[which], blocks, threads, smem_bytes, arguments,
+                                      stream);
+    }
+    return cudaLaunchKernel(entries[which], dim3(static_cast<unsigned>(blocks)),
+                            dim3(static_cast<unsigned>(threads)), arguments,
+                            static_cast<size_t>(smem_bytes), stream);
   };
-  if (const cudaError_t error = run(0, edge_grid, EDGE_THREADS, 0)) return error;
-  if (const cudaError_t error =
-          run(1, grid, static_cast<unsigned>(tile.num_threads()), tile.smem_bytes())) {
-    return error;
+  if (packed) {
+    if (const cudaError_t error = sm90::launch_schedule(a, schedule, stream)) return error;
   }
+  if (const cudaError_t error = run(0, edge_grid, EDGE_THREADS, 0)) return error;
+  if (const cudaError_t error = run(1, grid, tile.num_threads(), tile.smem_bytes())) return error;
   return run(2, edge_grid, EDGE_THREADS, tile.block_m * tile.finish_pitch());
 }
 

@@ -50,8 +50,9 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const Work work = Work::of<TILE, VARIANT>(
-      params, VARIANT.deterministic ? ptx::ld_shared_b32(smem.ticket) : blockIdx.x);
+  const int index = VARIANT.deterministic ? ptx::ld_shared_b32(smem.ticket) : blockIdx.x;
+  if (!Work::is_there<VARIANT>(params, index)) return;
+  const Work work = Work::of<TILE, VARIANT>(params, index);
   // Through a shuffle, so that the compiler knows it as uniform in a warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

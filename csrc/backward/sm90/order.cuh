@@ -22,9 +22,8 @@ __device__ __forceinline__ void keep_order(const Sm90BackwardParams& params, con
   const AttentionParams& p = params.call.attention;
   const Mask mask = mask_of<VARIANT>(p);
   const int group = p.heads_q / p.heads_kv, n_block = work.n_start / TILE.block_n;
-  int* turns =
-      params.turns +
-      (static_cast<long long>(work.batch) * p.heads_q + work.head_kv * group) * params.m_blocks;
+  const Sequence& s = work.sequence;
+  int* turns = params.turns + work.row_block<VARIANT>(params, work.head_kv * group);
   int parity = 0;
 #pragma unroll 1
   for (int head = 0; head < group; ++head, turns += params.m_blocks) {
@@ -32,7 +31,8 @@ __device__ __forceinline__ void keep_order(const Sm90BackwardParams& params, con
     for (int m = work.m_first; m < work.m_end<VARIANT>(params); ++m, parity ^= 1) {
       // Blocks of keys that see some of these queries are neighbours: up to this one.
       const int row = m * TILE.block_m;
-      const KeyRange keys = visible(mask, row, row + TILE.block_m, p.seqlen_q, p.seqlen_kv);
+      const KeyRange keys =
+          visible(mask, row, row + TILE.block_m, seqlen_q<VARIANT>(p, s), seqlen_kv<VARIANT>(p, s));
       const int last = (keys.end + TILE.block_n - 1) / TILE.block_n - 1;
       ptx::ld_acquire_gpu_until(turns + m, last - n_block);
       ptx::st_shared_b32(smem.first, last == n_block);

@@ -13,12 +13,15 @@ template <Sm90BackwardTile TILE, Variant VARIANT>
 __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const Smem<TILE>& smem,
                                         const Work& work) {
   const AttentionParams& p = params.call.attention;
+  const Place q_rows = q_place<VARIANT>(p, work.sequence),
+              k_rows = k_place<VARIANT>(p, work.sequence);
   auto load_panels = [&](unsigned dst, const ptx::TensorMap* map, unsigned full, int rows, int row,
-                         int head) {
+                         int head, const Place& place) {
 #pragma unroll 1
     for (int panel = 0; panel < TILE.panels(); ++panel) {
-      ptx::cp_async_bulk_tensor_4d_load(dst + panel * rows * 128, map, full, panel * 64, row, head,
-                                        work.batch);
+      ptx::cp_async_bulk_tensor_4d_load(dst + panel * rows * 128, map, full, panel * 64,
+                                        VARIANT.packed ? place.shift + row : row, head,
+                                        VARIANT.packed ? place.end : work.batch);
     }
   };
   // A buffer that was never filled counts as released: the phase before the first has parity 1.
@@ -27,19 +30,18 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
   const int group = p.heads_q / p.heads_kv;
   bool first = true;
   ptx::mbarrier_arrive_expect_tx(smem.full_K, TILE.kv_bytes());
-  load_panels(smem.K, &params.k, smem.full_K, TILE.block_n, work.n_start, work.head_kv);
+  load_panels(smem.K, &params.k, smem.full_K, TILE.block_n, work.n_start, work.head_kv, k_rows);
   ptx::griddepcontrol_wait();  // for the statistics, and the zeros that dQ is added to
 #pragma unroll 1
   for (int head = work.head_kv * group; head < (work.head_kv + 1) * group; ++head) {
-    const long long row_block =
-        (static_cast<long long>(work.batch) * p.heads_q + head) * params.m_blocks;
+    const long long row_block = work.row_block<VARIANT>(params, head);
 #pragma unroll 1
     for (int i = work.m_first, m = work.m_start; i < work.m_end<VARIANT>(params); ++i) {
       const unsigned full_Q = smem.full_Q + 8 * q_ring.stage();
       ptx::mbarrier_wait_parity(smem.empty_Q + 8 * q_ring.stage(), q_ring.parity() ^ 1);
       ptx::mbarrier_arrive_expect_tx(full_Q, TILE.q_bytes() + TILE.stats_bytes());
       load_panels(smem.Q + q_ring.stage() * TILE.q_bytes(), &params.q, full_Q, TILE.block_m,
-                  m * TILE.block_m, head);
+                  m * TILE.block_m, head, q_rows);
       ptx::cp_async_bulk_load(smem.stats + q_ring.stage() * TILE.stats_bytes(),
                               params.stats + (row_block + m) * (2 * TILE.block_m),
                               TILE.stats_bytes(), full_Q);
@@ -47,20 +49,21 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
       if (first) {
         first = false;
         ptx::mbarrier_arrive_expect_tx(smem.full_V, TILE.kv_bytes());
-        load_panels(smem.V, &params.v, smem.full_V, TILE.block_n, work.n_start, work.head_kv);
+        load_panels(smem.V, &params.v, smem.full_V, TILE.block_n, work.n_start, work.head_kv,
+                    k_rows);
       }
       const unsigned full_dO = smem.full_dO + 8 * do_ring.stage();
       ptx::mbarrier_wait_parity(smem.empty_dO + 8 * do_ring.stage(), do_ring.parity() ^ 1);
       ptx::mbarrier_arrive_expect_tx(full_dO, TILE.q_bytes());
       load_panels(smem.dO + do_ring.stage() * TILE.q_bytes(), &params.dout, full_dO, TILE.block_m,
-                  m * TILE.block_m, head);
+                  m * TILE.block_m, head, q_rows);
       do_ring.next();
       if (++m == work.m_end<VARIANT>(params)) m = work.m_first;
     }
   }
   if (first) {
     ptx::mbarrier_arrive_expect_tx(smem.full_V, TILE.kv_bytes());
-    load_panels(smem.V, &params.v, smem.full_V, TILE.block_n, work.n_start, work.head_kv);
+    load_panels(smem.V, &params.v, smem.full_V, TILE.block_n, work.n_start, work.head_kv, k_rows);
   }
 }
 

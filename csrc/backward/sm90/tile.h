@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward/params.h"
+#include "common/schedule.h"
 #include "ptx/tensor_map.h"
 
 namespace flashmoe {
@@ -70,9 +71,13 @@ struct Sm90BackwardParams {
   // Of deterministic kernels: how many have added to each of these sums, and how many thread blocks
   // have begun.
   int *turns, *ticket;
-  float scale_log2;
+  float scale_log2;  // what scores are scaled by, in units of log 2: softmax_scale, or softcap
   int m_blocks, n_blocks;
-  int section;  // (batch, key head) pairs whose blocks of keys are worked on together
+  int section;      // (batch, key head) pairs whose blocks of keys are worked on together
+  float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
+  // Of packed kernels, whose blocks of queries are counted over all sequences: m_blocks and
+  // n_blocks are the room for them, and a section has key heads.
+  Schedule schedule;
 };
 
 }  // namespace flashmoe

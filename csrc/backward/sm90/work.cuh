@@ -3,7 +3,7 @@
 #pragma once
 
 #include "backward/sm90/tile.h"
-#include "common/variant.h"
+#include "common/packed.cuh"
 #include "ptx/registers.cuh"
 
 namespace flashmoe::sm90_backward {
@@ -52,11 +52,28 @@ __device__ __forceinline__ int reach(const AttentionParams& p) {
 // to m_end - 1, the same ones of each query head of the group. Each head begins at m_start.
 struct Work {
   int batch, head_kv, n_start, m_first, m_last, m_start;
+  Sequence sequence;
+  int first_block;  // of packed kernels: blocks of queries of sequences before
 
   // Plain kernels take the one that they know anyway.
   template <Variant VARIANT>
   __device__ __forceinline__ int m_end(const Sm90BackwardParams& params) const {
-    return VARIANT.local ? m_last + 1 : params.m_blocks;
+    return VARIANT.local || VARIANT.packed ? m_last + 1 : params.m_blocks;
+  }
+  // The number of a query head's first block of queries over all heads and sequences.
+  template <Variant VARIANT>
+  __device__ __forceinline__ long long row_block(const Sm90BackwardParams& params, int head) const {
+    if constexpr (VARIANT.packed)
+      return static_cast<long long>(head) * params.m_blocks + first_block;
+    return (static_cast<long long>(batch) * params.call.attention.heads_q + head) * params.m_blocks;
+  }
+
+  // Whether there is work of a number: packed kernels are launched for as much as there may be.
+  template <Variant VARIANT>
+  __device__ __forceinline__ static bool is_there(const Sm90BackwardParams& params, int index) {
+    if constexpr (!VARIANT.packed) return true;
+    const int listed = ptx::ld_global_cg_v4(params.schedule.counts).y;
+    return index < listed * params.call.attention.heads_kv;
   }
 
   template <Sm90BackwardTile TILE, Variant VARIANT>
@@ -64,8 +81,24 @@ struct Work {
     const AttentionParams& p = params.call.attention;
     const Mask mask = mask_of<VARIANT>(p);
     Work work;
-    int pair, n_block;
-    if (!mask.is_full()) {
+    int pair, n_block, m_blocks, n_blocks;  // of packed kernels, blocks of the sequence
+    if constexpr (VARIANT.packed) {
+      // In sections of heads as well, each of which goes through the list of all sequences' blocks.
+      const int per_section = params.section * ptx::ld_global_cg_v4(params.schedule.counts).y;
+      const int first = index / per_section * params.section;
+      const int heads = min(params.section, p.heads_kv - first);
+      index %= per_section;
+      const int place = index / heads;
+      const PackedBlock block = load_block(params.schedule.keys + place);
+      work.sequence = block.sequence;
+      work.batch = block.batch;
+      work.head_kv = first + index - place * heads;
+      work.first_block = block.first_block;
+      m_blocks = (work.sequence.seqlen_q + TILE.block_m - 1) / TILE.block_m;
+      n_blocks = (work.sequence.seqlen_kv + TILE.block_n - 1) / TILE.block_n;
+      n_block = block.start / TILE.block_n;
+      work.m_last = m_blocks - 1;
+    } else if (!mask.is_full()) {
       // The longest first, in sections of heads that L2 holds.
       const int per_section = params.section * params.n_blocks;
       const int first = index / per_section * params.section;
@@ -82,21 +115,26 @@ struct Work {
     // blocks but those at the ends are as long, and either order does. Deterministic: see
     // order.cuh.
     if (VARIANT.deterministic || (VARIANT.local && unsigned(mask.left) < unsigned(mask.right))) {
-      n_block = params.n_blocks - 1 - n_block;
+      n_block = (VARIANT.packed ? n_blocks : params.n_blocks) - 1 - n_block;
     }
-    work.batch = pair / p.heads_kv;
-    work.head_kv = pair - work.batch * p.heads_kv;
+    if constexpr (!VARIANT.packed) {
+      work.batch = pair / p.heads_kv;
+      work.head_kv = pair - work.batch * p.heads_kv;
+    }
+    const Sequence& s = work.sequence;
     work.n_start = n_block * TILE.block_n;
-    int first_row = work.n_start - (p.seqlen_kv - p.seqlen_q);
+    int first_row = work.n_start - (seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s));
     if constexpr (VARIANT.local) {
-      const int n_end = min(work.n_start + TILE.block_n, p.seqlen_kv);
-      const KeyRange queries = seen_by(mask, work.n_start, n_end, p.seqlen_q, p.seqlen_kv);
+      const int n_end = min(work.n_start + TILE.block_n, seqlen_kv<VARIANT>(p, s));
+      const KeyRange queries =
+          seen_by(mask, work.n_start, n_end, seqlen_q<VARIANT>(p, s), seqlen_kv<VARIANT>(p, s));
       first_row = queries.begin;
       work.m_last = (queries.end + TILE.block_m - 1) / TILE.block_m - 1;
     }
     if (mask.right >= 0) {
       // Neighbours begin at other queries, a block of keys apart, and stay apart.
-      work.m_first = work.m_start = min(max(first_row, 0) / TILE.block_m, params.m_blocks);
+      work.m_first = work.m_start =
+          min(max(first_row, 0) / TILE.block_m, VARIANT.packed ? m_blocks : params.m_blocks);
     } else if (VARIANT.deterministic) {
       // In step behind one another: each waits for the one before it anyway.
       work.m_first = work.m_start = 0;
@@ -104,8 +142,9 @@ struct Work {
       // Each thread block somewhere else, or all would be at the same rows of Q and dQ all the
       // time.
       work.m_first = 0;
-      work.m_start = static_cast<int>(static_cast<long long>(n_block) *
-                                      work.m_end<VARIANT>(params) / params.n_blocks);
+      work.m_start =
+          static_cast<int>(static_cast<long long>(n_block) * work.m_end<VARIANT>(params) /
+                           (VARIANT.packed ? n_blocks : params.n_blocks));
     }
     return work;
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/swizzle.cuh"
 #include "forward/sm80/tile.h"
 #include "ptx/cp_async.cuh"
 #include "ptx/ld_st.cuh"
@@ -11,19 +12,6 @@
 #include "ptx/mma.cuh"
 
 namespace flashmoe::sm80 {
-
-// Byte offset of 16-byte chunk `chunk` of `row`. The XOR spreads the 8 rows that one ldmatrix reads
-// over all 32 banks: rows of a multiple of 128 bytes all start in bank 0, rows of 64 or 192 bytes
-// in bank 0 or 16 in turn.
-template <int HEAD_DIM>
-__device__ __forceinline__ int swizzle(int row, int chunk) {
-  constexpr int ROW_BYTES = HEAD_DIM * 2;
-  if constexpr (ROW_BYTES % 128 == 0) {
-    return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4);
-  } else {
-    return row * ROW_BYTES + ((chunk ^ ((row >> 1) & 3)) << 4);
-  }
-}
 
 // Rows [0, valid_rows) of a tile from global to shared memory, zeros beyond and past head_dim.
 // ALIGNED needs 16-byte aligned rows; otherwise elements are loaded one by one, synchronously.
@@ -68,7 +56,9 @@ __device__ __forceinline__ float finite_max(float row_max) {
   return row_max == -INFINITY ? 0.f : row_max;
 }
 
-template <typename T, typename Tile, bool ALIGNED>
+// GENERAL kernels have windows and terms, which they decide at run time; the others compute full and
+// causal attention.
+template <typename T, typename Tile, bool ALIGNED, bool GENERAL>
 __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     attention_forward_kernel(const __grid_constant__ AttentionParams params, int num_m_blocks) {
   constexpr int HEAD_DIM = Tile::HEAD_DIM;
@@ -112,16 +102,22 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   const T* V = static_cast<const T*>(params.v) + batch * params.v_batch_stride +
                head_kv * params.v_head_stride;
 
+  const int diagonal = params.seqlen_kv - params.seqlen_q;
+  const auto keys_of_rows = [&](int begin, int end) -> KeyRange {
+    if constexpr (GENERAL) {
+      return visible(params.mask, begin, end, params.seqlen_q, params.seqlen_kv);
+    }
+    // The end may be below 0.
+    const int causal_end = params.mask.right >= 0 ? end + diagonal : params.seqlen_kv;
+    return {0, min(params.seqlen_kv, causal_end)};
+  };
   // Tiles [n_begin, n_end) hold keys that some row of this block sees; of these, all rows see all
   // of [n_unmasked_begin, n_unmasked_end).
-  const auto keys_of_rows = [&](int begin, int end) {
-    return visible(params.mask, begin, end, params.seqlen_q, params.seqlen_kv);
-  };
-  const int m_end = min(m_start + BLOCK_M, params.seqlen_q);
+  const int m_end = GENERAL ? min(m_start + BLOCK_M, params.seqlen_q) : m_start + BLOCK_M;
   const KeyRange keys = keys_of_rows(m_start, m_end);
   const int n_begin = keys.begin / BLOCK_N;
   const int n_end = keys.begin < keys.end ? (keys.end + BLOCK_N - 1) / BLOCK_N : n_begin;
-  const int n_unmasked_end = keys_of_rows(m_start, m_start + 1).end / BLOCK_N;
+  const int n_unmasked_end = max(keys_of_rows(m_start, m_start + 1).end, 0) / BLOCK_N;
   const int n_unmasked_begin = (keys_of_rows(m_end - 1, m_end).begin + BLOCK_N - 1) / BLOCK_N;
 
   float O_rmem[M_TILES][D_TILES][4] = {};
@@ -185,7 +181,14 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
     }
   }
 
-  const float scale_log2 = params.softmax_scale * LOG2_E;
+  // With softcap, S is rewritten to what that scales.
+  const Terms& terms = params.terms;
+  const bool capped = GENERAL && terms.softcap > 0;
+  const float scale = capped ? terms.softcap : params.softmax_scale, scale_log2 = scale * LOG2_E;
+  float slope = 0.f;  // in units of S
+  if (GENERAL && terms.alibi_slopes != nullptr) {
+    slope = terms.alibi_slopes[batch * terms.alibi_batch_stride + head] / scale;
+  }
   int stage = 0;
   bool coarse = false;  // whether the maximum of a row of this warp is
 
@@ -223,6 +226,32 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
       }
     }
 
+    if (capped) {
+      const float cap_scale = params.softmax_scale / terms.softcap;
+#pragma unroll
+      for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+          for (float& s : S_rmem[m][n]) s = ptx::tanh_approx(s * cap_scale);
+        }
+      }
+    }
+    if (GENERAL && slope != 0.f) {
+      const int row = m_start + warp * Tile::WARP_M + lane / 4;
+      const int level = row + diagonal - n_tile * BLOCK_N - (lane & 3) * 2;
+#pragma unroll
+      for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float distance = float(level + m * 16 + i / 2 * 8) - (n * 8 + i % 2);
+            S_rmem[m][n][i] = fmaf(-slope, fabsf(distance), S_rmem[m][n][i]);
+          }
+        }
+      }
+    }
     if constexpr (decltype(masked)::value) {
       const int column0 = n_tile * BLOCK_N + (lane & 3) * 2;
 #pragma unroll
@@ -236,9 +265,10 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
 #pragma unroll
           for (int n = 0; n < N_TILES; ++n) {
             // Both limits at once: what lies before the first is a large unsigned number.
-            if (unsigned(column_i + n * 8) >= unsigned(seen.end - seen.begin)) {
-              S_rmem[m][n][i] = -INFINITY;
-            }
+            const bool hidden = GENERAL
+                                    ? unsigned(column_i + n * 8) >= unsigned(seen.end - seen.begin)
+                                    : column_i + n * 8 >= seen.end;
+            if (hidden) S_rmem[m][n][i] = -INFINITY;
           }
         }
       }
@@ -338,13 +368,16 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   int n_tile = n_end - 1;
   for (; n_tile >= n_unmasked_end; --n_tile) step(n_tile, BoolConstant<true>{});
   for (; n_tile >= n_unmasked_begin; --n_tile) step(n_tile, BoolConstant<false>{});
-  for (; n_tile >= n_begin; --n_tile) step(n_tile, BoolConstant<true>{});
+  if constexpr (GENERAL) {
+    for (; n_tile >= n_begin; --n_tile) step(n_tile, BoolConstant<true>{});
+  }
 
   // Epilogue: each warp passes its own rows of O through its own rows of Q_smem, which no other
   // warp reads, to write whole 16-byte chunks.
   ptx::cp_async_wait_group<0>();
   if (n_begin == n_end) __syncthreads();  // other warps' copies of Q may still be landing here
   float* lse = params.softmax_lse + static_cast<long long>(batch_head) * params.seqlen_q;
+  const float sink = GENERAL && terms.sinks != nullptr ? terms.sinks[head] : -INFINITY;
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -353,13 +386,21 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
       const bool empty = row_max[m][half] == -INFINITY && sum == 0.f;
-      const float inverse = empty ? 0.f : 1.f / sum;
-      const int row = warp * Tile::WARP_M + m * 16 + half * 8 + lane / 4;
-      if ((lane & 3) == 0 && m_start + row < params.seqlen_q) {
-        lse[m_start + row] = empty ? -INFINITY
-                                   : row_max[m][half] * params.softmax_scale +
-                                         __log2f(sum * (1 << int(MAX_SHIFT))) * LN_2;
+      float inverse = empty ? 0.f : 1.f / sum;
+      float row_lse = -INFINITY;
+      if (!empty) {
+        row_lse = row_max[m][half] * scale + __log2f(sum * (1 << int(MAX_SHIFT))) * LN_2;
       }
+      if (GENERAL && fmaxf(row_lse, sink) > -INFINITY) {
+        // Of O remains the share that the keys have beside the sink.
+        const float largest = fmaxf(row_lse, sink);
+        const float share = ptx::ex2_approx_ftz((row_lse - largest) * LOG2_E);
+        const float both = share + ptx::ex2_approx_ftz((sink - largest) * LOG2_E);
+        inverse *= share / both;
+        row_lse = largest + __log2f(both) * LN_2;
+      }
+      const int row = warp * Tile::WARP_M + m * 16 + half * 8 + lane / 4;
+      if ((lane & 3) == 0 && m_start + row < params.seqlen_q) lse[m_start + row] = row_lse;
 #pragma unroll
       for (int d = 0; d < D_TILES; ++d) {
         const unsigned packed = ptx::cvt_rn_x2<T>(O_rmem[m][d][2 * half] * inverse,

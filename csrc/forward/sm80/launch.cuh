@@ -9,9 +9,9 @@
 
 namespace flashmoe::sm80 {
 
-template <typename T, typename Tile, bool ALIGNED>
+template <typename T, typename Tile, bool ALIGNED, bool GENERAL>
 cudaError_t launch(const AttentionParams& params, int device, cudaStream_t stream) {
-  const auto kernel = attention_forward_kernel<T, Tile, ALIGNED>;
+  const auto kernel = attention_forward_kernel<T, Tile, ALIGNED, GENERAL>;
   // The opt-in to more than 48 KiB is per device and kernel, and costs a driver call: once only.
   static std::atomic<unsigned long long> opted_in{0};
   const unsigned long long bit = 1ull << (device & 63);
@@ -30,11 +30,15 @@ cudaError_t launch(const AttentionParams& params, int device, cudaStream_t strea
                           Tile::SMEM_BYTES, stream);
 }
 
-template <typename Tile, bool ALIGNED>
+template <typename Tile, bool ALIGNED, bool GENERAL>
 cudaError_t launch_dtype(const AttentionParams& params, DType dtype, int device,
                          cudaStream_t stream) {
-  if (dtype == DType::float16) return launch<__half, Tile, ALIGNED>(params, device, stream);
-  if (dtype == DType::bfloat16) return launch<__nv_bfloat16, Tile, ALIGNED>(params, device, stream);
+  if (dtype == DType::float16) {
+    return launch<__half, Tile, ALIGNED, GENERAL>(params, device, stream);
+  }
+  if (dtype == DType::bfloat16) {
+    return launch<__nv_bfloat16, Tile, ALIGNED, GENERAL>(params, device, stream);
+  }
   return cudaErrorInvalidValue;
 }
 

@@ -51,9 +51,11 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr int Q_FRAGMENTS = TILE.q_in_registers ? HEAD_DIM / 16 : 1;
   // A warpgroup may see nothing of the tiles that another begins with, or have no rows at all.
   constexpr bool CAN_SKIP = CONSUMERS > 1;
+  // ALiBi may let scores grow by more than a maximum can lag, from one tile to the next.
+  constexpr bool MAY_LAG = MAXIMUM_MAY_LAG<T> && !VARIANT.alibi;
 
   const AttentionParams& p = params.attention;
-  const VisibleKeys<VARIANT> visible_keys{p};
+  const VisibleKeys<VARIANT> dense_keys{p, {}};
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
 
@@ -62,7 +64,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   unsigned P_rmem[BLOCK_N / 16][4];
   unsigned Q_rmem[Q_FRAGMENTS][4];
   Softmax<T, TILE> softmax{params};
-  const Output<T, TILE> output{params, smem, w, warp, lane};
+  const Output<T, TILE, VARIANT> output{params, smem, w, warp, lane};
   Ring<TILE.q_stages> q_ring;
   Ring<TILE.num_stages> k_ring, v_ring;
   Ring<S::WORK_SLOTS> work_ring;
@@ -126,17 +128,6 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     release(smem.empty_K + 8 * k_ring.stage());
     k_ring.next();
   };
-  // Waits for S (O may still run), then frees its tile of K. Of a block of rows' LAST tile it frees
-  // Q, or of its FIRST one where Q is in registers: that S has been computed is what says that they
-  // were loaded, for an arrival does not wait for ldmatrix.
-  auto finish_S = [&](auto pending, bool first, bool last) {
-    ptx::wgmma_wait_group<decltype(pending)::value>();
-    ptx::fence_registers(S_rmem);
-    release_K();
-    if (!TILE.stages_output() && (TILE.q_in_registers ? first : last)) {
-      release(smem.empty_Q + 8 * q_buffer());
-    }
-  };
   // Asked early, whether a tile is there costs nothing once it is needed.
   auto test_K = [&] {
     return ptx::mbarrier_test_parity(smem.full_K + 8 * k_ring.stage(), k_ring.parity());
@@ -175,10 +166,31 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // all of their keys. Before and after them the others visit `skip` and `skip_left` more.
   int skip = 0, skip_left = 0;
   int n_tile = 0, n_first = 0, n_unmasked = 0, n_left = 0;
+  float slope = 0.f;  // with ALiBi
+  // Waits for S (O may still run), then frees its tile of K. Of a block of rows' LAST tile it frees
+  // Q, or of its FIRST one where Q is in registers: that S has been computed is what says that they
+  // were loaded, for an arrival does not wait for ldmatrix. Then S gets its terms.
+  auto finish_S = [&](auto pending, bool first, bool last) {
+    ptx::wgmma_wait_group<decltype(pending)::value>();
+    ptx::fence_registers(S_rmem);
+    release_K();
+    if (!TILE.stages_output() && (TILE.q_in_registers ? first : last)) {
+      release(smem.empty_Q + 8 * q_buffer());
+    }
+    if constexpr (VARIANT.softcap || VARIANT.alibi) {
+      Work work{};
+      if constexpr (VARIANT.alibi) work = read_work<VARIANT>(smem, work_ring.stage());
+      const int row = work.m_start + w * 64 + warp * 16 + lane / 4;
+      const int column = (n_first + n_tile) * BLOCK_N + (lane & 3) * 2;
+      add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope,
+                                  VisibleKeys<VARIANT>{p, work.sequence}.diagonal + row - column);
+    }
+  };
   auto mask = [&](auto left_only) {
-    const int m_start = read_work(smem, work_ring.stage()).m_start;
+    const Work work = read_work<VARIANT>(smem, work_ring.stage());
     constexpr bool LEFT_ONLY = decltype(left_only)::value;
-    mask_S<BLOCK_N, VARIANT, LEFT_ONLY>(S_rmem, p, m_start + w * 64 + warp * 16 + lane / 4,
+    mask_S<BLOCK_N, VARIANT, LEFT_ONLY>(S_rmem, VisibleKeys<VARIANT>{p, work.sequence},
+                                        work.m_start + w * 64 + warp * 16 + lane / 4,
                                         (n_first + n_tile) * BLOCK_N + (lane & 3) * 2);
     // Where no maximum is asked for, ptxas would keep what to mask in spilled predicates.
     if constexpr (LEFT_ONLY) ptx::fence_registers(S_rmem);
@@ -194,10 +206,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       pending = largest_magnitude<S::KV_BYTES>(smem.V + v_ring.stage() * S::KV_BYTES);
     }
     if (!is_lost<HEAD_DIM>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
-    const Work work = read_work(smem, work_ring.stage());
+    const Work work = read_work<VARIANT>(smem, work_ring.stage());
     Rows<HEAD_DIM> rows;
-    recompute_rows<T, VARIANT>(params, work.batch, work.head, work.m_start + w * 64 + warp * 16,
-                               rows);
+    recompute_rows<T, VARIANT>(params, work, work.m_start + w * 64 + warp * 16, rows);
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = rows.O[i / 4][i % 4];
 #pragma unroll
@@ -220,24 +231,33 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   auto next_work = [&] {
     while (true) {
       ptx::mbarrier_wait_parity(smem.full_work + 8 * work_ring.stage(), work_ring.parity());
-      const Work work = read_work(smem, work_ring.stage());
+      const Work work = read_work<VARIANT>(smem, work_ring.stage());
       // A shuffle tells the compiler that a warp agrees on it, so loops keep to uniform registers.
       const int n_tiles = __shfl_sync(0xffffffff, work.n_tiles, 0);
       if (n_tiles == NO_WORK) return false;
       if (n_tiles > 0) {
         const int m_start = __shfl_sync(0xffffffff, work.m_start, 0), first = m_start + w * 64;
+        slope = alibi_slope<VARIANT>(params, work.batch, work.head);
+        Sequence sequence = work.sequence;
+        if constexpr (VARIANT.packed) {
+          sequence.seqlen_q = __shfl_sync(0xffffffff, sequence.seqlen_q, 0);
+          sequence.seqlen_kv = __shfl_sync(0xffffffff, sequence.seqlen_kv, 0);
+        }
+        const VisibleKeys<VARIANT> visible_keys =
+            VARIANT.packed ? VisibleKeys<VARIANT>{p, sequence} : dense_keys;
         n_tile = n_tiles - 1;
         n_first = visible_keys.template first_tile<BLOCK_N>(m_start);
         if constexpr (CAN_SKIP && VARIANT.local) {
           // A warpgroup that sees nothing is at the first keys, or has no rows.
-          skip_left =
-              first < p.seqlen_q ? visible_keys.template first_tile<BLOCK_N>(first) - n_first : 0;
+          skip_left = first < seqlen_q<VARIANT>(p, sequence)
+                          ? visible_keys.template first_tile<BLOCK_N>(first) - n_first
+                          : 0;
           n_first += skip_left;
           n_tile -= skip_left;
         }
         // With the tile of the last key that its first row sees: after it, each row saw its last
         // one, and a maximum may lag.
-        n_unmasked = p.seqlen_kv / BLOCK_N - n_first;
+        n_unmasked = seqlen_kv<VARIANT>(p, sequence) / BLOCK_N - n_first;
         if (p.is_causal) {
           n_unmasked = min(n_unmasked, max(visible_keys.last(first), 0) / BLOCK_N - n_first);
         }
@@ -251,7 +271,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
           if (p.is_causal) {
             skip = n_tile - min(max(visible_keys.last(first + 63), 0) / BLOCK_N - n_first, n_tile);
           }
-          if (first >= p.seqlen_q) skip = n_tiles;
+          if (first >= seqlen_q<VARIANT>(p, sequence)) skip = n_tiles;
           n_tile -= skip;
         }
         return true;
@@ -286,7 +306,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       }
     };
     while (next_work()) {
-      const Work work = read_work(smem, work_ring.stage());
+      const Work work = read_work<VARIANT>(smem, work_ring.stage());
       const bool has_rows = n_tile >= 0;
       // Before V is waited for: the producer may need that buffer first.
       if (skip > 0) release_staged();
@@ -309,7 +329,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       // waits for it.
       auto step = [&](auto is_first, auto is_masked, auto may_lag) {
         constexpr bool FIRST = decltype(is_first)::value, MASKED = decltype(is_masked)::value;
-        constexpr bool LAGS = MAXIMUM_MAY_LAG<T> && decltype(may_lag)::value;
+        constexpr bool LAGS = MAY_LAG && decltype(may_lag)::value;
         trace(1);
         ptx::mbarrier_wait_parity(K_full, K_parity);
         turn_begins();
@@ -429,7 +449,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const bool K_there = test_K();
       if constexpr (decltype(masked)::value) mask(may_lag);
       trace(11);
-      if constexpr (MAXIMUM_MAY_LAG<T> && decltype(may_lag)::value) {
+      if constexpr (MAY_LAG && decltype(may_lag)::value) {
         trace(12);
         finish_O();
         trace(7);
@@ -453,7 +473,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       for (; n_tile >= 0; --n_tile) step(yes, yes);
     }
     mend(true);
-    const Work done = read_work(smem, work_ring.stage());
+    const Work done = read_work<VARIANT>(smem, work_ring.stage());
     const int done_buffer = q_buffer();
     const float done_max[2] = {softmax.minus_max[0], softmax.minus_max[1]};
     const float done_sum[2] = {softmax.row_sum[0], softmax.row_sum[1]};

@@ -36,20 +36,30 @@ bool can_run(const AttentionParams& p) {
   return is_fetchable(q_view(p)) && is_fetchable(k_view(p)) && is_fetchable(v_view(p));
 }
 
+long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& a) {
+  return a.sequences.is_packed() ? schedule_bytes(a, tile.block_m, 0) : 0;
+}
+
 cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& a, DType dtype,
-                   int device, cudaStream_t stream, unsigned* counter) {
+                   int device, cudaStream_t stream, unsigned* counter, void* workspace) {
+  const bool packed = a.sequences.is_packed();
+  Sm90Params params;
+  std::memset(&params, 0, sizeof params);
+  if (packed) params.schedule = plan_schedule(a, tile.block_m, 0, workspace);
   const long long batch_heads = static_cast<long long>(a.batch) * a.heads_q;
   const long long num_m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
-  const long long num_work = num_m_blocks * batch_heads;
+  const long long num_work = packed
+                                 ? static_cast<long long>(params.schedule.room_queries) * a.heads_q
+                                 : num_m_blocks * batch_heads;
   if (num_work > 0x7fffffffll) return cudaErrorInvalidConfiguration;
   const Device& here = device_properties(device);
   const long long grid =
       std::min<long long>(num_work, static_cast<long long>(here.sm_count) * tile.ctas_per_sm);
 
-  Sm90Params params;
-  std::memset(&params, 0, sizeof params);
   params.attention = a;
-  params.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  const bool capped = a.terms.softcap > 0;
+  params.scale_log2 = (capped ? a.terms.softcap : a.softmax_scale) * 1.4426950408889634f;
+  params.cap_scale = capped ? a.softmax_scale / a.terms.softcap : 0.f;
   params.inverse_scale_log2 = 1.f / params.scale_log2;
   // P is at most 2^8 then, in float16: far from overflow, and its precision does not depend on it.
   params.slack = (8.f - max_shift(dtype == DType::bfloat16)) / params.scale_log2;
@@ -60,7 +70,12 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   // With a window blocks of rows differ in length at its edges only, or as much as causal ones
   // where it is as wide as the sequence: one order for all of them, whose draws even out what
   // differs.
-  if (!a.mask.is_full()) {
+  if (packed) {
+    // One sequence of the longest, whose heads are a section: others are shorter, and follow it.
+    AttentionParams one = a;
+    one.batch = 1;
+    params.section_heads = FastDivisor::of(section_heads(one, num_m_blocks, grid, here.l2_bytes));
+  } else if (!a.mask.is_full()) {
     const int section = section_heads(a, num_m_blocks, grid, here.l2_bytes);
     params.section_heads = FastDivisor::of(section);
     params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));
@@ -68,8 +83,7 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
     if (num_work > grid) params.counter = counter;
   }
 
-  const TensorView o{a.out,   a.o_batch_stride, a.o_row_stride, a.o_head_stride,
-                     a.batch, a.seqlen_q,       a.heads_q,      a.head_dim};
+  const TensorView o = out_view(a);
   if (!encode(&params.q, q_view(a), 64, dtype) ||
       !encode(&params.k, k_view(a), tile.block_n, dtype) ||
       !encode(&params.v, v_view(a), tile.block_n, dtype) ||
@@ -78,6 +92,11 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   }
   if (const cudaError_t error = allow_smem(kernel, tile.smem_bytes(), device)) return error;
   void* arguments[] = {&params};
+  if (packed) {
+    if (const cudaError_t error = launch_schedule(a, params.schedule, stream)) return error;
+    return launch_overlapping(kernel, grid, tile.num_threads(), tile.smem_bytes(), arguments,
+                              stream);
+  }
   return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid)),
                           dim3(static_cast<unsigned>(tile.num_threads())), arguments,
                           static_cast<size_t>(tile.smem_bytes()), stream);

@@ -11,7 +11,7 @@
 namespace flashmoe::sm90 {
 
 // O_rmem holds 64 rows of O as wgmma leaves them (see Softmax).
-template <typename T, Sm90Tile TILE>
+template <typename T, Sm90Tile TILE, Variant VARIANT>
 struct Output {
   using S = Smem<TILE>;
   static constexpr int HEAD_DIM = TILE.head_dim, CONSUMERS = TILE.consumers();
@@ -27,26 +27,38 @@ struct Output {
     return work.m_start + w * 64 + warp * 16 + lane / 4 + half * 8;
   }
   __device__ __forceinline__ T* out_of(const Work& work) const {
-    return static_cast<T*>(p.out) + work.batch * p.o_batch_stride + work.head * p.o_head_stride;
+    return static_cast<T*>(p.out) + work.batch * p.o_batch_stride +
+           offset<VARIANT>(work.sequence.q_begin, p.o_row_stride) + work.head * p.o_head_stride;
   }
   // Sets softmax_lse, and `scale` to what O must be multiplied with.
   __device__ __forceinline__ void finish_rows(const Work& work, const float (&minus_max)[2],
                                               const float (&final_sum)[2],
                                               float (&scale)[2]) const {
-    float* lse =
-        p.softmax_lse + (static_cast<long long>(work.batch) * p.heads_q + work.head) * p.seqlen_q;
+    float* lse = p.softmax_lse + lse_offset<VARIANT>(p, work.sequence, work.batch, work.head);
+    float sink = -INFINITY;  // in units of log 2
+    if constexpr (VARIANT.sink) {
+      if (p.terms.sinks != nullptr) sink = p.terms.sinks[work.head] * 1.4426950408889634f;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = final_sum[half];
+      float sum = final_sum[half], minus = minus_max[half], share = 1.f;
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      const bool empty = minus_max[half] == NO_MAXIMUM;
+      if constexpr (VARIANT.sink) {
+        // Relative to the larger one of the maximum and the sink, which may be far apart.
+        const float largest = fmaxf(-minus, sink + MAX_SHIFT<T>);
+        share = ptx::ex2_approx_ftz(-minus - largest);
+        sum = fmaf(sum, share, ptx::ex2_approx_ftz(sink - largest));
+        minus = -largest;
+      }
+      const bool empty = minus == NO_MAXIMUM;
       scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
+      if constexpr (VARIANT.sink) scale[half] *= share;
       const int row = row_of(work, half);
-      if ((lane & 3) == 0 && row < p.seqlen_q) {
+      if ((lane & 3) == 0 && row < seqlen_q<VARIANT>(p, work.sequence)) {
         // About 1 without the shift, where lg2.approx is at its best.
         const float log2_sum = ptx::lg2_approx_ftz(sum * (1 << int(MAX_SHIFT<T>)));
-        lse[row] = empty ? -INFINITY : (log2_sum - (minus_max[half] + MAX_SHIFT<T>)) * LN_2;
+        lse[row] = empty ? -INFINITY : (log2_sum - (minus + MAX_SHIFT<T>)) * LN_2;
       }
     }
   }
@@ -70,10 +82,13 @@ struct Output {
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(1 + CONSUMERS + w, 128);
     if (threadIdx.x % 128 == 0) {
+      const Place place = q_place<VARIANT>(p, work.sequence);
+      const int row = work.m_start + w * 64;
 #pragma unroll
       for (int panel = 0; panel < S::PANELS; ++panel) {
         ptx::cp_async_bulk_tensor_4d_store(&params.o, staged + panel * 8192, panel * 64,
-                                           work.m_start + w * 64, work.head, work.batch);
+                                           VARIANT.packed ? place.shift + row : row, work.head,
+                                           VARIANT.packed ? place.end : work.batch);
       }
       ptx::cp_async_bulk_commit_group();
     }
@@ -88,7 +103,7 @@ struct Output {
     const int mine = GROUPS == 4 ? lane & 3 : lane & 1;
     const int column0 = mine * 8 + (GROUPS == 4 ? 0 : (lane & 2) * 2);
     T* out_row = out_of(work) + row * p.o_row_stride + column0;
-    const int columns = row < p.seqlen_q ? p.head_dim - column0 : 0;
+    const int columns = row < seqlen_q<VARIANT>(p, work.sequence) ? p.head_dim - column0 : 0;
 #pragma unroll
     for (int d = FIRST; d < LAST; d += GROUPS) {
       unsigned x[GROUPS];
@@ -151,11 +166,30 @@ struct Output {
       const int row = row_of(work, half);
 #pragma unroll 1
       for (int column = (lane & 3) * 8; column < p.head_dim; column += 32) {
-        ptx::st_global_v4_if(row < p.seqlen_q, out_of(work) + row * p.o_row_stride + column, 0, 0,
-                             0, 0);
+        ptx::st_global_v4_if(row < seqlen_q<VARIANT>(p, work.sequence),
+                             out_of(work) + row * p.o_row_stride + column, 0, 0, 0, 0);
       }
     }
   }
 };
+
+// Rows of packed tensors behind the last sequence, as if they saw no key: by the 96 threads from 32
+// on of each thread block.
+template <typename T>
+__device__ __forceinline__ void clear_rest(const AttentionParams& p) {
+  const int chunks = p.head_dim / 8;  // of 16 bytes, in a row of a head
+  for (int row = packed_end(p.sequences.cu_seqlens_q, p.batch, p.sequences.total_q) + blockIdx.x;
+       row < p.sequences.total_q; row += gridDim.x) {
+    T* out = static_cast<T*>(p.out) + row * p.o_row_stride;
+    for (int i = threadIdx.x - 32; i < p.heads_q * chunks; i += 96) {
+      const int head = i / chunks;
+      ptx::st_global_v4_if(true, out + head * p.o_head_stride + (i - head * chunks) * 8, 0, 0, 0,
+                           0);
+    }
+    for (int head = threadIdx.x - 32; head < p.heads_q; head += 96) {
+      p.softmax_lse[static_cast<long long>(head) * p.sequences.total_q + row] = -INFINITY;
+    }
+  }
+}
 
 }  // namespace flashmoe::sm90

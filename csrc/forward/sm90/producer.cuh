@@ -3,9 +3,16 @@
 #pragma once
 
 #include "forward/sm90/work.cuh"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace flashmoe::sm90 {
+
+// How many blocks of rows a packed batch has for each head, once it is known.
+__device__ __forceinline__ int await_list(const Sm90Params& params) {
+  ptx::griddepcontrol_wait();
+  return ptx::ld_global_cg_v4(params.schedule.counts).x;
+}
 
 // Fetches in the order in which consumers need it: K one tile ahead of V, across blocks of rows.
 // Also chooses the work: blocks of rows that differ in length are drawn from a counter, as late as
@@ -15,19 +22,30 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   using S = Smem<TILE>;
   // With a second buffer, Q of the next block of rows is fetched while this one is multiplied.
   constexpr bool Q_AHEAD = TILE.q_stages > 1;
+  const AttentionParams& p = params.attention;
   // A buffer that was never filled counts as released: the phase before the first has parity 1.
   Ring<TILE.q_stages> q_ring;
   Ring<TILE.num_stages> k_ring, v_ring;
   Ring<S::WORK_SLOTS> work_ring;
   auto publish = [&](const Work& work) {
     ptx::mbarrier_wait_parity(smem.empty_work + 8 * work_ring.stage(), work_ring.parity() ^ 1);
-    ptx::st_shared_v4(smem.work + work_ring.stage() * sizeof(Work),
+    ptx::st_shared_v4(smem.work + work_ring.stage() * sizeof(int4),
                       make_int4(work.n_tiles, work.m_start, work.head, work.batch));
+    if constexpr (VARIANT.packed) {
+      const Sequence& s = work.sequence;
+      ptx::st_shared_v4(smem.sequences + work_ring.stage() * sizeof(int4),
+                        make_int4(s.q_begin, s.k_begin, s.seqlen_q, s.seqlen_kv));
+    }
     ptx::mbarrier_arrive(smem.full_work + 8 * work_ring.stage());
     work_ring.next();
   };
   int index = blockIdx.x;
+  const int listed = VARIANT.packed ? await_list(params) : 0;
   auto draw = [&] {
+    if constexpr (VARIANT.packed) {
+      index = gridDim.x + atomicAdd(params.schedule.counts + 2, 1);
+      return;
+    }
     if (params.counter == nullptr) {
       index += gridDim.x;
       return;
@@ -37,9 +55,16 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     index = gridDim.x + atomicInc(params.counter, params.num_work - 1);
   };
   auto decode = [&] {
-    return index < params.num_work ? work_at<TILE, VARIANT>(params, index) : Work{NO_WORK, 0, 0, 0};
+    const Work none{NO_WORK, 0, 0, 0, {}};
+    if constexpr (VARIANT.packed) {
+      return index < listed * p.heads_q ? packed_work_at<TILE, VARIANT>(params, index, listed)
+                                        : none;
+    } else {
+      return index < params.num_work ? work_at<TILE, VARIANT>(params, index) : none;
+    }
   };
   auto load_Q = [&](const Work& work) {
+    const Place place = q_place<VARIANT>(p, work.sequence);
 #pragma unroll 1  // 24 registers are few
     for (int w = 0; w < TILE.consumers(); ++w) {
       const int buffer = q_ring.stage() * TILE.consumers() + w;
@@ -48,21 +73,32 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
       ptx::mbarrier_arrive_expect_tx(full, S::Q_BYTES);
 #pragma unroll 1
       for (int panel = 0; panel < S::PANELS; ++panel) {
+        const int row = work.m_start + w * 64;
         ptx::cp_async_bulk_tensor_4d_load(dst + panel * 8192, &params.q, full, panel * 64,
-                                          work.m_start + w * 64, work.head, work.batch);
+                                          VARIANT.packed ? place.shift + row : row, work.head,
+                                          VARIANT.packed ? place.end : work.batch);
       }
     }
     q_ring.next();
   };
+  // Of rows of K and V in packed kernels (Place). Plain ones must not see it: they would be another
+  // machine code.
+  int shift = 0;
   auto load = [&](const ptx::TensorMap* map, unsigned dst, unsigned full, unsigned empty,
                   int head_kv, int batch, int n, Ring<TILE.num_stages>& ring) {
     ptx::mbarrier_wait_parity(empty + 8 * ring.stage(), ring.parity() ^ 1);
     ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage(), S::KV_BYTES);
 #pragma unroll 1
     for (int panel = 0; panel < S::PANELS; ++panel) {
-      ptx::cp_async_bulk_tensor_4d_load(
-          dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
-          full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch);
+      if constexpr (VARIANT.packed) {
+        ptx::cp_async_bulk_tensor_4d_load(
+            dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
+            full + 8 * ring.stage(), panel * 64, shift + n * TILE.block_n, head_kv, batch);
+      } else {
+        ptx::cp_async_bulk_tensor_4d_load(
+            dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
+            full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch);
+      }
     }
     ring.next();
   };
@@ -88,10 +124,14 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
       work = decode();
       continue;
     }
-    work = read_work(smem, slot);  // rather than spill it
+    work = read_work<VARIANT>(smem, slot);  // rather than spill it
     head_kv = params.group.divide(work.head), batch = work.batch;
+    if constexpr (VARIANT.packed) {
+      const Place place = k_place<VARIANT>(p, work.sequence);
+      shift = place.shift, batch = place.end;
+    }
     n_first =
-        VisibleKeys<VARIANT>{params.attention}.template first_tile<TILE.block_n>(work.m_start);
+        VisibleKeys<VARIANT>{p, work.sequence}.template first_tile<TILE.block_n>(work.m_start);
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones
     // have nothing else to do until then: K and V are fetched meanwhile.
     if (!TILE.serial && !q_ahead) load_Q(work);

@@ -66,8 +66,10 @@ struct Rows {
 // S of 16 rows from `row` on and the 8 keys from `key` on, -infinity where a row does not see a
 // key.
 template <typename T, Variant VARIANT>
-__device__ __forceinline__ void recompute_scores(const AttentionParams& p, const T* q, const T* k,
-                                                 int row, int key, float (&S)[4]) {
+__device__ __forceinline__ void recompute_scores(const Sm90Params& params, const Sequence& sequence,
+                                                 const T* q, const T* k, int row, int key,
+                                                 float slope, float (&S)[4]) {
+  const AttentionParams& p = params.attention;
   const int lane = threadIdx.x % 32;
   const int my_row = row + lane / 4, my_key = key + lane / 4;
   q += my_row * p.q_row_stride + lane % 4 * 2;
@@ -79,31 +81,41 @@ __device__ __forceinline__ void recompute_scores(const AttentionParams& p, const
   for (int e = 0; e < 4; ++e) S[e] = 0.f;
 #pragma unroll 1
   for (int d = 0; d < p.head_dim; d += 8) {
-    const unsigned a[2] = {load(q + d, my_row < p.seqlen_q),
-                           load(q + 8 * p.q_row_stride + d, my_row + 8 < p.seqlen_q)};
-    ptx::mma_m16n8k8<T>(S, a, load(k + d, my_key < p.seqlen_kv));
+    const unsigned a[2] = {
+        load(q + d, my_row < seqlen_q<VARIANT>(p, sequence)),
+        load(q + 8 * p.q_row_stride + d, my_row + 8 < seqlen_q<VARIANT>(p, sequence))};
+    ptx::mma_m16n8k8<T>(S, a, load(k + d, my_key < seqlen_kv<VARIANT>(p, sequence)));
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int e_row = my_row + e / 2 * 8, e_key = key + lane % 4 * 2 + e % 2;
-    const KeyRange keys = VisibleKeys<VARIANT>{p}(e_row, e_row);
+    const VisibleKeys<VARIANT> visible_keys{p, sequence};
+    S[e] = with_terms<VARIANT>(params, S[e], slope,
+                               static_cast<float>(e_row + visible_keys.diagonal - e_key));
+    const KeyRange keys = visible_keys(e_row, e_row);
     if (e_key >= keys.end || e_key < keys.begin) S[e] = -INFINITY;
   }
 }
 
 // The 16 rows of one warp from `row` on.
 template <typename T, Variant VARIANT, int HEAD_DIM>
-__device__ __forceinline__ void recompute_rows(const Sm90Params& params, int batch, int head,
-                                               int row, Rows<HEAD_DIM>& rows) {
+__device__ __forceinline__ void recompute_rows(const Sm90Params& params, const Work& work, int row,
+                                               Rows<HEAD_DIM>& rows) {
   // Enough for O to stay finite over 2^24 keys of the largest values.
   constexpr float SHIFT = ptx::IS_BFLOAT16<T> ? 24.f : 0.f;
   const AttentionParams& p = params.attention;
-  const int lane = threadIdx.x % 32, head_kv = params.group.divide(head);
-  const T* q = static_cast<const T*>(p.q) + batch * p.q_batch_stride + head * p.q_head_stride;
-  const T* k = static_cast<const T*>(p.k) + batch * p.k_batch_stride + head_kv * p.k_head_stride;
+  const int lane = threadIdx.x % 32, batch = work.batch, head = work.head;
+  const int head_kv = params.group.divide(head);
+  const Sequence& sequence = work.sequence;
+  const T* q = static_cast<const T*>(p.q) + batch * p.q_batch_stride +
+               offset<VARIANT>(sequence.q_begin, p.q_row_stride) + head * p.q_head_stride;
+  const T* k = static_cast<const T*>(p.k) + batch * p.k_batch_stride +
+               offset<VARIANT>(sequence.k_begin, p.k_row_stride) + head_kv * p.k_head_stride;
   const unsigned short* v = static_cast<const unsigned short*>(p.v) + batch * p.v_batch_stride +
+                            offset<VARIANT>(sequence.k_begin, p.v_row_stride) +
                             head_kv * p.v_head_stride + lane / 4;
-  const KeyRange keys = VisibleKeys<VARIANT>{p}(row, row + 15);
+  const float slope = alibi_slope<VARIANT>(params, batch, head);
+  const KeyRange keys = VisibleKeys<VARIANT>{p, sequence}(row, row + 15);
   // Told that a warp agrees on them: ptxas would take the fast path for divergent, too.
   const int n_end = __shfl_sync(0xffffffff, keys.end, 0);
   const int n_begin = VARIANT.local ? __shfl_sync(0xffffffff, keys.begin, 0) : 0;
@@ -114,7 +126,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
   float S[4], max[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
   for (int n = n_begin; n < n_end; n += 8) {
-    recompute_scores<T, VARIANT>(p, q, k, row, n, S);
+    recompute_scores<T, VARIANT>(params, sequence, q, k, row, n, slope, S);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       max[half] = fmaxf(max[half], fmaxf(S[2 * half], S[2 * half + 1]));
@@ -134,7 +146,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
   }
 #pragma unroll 1
   for (int n = n_begin; n < n_end; n += 8) {
-    recompute_scores<T, VARIANT>(p, q, k, row, n, S);
+    recompute_scores<T, VARIANT>(params, sequence, q, k, row, n, slope, S);
     unsigned P[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -151,7 +163,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, int bat
 #pragma unroll 1
     for (int d = 0; d < p.head_dim; d += 8) {
       auto load = [&](int i) -> unsigned {
-        return key + i < p.seqlen_kv ? v[(key + i) * p.v_row_stride + d] : 0;
+        return key + i < seqlen_kv<VARIANT>(p, sequence) ? v[(key + i) * p.v_row_stride + d] : 0;
       };
       ptx::mma_m16n8k8<T>(rows.O[d / 8], P, load(0) | load(1) << 16);
     }

@@ -196,12 +196,48 @@ struct Softmax {
   }
 };
 
+// What ALiBi takes from a score for each key between its query and its key, in units of S.
+template <Variant VARIANT>
+__device__ __forceinline__ float alibi_slope(const Sm90Params& params, int batch, int head) {
+  const Terms& terms = params.attention.terms;
+  if (!VARIANT.alibi || terms.alibi_slopes == nullptr) return 0.f;
+  return terms.alibi_slopes[batch * terms.alibi_batch_stride + head] * 1.4426950408889634f *
+         params.inverse_scale_log2;
+}
+// A score with the variant's terms, in units of Q K^T as before, or with softcap in those of tanh:
+// scale_log2 is that of softcap then. `distance` is how many keys lie between its query and it.
+template <Variant VARIANT>
+__device__ __forceinline__ float with_terms(const Sm90Params& params, float s, float slope,
+                                            float distance) {
+  if constexpr (VARIANT.softcap) s = ptx::tanh_approx(s * params.cap_scale);
+  if constexpr (VARIANT.alibi) s = fmaf(-slope, fabsf(distance), s);
+  return s;
+}
+// S of a thread's two rows: the first one is level with the key `level` columns behind the thread's
+// first.
+template <int BLOCK_N, Variant VARIANT>
+__device__ __forceinline__ void add_terms(float (&S_rmem)[BLOCK_N / 2], const Sm90Params& params,
+                                          float slope, int level) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float first = static_cast<float>(level + half * 8);
+#pragma unroll
+    for (int n = 0; n < BLOCK_N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& s = S_rmem[4 * n + 2 * half + i];
+        s = with_terms<VARIANT>(params, s, slope, first - (8 * n + i));
+      }
+    }
+  }
+}
+
 // -infinity for the keys that a thread's rows do not see: of row `row0` and the one 8 below,
 // columns from `column0` on.
 template <int BLOCK_N, Variant VARIANT, bool LEFT_ONLY>
-__device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2], const AttentionParams& p,
-                                       int row0, int column0) {
-  const VisibleKeys<VARIANT> visible_keys{p};
+__device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2],
+                                       const VisibleKeys<VARIANT>& visible_keys, int row0,
+                                       int column0) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row0 + half * 8;

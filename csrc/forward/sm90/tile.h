@@ -3,7 +3,9 @@
 // same in Python (Tile.violations); a test compares the two.
 #pragma once
 
+#include "common/fast_divisor.h"
 #include "common/params.h"
+#include "common/schedule.h"
 #include "common/variant.h"
 #include "ptx/tensor_map.h"
 
@@ -39,9 +41,9 @@ struct Sm90Tile {
     return registers > 255 ? 255 : registers;
   }
   // What it needs without spills: more would cost the consumers some, where they are two. With a
-  // window it keeps the first tile of keys, too.
+  // window it keeps the first tile of keys, too, and packed ones where their sequence is.
   constexpr int producer_registers(Variant variant = {}) const {
-    return consumers() == 2 && q_stages == 1 && !variant.local ? 24 : 32;
+    return consumers() == 2 && q_stages == 1 && !variant.local && !variant.packed ? 24 : 32;
   }
   constexpr int consumer_registers(Variant variant = {}) const {
     const int left =
@@ -91,35 +93,20 @@ struct LegalSm90Tile {
 // the smallest values still survive. float16 does not reach so low, nor so high that it needed it.
 constexpr float max_shift(bool bfloat16) { return bfloat16 ? 16.f : 0.f; }
 
-// Division of an int from 0 on by one above 0, by multiplication (Granlund and Montgomery, 1994).
-struct FastDivisor {
-  int divisor;
-  unsigned multiplier, shift;
-
-  static FastDivisor of(int divisor) {
-    unsigned shift = 0;
-    while ((1ll << shift) < divisor) ++shift;
-    const unsigned long long power = 1ull << (31 + shift);
-    return {divisor, static_cast<unsigned>((power + divisor - 1) / divisor), shift};
-  }
-#ifdef __CUDACC__
-  __device__ __forceinline__ int divide(int n) const {
-    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> (shift - 1));
-  }
-#endif
-};
-
 struct Sm90Params {
   ptx::TensorMap q, k, v, o;
   AttentionParams attention;
-  float scale_log2, inverse_scale_log2;  // softmax_scale in units of log 2
-  float slack;   // by how much, in units of Q K^T, a row's maximum may lag behind
+  // In units of log 2, what scores are in units of: softmax_scale, or softcap (softmax.cuh).
+  float scale_log2, inverse_scale_log2;
+  float slack;   // by how much, in units of scores, a row's maximum may lag behind
   int num_work;  // blocks of rows over all heads and batches
   FastDivisor m_blocks, heads_q, group;  // blocks of rows of a head; heads_q over heads_kv
   FastDivisor section_heads;             // (batch, head) pairs whose blocks are worked on together
   FastDivisor per_section;               // and their blocks
   unsigned*
-      counter;  // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+      counter;      // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
+  float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
+  Schedule schedule;  // of packed kernels, which find num_work, m_blocks and a counter there
 };
 
 }  // namespace flashmoe

@@ -2,8 +2,7 @@
 // of shared memory, and the rings of buffers in it.
 #pragma once
 
-#include "common/params.h"
-#include "common/variant.h"
+#include "common/packed.cuh"
 #include "forward/sm90/tile.h"
 #include "ptx/ld_st.cuh"
 #include "ptx/tma.cuh"
@@ -11,9 +10,10 @@
 namespace flashmoe::sm90 {
 
 // One block of rows of one head, as the scheduler hands it to the producer and the consumers.
-struct alignas(16) Work {
+struct Work {
   int n_tiles;  // tiles of keys that its rows see; NO_WORK after the last block of rows
   int m_start, head, batch;
+  Sequence sequence;
 };
 constexpr int NO_WORK = -1;
 constexpr float NO_MAXIMUM = 3e38f;  // for minus the scaled maximum of a row without keys so far
@@ -24,7 +24,8 @@ constexpr float NO_MAXIMUM = 3e38f;  // for minus the scaled maximum of a row wi
 template <Variant VARIANT>
 struct VisibleKeys {
   const AttentionParams& p;
-  const int diagonal = p.seqlen_kv - p.seqlen_q;
+  const Sequence sequence;
+  const int diagonal = seqlen_kv<VARIANT>(p, sequence) - seqlen_q<VARIANT>(p, sequence);
 
   // With a limit on the right: the last key that a row sees if there are so many, or below 0.
   __device__ __forceinline__ int last(int row) const {
@@ -33,9 +34,10 @@ struct VisibleKeys {
   // Of rows from first_row to last_row, that one too; a plain kernel's end may be below 0.
   __device__ __forceinline__ KeyRange operator()(int first_row, int last_row) const {
     if constexpr (VARIANT.local) {
-      return visible(p.mask, first_row, last_row + 1, p.seqlen_q, p.seqlen_kv);
+      return visible(p.mask, first_row, last_row + 1, seqlen_q<VARIANT>(p, sequence),
+                     seqlen_kv<VARIANT>(p, sequence));
     }
-    int end = p.seqlen_kv;
+    int end = seqlen_kv<VARIANT>(p, sequence);
     if (p.is_causal) end = min(end, last(last_row) + 1);
     return {0, end};
   }
@@ -45,6 +47,16 @@ struct VisibleKeys {
     return (*this)(row, row).begin / BLOCK_N;
   }
 };
+
+// How many tiles of keys a block of rows sees.
+template <Sm90Tile TILE, Variant VARIANT>
+__device__ __forceinline__ int tiles_seen(const AttentionParams& p, const Work& work) {
+  const KeyRange keys =
+      VisibleKeys<VARIANT>{p, work.sequence}(work.m_start, work.m_start + TILE.block_m - 1);
+  return keys.end > keys.begin
+             ? (keys.end + TILE.block_n - 1) / TILE.block_n - keys.begin / TILE.block_n
+             : 0;
+}
 
 template <Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
@@ -64,14 +76,32 @@ __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
     batch_head = params.m_blocks.divide(index);
     m_block = index - batch_head * params.m_blocks.divisor;
   }
-  Work work;
+  Work work{};
   work.batch = params.heads_q.divide(batch_head);
   work.head = batch_head - work.batch * p.heads_q;
   work.m_start = m_block * TILE.block_m;
-  const KeyRange keys = VisibleKeys<VARIANT>{p}(work.m_start, work.m_start + TILE.block_m - 1);
-  work.n_tiles = keys.end > keys.begin
-                     ? (keys.end + TILE.block_n - 1) / TILE.block_n - keys.begin / TILE.block_n
-                     : 0;
+  work.n_tiles = tiles_seen<TILE, VARIANT>(p, work);
+  return work;
+}
+
+// Of a packed kernel, which has `listed` blocks of rows for each head: in sections of heads as
+// well, each of which goes through the whole list; the longest blocks of a sequence first.
+template <Sm90Tile TILE, Variant VARIANT>
+__device__ __forceinline__ Work packed_work_at(const Sm90Params& params, int index, int listed) {
+  const AttentionParams& p = params.attention;
+  const int heads = params.section_heads.divisor;
+  const int section = index / (heads * listed), in_section = index - section * heads * listed;
+  const int rank = params.section_heads.divide(in_section);
+  const PackedBlock block = load_block(params.schedule.queries + rank);
+  Work work;
+  work.sequence = block.sequence;
+  work.batch = block.batch;
+  work.head = section * heads + in_section - rank * heads;
+  work.m_start = block.start;
+  if (p.mask.right >= 0) {
+    work.m_start = (work.sequence.seqlen_q - 1) / TILE.block_m * TILE.block_m - block.start;
+  }
+  work.n_tiles = tiles_seen<TILE, VARIANT>(p, work);
   return work;
 }
 
@@ -82,7 +112,10 @@ struct Smem {
   static constexpr int KV_BYTES = TILE.kv_bytes();
   // A block of rows that is multiplied, one that is fetched, and one more that has no keys.
   static constexpr int WORK_SLOTS = 3;
+  // Of a slot's Work 16 bytes are published, and behind everything else 16 of its sequence by
+  // packed kernels.
   unsigned Q, K, V, work, full_Q, empty_Q, full_K, empty_K, full_V, empty_V, full_work, empty_work;
+  unsigned sequences;
 
   __device__ __forceinline__ explicit Smem(unsigned base) {
     constexpr int C = TILE.consumers(), QS = TILE.q_stages, S = TILE.num_stages;
@@ -90,7 +123,7 @@ struct Smem {
     K = Q + C * QS * Q_BYTES;
     V = K + S * KV_BYTES;
     work = V + S * KV_BYTES;
-    full_Q = work + WORK_SLOTS * sizeof(Work);
+    full_Q = work + WORK_SLOTS * sizeof(int4);
     empty_Q = full_Q + 8 * C * QS;
     full_K = empty_Q + 8 * C * QS;
     empty_K = full_K + 8 * S;
@@ -98,6 +131,9 @@ struct Smem {
     empty_V = full_V + 8 * S;
     full_work = empty_V + 8 * S;
     empty_work = full_work + 8 * WORK_SLOTS;
+    sequences = empty_work + 8 * WORK_SLOTS;
+    static_assert(WORK_SLOTS * 2 * sizeof(int4) + 16 * (C * QS + 2 * S + WORK_SLOTS) <= 512,
+                  "what is behind the buffers");
   }
 };
 
@@ -113,10 +149,12 @@ struct Ring {
   }
 };
 
-template <Sm90Tile TILE>
+template <Variant VARIANT, Sm90Tile TILE>
 __device__ __forceinline__ Work read_work(const Smem<TILE>& smem, int slot) {
-  const int4 x = ptx::ld_shared_v4(smem.work + slot * sizeof(Work));
-  return {x.x, x.y, x.z, x.w};
+  const int4 x = ptx::ld_shared_v4(smem.work + slot * sizeof(int4));
+  if constexpr (!VARIANT.packed) return {x.x, x.y, x.z, x.w, {}};
+  const int4 s = ptx::ld_shared_v4(smem.sequences + slot * sizeof(int4));
+  return {x.x, x.y, x.z, x.w, {s.x, s.y, s.z, s.w}};
 }
 
 }  // namespace flashmoe::sm90

@@ -52,10 +52,16 @@ namespace flashmoe {
 namespace sm80 {
 inline unsigned char smem[1];
 }
+namespace decoding {
+inline unsigned char smem[1];
+}
 namespace sm90 {
 inline unsigned char smem_raw[1];
 }
 namespace sm90_backward {
+inline unsigned char smem_raw[1];
+}
+namespace schedule {
 inline unsigned char smem_raw[1];
 }
 }  // namespace flashmoe
@@ -125,6 +131,7 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
   *address = before >= last ? 0 : before + 1;
   return before;
 }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __log2f(float x) { return std::log2(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }

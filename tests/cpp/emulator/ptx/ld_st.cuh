@@ -33,8 +33,20 @@ inline void st_shared_v4(unsigned dst_smem, int4 x) {
   std::memcpy(emulator::shared(dst_smem, 16), &x, 16);
 }
 
+inline void st_shared_v2(unsigned dst_smem, float2 x) {
+  emulator::preempt();
+  std::memcpy(emulator::shared(dst_smem, 8), &x, 8);
+}
+
 inline void st_shared_b32(unsigned dst_smem, unsigned x) {
   std::memcpy(emulator::shared(dst_smem, 4), &x, 4);
+}
+
+inline int4 ld_global_cg_v4(const void* src_gmem) {
+  emulator::require(reinterpret_cast<uintptr_t>(src_gmem) % 16 == 0, "misaligned ld.global");
+  int4 x;
+  std::memcpy(&x, src_gmem, 16);
+  return x;
 }
 
 template <typename... Registers>

@@ -75,5 +75,15 @@ float2 cvt_f32_x2(unsigned packed) {
 inline float ex2_approx_ftz(float x) { return std::exp2(x); }
 inline float rcp_approx_ftz(float x) { return 1.f / x; }
 inline float lg2_approx_ftz(float x) { return std::log2(x); }
+// As wrong as it may be: 11 bits are left.
+inline float tanh_approx(float x) {
+  int exponent;
+  const float fraction = std::frexp(std::tanh(x), &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(fraction, 11)), exponent - 11);
+}
+inline float fma_sat(float a, float b, float c) {
+  const float x = std::fma(a, b, c);
+  return x > 0 ? std::min(x, 1.f) : 0.f;
+}
 
 }  // namespace flashmoe::ptx

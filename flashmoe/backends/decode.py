@@ -1,0 +1,106 @@
+"""The decode kernel for CUDA devices: few queries over many keys, and caches (csrc/decode)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flashmoe import _extension
+from flashmoe.backends.base import Backend, Features, Run, lacking
+from flashmoe.backends.cuda import CudaBackend
+from flashmoe.machine.device import Arch
+from flashmoe.spec.call import Call
+from flashmoe.spec.problem import Problem
+from flashmoe.tiles import PLAIN, Tile
+
+_extension.load()
+_decode = torch.ops.flashmoe.decode_cuda.default
+
+# The widest tile's. Blocks of more rows read K and V again, and dense kernels are faster.
+_DENSE_ROWS = 64
+BATCH_INVARIANT = -1
+
+
+class DecodeBackend(Backend):
+    """A block's rows are (query, head of a group) pairs; the keys of a sequence are split over
+    thread blocks."""
+
+    name = "decode"
+    features: ClassVar[Features] = {
+        "fwd": frozenset({"window", "softcap", "alibi", "sink", "cache", "paged"})
+    }
+
+    def __init__(self, cuda: CudaBackend) -> None:
+        self._cuda = cuda  # which is in the same builds, on the same GPUs
+
+    def unavailable(self, device: torch.device) -> str:
+        return self._cuda.unavailable(device)
+
+    def unsupported(self, problem: Problem, arch: Arch) -> str:
+        if missing := lacking(self, problem):
+            return missing
+        if problem.layout == "dense" and _rows(problem) > _DENSE_ROWS:
+            return (
+                f"computes up to {_DENSE_ROWS} rows of a head of k without a cache, "
+                f"got {_rows(problem)}"
+            )
+        if not self.compiled_in(problem, arch):
+            return f"no tile is compiled in for {problem.dtype}, head_dim {problem.head_dim}"
+        return ""
+
+    def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
+        """The first one listed in csrc/instances of the fewest rows that hold the problem's, or
+        else of the most. It depends on no batch, so that results need not."""
+        compiled = self.compiled_in(problem, arch)
+        rows = min(_rows(problem), max(tile.block_m for tile in compiled))
+        return min((tile for tile in compiled if tile.block_m >= rows), key=lambda t: t.block_m)
+
+    def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
+        return self.compiled_in(problem, arch)
+
+    def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
+        key = ("decode", _instance_head_dim(problem), PLAIN)  # each has all features
+        tiles = _extension.load().decode_instances.get(key, ())
+        return [tile for tile in tiles if not tile.violations(arch, problem)]
+
+    def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
+        if tile is None:
+            return "it needs a tile"
+        if broken := tile.violations(arch, problem):
+            return "; ".join(broken)
+        compiled = self.compiled_in(problem, arch)
+        return "" if tile in compiled else f"not compiled in; compiled are {_listed(compiled)}"
+
+    def bind(self, problem: Problem, tile: Tile | None, num_splits: int = 0) -> Run:
+        """`num_splits` as the op has it: thread blocks for the keys of a sequence, 0 for as many as
+        fill the GPU, BATCH_INVARIANT for the same bits of a sequence whatever else is in the
+        batch."""
+        assert tile is not None, "the decode kernel needs a tile"
+        handle = _extension.load().decode_handles[_instance_head_dim(problem), tile, PLAIN]
+        fixed = (problem.mask.left, problem.mask.right, handle, num_splits)
+
+        def run(call: Call) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = _decode(*call[:4], *fixed)
+            return result
+
+        def run_with_options(call: Call) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = _decode(*call[:4], *fixed, *call.terms, *call.sequences)
+            return result
+
+        return run_with_options if problem.features - {"window"} else run
+
+
+def _rows(problem: Problem) -> int:
+    return problem.seqlen_q * (problem.heads_q // problem.heads_kv)
+
+
+def _instance_head_dim(problem: Problem) -> int:
+    """The smallest head dimension that is compiled in and holds the problem's; 0 without one."""
+    compiled = {head_dim for _, head_dim, _ in _extension.load().decode_instances}
+    return min((d for d in compiled if d >= problem.head_dim), default=0)
+
+
+def _listed(tiles: list[Tile]) -> str:
+    return ", ".join(map(str, tiles))
