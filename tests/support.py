@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -204,7 +205,15 @@ def missing(what: str) -> NoReturn:
     """Skip a test for want of a program, or fail it where everything must be there (.ci/run)."""
     if os.environ.get("FLASHMOE_REQUIRE_ALL"):
         pytest.fail(what)
-    pytest.skip(what)
+    pytest.skip(what, allow_module_level=True)
+
+
+def library(name: str) -> ModuleType:
+    """A library that flashmoe works inside of, for a test that is skipped or fails without it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing(f"{name} is not installed: {error}")
 
 
 def load_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

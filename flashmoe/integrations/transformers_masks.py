@@ -132,6 +132,8 @@ def _looked_at(
         keys = keys[:, kv_offset : kv_offset + seqlen_kv].bool()
     if left < 0 and right < 0:  # who sees all keys is level with none
         last = seqlen_kv
+    elif keys is None and right > 0 and last != seqlen_kv:
+        return None  # a window to the right reaches what is not filled yet
     elif keys is None and isinstance(last, Tensor) and not torch.is_grad_enabled():
         return KeyMask(left, right, Lengths(last.to(torch.int32).expand(batch).contiguous()))
     last = int(last)

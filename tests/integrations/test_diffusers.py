@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import library
 from torch import Tensor
 
-diffusers = pytest.importorskip("diffusers", minversion="0.35")
+diffusers = library("diffusers")
 
 import flashmoe  # noqa: E402
 from flashmoe.integrations import diffusers as ours  # noqa: E402

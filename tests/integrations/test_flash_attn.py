@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import DEVICE
+from support import DEVICE, library
 from torch import Tensor
 
 import flashmoe
@@ -254,7 +254,7 @@ def test_combined_parts() -> None:
 
 
 def test_transformers_finds_it() -> None:
-    pytest.importorskip("transformers", minversion="5.0")
+    library("transformers")
     script = """
 import torch
 from flashmoe.integrations import flash_attn
