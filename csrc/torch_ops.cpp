@@ -310,6 +310,16 @@ std::tuple<Tensor, Tensor> fwd_cpu_op(
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+// Of calls without options, whose defaults would cost each call a microsecond.
+std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            double softmax_scale, int64_t window_left,
+                                            int64_t window_right, int64_t block_m,
+                                            int64_t block_n) {
+  const std::optional<Tensor> none;
+  return fwd_cpu_op(q, k, v, softmax_scale, window_left, window_right, block_m, block_n, 0, none,
+                    none, none, none, none, none, none, none, 0, 0);
+}
+
 #ifdef FLASHMOE_WITH_CUDA
 
 bool is_empty(const AttentionParams& params) {
@@ -398,6 +408,14 @@ Tensor with_aligned_rows(const Tensor& x) {
   if (aligned) return x;
   const Tensor copy = torch::stable::contiguous(x);  // or x itself
   return copy.data_ptr() == x.data_ptr() ? torch::stable::clone(x) : copy;
+}
+
+std::tuple<Tensor, Tensor> fwd_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             double softmax_scale, int64_t window_left,
+                                             int64_t window_right, int64_t handle) {
+  const std::optional<Tensor> none;
+  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, none,
+                     none, none, none, none, none, 0, 0);
 }
 
 std::tuple<Tensor, Tensor> decode_cuda_op(
@@ -522,6 +540,17 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const Tensor& q,
+                                                     const Tensor& k, const Tensor& v,
+                                                     const Tensor& out, const Tensor& softmax_lse,
+                                                     const std::optional<Tensor>& dlse,
+                                                     double softmax_scale, int64_t window_left,
+                                                     int64_t window_right, int64_t handle) {
+  const std::optional<Tensor> none;
+  return bwd_cuda_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left,
+                     window_right, handle, 0, none, none, none, none, 0, 0);
+}
+
 #endif  // FLASHMOE_WITH_CUDA
 
 }  // namespace
@@ -568,6 +597,16 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
 
 STABLE_TORCH_LIBRARY(flashmoe, m) {
   m.def(
+      "fwd_cpu_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int block_m, int block_n) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "fwd_cuda_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "bwd_cuda_dense(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel) -> "
+      "(Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
       "fwd_cpu(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
       "int window_right, int block_m, int block_n, " FLASHMOE_OPTIONS
       ") -> (Tensor out, Tensor softmax_lse)");
@@ -586,11 +625,16 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) { m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op)); }
+STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) {
+  m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op));
+  m.impl("fwd_cpu_dense", TORCH_BOX(&flashmoe::fwd_cpu_dense_op));
+}
 
 #ifdef FLASHMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("fwd_cuda", TORCH_BOX(&flashmoe::fwd_cuda_op));
+  m.impl("fwd_cuda_dense", TORCH_BOX(&flashmoe::fwd_cuda_dense_op));
+  m.impl("bwd_cuda_dense", TORCH_BOX(&flashmoe::bwd_cuda_dense_op));
   m.impl("decode_cuda", TORCH_BOX(&flashmoe::decode_cuda_op));
   m.impl("bwd_cuda", TORCH_BOX(&flashmoe::bwd_cuda_op));
 }

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
-from flashmoe.measure.reference import error_bound, rows_of_keys, sequences_reference
+from flashmoe.measure.reference import error_bound, sequences_reference
 from flashmoe.spec.call import DENSE, Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import FULL, Mask
 from flashmoe.spec.problem import TERMS, Problem
-from flashmoe.spec.sequence import sequences_of
+from flashmoe.spec.sequence import rows_of_keys, sequences_of
 from flashmoe.tiles import Tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -418,7 +418,7 @@ def test_deterministic_gradients_are_not_those_of_a_backend_that_adds_in_any_ord
     good = make_plan(problem, cpu)
     assert repeatable(good, problem, cpu) is good
     chosen = repeatable(Plan("cuda", None, "test"), problem, cpu)
-    assert BACKENDS[chosen.backend].repeats
+    assert BACKENDS[chosen.backend].repeats(chosen.tile, problem)
     assert chosen.source == "deterministic"
 
 
@@ -426,6 +426,6 @@ def test_deterministic_gradients_that_nobody_has_are_refused(monkeypatch):
     cpu = torch.device("cpu")
     problem = dataclasses.replace(PROBLEM, direction="bwd")
     for backend in BACKENDS.values():
-        monkeypatch.setattr(backend, "repeats", False)
+        monkeypatch.setattr(backend, "repeats", lambda tile, problem: False)
     with pytest.raises(ValueError, match=r"deterministic must be False for bwd .*got True"):
         repeatable(Plan("cuda", None, "test"), problem, cpu)

@@ -354,7 +354,7 @@ def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):
         return 77
 
     monkeypatch.setattr(_extension, "load_kernel", load_kernel)
-    monkeypatch.setattr(cuda_backend, "_fwd", lambda *arguments: arguments)
+    monkeypatch.setattr(cuda_backend, "_fwd_dense", lambda *arguments: arguments)
     problem = replace(PROBLEM, head_dim=72, dtype="float16")
     for _ in range(2):
         call = Call("q", "k", "v", 0.5)
@@ -368,7 +368,7 @@ def test_a_tile_is_bound_to_its_kernel_once(hopper, compiler, monkeypatch):
 def test_a_window_runs_on_kernels_of_its_variant(hopper, compiler, monkeypatch):
     loaded = []
     monkeypatch.setattr(_extension, "load_kernel", lambda cubin, *target: loaded.append(target))
-    monkeypatch.setattr(cuda_backend, "_fwd", lambda *arguments: arguments)
+    monkeypatch.setattr(cuda_backend, "_fwd_dense", lambda *arguments: arguments)
     window = replace(PROBLEM, mask=Mask(100, 7))
     assert CUDA.unsupported(window, H200) == ""
     assert CUDA.compiled_in(window, H200) == [WINDOWED, *hopper.instances["sm80", 128, PLAIN]]
@@ -438,6 +438,7 @@ def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler,
 
 def test_a_backward_has_sinks_and_no_terms_that_are_not_compiled_in(hopper, compiler, monkeypatch):
     monkeypatch.setattr(cuda_backend, "_bwd", lambda *arguments: arguments)
+    monkeypatch.setattr(cuda_backend, "_bwd_dense", lambda *arguments: arguments)
     backward = replace(PROBLEM, direction="bwd")
     (tile,) = CUDA.tiles(backward, H200)
     sinks = replace(backward, terms=("sink",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmoe.measure.reference import attention_reference
+from flashmoe.measure.reference import attention_reference, sequences_reference
 
 pytest.importorskip("triton")
 
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
-from flashmoe.spec.call import Call, Saved, Terms
+from flashmoe.spec.call import Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 
@@ -93,3 +94,46 @@ def test_terms_forward_and_backward(
     torch.testing.assert_close(lse.double(), expected[-1], rtol=1e-5, atol=1e-4)
     for actual, right, reference in zip((out, *gradients), expected, same, strict=False):
         assert_close(actual, right.nan_to_num(), reference.nan_to_num())
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (3, 2)])
+def test_packed_and_paged_calls_one_sequence_at_a_time(window):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, dout = (
+        torch.randn(n, heads, 16, generator=generator).to(DEVICE)
+        for n, heads in ((12, 4), (14, 2), (14, 2), (12, 4))
+    )
+    # One of three sequences has no queries; a row of q and one of k are in none.
+    ends = [
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 5, 5, 11], [0, 6, 9, 13])
+    ]
+    q[11:], k[13:], v[13:] = torch.nan, torch.nan, torch.nan
+    terms = Terms(softcap=4.0, sinks=torch.zeros(4, device=DEVICE))
+    call = Call(q, k, v, 0.25, terms, Sequences(*ends, max_seqlen_q=6, max_seqlen_k=6))
+    problem = Problem.of_call(call, Mask(*window))
+    tile = TRITON.default_tile(problem, arch(DEVICE))
+    out, lse = TRITON.bind(problem, tile)(call)
+    expected, expected_lse = sequences_reference(call, Mask(*window))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+    leaves = [x.double().nan_to_num().requires_grad_() for x in (q, k, v)]
+    right, _ = sequences_reference(Call(*leaves, *call[3:]), Mask(*window))
+    right = torch.autograd.grad(right, leaves, dout.double())
+    backward = replace(problem, direction="bwd")
+    actual = TRITON.bind_backward(backward, TRITON.default_tile(backward, arch(DEVICE)))(
+        call, Saved(dout, out, lse)
+    )
+    for x, y in zip(actual, right, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+
+    pages = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32, device=DEVICE)
+    cache = torch.randn(3, 8, 2, 16, generator=generator).to(DEVICE)
+    used = torch.tensor([11, 3], dtype=torch.int32, device=DEVICE)
+    sequences = Sequences(seqused_k=used, block_table=pages)
+    paged = Call(q[:6].reshape(2, 3, 4, 16), cache, cache, 0.25, terms, sequences)
+    problem = Problem.of_call(paged, Mask(*window))
+    out, lse = TRITON.bind(problem, TRITON.default_tile(problem, arch(DEVICE)))(paged)
+    expected, expected_lse = sequences_reference(paged, Mask(*window))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)

@@ -30,7 +30,6 @@ class Backend(Protocol):
 
     name: str
     features: ClassVar[Features]
-    repeats: bool = True  # whether gradients are the same bits every time
 
     def unavailable(self, device: torch.device) -> str:
         """Why nothing can run on `device`, in one line; empty when it can."""
@@ -65,14 +64,21 @@ class Backend(Protocol):
         """Why this backend cannot run `problem` with `tile`; empty when it can."""
         ...
 
+    def repeats(self, tile: Tile | None, problem: Problem) -> bool:
+        """Whether gradients can be the same bits every time."""
+        return True
+
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         """The forward of `problem` with `tile`, with as little left to do in a call as there can
         be."""
         missing = f"the {self.name} backend has no forward kernel"
         raise NotImplementedError(missing)
 
-    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
-        """The same for the backward of `problem`, whose direction is bwd."""
+    def bind_backward(
+        self, problem: Problem, tile: Tile | None, deterministic: bool = False
+    ) -> RunBackward:
+        """The same for the backward of `problem`, whose direction is bwd; deterministic, where
+        `repeats` says that it can."""
         missing = f"the {self.name} backend has no backward kernel"
         raise NotImplementedError(missing)
 

@@ -17,11 +17,11 @@ from flashmoe.backends.base import (
     matmul_dtype,
     reject_without_tiles,
 )
+from flashmoe.backends.each import backward_of_each
 from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
-from flashmoe.spec.sequence import sequences_of
 from flashmoe.tiles import Tile
 
 _BLOCK_M = 256
@@ -45,7 +45,9 @@ class BlockedBackend(Backend):
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         return reject_without_tiles(self.name, tile)
 
-    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
+    def bind_backward(
+        self, problem: Problem, tile: Tile | None, deterministic: bool = False
+    ) -> RunBackward:
         mask = problem.mask
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,34 +55,9 @@ class BlockedBackend(Backend):
             return _attention_backward(call, saved.dout, saved.dlse, mask)
 
         def run_packed(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-            return _packed_backward(call, saved.dout, saved.dlse, mask)
+            return backward_of_each(call, saved, run)
 
         return run_packed if problem.layout == "packed" else run
-
-
-def _packed_backward(
-    call: Call, dout: Tensor, dlse: Tensor | None, mask: Mask
-) -> tuple[Tensor, Tensor, Tensor]:
-    """_attention_backward of each sequence, whose lengths are read on the host. What is in no
-    sequence gets 0."""
-    assert call.sequences.cu_seqlens_q is not None, "the blocked backward needs a packed q, too"
-    gradients = _zeros(call.q), _zeros(call.k), _zeros(call.v)
-    slopes = call.terms.alibi_slopes
-    for index, (q_begin, k_begin, seqlen_q, seqlen_kv) in enumerate(sequences_of(call)):
-        queries, keys = slice(q_begin, q_begin + seqlen_q), slice(k_begin, k_begin + seqlen_kv)
-        terms = call.terms
-        if slopes is not None and slopes.dim() == 2:
-            terms = terms._replace(alibi_slopes=slopes[index])
-        q, k, v = call.q[None, queries], call.k[None, keys], call.v[None, keys]
-        of_sequence = _attention_backward(
-            Call(q, k, v, call.softmax_scale, terms),
-            dout[None, queries],
-            None if dlse is None else dlse[None, :, queries],
-            mask,
-        )
-        for x, rows, gradient in zip(gradients, (queries, keys, keys), of_sequence, strict=True):
-            x[rows] = gradient[0]
-    return gradients
 
 
 def _attention_backward(

@@ -22,6 +22,7 @@ _MIN_BLOCK_M = 48
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cpu.default
+_fwd_dense = torch.ops.flashmoe.fwd_cpu_dense.default
 
 
 class CpuBackend(Backend):
@@ -69,7 +70,7 @@ class CpuBackend(Backend):
         fixed = (problem.mask.left, problem.mask.right, tile.block_m, tile.block_n)
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = _fwd(*call[:4], *fixed)
+            result: tuple[Tensor, Tensor] = _fwd_dense(*call[:4], *fixed)
             return result
 
         def run_with_options(call: Call) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,9 @@ from flashmoe.tiles import PLAIN, Tile, Variant, grid, sm90_head_dim
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
+_fwd_dense = torch.ops.flashmoe.fwd_cuda_dense.default
 _bwd = torch.ops.flashmoe.bwd_cuda.default
+_bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
 
 _FEATURES = frozenset({"window", "packed", *TERMS})
 _SM90_SPACE = {
@@ -42,7 +44,6 @@ _SM90_SPACE = {
 class CudaBackend(Backend):
     name = "cuda"
     features: ClassVar[Features] = {"fwd": _FEATURES, "bwd": _FEATURES}
-    repeats = False  # dQ is added up by atomics
 
     def unavailable(self, device: torch.device) -> str:
         if device.type != "cuda":
@@ -136,13 +137,17 @@ class CudaBackend(Backend):
         compiled = ", ".join(map(str, _compiled_in(problem, arch)))
         return f"not compiled in; compiled are {compiled}"
 
+    def repeats(self, tile: Tile | None, problem: Problem) -> bool:
+        variant = replace(Variant.of(problem), deterministic=True)
+        return tile is not None and _compiled_handle(tile, problem.head_dim, variant) is not None
+
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         assert tile is not None, "the cuda forward needs a tile"
         handle = _handle(tile, problem.head_dim, problem.dtype, Variant.of(problem))
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle)
+            result: tuple[Tensor, Tensor] = _fwd_dense(*call[:4], left, right, handle)
             return result
 
         def run_with_terms(call: Call) -> tuple[Tensor, Tensor]:
@@ -158,10 +163,14 @@ class CudaBackend(Backend):
             return run_packed
         return run_with_terms if problem.terms else run
 
-    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
-        """dK and dV are the same bits every time; dQ is added to by atomics, in any order."""
+    def bind_backward(
+        self, problem: Problem, tile: Tile | None, deterministic: bool = False
+    ) -> RunBackward:
+        """dK and dV are the same bits every time. Unless deterministic, dQ is added to by atomics,
+        in any order."""
         assert tile is not None, "the cuda backward needs a tile"
-        handle = _compiled_handle(tile, problem.head_dim, Variant.of(problem))
+        variant = replace(Variant.of(problem), deterministic=deterministic)
+        handle = _compiled_handle(tile, problem.head_dim, variant)
         assert handle is not None, f"{tile} is not compiled in"
         left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
         packed = problem.layout == "packed"
@@ -170,13 +179,16 @@ class CudaBackend(Backend):
             q, k, v, softmax_scale = call[:4]
             dout, out, lse, dlse = saved
             arguments = (dout, q, k, v, out, lse, dlse, softmax_scale, left, right, handle)
-            # Sinks are a part of softmax_lse.
-            options = call.terms[:2] if has_terms or packed else ()
+            result: tuple[Tensor, Tensor, Tensor]
+            if not (has_terms or packed):
+                result = _bwd_dense(*arguments)
+                return result
+            options = call.terms[:2]  # sinks are a part of softmax_lse
             if packed:
                 s = call.sequences
                 lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)
                 options = (*options, *lengths, s.max_seqlen_q, s.max_seqlen_k)
-            result: tuple[Tensor, Tensor, Tensor] = _bwd(*arguments, *options)
+            result = _bwd(*arguments, *options)
             return result
 
         return run

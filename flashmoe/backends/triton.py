@@ -22,9 +22,10 @@ from flashmoe.backends.base import (
     reasons_of,
     reject_illegal,
 )
+from flashmoe.backends.each import backward_of_each, forward_of_each
 from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call, Saved
-from flashmoe.spec.problem import Problem
+from flashmoe.spec.problem import LAYOUTS, TERMS, Problem
 from flashmoe.tiles import Tile
 
 
@@ -96,9 +97,11 @@ def _interpreted() -> bool:
 
 class TritonBackend(Backend):
     name = "triton"
-    features: ClassVar[Features] = dict.fromkeys(
-        ("fwd", "bwd"), frozenset({"window", "softcap", "alibi", "sink"})
-    )
+    # Packed and cached ones are computed one sequence at a time.
+    features: ClassVar[Features] = {
+        "fwd": frozenset({"window", *TERMS, *LAYOUTS} - {"dense"}),
+        "bwd": frozenset({"window", *TERMS, "packed"}),
+    }
 
     def unavailable(self, device: torch.device) -> str:
         if importlib.util.find_spec("triton") is None:
@@ -160,9 +163,11 @@ class TritonBackend(Backend):
             q, k, v = (last_contiguous(x) for x in call[:3])
             return attention_forward(call._replace(q=q, k=k, v=v), mask, **options)
 
-        return run
+        return run if problem.layout == "dense" else lambda call: forward_of_each(call, run)
 
-    def bind_backward(self, problem: Problem, tile: Tile | None) -> RunBackward:
+    def bind_backward(
+        self, problem: Problem, tile: Tile | None, deterministic: bool = False
+    ) -> RunBackward:
         from flashmoe.backends.triton_bwd import attention_backward
 
         assert tile is not None, "the triton backward needs a tile"
@@ -173,7 +178,10 @@ class TritonBackend(Backend):
             contiguous = call._replace(q=q, k=k, v=v)
             return attention_backward(contiguous, saved._replace(dout=dout), mask, **options)
 
-        return run
+        def run_packed(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+            return backward_of_each(call, saved, run)
+
+        return run_packed if problem.layout == "packed" else run
 
 
 def _options(tile: Tile) -> dict[str, Any]:

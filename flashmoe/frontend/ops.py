@@ -286,7 +286,7 @@ def _backward_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return autograd
 
 
-for _kernel_op in ("fwd_cpu", "fwd_cuda"):
+for _kernel_op in ("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "decode_cuda"):
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
 
 for _op, _kernel, _fake, _autograd in (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashmoe.spec.call import Call
 from flashmoe.spec.mask import FULL, Mask
-from flashmoe.spec.sequence import Sequence, sequences_of
+from flashmoe.spec.sequence import rows_of_keys, sequences_of
 
 
 def attention_reference(
@@ -91,22 +91,6 @@ def sequences_reference(
         (out if packed else out[index])[rows] = one_out[0]
         (lse if packed else lse[index])[:, rows] = one_lse[0]
     return out, lse
-
-
-def rows_of_keys(call: Call, index: int, sequence: Sequence) -> Tensor:
-    """Which rows of k.flatten(0, -3), batches or pages one behind the other, hold the keys of
-    `sequence`, which is sequences_of(call)[index]."""
-    k, s = call.k, call.sequences
-    keys = torch.arange(sequence.seqlen_kv, device=k.device) + sequence.k_begin
-    if s.cu_seqlens_k is not None:
-        return keys
-    if not len(k):
-        return keys[:0]
-    if s.block_table is not None:
-        pages = s.block_table[index].long().clamp(0, len(k) - 1)
-        return pages[keys // k.shape[1]] * k.shape[1] + keys % k.shape[1]
-    batch = index if s.cache_batch_idx is None else int(s.cache_batch_idx[index])
-    return min(max(batch, 0), len(k) - 1) * k.shape[1] + keys
 
 
 def error_bound(actual_dtype: torch.dtype, same_dtype_error: float, scale: float) -> float:

@@ -123,7 +123,7 @@ def planned(
         plan = repeatable(plan, problem, device)
     chosen = BACKENDS[plan.backend]
     if problem.direction == "bwd":
-        return Planned(plan, chosen.bind_backward(problem, plan.tile))
+        return Planned(plan, chosen.bind_backward(problem, plan.tile, deterministic))
     return Planned(plan, chosen.bind(problem, plan.tile))
 
 
@@ -131,11 +131,13 @@ def repeatable(plan: Plan, problem: Problem, device: torch.device) -> Plan:
     """`plan`, or where its gradients are not the same bits every time one whose are.
 
     Raises ValueError when there is none."""
-    if BACKENDS[plan.backend].repeats:
+    if BACKENDS[plan.backend].repeats(plan.tile, problem):
         return plan
     for name, backend in BACKENDS.items():
-        if backend.repeats and not why_not(name, problem, device):
-            return Plan(name, backend.default_tile(problem, arch(device)), "deterministic")
+        if not why_not(name, problem, device):
+            tile = backend.default_tile(problem, arch(device))
+            if backend.repeats(tile, problem):
+                return Plan(name, tile, "deterministic")
     raise ValueError(
         f"deterministic must be False for {problem.label} here: no backend that can run it repeats "
         "its gradients bit by bit, got True"

@@ -41,6 +41,24 @@ def sequences_of(call: Call) -> list[Sequence]:
     return found
 
 
+def rows_of_keys(call: Call, index: int, sequence: Sequence) -> Tensor:
+    """Which rows of k.flatten(0, -3), batches or pages one behind the other, hold the keys of
+    `sequence`, which is sequences_of(call)[index]."""
+    import torch
+
+    k, s = call.k, call.sequences
+    keys = torch.arange(sequence.seqlen_kv, device=k.device) + sequence.k_begin
+    if s.cu_seqlens_k is not None:
+        return keys
+    if not len(k):
+        return keys[:0]
+    if s.block_table is not None:
+        pages = s.block_table[index].long().clamp(0, len(k) - 1)
+        return pages[keys // k.shape[1]] * k.shape[1] + keys % k.shape[1]
+    batch = index if s.cache_batch_idx is None else int(s.cache_batch_idx[index])
+    return min(max(batch, 0), len(k) - 1) * k.shape[1] + keys
+
+
 def _rows(x: Tensor) -> int:
     return x.shape[-3]
 
