@@ -50,7 +50,7 @@ INSTANCE_FIELDS = {
 }
 # Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
 # columns of a line. And those that it decides at run time, in a general kernel beside the default
-# of each head_dim; the others are plain.
+# of some head dimensions; the others are plain.
 VARIANT_FIELDS = {
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "packed"),
@@ -65,6 +65,8 @@ RUNTIME_FIELDS = {
 }
 # What else nvcc compiles for a kernel.
 LAUNCH_SOURCES = {"sm90": ("common/schedule.cu",)}
+# General kernels take three times as long to compile: other head dimensions run in the next one's.
+GENERAL_HEAD_DIMS = (64, 128, 256)
 # What a tile compiled at run time includes, besides the generated wgmma.cuh.
 RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
 
@@ -189,8 +191,11 @@ def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Gene
     _write(directory / "wgmma.cuh", _wgmma_source())
     listed = [i for i in instances() if gencode(i.kernel, archs)]
     first = {(i.kernel, i.head_dim): i for i in reversed(listed)}
-    general = [i._replace(is_general=True) for i in first.values() if RUNTIME_FIELDS[i.kernel]]
-    listed += sorted(general)
+    listed += sorted(
+        i._replace(is_general=True)
+        for i in first.values()
+        if RUNTIME_FIELDS[i.kernel] and i.head_dim in GENERAL_HEAD_DIMS
+    )
     sources: dict[str, list[Path]] = {}
     for instance in listed:
         path = directory / f"{instance.symbol}.cu"
@@ -199,7 +204,7 @@ def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Gene
     for kernel, paths in sources.items():
         paths += [CSRC / source for source in LAUNCH_SOURCES.get(kernel, ())]
     registry = directory / "registry.cpp"
-    _write(registry, _registry_source(listed, first, archs, cuda_version))
+    _write(registry, _registry_source(listed, archs, cuda_version))
     return Generated(registry, sources)
 
 
@@ -376,12 +381,7 @@ def _initializer(instance: Instance, flags: tuple[str, ...]) -> str:
     return "{" + ", ".join(str(value) for name, value in fields.items() if name != "kernel") + "}"
 
 
-def _registry_source(
-    listed: list[Instance],
-    first: dict[tuple[str, int], Instance],
-    archs: tuple[str, ...],
-    cuda_version: str,
-) -> str:
+def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_version: str) -> str:
     forward, backward, decode = (
         [instance for instance in listed if instance.table == table]
         for table in ("forward", "backward", "decode")
@@ -399,11 +399,12 @@ def _registry_source(
         }
     )
     declarations, entries, backward_entries, decode_entries = [], [], [], []
+    general = {i.head_dim: i.symbol for i in forward if i.is_general}
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
         variant = _variant(instance.computes)
         if instance.kernel == "sm80":
-            unaligned = first["sm80", head_dim]._replace(is_general=True).symbol + "_unaligned"
+            unaligned = general[min(d for d in general if d >= head_dim)] + "_unaligned"
             declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
             if instance.is_general:
                 declarations.append(f"cudaError_t {unaligned}({_ARGUMENTS});")

@@ -58,6 +58,10 @@ class CudaBackend(Backend):
             return missing
         if problem.direction == "bwd" and arch.capability[0] != 9:
             return "has a backward kernel for compute capability 9.x only"
+        if problem.layout == "packed" and problem.terms and problem.direction == "fwd":
+            # None is compiled in. The one GPU run of such a kernel, compiled there, may have been
+            # what ended in an illegal memory access (docs/dev/hopper-forward.md).
+            return "computes packed batches without terms"
         if not _compiled_in(problem, arch) and not _compiles(problem, arch):
             kind = " ".join((problem.dtype, *Variant.of(problem).names))
             return f"no tile is compiled in for {kind}, head_dim {problem.head_dim}"
@@ -183,7 +187,8 @@ class CudaBackend(Backend):
             if not (has_terms or packed):
                 result = _bwd_dense(*arguments)
                 return result
-            options = call.terms[:2]  # sinks are a part of softmax_lse
+            # Sinks are a part of softmax_lse.
+            options: tuple[object, ...] = call.terms[:2]
             if packed:
                 s = call.sequences
                 lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)

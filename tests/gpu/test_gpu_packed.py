@@ -34,8 +34,8 @@ MASKS = [FULL, CAUSAL, Mask(63, 0), Mask(100, 40), Mask(-1, 20)]
 LENGTHS = [
     ([700, 0, 1, 333, 128, 50], [700, 0, 1, 500, 40, 0]),
     ([0, 1300, 64], [200, 1300, 64]),
-    ([34] * 200, [34] * 200),
-    (list(range(70)), list(range(69, -1, -1))),
+    ([34] * 40, [34] * 40),
+    (list(range(0, 70, 3)), list(range(69, -1, -3))),
 ]
 
 
@@ -96,9 +96,9 @@ def test_gradients_of_compiled_in_kernels(head_dim, tile, variant, dtype):
             assert not x[rows:].any()
 
 
-# What is planned; whatever layout rows have, and terms too, which are compiled here.
+# What is planned; whatever layout rows have, and terms too.
 @pytest.mark.parametrize("terms", [(), ("sink",)], ids="-".join)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_random_batches(terms, data):
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -116,7 +116,7 @@ def test_random_batches(terms, data):
     if data.draw(st.booleans()):
         used = int32([data.draw(st.integers(0, n)) for n in lengths[1]])
     call = packed_call(*x, *lengths, random_terms(terms, heads_q), used)
-    out, lse = planned(problem_of(call, mask), DEVICE, "cuda").run(call)
+    out, lse = planned(problem_of(call, mask), DEVICE).run(call)
     assert_matches(out, lse, clean(call), mask)
     if dtype == torch.bfloat16 and not terms:
         dout, dlse = torch.randn_like(out), torch.zeros_like(lse)
