@@ -136,7 +136,7 @@ def _forward(
         raise NotImplementedError("seqused_k and block_table must be None without cum_seq_q")
     packed = (cum_seq_q, cum_seq_k, max_q, max_k)
     out, lse = pair.forward(query, key, value, *packed, **options)
-    return out, lse, *_random_state(query)
+    return _laid_out_as(query, out), lse, *_random_state(query)
 
 
 def _random_state(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +177,8 @@ def _backward(
     packed = (cum_seq_q, cum_seq_k, max_q, max_k)
     window = _window(window_size_left, window_size_right, is_causal)
     saved = (grad_out, query, key, value, out, logsumexp)
-    return pair.backward(*saved, *packed, softmax_scale=scale, window=window)
+    dq, dk, dv = pair.backward(*saved, *packed, softmax_scale=scale, window=window)
+    return _laid_out_as(query, dq), _laid_out_as(key, dk), _laid_out_as(value, dv)
 
 
 def _sdpa(
@@ -221,6 +222,14 @@ def _sdpa_backward(
     state = (philox_seed, philox_offset)
     arguments = (dout, q, k, v, out, logsumexp, *packed, dropout_p, is_causal, *state)
     return _swapped(*_backward(*arguments, scale=scale))
+
+
+def _laid_out_as(given: Tensor, x: Tensor) -> Tensor:
+    """x, in memory as torch's own kernels lay it out: what is compiled counts on it."""
+    wanted = torch.empty_like(given)
+    if x.shape != given.shape or x.stride() == wanted.stride():
+        return x
+    return wanted.copy_(x)
 
 
 def _swapped(*tensors: Tensor) -> tuple[Any, ...]:
