@@ -104,7 +104,7 @@ def test_commands_run_where_no_checkout_is_taken_for_the_package(
     words = ["--baseline", "baselines", "--output", str(output)]
     assert runner.main(["gate", *words]) == 2
     assert folders == [output]
-    where = "import os, sys; print(os.getcwd()); sys.stdout.buffer.write(bytes([0xb5]))"
+    where = "import os, sys; print(os.getcwd(), flush=True); sys.stdout.buffer.write(bytes([0xb5]))"
     code, log = running_in(output)([sys.executable, "-c", where], {})
     assert (code, log) == (0, f"{output}\n\N{REPLACEMENT CHARACTER}")
 
