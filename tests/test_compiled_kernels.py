@@ -64,6 +64,7 @@ def innermost_loops(code: list[tuple[int, str, int]], inside: str) -> list[list[
     return [[name for at, name, _ in code if at in loop] for loop in found]
 
 
+@pytest.mark.long
 def test_tiles_of_keys_are_visited_without_local_memory(library):
     command = [find_cuobjdump(), "--dump-sass", library]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
