@@ -49,14 +49,15 @@ INSTANCE_FIELDS = {
     "decode": ("block_m", "block_n", "num_stages", "num_warps", "ctas_per_sm"),
 }
 # Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
-# columns of a line. And those that it decides at run time, in a general kernel beside the default
-# of some head dimensions; the others are plain.
+# columns of a line.
 VARIANT_FIELDS = {
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "packed"),
     "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "packed"),
     "decode": (),
 }
+# Fields of Variant that a general kernel decides at run time. GENERAL_HEAD_DIMS have one each, of
+# their default tile; all other kernels have the fields that their line names, and no more.
 RUNTIME_FIELDS = {
     "sm80": ("local", "softcap", "alibi", "sink"),
     "sm90": (),

@@ -19,7 +19,7 @@ struct alignas(16) PackedBlock {
 // sequences come first.
 struct Schedule {
   PackedBlock* sequences;       // [batch], scratch
-  PackedBlock *queries, *keys;  // keys: null where nobody asks for them
+  PackedBlock *queries, *keys;  // keys: null where they are not listed
   int* counts;                  // [4]: of blocks of queries, of keys; 0, to draw work from; unused
   int room_queries, room_keys;  // upper bounds of the counts
   int block_queries, block_keys;  // rows of a block

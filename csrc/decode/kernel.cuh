@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     }
   }
 
-  // Scores stay as q k^T has them unless a term asks for more; differences are scaled, not scores,
-  // which would round by their own magnitude.
+  // Without softcap and ALiBi scores are those of q k^T. Their differences are scaled, not they:
+  // that would round them by their own magnitude.
   const bool changed = p.terms.softcap > 0 || slopes != nullptr;
   const float cap_slope = 2 * LOG2_E / p.terms.softcap;
   const float exponent = changed ? LOG2_E : p.softmax_scale * LOG2_E;

@@ -25,7 +25,7 @@ from flashmoe.backends.base import (
 from flashmoe.backends.each import backward_of_each, forward_of_each
 from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call, Saved
-from flashmoe.spec.problem import LAYOUTS, TERMS, Problem
+from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile
 
 
@@ -99,7 +99,7 @@ class TritonBackend(Backend):
     name = "triton"
     # Packed and cached ones are computed one sequence at a time.
     features: ClassVar[Features] = {
-        "fwd": frozenset({"window", *TERMS, *LAYOUTS} - {"dense"}),
+        "fwd": frozenset({"window", *TERMS, "packed", "cache", "paged"}),
         "bwd": frozenset({"window", *TERMS, "packed"}),
     }
 

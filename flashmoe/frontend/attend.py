@@ -36,7 +36,7 @@ _MAX_CALLS = 4096
 # What holds numbers in memory of its own. A subclass may be anything else.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
-# Kept at hand: each call asks them.
+# Looked up once: every call needs them.
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -54,6 +54,7 @@ class Asked(NamedTuple):
 
 
 def refuse_dropout(dropout_p: float) -> None:
+    """Raise unless it is 0."""
     if dropout_p != 0.0:
         raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashmoe.frontend.attend import Asked, attend, refuse_dropout, window_of
+from flashmoe.frontend.attend import Asked, attend, refuse_dropout, terms_of, window_of
 from flashmoe.frontend.validation import unpacked
-from flashmoe.spec.call import Terms
 from flashmoe.tiles import Tile
 
 
@@ -65,16 +64,13 @@ def flash_attn_func(
 
     Source: FlashAttention-2 (arXiv:2307.08691).
     """
-    if dropout_p != 0.0:
-        refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
     asked = Asked(
         softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
     )
-    if softcap == 0.0 and alibi_slopes is None and sinks is None:
-        return attend(q, k, v, asked)
-    return attend(q, k, v, asked, Terms(softcap, alibi_slopes, sinks))
+    return attend(q, k, v, asked, terms_of(softcap, alibi_slopes, sinks))
 
 
 def flash_attn_qkvpacked_func(

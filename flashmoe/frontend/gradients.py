@@ -58,7 +58,7 @@ class Training:
 
 
 def refuse_gradients(terms: Terms, sequences: Sequences) -> None:
-    """Raise for what has no gradient in a call that asks for some."""
+    """Raise for what has no gradient, in a call that needs gradients."""
     if terms.alibi_slopes is not None and terms.alibi_slopes.requires_grad:
         raise NotImplementedError("alibi_slopes must not require a gradient: it has none")
     if sequences.layout not in ("dense", "packed"):

@@ -74,8 +74,7 @@ def flash_attn_varlen_func(
 
     Raises: as flash_attn_func.
     """
-    if dropout_p != 0.0:
-        refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
     asked = Asked(

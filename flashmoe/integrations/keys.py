@@ -45,7 +45,7 @@ class KeyMask(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """As transformers asks of a mask: no mask of padding, which would have two."""
+        """transformers takes a mask of two dimensions for one of padding, which this is not."""
         return 4
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import Library
 
 import flashmoe
+from flashmoe.frontend.attend import refuse_dropout
 from flashmoe.integrations import pair
 
 NAME = "flashmoe"
@@ -90,8 +91,7 @@ def _activate() -> _Active:
 def _refuse(
     dropout_p: float, return_debug_mask: bool = False, num_splits: int | None = None
 ) -> None:
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
+    refuse_dropout(dropout_p)
     if return_debug_mask:
         raise NotImplementedError("return_debug_mask must be False, got True")
     if num_splits not in (None, 0, 1):

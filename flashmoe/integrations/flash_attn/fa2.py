@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import flashmoe
+from flashmoe.frontend.attend import refuse_dropout
 from flashmoe.integrations import pair
 
 __all__ = [
@@ -65,11 +66,11 @@ _Forward = tuple[Tensor, Tensor, None, Tensor]
 
 
 def _refuse(dropout_p: float, **others: Any) -> None:
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
+    refuse_dropout(dropout_p)
     for name, value in others.items():
         if value is not None and value is not False:
-            raise NotImplementedError(f"{name} must be {None if value is not True else False}")
+            allowed, got = ("False", "True") if value is True else ("None", type(value).__name__)
+            raise NotImplementedError(f"{name} must be {allowed} (not supported yet), got {got}")
 
 
 def _flash_attn_forward(
