@@ -6,6 +6,7 @@
 #include "common/schedule.h"
 #include "common/variant.h"
 #include "ptx/ld_st.cuh"
+#include "ptx/tma.cuh"
 
 namespace flashmoe {
 
@@ -31,21 +32,43 @@ __device__ __forceinline__ PackedBlock load_block(const PackedBlock* block) {
   return {{x.x, x.y, x.z, x.w}, y.x, y.y, y.z, y.w};
 }
 
-// Coordinates of the TMA: row i of a sequence is row `shift` + i of `end`. In packed tensors rows
-// are shifted so that the tensor's last one is the sequence's: the TMA neither reads nor writes
-// past it (sm90_launch.h, packed_view). Dense ones have the row and the batch itself.
+// Coordinates of the TMA: row i of a sequence of a packed tensor is row `shift` + i of `end`. The
+// last row that the TMA knows of is the sequence's: it neither reads nor writes past it
+// (sm90_launch.h, TensorView). Dense tensors have the row and the batch itself.
 struct Place {
   int shift, end;
 };
 template <Variant VARIANT>
-__device__ __forceinline__ Place q_place(const AttentionParams& p, const Sequence& s) {
+__device__ __forceinline__ Place q_place(const Sequence& s) {
   if constexpr (!VARIANT.packed) return {};
-  return {p.sequences.total_q - s.seqlen_q, s.q_begin + s.seqlen_q};
+  return {PACKED_ROWS - s.seqlen_q, s.q_begin + s.seqlen_q};
 }
 template <Variant VARIANT>
-__device__ __forceinline__ Place k_place(const AttentionParams& p, const Sequence& s) {
+__device__ __forceinline__ Place k_place(const Sequence& s) {
   if constexpr (!VARIANT.packed) return {};
-  return {p.sequences.total_k - s.seqlen_kv, s.k_begin + s.seqlen_kv};
+  return {PACKED_ROWS - s.seqlen_kv, s.k_begin + s.seqlen_kv};
+}
+// A box of a tensor's columns and rows, to and from shared memory.
+template <Variant VARIANT>
+__device__ __forceinline__ void load_box(unsigned dst_smem, const ptx::TensorMap* map,
+                                         unsigned barrier_smem, int column, int row, int head,
+                                         int batch, const Place& place) {
+  if constexpr (VARIANT.packed) {
+    ptx::cp_async_bulk_tensor_5d_load(dst_smem, map, barrier_smem, column, place.shift + row, head,
+                                      place.end, PACKED_ROWS);
+  } else {
+    ptx::cp_async_bulk_tensor_4d_load(dst_smem, map, barrier_smem, column, row, head, batch);
+  }
+}
+template <Variant VARIANT>
+__device__ __forceinline__ void store_box(const ptx::TensorMap* map, unsigned src_smem, int column,
+                                          int row, int head, int batch, const Place& place) {
+  if constexpr (VARIANT.packed) {
+    ptx::cp_async_bulk_tensor_5d_store(map, src_smem, column, place.shift + row, head, place.end,
+                                       PACKED_ROWS);
+  } else {
+    ptx::cp_async_bulk_tensor_4d_store(map, src_smem, column, row, head, batch);
+  }
 }
 
 // The end of the last sequence of a packed tensor: where its rows begin that are in none.

@@ -24,6 +24,9 @@ struct Sequences {
   constexpr bool is_packed() const { return cu_seqlens_q != nullptr; }
 };
 
+// How many rows the TMA knows a packed tensor to have (sm90_launch.h, TensorView).
+constexpr int PACKED_ROWS = 1 << 30;
+
 // One sequence: its rows, and where they begin in packed tensors (0 in dense ones).
 struct Sequence {
   int q_begin, k_begin, seqlen_q, seqlen_kv;

@@ -44,17 +44,20 @@ bool encode(ptx::TensorMap* map, const TensorView& x, int box_rows, DType dtype)
   const auto stride = [](long long elements, int n) {
     return n > 1 ? cuuint64_t(elements) * 2 : cuuint64_t(16);
   };
-  const cuuint64_t sizes[4] = {size(x.head_dim), size(x.seqlen), size(x.heads), size(x.batch)};
-  const cuuint64_t strides[3] = {stride(x.row_stride, x.seqlen), stride(x.head_stride, x.heads),
-                                 stride(x.batch_stride, x.batch)};
-  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1};
-  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  const cuuint64_t row = stride(x.row_stride, x.seqlen);
+  const cuuint64_t sizes[5] = {size(x.head_dim), size(x.seqlen), size(x.heads), size(x.batch),
+                               PACKED_ROWS + 1};
+  const cuuint64_t strides[4] = {row, stride(x.head_stride, x.heads),
+                                 stride(x.batch_stride, x.batch), (1ull << 34) - row};
+  const cuuint32_t box[5] = {64, cuuint32_t(box_rows), 1, 1, 1};
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   const auto type =
       dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto encoded = [&] {
-    return encode_tiled(reinterpret_cast<CUtensorMap*>(map), type, 4, const_cast<void*>(x.data),
-                        sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+    return encode_tiled(reinterpret_cast<CUtensorMap*>(map), type, x.is_packed() ? 5 : 4,
+                        const_cast<void*>(x.data), sizes, strides, box, element_strides,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   };
   if (encoded()) return true;

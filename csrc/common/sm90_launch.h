@@ -11,22 +11,26 @@
 namespace flashmoe::sm90 {
 
 // A (batch, seqlen, heads, head_dim) tensor of 16-bit elements, in boxes of 64 columns by box_rows.
+//
+// Or a packed one (total, heads, head_dim): seqlen is PACKED_ROWS then, batches are its rows once
+// more, and a fifth dimension takes PACKED_ROWS rows off the address again. Row i of a sequence
+// that begins at `begin` and has `rows` is row PACKED_ROWS - rows + i of "batch" begin + rows. So
+// the bound of the second dimension is the sequence's end, and boxes neither read nor write what
+// follows. The fifth dimension does so by wrapping around: 2^30 times (2^34 bytes - a row) is minus
+// 2^30 rows modulo 2^64. A base in front of the tensor would do without, but the TMA needs one that
+// is mapped, even if it reads nothing there. (As Triton's ragged_tma and quack have it.)
 struct TensorView {
   const void* data;
   long long batch_stride, row_stride, head_stride;  // in elements
   int batch, seqlen, heads, head_dim;
+
+  bool is_packed() const { return seqlen == PACKED_ROWS; }
 };
 
-// A packed tensor (total, heads, head_dim), whose batches are its rows once more, and whose base
-// lies `total` rows before: row i of a sequence that begins at `begin` and has `rows` is row
-// total - rows + i of "batch" begin + rows. So the bounds of the second dimension cut the
-// sequence's end, and boxes of it neither read nor write what follows. (As in quack and Triton's
-// ragged_tma.)
 inline TensorView packed_view(const void* data, long long row_stride, long long head_stride,
                               int total, int heads, int head_dim) {
   if (total == 1) row_stride = 8;  // of a single row it may be anything
-  const char* base = static_cast<const char*>(data) - 2 * row_stride * total;
-  return {base, row_stride, row_stride, head_stride, total + 1, total, heads, head_dim};
+  return {data, row_stride, row_stride, head_stride, total + 1, PACKED_ROWS, heads, head_dim};
 }
 
 // Tensors that are laid out like q, and like k.

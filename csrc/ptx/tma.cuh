@@ -20,6 +20,16 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d_load(unsigned dst_smem, 
       : "memory");
 }
 
+__device__ __forceinline__ void cp_async_bulk_tensor_5d_load(unsigned dst_smem, const void* map,
+                                                             unsigned barrier_smem, int c0, int c1,
+                                                             int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4, %5, %6, %7}], [%2];\n" ::"r"(dst_smem),
+      "l"(map), "r"(barrier_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 // Contiguous bytes, a multiple of 16, both sides aligned to 16.
 __device__ __forceinline__ void cp_async_bulk_load(unsigned dst_smem, const void* src_gmem,
                                                    unsigned bytes, unsigned barrier_smem) {
@@ -36,6 +46,16 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d_store(const void* map, u
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(
           map),
       "r"(src_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+__device__ __forceinline__ void cp_async_bulk_tensor_5d_store(const void* map, unsigned src_smem,
+                                                              int c0, int c1, int c2, int c3,
+                                                              int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::
+          "l"(map),
+      "r"(src_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 

@@ -49,7 +49,8 @@ struct PackedProblem {
   std::string text() const {
     std::string text = all.text() + ", lengths";
     for (int b = 0; b < batch(); ++b) {
-      text += " " + std::to_string(seqlen_q(b)) + "x" + std::to_string(seqlen_kv(b));
+      text.append(" ").append(std::to_string(seqlen_q(b)));
+      text.append("x").append(std::to_string(seqlen_kv(b)));
     }
     return text;
   }

@@ -164,6 +164,24 @@ def test_a_graph_replays_with_other_lengths():
         assert torch.equal(out, run())
 
 
+def test_tensors_at_the_start_of_mapped_memory():
+    """What lies in front of a tensor need not be mapped."""
+    torch.cuda.empty_cache()
+    lengths_q, lengths_k = [1] * 40 + [512] + [1] * 23, [512] * 64
+    # Large enough to be a mapping each.
+    q = torch.randn(sum(lengths_q), 96, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(sum(lengths_k), 2, 128, device=DEVICE, dtype=torch.bfloat16) for _ in "kv")
+    cu_q, cu_k = (int32([0, *itertools.accumulate(x)], DEVICE) for x in (lengths_q, lengths_k))
+    q.requires_grad_()
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 512, 512)
+    (dq,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    torch.cuda.synchronize()
+    last = q[-1:, :4].unsqueeze(0), k[-512:, :1].unsqueeze(0), v[-512:, :1].unsqueeze(0)
+    expected = flash_attn_func(*(x.detach() for x in last))
+    torch.testing.assert_close(out[-1:, :4].unsqueeze(0), expected, rtol=0.02, atol=0.002)
+    assert dq.isfinite().all()
+
+
 def test_nothing_waits_for_the_gpu():
     x = [
         torch.randn(600, 4, 64, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for _ in "qkv"

@@ -228,13 +228,12 @@ struct Consumer {
   }
   // From there to memory: by one thread, once all have staged.
   __device__ __forceinline__ void store(const ptx::TensorMap* map, unsigned keys) const {
-    const Place place = k_place<VARIANT>(p, work.sequence);
+    const Place place = k_place<VARIANT>(work.sequence);
     const int row = work.n_start + mine * 64;
 #pragma unroll
     for (int panel = 0; panel < TILE.panels(); ++panel) {
-      ptx::cp_async_bulk_tensor_4d_store(map, keys + panel * BLOCK_N * 128 + mine * 8192,
-                                         panel * 64, VARIANT.packed ? place.shift + row : row,
-                                         work.head_kv, VARIANT.packed ? place.end : work.batch);
+      store_box<VARIANT>(map, keys + panel * BLOCK_N * 128 + mine * 8192, panel * 64, row,
+                         work.head_kv, work.batch, place);
     }
     ptx::cp_async_bulk_commit_group();
     ptx::cp_async_bulk_wait_group_read<0>();

@@ -13,15 +13,13 @@ template <Sm90BackwardTile TILE, Variant VARIANT>
 __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const Smem<TILE>& smem,
                                         const Work& work) {
   const AttentionParams& p = params.call.attention;
-  const Place q_rows = q_place<VARIANT>(p, work.sequence),
-              k_rows = k_place<VARIANT>(p, work.sequence);
+  const Place q_rows = q_place<VARIANT>(work.sequence), k_rows = k_place<VARIANT>(work.sequence);
   auto load_panels = [&](unsigned dst, const ptx::TensorMap* map, unsigned full, int rows, int row,
                          int head, const Place& place) {
 #pragma unroll 1
     for (int panel = 0; panel < TILE.panels(); ++panel) {
-      ptx::cp_async_bulk_tensor_4d_load(dst + panel * rows * 128, map, full, panel * 64,
-                                        VARIANT.packed ? place.shift + row : row, head,
-                                        VARIANT.packed ? place.end : work.batch);
+      load_box<VARIANT>(dst + panel * rows * 128, map, full, panel * 64, row, head, work.batch,
+                        place);
     }
   };
   // A buffer that was never filled counts as released: the phase before the first has parity 1.

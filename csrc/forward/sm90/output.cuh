@@ -82,13 +82,12 @@ struct Output {
     ptx::fence_proxy_async_shared();
     ptx::bar_sync(1 + CONSUMERS + w, 128);
     if (threadIdx.x % 128 == 0) {
-      const Place place = q_place<VARIANT>(p, work.sequence);
+      const Place place = q_place<VARIANT>(work.sequence);
       const int row = work.m_start + w * 64;
 #pragma unroll
       for (int panel = 0; panel < S::PANELS; ++panel) {
-        ptx::cp_async_bulk_tensor_4d_store(&params.o, staged + panel * 8192, panel * 64,
-                                           VARIANT.packed ? place.shift + row : row, work.head,
-                                           VARIANT.packed ? place.end : work.batch);
+        store_box<VARIANT>(&params.o, staged + panel * 8192, panel * 64, row, work.head, work.batch,
+                           place);
       }
       ptx::cp_async_bulk_commit_group();
     }

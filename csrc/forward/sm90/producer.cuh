@@ -64,7 +64,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     }
   };
   auto load_Q = [&](const Work& work) {
-    const Place place = q_place<VARIANT>(p, work.sequence);
+    const Place place = q_place<VARIANT>(work.sequence);
 #pragma unroll 1  // 24 registers are few
     for (int w = 0; w < TILE.consumers(); ++w) {
       const int buffer = q_ring.stage() * TILE.consumers() + w;
@@ -74,31 +74,22 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
 #pragma unroll 1
       for (int panel = 0; panel < S::PANELS; ++panel) {
         const int row = work.m_start + w * 64;
-        ptx::cp_async_bulk_tensor_4d_load(dst + panel * 8192, &params.q, full, panel * 64,
-                                          VARIANT.packed ? place.shift + row : row, work.head,
-                                          VARIANT.packed ? place.end : work.batch);
+        load_box<VARIANT>(dst + panel * 8192, &params.q, full, panel * 64, row, work.head,
+                          work.batch, place);
       }
     }
     q_ring.next();
   };
-  // Of rows of K and V in packed kernels (Place). Plain ones must not see it: they would be another
-  // machine code.
-  int shift = 0;
+  Place kv_place{};
   auto load = [&](const ptx::TensorMap* map, unsigned dst, unsigned full, unsigned empty,
                   int head_kv, int batch, int n, Ring<TILE.num_stages>& ring) {
     ptx::mbarrier_wait_parity(empty + 8 * ring.stage(), ring.parity() ^ 1);
     ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage(), S::KV_BYTES);
 #pragma unroll 1
     for (int panel = 0; panel < S::PANELS; ++panel) {
-      if constexpr (VARIANT.packed) {
-        ptx::cp_async_bulk_tensor_4d_load(
-            dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
-            full + 8 * ring.stage(), panel * 64, shift + n * TILE.block_n, head_kv, batch);
-      } else {
-        ptx::cp_async_bulk_tensor_4d_load(
-            dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
-            full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch);
-      }
+      load_box<VARIANT>(dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
+                        full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch,
+                        kv_place);
     }
     ring.next();
   };
@@ -126,10 +117,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     }
     work = read_work<VARIANT>(smem, slot);  // rather than spill it
     head_kv = params.group.divide(work.head), batch = work.batch;
-    if constexpr (VARIANT.packed) {
-      const Place place = k_place<VARIANT>(p, work.sequence);
-      shift = place.shift, batch = place.end;
-    }
+    if constexpr (VARIANT.packed) kv_place = k_place<VARIANT>(work.sequence);
     n_first =
         VisibleKeys<VARIANT>{p, work.sequence}.template first_tile<TILE.block_n>(work.m_start);
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones

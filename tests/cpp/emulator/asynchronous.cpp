@@ -1,4 +1,5 @@
 // What happens later: copies and matrix multiplications, from their start to the wait for them.
+#include <algorithm>
 #include <cstring>
 
 #include "number.h"
@@ -11,13 +12,21 @@ namespace {
 // The 128-byte swizzle: bits 4 to 6 of an address by its bits 7 to 9.
 uint32_t swizzled(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
 
-uint8_t* element(const TensorMap& map, const std::array<int, 4>& at) {
-  uint8_t* data = map.data + at[0] * 2;
-  for (int d = 0; d < 4; ++d) {
+// Addresses wrap around.
+uint8_t* element(const TensorMap& map, const std::array<int, 5>& at) {
+  uint64_t address = reinterpret_cast<uint64_t>(map.data);
+  for (uint32_t d = 0; d < map.rank; ++d) {
     if (at[d] < 0 || static_cast<uint64_t>(at[d]) >= map.sizes[d]) return nullptr;
-    if (d > 0) data += static_cast<uint64_t>(at[d]) * map.strides[d - 1];
+    address += static_cast<uint64_t>(at[d]) * (d > 0 ? map.strides[d - 1] : 2);
   }
-  return data;
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+std::array<int, 5> coordinates(const TensorMap& map, std::initializer_list<int> start) {
+  if (start.size() != map.rank) fail("a TMA copy with coordinates of another rank");
+  std::array<int, 5> found{};
+  std::copy(start.begin(), start.end(), found.begin());
+  return found;
 }
 
 // A wgmma's operand in shared memory, as its descriptor has it (PTX ISA, "Matrix descriptor").
@@ -100,9 +109,9 @@ void execute(Cta& cta, const Copy& copy) {
     for (int column = 0; column < 64; ++column) {
       const uint32_t address = swizzled(copy.smem + row * 128 + column * 2);
       uint8_t* smem = shared_of(cta, address, 2);
-      uint8_t* global =
-          element(copy.map, {copy.start[0] + column, copy.start[1] + static_cast<int>(row),
-                             copy.start[2], copy.start[3]});
+      auto at = copy.start;
+      at[0] += column, at[1] += static_cast<int>(row);
+      uint8_t* global = element(copy.map, at);
       if (copy.load && global != nullptr) std::memcpy(smem, global, 2);
       if (copy.load && global == nullptr) std::memset(smem, 0, 2);
       if (!copy.load && global != nullptr) std::memcpy(global, smem, 2);
@@ -152,15 +161,15 @@ void cp_async_wait_group(int pending) {
   });
 }
 
-void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, const int (&start)[4]) {
+void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier,
+              std::initializer_list<int> start) {
   preempt();
   mbarrier_at(barrier);
   if (destination % 128 != 0) fail("a TMA load's destination is not aligned to 128 bytes");
   uint8_t* memory = shared_of(*gpu->cta, destination, static_cast<int>(map.box_rows) * 128);
   if (memory == nullptr) fail("a TMA load past shared memory");
   std::memset(memory, 0xff, map.box_rows * 128);  // NaN in both formats
-  gpu->cta->copies.push_back(
-      {true, destination, barrier, map, {start[0], start[1], start[2], start[3]}, 0});
+  gpu->cta->copies.push_back({true, destination, barrier, map, coordinates(map, start), 0});
 }
 
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
@@ -175,14 +184,13 @@ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_
   gpu->cta->copies.push_back({true, destination, barrier, {}, {}, 0, source, bytes});
 }
 
-void tma_store(const TensorMap& map, uint32_t source, const int (&start)[4]) {
+void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> start) {
   preempt();
   if (shared_of(*gpu->cta, source, static_cast<int>(map.box_rows) * 128) == nullptr) {
     fail("a TMA store past shared memory");
   }
   const int thread = gpu->warp_index * 32 + gpu->lane_index;
-  gpu->cta->copies.push_back(
-      {false, source, 0, map, {start[0], start[1], start[2], start[3]}, thread});
+  gpu->cta->copies.push_back({false, source, 0, map, coordinates(map, start), thread});
   ++gpu->lane->uncommitted_stores;
 }
 

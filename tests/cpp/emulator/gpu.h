@@ -17,6 +17,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <string>
 
 namespace emulator {
@@ -67,15 +68,17 @@ void cp_async(uint32_t destination, const void* source);
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
 
-// What cuTensorMapEncodeTiled writes: four dimensions, boxes of 64 16-bit columns by box_rows.
+// What cuTensorMapEncodeTiled writes: four or five dimensions, boxes of 64 16-bit columns by
+// box_rows. Coordinates are as many.
 struct TensorMap {
   uint8_t* data;
-  uint64_t sizes[4];
-  uint64_t strides[3];  // bytes, of dimensions 1 to 3
-  uint32_t box_rows;
+  uint64_t sizes[5];
+  uint64_t strides[4];  // bytes, of the dimensions behind the first
+  uint32_t box_rows, rank;
 };
-void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, const int (&start)[4]);
-void tma_store(const TensorMap& map, uint32_t source, const int (&start)[4]);
+void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier,
+              std::initializer_list<int> start);
+void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> start);
 // Contiguous bytes.
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier);
 void tma_commit_group();

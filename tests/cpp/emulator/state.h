@@ -71,7 +71,7 @@ struct Copy {
   bool load;
   uint32_t smem, barrier;
   TensorMap map;
-  std::array<int, 4> start;
+  std::array<int, 5> start;
   int thread;
   // Of a copy of contiguous bytes; null for one of a box.
   const void* source = nullptr;

@@ -14,6 +14,12 @@ inline void cp_async_bulk_tensor_4d_load(unsigned dst_smem, const void* map, uns
                      {c0, c1, c2, c3});
 }
 
+inline void cp_async_bulk_tensor_5d_load(unsigned dst_smem, const void* map, unsigned barrier_smem,
+                                         int c0, int c1, int c2, int c3, int c4) {
+  emulator::tma_load(dst_smem, *static_cast<const emulator::TensorMap*>(map), barrier_smem,
+                     {c0, c1, c2, c3, c4});
+}
+
 inline void cp_async_bulk_load(unsigned dst_smem, const void* src_gmem, unsigned bytes,
                                unsigned barrier_smem) {
   emulator::bulk_load(dst_smem, src_gmem, bytes, barrier_smem);
@@ -22,6 +28,12 @@ inline void cp_async_bulk_load(unsigned dst_smem, const void* src_gmem, unsigned
 inline void cp_async_bulk_tensor_4d_store(const void* map, unsigned src_smem, int c0, int c1,
                                           int c2, int c3) {
   emulator::tma_store(*static_cast<const emulator::TensorMap*>(map), src_smem, {c0, c1, c2, c3});
+}
+
+inline void cp_async_bulk_tensor_5d_store(const void* map, unsigned src_smem, int c0, int c1,
+                                          int c2, int c3, int c4) {
+  emulator::tma_store(*static_cast<const emulator::TensorMap*>(map), src_smem,
+                      {c0, c1, c2, c3, c4});
 }
 
 inline void cp_async_bulk_commit_group() { emulator::tma_commit_group(); }
