@@ -196,10 +196,10 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if constexpr (LEFT_ONLY) ptx::fence_registers(S_rmem);
   };
 
-  // At the end of a block of rows: computes again what was lost. P of its last tile may not have
-  // been multiplied by V yet, which then adds nothing any more.
+  auto is_suspicious = [&] { return is_suspect<T>(softmax.minus_max, softmax.row_sum); };
+  // At the end of a block of rows that is suspicious: computes again what was lost. P of its last
+  // tile may not have been multiplied by V yet, which then adds nothing any more.
   auto mend = [&](bool P_pending) {
-    if (!is_suspect<T>(softmax.minus_max, softmax.row_sum)) return;
     float pending = 0.f;
     if (P_pending && ptx::IS_BFLOAT16<T>) {
       wait_V();
@@ -325,6 +325,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         K_desc = K_descriptor();
       };
       look_at_K();
+      bool suspicious = false;
       // Loops of their own for masked tiles and for others: a branch costs where all that follows
       // waits for it.
       auto step = [&](auto is_first, auto is_masked, auto may_lag) {
@@ -357,6 +358,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         wait_V(V_there);
         start_O(V_desc);
         look_at_K();
+        if (n_tile == 0) suspicious = is_suspicious();  // while O is computed
         finish_O();
         trace(7);
       };
@@ -369,7 +371,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         if constexpr (VARIANT.local) {
           for (; n_tile >= 0; --n_tile) step(no, yes, yes);
         }
-        mend(false);
+        if (suspicious) mend(false);
         output.store(O_rmem, work, q_buffer(), softmax.minus_max, softmax.row_sum);
         staged = q_buffer();
       }
@@ -472,7 +474,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if constexpr (VARIANT.local) {
       for (; n_tile >= 0; --n_tile) step(yes, yes);
     }
-    mend(true);
+    if (is_suspicious()) mend(true);
     const Work done = read_work<VARIANT>(smem, work_ring.stage());
     const int done_buffer = q_buffer();
     const float done_max[2] = {softmax.minus_max[0], softmax.minus_max[1]};
