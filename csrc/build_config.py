@@ -68,8 +68,8 @@ RUNTIME_FIELDS = {
 LAUNCH_SOURCES = {"sm90": ("common/schedule.cu",)}
 # General kernels take three times as long to compile: other head dimensions run in the next one's.
 GENERAL_HEAD_DIMS = (64, 128, 256)
-# What a tile compiled at run time includes, besides the generated wgmma.cuh.
-RUNTIME_SOURCES = ("forward/sm90/kernel.cuh",)
+# What tiles compiled at run time include, besides the generated wgmma.cuh.
+RUNTIME_SOURCES = ("forward/sm90/kernel.cuh", "backward/sm90/kernel.cuh")
 
 
 class Instance(NamedTuple):

@@ -560,26 +560,35 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
 
 FLASHMOE_EXPORT const char* flashmoe_build_info() { return flashmoe::build_info; }
 
-// The handle of the kernel in a cubin, or -1 and why not. `fields` are head_dim and those of
-// csrc/build_config.py's INSTANCE_FIELDS, then VARIANT_FIELDS, `num_fields` of them.
+// The handle of what is in a cubin, a forward kernel or, with `backward`, a backward one, or -1 and
+// why not. `fields` are head_dim and those of csrc/build_config.py's INSTANCE_FIELDS, then those of
+// Variant, `num_fields` of them.
 FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubin,
                                                [[maybe_unused]] const int* fields, int num_fields,
+                                               [[maybe_unused]] int backward,
                                                [[maybe_unused]] int bfloat16, char* error,
                                                size_t error_size) {
 #ifdef FLASHMOE_WITH_CUDA
   try {
-    if (num_fields != 15) throw std::runtime_error("expected 10 fields of a tile, 5 of a variant");
+    const auto dtype = bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16;
+    const int tile_fields = backward != 0 ? 7 : 10;
+    const int* flags = fields + tile_fields;
+    const flashmoe::Variant variant{.local = flags[0] != 0,
+                                    .deterministic = flags[1] != 0,
+                                    .softcap = flags[2] != 0,
+                                    .alibi = flags[3] != 0,
+                                    .sink = flags[4] != 0,
+                                    .packed = flags[5] != 0};
+    if (num_fields != tile_fields + 6) throw std::runtime_error("fields of another version");
+    if (backward != 0) {
+      return flashmoe::load_backward_kernel(
+          cubin, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6] != 0},
+          variant, dtype);
+    }
     const flashmoe::Sm90Tile tile{fields[0], fields[1],      fields[2],      fields[3],
                                   fields[4], fields[5] != 0, fields[6] != 0, fields[7],
                                   fields[8], fields[9] != 0};
-    return flashmoe::load_kernel(
-        cubin, tile,
-        {.local = fields[10] != 0,
-         .softcap = fields[11] != 0,
-         .alibi = fields[12] != 0,
-         .sink = fields[13] != 0,
-         .packed = fields[14] != 0},
-        bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16);
+    return flashmoe::load_kernel(cubin, tile, variant, dtype);
   } catch (const std::exception& exception) {
     std::snprintf(error, error_size, "%s", exception.what());
   }

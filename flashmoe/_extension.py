@@ -6,7 +6,7 @@ import ctypes
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from flashmoe.tiles import Tile, Variant
 
 _PACKAGE = Path(__file__).parent
-# The headers that the extension's sm90 kernels were compiled from.
+# The headers that the extension's kernels for Hopper were compiled from.
 KERNEL_SOURCES = _PACKAGE / "kernels"
 # By kernel, head dimension and variant; and by those of one tile.
 Instances = dict[tuple[str, int, Variant], tuple[Tile, ...]]
@@ -103,17 +103,18 @@ def load() -> BuildInfo:
 
 
 def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:
-    """The handle of an sm90 kernel that was compiled for all of these.
+    """The handle of a kernel, sm90 or sm90_bwd, that was compiled for all of these.
 
     Raises RuntimeError when CUDA cannot load it.
     """
-    info = load()
-    shape = [getattr(tile, name) for name in info.fields["sm90"]]
-    values = [head_dim, *shape, *(getattr(variant, name) for name in info.variant_fields["sm90"])]
+    shape = [getattr(tile, name) for name in load().fields[tile.kernel]]
+    values = [head_dim, *shape, *astuple(variant)]
     array = (ctypes.c_int * len(values))(*values)
     error = ctypes.create_string_buffer(512)
+    is_backward, is_bfloat16 = int(tile.kernel == "sm90_bwd"), int(dtype == "bfloat16")
+    size = ctypes.c_size_t(len(error))
     handle: int = _library().flashmoe_load_kernel(
-        cubin, array, len(values), int(dtype == "bfloat16"), error, ctypes.c_size_t(len(error))
+        cubin, array, len(values), is_backward, is_bfloat16, error, size
     )
     if handle < 0:
         raise RuntimeError(f"loading {tile} for head_dim {head_dim}: {error.value.decode()}")

@@ -436,19 +436,39 @@ def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler,
     assert CUDA.bind(capped, SM80)(call)[6:] == (5, 30.0, "slopes", "sinks")
 
 
-def test_a_backward_has_sinks_and_no_terms_that_are_not_compiled_in(hopper, compiler, monkeypatch):
+def test_a_backward_has_sinks_for_nothing_and_compiles_other_terms(hopper, compiler, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(_extension, "load_kernel", lambda cubin, *target: loaded.append(target))
     monkeypatch.setattr(cuda_backend, "_bwd", lambda *arguments: arguments)
     monkeypatch.setattr(cuda_backend, "_bwd_dense", lambda *arguments: arguments)
     backward = replace(PROBLEM, direction="bwd")
-    (tile,) = CUDA.tiles(backward, H200)
+    (tile,) = CUDA.compiled_in(backward, H200)
+    assert tile in CUDA.tiles(backward, H200)
     sinks = replace(backward, terms=("sink",))
     assert Variant.of(sinks) == PLAIN
-    assert CUDA.tiles(sinks, H200) == [tile]
+    assert CUDA.compiled_in(sinks, H200) == [tile]
     call, saved = Call("q", "k", "v", 0.5, TERMS), Saved("dout", "out", "lse", "dlse")
     plain = ("dout", "q", "k", "v", "out", "lse", "dlse", 0.5, -1, -1, 0)
     assert CUDA.bind_backward(backward, tile)(call, saved) == plain
     with_sinks = call._replace(terms=Terms(sinks="sinks"))
     assert CUDA.bind_backward(sinks, tile)(with_sinks, saved) == (*plain, 0.0, None)
+    assert not loaded
+    # The default without terms, compiled for them, and for a sum of dQ in one order.
+    capped = replace(backward, terms=("softcap", "alibi"), head_dim=112, dtype="float16")
+    assert CUDA.default_tile(capped, H200) == tile
+    assert CUDA.repeats(tile, capped)
+    CUDA.bind_backward(capped, tile, deterministic=True)
+    variant = Variant(deterministic=True, softcap=True, alibi=True)
+    assert loaded == [(tile, 128, "float16", variant)]
+    (text,) = compiler.compiled
+    assert "Sm90BackwardTile TILE{128, 64, 128, 3, 2, 2, true};" in text
+    assert "VARIANT{.deterministic = true, .softcap = true, .alibi = true}" in text
+
+
+def test_without_a_compiler_a_backward_has_what_is_compiled_in(hopper, no_compiler):
+    backward = replace(PROBLEM, direction="bwd")
+    (tile,) = CUDA.tiles(backward, H200)
+    assert not CUDA.repeats(tile, backward)
     capped = replace(backward, terms=("softcap", "alibi"))
     assert CUDA.unsupported(capped, H200) == (
         "no tile is compiled in for bfloat16 softcap alibi, head_dim 128"
@@ -476,11 +496,18 @@ def test_loading_what_is_no_kernel_is_an_error():
 
 def compiles():
     """A real compiler makes machine code, in several threads at once, and names what it refuses."""
-    targets = [TARGET, jit.Target(replace(SMALL, exp2_fma=4), 80, "float16", LOCAL)]
+    backward = Tile("sm90_bwd", 64, 128, 2, do_stages=2)
+    entries = {
+        TARGET: (b"attention",),
+        jit.Target(replace(SMALL, exp2_fma=4), 80, "float16", LOCAL): (b"attention",),
+        jit.Target(backward, 96, "bfloat16", Variant(alibi=True, packed=True)): (
+            *(b"prepare", b"attention_backward", b"finish"),
+        ),
+    }
     with ThreadPoolExecutor(2) as pool:
-        for code in pool.map(jit.cubin, targets):
+        for code, names in zip(pool.map(jit.cubin, entries), entries.values(), strict=True):
             assert code.startswith(b"\x7fELF")
-            assert b"attention" in code
+            assert all(name + b"\0" in code for name in names)
     illegal = jit.Target(Tile("sm90", 64, 24), 64, "float16")
     with pytest.raises(jit.CompilationFailed, match=r"block_n: a multiple of 16"):
         jit.precompile(illegal)

@@ -1,13 +1,28 @@
 #include "backward/cuda.h"
 
+#include "common/loaded.h"
 #include "instances/registry.h"
 
 namespace flashmoe {
+namespace {
+
+Loaded<BackwardKernel> loaded_kernels;
+
+}  // namespace
 
 const BackwardKernel* find_backward_kernel(long long handle) {
-  const auto& compiled = compiled_backward_kernels();
-  const bool found = handle >= 0 && handle < static_cast<long long>(compiled.size());
-  return found ? &compiled[static_cast<size_t>(handle)] : nullptr;
+  return loaded_kernels.find(handle, compiled_backward_kernels());
+}
+
+long long load_backward_kernel(const void* cubin, const Sm90BackwardTile& tile, Variant variant,
+                               DType dtype) {
+  BackwardKernel kernel{tile, variant, {}};
+  const Cubin code(cubin);
+  auto& entries = kernel.entries[dtype == DType::bfloat16];
+  entries[0] = code.entry("prepare");
+  entries[1] = code.entry("attention_backward");
+  entries[2] = code.entry("finish");
+  return loaded_kernels.add(kernel, compiled_backward_kernels().size());
 }
 
 cudaError_t launch_backward(const BackwardKernel& kernel, const BackwardParams& params, DType dtype,
@@ -17,8 +32,9 @@ cudaError_t launch_backward(const BackwardKernel& kernel, const BackwardParams& 
       kernel.variant.softcap != (params.attention.terms.softcap > 0)) {
     return cudaErrorInvalidValue;
   }
-  return sm90_backward::launch(kernel.tile, kernel.entries[dtype == DType::bfloat16], params, dtype,
-                               device, stream, workspace);
+  const sm90_backward::Entries& entries = kernel.entries[dtype == DType::bfloat16];
+  if (entries[0] == nullptr) return cudaErrorInvalidValue;
+  return sm90_backward::launch(kernel.tile, entries, params, dtype, device, stream, workspace);
 }
 
 }  // namespace flashmoe

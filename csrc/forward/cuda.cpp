@@ -1,11 +1,6 @@
 #include "forward/cuda.h"
 
-#include <deque>
-#include <mutex>
-#include <shared_mutex>
-#include <stdexcept>
-#include <string>
-
+#include "common/loaded.h"
 #include "forward/sm90/counters.h"
 #include "forward/sm90/host.h"
 #include "instances/registry.h"
@@ -13,9 +8,7 @@
 namespace flashmoe {
 namespace {
 
-// A deque, because its elements stay where they are.
-std::deque<Kernel> loaded_kernels;
-std::shared_mutex loaded_mutex;
+Loaded<Kernel> loaded_kernels;
 
 bool rows_aligned(const AttentionParams& p) {
   const auto aligned = [](const void* pointer, long long batch, long long row, long long head) {
@@ -38,35 +31,16 @@ const Kernel* sm80_default(const AttentionParams& params) {
   return found;
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
-  }
-}
-
 }  // namespace
 
 const Kernel* find_kernel(long long handle) {
-  const auto& compiled = compiled_kernels();
-  const auto count = static_cast<long long>(compiled.size());
-  if (handle < 0) return nullptr;
-  if (handle < count) return &compiled[handle];
-  const std::shared_lock<std::shared_mutex> lock(loaded_mutex);
-  const auto index = static_cast<size_t>(handle - count);
-  return index < loaded_kernels.size() ? &loaded_kernels[index] : nullptr;
+  return loaded_kernels.find(handle, compiled_kernels());
 }
 
 long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, DType dtype) {
-  cudaLibrary_t library;
-  check(cudaLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0),
-        "cudaLibraryLoadData");
-  cudaKernel_t entry;
-  check(cudaLibraryGetKernel(&entry, library, "attention"), "cudaLibraryGetKernel");
   Kernel kernel{tile.head_dim, nullptr, nullptr, tile, variant, {nullptr, nullptr}};
-  kernel.entries[dtype == DType::bfloat16] = reinterpret_cast<const void*>(entry);
-  const std::unique_lock<std::shared_mutex> lock(loaded_mutex);
-  loaded_kernels.push_back(kernel);
-  return static_cast<long long>(compiled_kernels().size() + loaded_kernels.size()) - 1;
+  kernel.entries[dtype == DType::bfloat16] = Cubin(cubin).entry("attention");
+  return loaded_kernels.add(kernel, compiled_kernels().size());
 }
 
 long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params) {

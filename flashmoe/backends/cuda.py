@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import TERMS, Problem
-from flashmoe.tiles import PLAIN, Tile, Variant, grid, sm90_head_dim
+from flashmoe.tiles import PLAIN, Tile, Variant, grid, sm90_bwd_head_dim, sm90_head_dim
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
@@ -28,17 +28,29 @@ _bwd = torch.ops.flashmoe.bwd_cuda.default
 _bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
 
 _FEATURES = frozenset({"window", "packed", *TERMS})
-_SM90_SPACE = {
-    "block_m": (64, 128, 192, 256),
-    "block_n": tuple(range(32, 257, 16)),
-    "num_stages": (1, 2, 3, 4),
-    "q_stages": (1, 2),
-    "pingpong": (False, True),
-    "q_in_registers": (False, True),
-    "exp2_fma": tuple(range(9)),
-    "ctas_per_sm": (1, 2),
-    "serial": (False, True),
+# Of Hopper's kernels: the tiles that are chosen from, and the head dimension of an instance.
+_SM90_SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "sm90": {
+        "block_m": (64, 128, 192, 256),
+        "block_n": tuple(range(32, 257, 16)),
+        "num_stages": (1, 2, 3, 4),
+        "q_stages": (1, 2),
+        "pingpong": (False, True),
+        "q_in_registers": (False, True),
+        "exp2_fma": tuple(range(9)),
+        "ctas_per_sm": (1, 2),
+        "serial": (False, True),
+    },
+    "sm90_bwd": {
+        "block_m": (64, 128),
+        "block_n": (64, 128),
+        "num_stages": (2, 3, 4),
+        "do_stages": (1, 2, 3, 4),
+        "ds_stages": (1, 2),
+        "late_dq": (False, True),
+    },
 }
+_SM90_HEAD_DIMS = {"sm90": sm90_head_dim, "sm90_bwd": sm90_bwd_head_dim}
 
 
 class CudaBackend(Backend):
@@ -58,10 +70,6 @@ class CudaBackend(Backend):
             return missing
         if problem.direction == "bwd" and arch.capability[0] != 9:
             return "has a backward kernel for compute capability 9.x only"
-        if problem.layout == "packed" and problem.terms and problem.direction == "fwd":
-            # None is compiled in. The one GPU run of such a kernel, compiled there, may have been
-            # what ended in an illegal memory access (docs/dev/hopper-forward.md).
-            return "computes packed batches without terms"
         if not _compiled_in(problem, arch) and not _compiles(problem, arch):
             kind = " ".join((problem.dtype, *Variant.of(problem).names))
             return f"no tile is compiled in for {kind}, head_dim {problem.head_dim}"
@@ -95,17 +103,18 @@ class CudaBackend(Backend):
         return costs.tile_microseconds(tile, head_dim, problem, arch)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
-        """On Hopper every legal tile of its kernel where they can be compiled; otherwise those that
-        are compiled in."""
+        """On Hopper every legal tile of its kernels where they can be compiled; otherwise those
+        that are compiled in."""
         if not _compiles(problem, arch):
             return _compiled_in(problem, arch)
-        return list(_legal_sm90(sm90_head_dim(problem.head_dim), arch))
+        reasons = _sm90_reasons(*_sm90_kind(problem), arch)
+        return [tile for tile, reason in reasons.items() if not reason]
 
     def reasons(self, problem: Problem, arch: Arch) -> Mapping[Tile, str]:
         tiles = self.tiles(problem, arch)
         if tiles == _compiled_in(problem, arch):
             return dict.fromkeys(tiles, "")
-        return _sm90_reasons(sm90_head_dim(problem.head_dim), arch)
+        return _sm90_reasons(*_sm90_kind(problem), arch)
 
     def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
         return _compiled_in(problem, arch)
@@ -119,7 +128,7 @@ class CudaBackend(Backend):
         variant = Variant.of(problem)
         if _compiled_handle(tile, problem.head_dim, variant) is not None:
             return True
-        return tile.kernel == "sm90" and jit.is_cached(
+        return tile.kernel in _SM90_HEAD_DIMS and jit.is_cached(
             _target(tile, problem.head_dim, problem.dtype, variant)
         )
 
@@ -135,7 +144,7 @@ class CudaBackend(Backend):
             return "; ".join(broken)
         if self.is_compiled(tile, problem):
             return ""
-        if tile.kernel == "sm90":
+        if tile.kernel in _SM90_HEAD_DIMS:
             why = jit.unavailable()
             return f"not compiled in, and cannot be compiled here: {why}" if why else ""
         compiled = ", ".join(map(str, _compiled_in(problem, arch)))
@@ -143,7 +152,9 @@ class CudaBackend(Backend):
 
     def repeats(self, tile: Tile | None, problem: Problem) -> bool:
         variant = replace(Variant.of(problem), deterministic=True)
-        return tile is not None and _compiled_handle(tile, problem.head_dim, variant) is not None
+        return tile is not None and (
+            _compiled_handle(tile, problem.head_dim, variant) is not None or not jit.unavailable()
+        )
 
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         assert tile is not None, "the cuda forward needs a tile"
@@ -174,8 +185,7 @@ class CudaBackend(Backend):
         in any order."""
         assert tile is not None, "the cuda backward needs a tile"
         variant = replace(Variant.of(problem), deterministic=deterministic)
-        handle = _compiled_handle(tile, problem.head_dim, variant)
-        assert handle is not None, f"{tile} is not compiled in"
+        handle = _handle(tile, problem.head_dim, problem.dtype, variant)
         left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
         packed = problem.layout == "packed"
 
@@ -208,16 +218,12 @@ def _instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | No
 
 
 def _has_sm90(tiles: list[Tile]) -> bool:
-    return any(tile.kernel == "sm90" for tile in tiles)
+    return any(tile.kernel in _SM90_HEAD_DIMS for tile in tiles)
 
 
 def _compiles(problem: Problem, arch: Arch) -> bool:
-    """Whether tiles of Hopper's forward can be compiled here, of any variant."""
-    return (
-        problem.direction == "fwd"
-        and _has_sm90(_compiled_in(problem, arch, PLAIN))
-        and not jit.unavailable()
-    )
+    """Whether tiles of Hopper's kernel can be compiled here, of any variant."""
+    return _has_sm90(_compiled_in(problem, arch, PLAIN)) and not jit.unavailable()
 
 
 def _compiled_in(problem: Problem, arch: Arch, variant: Variant | None = None) -> list[Tile]:
@@ -251,7 +257,7 @@ def _compiled_handle(tile: Tile, head_dim: int, variant: Variant) -> int | None:
 
 
 def _target(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> jit.Target:
-    return jit.Target(tile, sm90_head_dim(head_dim), dtype, variant)
+    return jit.Target(tile, _SM90_HEAD_DIMS[tile.kernel](head_dim), dtype, variant)
 
 
 @functools.cache
@@ -265,18 +271,21 @@ def _handle(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:
     return _extension.load_kernel(jit.cubin(target), *target)
 
 
-@functools.cache
-def _legal_sm90(head_dim: int, arch: Arch) -> tuple[Tile, ...]:
-    return tuple(tile for tile, reason in _sm90_reasons(head_dim, arch).items() if not reason)
+def _sm90_kind(problem: Problem) -> tuple[str, int]:
+    """Hopper's kernel for a problem, and the head dimension that it is compiled for."""
+    kernel = "sm90_bwd" if problem.direction == "bwd" else "sm90"
+    return kernel, _SM90_HEAD_DIMS[kernel](problem.head_dim)
 
 
 @functools.cache
-def _sm90_reasons(head_dim: int, arch: Arch) -> Mapping[Tile, str]:
-    """Enumerates.reasons for all problems of a head dimension: that takes a second."""
-    problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16")
-    return {tile: "".join(tile.violations(arch, problem)[:1]) for tile in _sm90_grid()}
+def _sm90_reasons(kernel: str, head_dim: int, arch: Arch) -> Mapping[Tile, str]:
+    """Enumerates.reasons for all problems of a head dimension: of the forward that takes a
+    second."""
+    direction = "bwd" if kernel == "sm90_bwd" else "fwd"
+    problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16", direction=direction)
+    return {tile: "".join(tile.violations(arch, problem)[:1]) for tile in _sm90_grid(kernel)}
 
 
 @functools.cache
-def _sm90_grid() -> tuple[Tile, ...]:
-    return tuple(grid("sm90", **_SM90_SPACE))
+def _sm90_grid(kernel: str) -> tuple[Tile, ...]:
+    return tuple(grid(kernel, **_SM90_SPACES[kernel]))

@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernel compiled on the user's machine, and the cache that keeps them.
+"""Tiles of the Hopper kernels compiled on the user's machine, and the cache that keeps them.
 
 The compiler is NVRTC through cuda.core, or nvcc with FLASHMOE_COMPILER=nvcc. Neither needs a GPU.
 """
@@ -38,10 +38,13 @@ NVRTC_OPTIONS = {"arch": _ARCH, "std": "c++20", "device_as_default_execution_spa
 NVCC_OPTIONS = (f"-arch={_ARCH}", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin")
 _CXX_TYPE = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 # NVRTC has no <math.h>.
-_SOURCE = """\
+_PREFIX = """\
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
+"""
+_SOURCES = {
+    "sm90": """\
 #include "forward/sm90/kernel.cuh"
 constexpr flashmoe::Sm90Tile TILE{{{fields}}};
 constexpr flashmoe::Variant VARIANT{{{variant}}};
@@ -50,7 +53,28 @@ extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_s
     const __grid_constant__ flashmoe::Sm90Params params) {{
   flashmoe::sm90::attention_forward<{type}, TILE, VARIANT>(params);
 }}
-"""
+""",
+    "sm90_bwd": """\
+#include "backward/sm90/kernel.cuh"
+namespace bwd = flashmoe::sm90_backward;
+using Params = flashmoe::Sm90BackwardParams;
+constexpr flashmoe::Sm90BackwardTile TILE{{{fields}}};
+constexpr flashmoe::Variant VARIANT{{{variant}}};
+template struct flashmoe::LegalSm90BackwardTile<TILE>;
+extern "C" __global__ void __launch_bounds__(bwd::EDGE_THREADS, 4) prepare(
+    const __grid_constant__ Params params) {{
+  bwd::prepare<{type}, TILE, VARIANT>(params);
+}}
+extern "C" __global__ void __launch_bounds__(TILE.num_threads(), 1) attention_backward(
+    const __grid_constant__ Params params) {{
+  bwd::attention_backward<{type}, TILE, VARIANT>(params);
+}}
+extern "C" __global__ void __launch_bounds__(bwd::EDGE_THREADS, 4) finish(
+    const __grid_constant__ Params params) {{
+  bwd::finish<{type}, TILE, VARIANT>(params);
+}}
+""",
+}
 _DIGEST_BYTES = 32
 _INSTALL = "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime"
 _compiler_lock = threading.Lock()
@@ -58,7 +82,7 @@ _log = logging.getLogger(__name__)
 
 
 class Target(NamedTuple):
-    """One kernel to compile; head_dim is a multiple of 16."""
+    """One kernel to compile, by the head_dim of its instances."""
 
     tile: Tile
     head_dim: int
@@ -138,11 +162,12 @@ def source(target: Target) -> str:
     """The translation unit; its headers are in KERNEL_SOURCES."""
     values = (
         target.head_dim,
-        *(getattr(target.tile, name) for name in _extension.load().fields["sm90"]),
+        *(getattr(target.tile, name) for name in _extension.load().fields[target.tile.kernel]),
     )
     fields = ", ".join(str(value).lower() for value in values)
     variant = ", ".join(f".{name} = true" for name in target.variant.names)
-    return _SOURCE.format(fields=fields, variant=variant, type=_CXX_TYPE[target.dtype])
+    text = _SOURCES[target.tile.kernel]
+    return _PREFIX + text.format(fields=fields, variant=variant, type=_CXX_TYPE[target.dtype])
 
 
 class _Compiler(Protocol):

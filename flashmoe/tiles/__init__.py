@@ -5,7 +5,11 @@ from __future__ import annotations
 from flashmoe.tiles.decode import DECODE_HEAD_DIMS, decode_smem_bytes
 from flashmoe.tiles.sm80 import SM80_HEAD_DIMS, instance_head_dim, sm80_smem_bytes
 from flashmoe.tiles.sm90 import sm90_head_dim, sm90_registers, sm90_smem_bytes
-from flashmoe.tiles.sm90_bwd import SM90_BWD_HEAD_DIMS, sm90_bwd_smem_bytes
+from flashmoe.tiles.sm90_bwd import (
+    SM90_BWD_HEAD_DIMS,
+    sm90_bwd_head_dim,
+    sm90_bwd_smem_bytes,
+)
 from flashmoe.tiles.tile import Tile, grid
 from flashmoe.tiles.triton import triton_head_dim, triton_registers, triton_smem_bytes
 from flashmoe.tiles.variant import PLAIN, Variant
@@ -21,6 +25,7 @@ __all__ = [
     "grid",
     "instance_head_dim",
     "sm80_smem_bytes",
+    "sm90_bwd_head_dim",
     "sm90_bwd_smem_bytes",
     "sm90_head_dim",
     "sm90_registers",

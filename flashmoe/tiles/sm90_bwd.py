@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 SM90_BWD_HEAD_DIMS = (64, 96, 128, 256)
 
 
+def sm90_bwd_head_dim(head_dim: int) -> int:
+    """The head dimension of an sm90_bwd kernel compiled for `head_dim`, zero-filled from there."""
+    return next(d for d in SM90_BWD_HEAD_DIMS if d >= head_dim)
+
+
 def sm90_bwd_smem_bytes(tile: Tile, head_dim: int) -> int:
     """Shared memory of the sm90_bwd kernel: K and V, num_stages buffers of Q and of its rows'
     statistics, do_stages of dO, ds_stages of dS, P where both warpgroups have the same keys, and
@@ -33,7 +38,7 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield "the sm90_bwd kernel has no forward"
     if problem.dtype not in ("float16", "bfloat16"):
         yield f"dtype must be float16 or bfloat16 for the sm90_bwd kernel, got {problem.dtype}"
-    head_dim = next(d for d in SM90_BWD_HEAD_DIMS if d >= problem.head_dim)
+    head_dim = sm90_bwd_head_dim(problem.head_dim)
     block_m = 128 if head_dim == 64 else 64
     if tile.block_m != block_m:
         yield f"block_m must be {block_m} at head_dim {head_dim}, got {tile.block_m}"
