@@ -29,7 +29,7 @@ from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ROOT / "flashmoe" / "planning" / "nvidia-h200.json"
+SHIPPED = ROOT / "flashmoe" / "prediction" / "nvidia-h200.json"
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 560, 320, 60, 40
 _MOST = 4.0  # of a speed-up that the picture shows
 

@@ -56,8 +56,9 @@ def test_an_unaligned_call_after_an_aligned_one(dtype, head_dim):
     expected = flash_attn_func(q, k, v, backend="sdpa")
     moved = [x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x) for x in (q, k, v)]
     torch.testing.assert_close(flash_attn_func(*moved, backend="sdpa"), expected)
+    # Planned on another kernel, perhaps.
     out = flashmoe.scaled_dot_product_attention(*(x.transpose(1, 2) for x in moved))
-    torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert_matches_reference(out.transpose(1, 2), None, q, k, v)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
