@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from api_calls import assert_gradients, assert_matches, int32, packed_call, random_terms
+from api_calls import (
+    assert_gradients,
+    assert_matches,
+    cumulative,
+    int32,
+    packed_call,
+    random_terms,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import LAYOUTS, guarded
@@ -171,7 +178,7 @@ def test_tensors_at_the_start_of_mapped_memory():
     # Large enough to be a mapping each.
     q = torch.randn(sum(lengths_q), 96, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = (torch.randn(sum(lengths_k), 2, 128, device=DEVICE, dtype=torch.bfloat16) for _ in "kv")
-    cu_q, cu_k = (int32([0, *itertools.accumulate(x)], DEVICE) for x in (lengths_q, lengths_k))
+    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
     q.requires_grad_()
     out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 512, 512)
     (dq,) = torch.autograd.grad(out, q, torch.ones_like(out))
