@@ -6,15 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashmoe.frontend.append import (
-    is_scattered,
-    new_keys,
-    positions_of,
-    room_of,
-    rotary_of,
-    scatter,
-)
-from flashmoe.frontend.attend import Asked, attend, terms_of, window_of
+from flashmoe.frontend import ops
+from flashmoe.frontend.append import append, room_of, validate_new, validate_rotary
+from flashmoe.frontend.attend import Asked, attend, is_plain, terms_of, window_of
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.frontend.varlen import longest_of, written_to
 from flashmoe.spec.call import Sequences
@@ -121,18 +115,23 @@ def flash_attn_with_kvcache(
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
         asked = asked._replace(softmax_scale=scale)
-        new = new_keys(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
+        validate_new(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
         if rotary_cos is not None or rotary_sin is not None:
-            rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, q, k_cache, block_table)
-            is_full = mask_of(causal, window_size).is_full
-            q = rotary.rotated(q, positions_of(q, cu_seqlens_q, lengths, steps=not is_full))
-            new = new._replace(k=rotary.rotated(new.k, new.positions))
-        if isinstance(cache_seqlens, Tensor) or is_scattered(sequences, cu_seqlens_k_new):
-            scatter(new, k_cache, v_cache, sequences, cu_seqlens_k_new)
-        elif cache_seqlens is not None:
-            rows = slice(cache_seqlens, cache_seqlens + new.k.shape[1])
-            k_cache[:, rows], v_cache[:, rows] = new.k, new.v
-        sequences = sequences._replace(seqused_k=lengths + new.lengths)
+            validate_rotary(rotary_cos, rotary_sin, q, k_cache, block_table)
+        places = (lengths, cu_seqlens_q, cu_seqlens_k_new, cache_batch_idx, block_table)
+        rotary = rotary_cos, rotary_sin, bool(rotary_interleaved)
+        by_row = not mask_of(causal, window_size).is_full
+        by_op = torch.compiler.is_compiling() or not (
+            is_plain(q, k_cache, v_cache) and is_plain(q, k, v)
+        )
+        rotated, lengths = (ops.append if by_op else append)(
+            *(q, k, v, k_cache, v_cache),
+            *(None if x is None else x.contiguous() for x in places),
+            *rotary,
+            by_row,
+        )
+        q = q if rotary_cos is None else rotated
+        sequences = sequences._replace(seqused_k=lengths)
     result = attend(q, k_cache, v_cache, asked, terms, sequences)
     if out is not None:
         result = written_to(out, result)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from flashmoe import _extension
 from flashmoe.backends.base import Run
+from flashmoe.frontend.append import append as append_keys
 from flashmoe.frontend.gradients import (
     Training,
     refuse_gradients,
@@ -140,6 +141,10 @@ for _schema in (
     f"attention_backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
     f"attention_packed({_FORWARD}, {_SEQUENCES}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_packed_backward({_BACKWARD}, {_SEQUENCES}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, "
+    "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+    "bool rotate_by_row) -> (Tensor q_rotated, Tensor seqused_k_after)",
 ):
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
 
@@ -165,6 +170,17 @@ the fields of spec/call.py, Sequences, by their names. Differentiable where k an
 
 attention_packed_backward = torch.ops.flashmoe.attention_packed_backward.default
 """`attention_backward` of `attention_packed`."""
+
+append = torch.ops.flashmoe.append.default
+"""frontend/append.py's function of that name, for what traces or transforms calls."""
+
+
+def _fake_append(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqused_k: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    rotary_cos = rest[4]
+    rotated = q.new_empty(0 if rotary_cos is None else q.shape)
+    return rotated, seqused_k.new_empty(seqused_k.shape)
 
 
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -288,6 +304,9 @@ def _backward_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 for _kernel_op in ("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "decode_cuda"):
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
+torch.library.register_fake("flashmoe::append_cuda", _fake_append)
+torch.library.register_kernel("flashmoe::append", ("cpu", "cuda"), append_keys, lib=_library)
+torch.library.register_fake("flashmoe::append", _fake_append, lib=_library)
 
 for _op, _kernel, _fake, _autograd in (
     (
