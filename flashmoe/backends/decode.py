@@ -20,7 +20,6 @@ _decode = torch.ops.flashmoe.decode_cuda.default
 
 # The widest tile's. Blocks of more rows read K and V again, and dense kernels are faster.
 _DENSE_ROWS = 64
-BATCH_INVARIANT = -1
 
 
 class DecodeBackend(Backend):
@@ -73,10 +72,10 @@ class DecodeBackend(Backend):
         compiled = self.compiled_in(problem, arch)
         return "" if tile in compiled else f"not compiled in; compiled are {_listed(compiled)}"
 
-    def bind(self, problem: Problem, tile: Tile | None, num_splits: int = 0) -> Run:
-        """`num_splits` as the op has it: thread blocks for the keys of a sequence, 0 for as many as
-        fill the GPU, BATCH_INVARIANT for the same bits of a sequence whatever else is in the
-        batch."""
+    def bind(self, problem: Problem, tile: Tile | None) -> Run:
+        return self.bind_split(problem, tile, 0)
+
+    def bind_split(self, problem: Problem, tile: Tile | None, num_splits: int) -> Run:
         assert tile is not None, "the decode kernel needs a tile"
         handle = _extension.load().decode_handles[_instance_head_dim(problem), tile, PLAIN]
         fixed = (problem.mask.left, problem.mask.right, handle, num_splits)

@@ -51,6 +51,7 @@ class Asked(NamedTuple):
     return_lse: bool = False
     backend: str | None = None
     tile: Tile | str | None = None
+    num_splits: int = 0
 
 
 def refuse_dropout(dropout_p: float) -> None:
@@ -248,8 +249,10 @@ def _attend_op(
         return ops.attention_without_lse(*arguments)  # type: ignore[no-any-return]
     if sequences is DENSE:
         out, lse = ops.attention(*arguments)
-    else:
+    elif asked.num_splits == 0:
         out, lse = ops.attention_packed(*arguments, *sequences)
+    else:
+        out, lse = ops.attention_split(*arguments, *sequences, asked.num_splits)
     return (out, lse, None) if asked.return_lse else out
 
 
@@ -278,7 +281,8 @@ def _prepare(
 
 def _without_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     problem, scale = Problem.of_call(like, mask), like.softmax_scale
-    run: Run = planned(problem, like.q.device, asked.backend, asked.tile, asked.return_lse).run
+    overrides = asked.backend, asked.tile, asked.return_lse, bool(asked.deterministic)
+    run: Run = planned(problem, like.q.device, *overrides, asked.num_splits).run
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
         return run(Call(q, k, v, scale, terms, sequences))[0]

@@ -42,6 +42,7 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int | Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
     sinks: Tensor | None = None,
+    deterministic: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
@@ -74,13 +75,18 @@ def flash_attn_with_kvcache(
             last query is level with the last key, appended ones included.
         rotary_interleaved: rotate columns 0 and 1, 2 and 3, … (GPT-J); else columns i and i +
             rotary_dim / 2 (GPT-NeoX).
-        num_splits: taken for flash-attn's sake: over how many blocks keys are split is up to the
-            plan and changes no result by more than rounding.
+        num_splits: over how many thread blocks the decode kernel splits a sequence's keys, at most
+            (never more than it has steps, or 4095); 0 for as many as fill the GPU. Results differ
+            by rounding. Other kernels do not split keys.
         return_softmax_lse: also return softmax_lse.
         page_table, seqused_k: FlashAttention-3's names of block_table and cache_seqlens.
         cu_seqlens_q, max_seqlen_q: (batch + 1,), int32, and a bound of the lengths, as in
             flash_attn_varlen_func: queries of prefill and decode in one call.
         cu_seqlens_k_new: the same of k and v.
+        deterministic: a sequence's results are the same bits whatever else is in the batch, also
+            under `torch.use_deterministic_algorithms(True)`: its keys are split by its own length,
+            or num_splits ways where that is given, and what runs is chosen for one query of one
+            sequence. Slower for many queries or a small batch.
         out: as the result, which is written to it.
         backend, tile: as in flash_attn_func.
 
@@ -110,7 +116,11 @@ def flash_attn_with_kvcache(
     sequences = Sequences(
         *(cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table), longest
     )
-    asked = Asked(softmax_scale, causal, window_size, False, return_softmax_lse, backend, tile)
+    deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
+    asked = Asked(
+        *(softmax_scale, causal, window_size, deterministic, return_softmax_lse, backend, tile),
+        int(num_splits),
+    )
     terms = terms_of(softcap, alibi_slopes, sinks)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)

@@ -35,7 +35,8 @@ _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-unty
 
 
 class Arguments(NamedTuple):
-    """Those of the ops `attention` and `attention_packed`, which have the first 12, and all."""
+    """Those of the ops `attention`, `attention_packed` and `attention_split`, which have the first
+    12, the first 20, and all."""
 
     q: Tensor
     k: Tensor
@@ -57,10 +58,11 @@ class Arguments(NamedTuple):
     block_table: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    num_splits: int = 0
 
     @property
     def call(self) -> Call:
-        return Call(*self[:4], Terms(*self[9:12]), Sequences(*self[12:]))
+        return Call(*self[:4], Terms(*self[9:12]), Sequences(*self[12:20]))
 
     @property
     def mask(self) -> Mask:
@@ -89,8 +91,8 @@ def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     problem = Problem.of_call(call, arguments.mask)
     if shapes.recorder is not None:
         shapes.recorder[problem] += 1
-    device = call.q.device
-    run: Run = planned(problem, device, arguments.backend, arguments.tile, need_lse).run
+    overrides = arguments.backend, arguments.tile, need_lse, arguments.deterministic
+    run: Run = planned(problem, call.q.device, *overrides, arguments.num_splits).run
     with without_autocast(call.q):
         return run(call)
 
@@ -140,6 +142,8 @@ for _schema in (
     f"attention_without_lse({_FORWARD}) -> Tensor",
     f"attention_backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
     f"attention_packed({_FORWARD}, {_SEQUENCES}) -> (Tensor out, Tensor softmax_lse)",
+    f"attention_split({_FORWARD}, {_SEQUENCES}, int num_splits=0) -> "
+    "(Tensor out, Tensor softmax_lse)",
     f"attention_packed_backward({_BACKWARD}, {_SEQUENCES}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, "
@@ -167,6 +171,9 @@ and typed as q, k, v. dlse, the gradient of softmax_lse, may be None. Not differ
 attention_packed = torch.ops.flashmoe.attention_packed.default
 """`attention` of sequences whose lengths are read on the device: the arguments of `attention`, then
 the fields of spec/call.py, Sequences, by their names. Differentiable where k and v are packed."""
+
+attention_split = torch.ops.flashmoe.attention_split.default
+"""`attention_packed` whose keys a backend that splits them splits num_splits ways."""
 
 attention_packed_backward = torch.ops.flashmoe.attention_packed_backward.default
 """`attention_backward` of `attention_packed`."""
@@ -326,6 +333,12 @@ for _op, _kernel, _fake, _autograd in (
         _attention,
         _fake_forward,
         _forward_autograd(attention_packed, attention_packed, attention_packed_backward),
+    ),
+    (
+        attention_split,
+        _attention,
+        _fake_forward,
+        _forward_autograd(attention_split, attention_split, attention_packed_backward),
     ),
     (
         attention_backward,
