@@ -400,6 +400,19 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+// Of packed batches without terms: their lengths alone.
+std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              double softmax_scale, int64_t window_left,
+                                              int64_t window_right, int64_t handle,
+                                              const Tensor& cu_seqlens_q,
+                                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                              int64_t max_seqlen_k) {
+  const std::optional<Tensor> none;
+  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none,
+                     cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
+                     max_seqlen_k);
+}
+
 // x, or its copy where cp.async cannot fetch its rows.
 Tensor with_aligned_rows(const Tensor& x) {
   const auto strides = x.strides();
@@ -455,6 +468,27 @@ std::tuple<Tensor, Tensor> decode_cuda_op(
                     "launching the decode kernel failed: ", cudaGetErrorString(error));
   }
   return {std::move(call.out), std::move(call.softmax_lse)};
+}
+
+std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                double softmax_scale, int64_t window_left,
+                                                int64_t window_right, int64_t handle,
+                                                int64_t num_splits) {
+  const std::optional<Tensor> none;
+  return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
+                        none, none, none, none, none, none, none, none, 0, 0);
+}
+
+// Of a cache, or pages, without padding, batch index and terms.
+std::tuple<Tensor, Tensor> decode_cuda_cache_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, int64_t handle, int64_t num_splits,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
+  const std::optional<Tensor> none;
+  return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
+                        none, none, cu_seqlens_q, none, seqused_k, none, none, block_table,
+                        max_seqlen_q, 0);
 }
 
 NewRows new_rows(const Tensor& x, const int* cu_seqlens) {
@@ -721,6 +755,17 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "int window_right, int kernel, int num_splits, " FLASHMOE_OPTIONS
       ") -> (Tensor out, Tensor softmax_lse)");
   m.def(
+      "fwd_cuda_packed(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "decode_cuda_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, int num_splits) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "decode_cuda_cache(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, int num_splits, Tensor? cu_seqlens_q, Tensor? seqused_k, "
+      "Tensor? block_table, int max_seqlen_q) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
       "append_cuda(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, "
       "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
@@ -744,6 +789,9 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("fwd_cuda_dense", TORCH_BOX(&flashmoe::fwd_cuda_dense_op));
   m.impl("bwd_cuda_dense", TORCH_BOX(&flashmoe::bwd_cuda_dense_op));
   m.impl("decode_cuda", TORCH_BOX(&flashmoe::decode_cuda_op));
+  m.impl("fwd_cuda_packed", TORCH_BOX(&flashmoe::fwd_cuda_packed_op));
+  m.impl("decode_cuda_dense", TORCH_BOX(&flashmoe::decode_cuda_dense_op));
+  m.impl("decode_cuda_cache", TORCH_BOX(&flashmoe::decode_cuda_cache_op));
   m.impl("append_cuda", TORCH_BOX(&flashmoe::append_cuda_op));
   m.impl("bwd_cuda", TORCH_BOX(&flashmoe::bwd_cuda_op));
 }

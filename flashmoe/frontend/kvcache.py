@@ -98,13 +98,16 @@ def flash_attn_with_kvcache(
     """
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
-    if not isinstance(num_splits, (int, np.integer)) or num_splits < 0:
+    if type(num_splits) is not int:
+        num_splits = _integer("num_splits", num_splits)
+    if num_splits < 0:
         raise ValueError(f"num_splits must be an integer of at least 0, got {num_splits!r}")
     if page_table is not None:
         block_table = _only("block_table", block_table, "page_table", page_table)
     if seqused_k is not None:
         cache_seqlens = _only("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
-    _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
+    if torch.is_grad_enabled():
+        _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
     lengths = _lengths_of(cache_seqlens, q, k_cache, cu_seqlens_q, block_table)
     longest = 0
     if cu_seqlens_q is not None:
@@ -114,12 +117,17 @@ def flash_attn_with_kvcache(
     elif max_seqlen_q is not None:
         raise ValueError("max_seqlen_q must be None without cu_seqlens_q")
     sequences = Sequences(
-        *(cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table), longest
+        cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table, longest
     )
-    deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
     asked = Asked(
-        *(softmax_scale, causal, window_size, deterministic, return_softmax_lse, backend, tile),
-        int(num_splits),
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        return_softmax_lse,
+        backend,
+        tile,
+        num_splits,
     )
     terms = terms_of(softcap, alibi_slopes, sinks)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
@@ -154,14 +162,19 @@ def _only(name: str, value: object, other: str, alias: Tensor) -> Tensor:
     return alias
 
 
+def _integer(name: str, value: object) -> int:
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
 def _refuse_gradients(**tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if isinstance(x, Tensor) and x.requires_grad:
-                raise NotImplementedError(
-                    f"{name} must not require a gradient: flash_attn_with_kvcache has none; call "
-                    "it under torch.no_grad()"
-                )
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise NotImplementedError(
+                f"{name} must not require a gradient: flash_attn_with_kvcache has none; call it "
+                "under torch.no_grad()"
+            )
 
 
 def _lengths_of(

@@ -309,7 +309,10 @@ def _backward_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return autograd
 
 
-for _kernel_op in ("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "decode_cuda"):
+for _kernel_op in (
+    *("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "fwd_cuda_packed"),
+    *("decode_cuda", "decode_cuda_dense", "decode_cuda_cache"),
+):
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
 torch.library.register_fake("flashmoe::append_cuda", _fake_append)
 torch.library.register_kernel("flashmoe::append", ("cpu", "cuda"), append_keys, lib=_library)
