@@ -160,7 +160,7 @@ def decode_calls(call, shape, layout):
             for x in (slot // trees, 2 * slot // trees, 3 * slot // trees, slot // (2 * trees), 16)
         }
         for splits in sorted(chosen):
-            found[str(tile), splits] = DECODE.bind(problem, tile, splits)
+            found[str(tile), splits] = DECODE.bind_split(problem, tile, splits)
     return {name: (lambda run=run: run(call)) for name, run in found.items()}
 
 

@@ -71,7 +71,7 @@ def run_decode(tile: Tile, head_dim: int, num_splits: int) -> bool:
     if tile.violations(arch(DEVICE), problem):
         return False
     sequences = Sequences(seqused_k=lengths, block_table=pages)
-    DECODE.bind(problem, tile, num_splits)(Call(q, k, v, 0.1, sequences=sequences))
+    DECODE.bind_split(problem, tile, num_splits)(Call(q, k, v, 0.1, sequences=sequences))
     return True
 
 

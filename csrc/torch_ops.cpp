@@ -400,6 +400,19 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+// Of packed batches without terms: their lengths alone.
+std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              double softmax_scale, int64_t window_left,
+                                              int64_t window_right, int64_t handle,
+                                              const Tensor& cu_seqlens_q,
+                                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                              int64_t max_seqlen_k) {
+  const std::optional<Tensor> none;
+  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none,
+                     cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
+                     max_seqlen_k);
+}
+
 // x, or its copy where cp.async cannot fetch its rows.
 Tensor with_aligned_rows(const Tensor& x) {
   const auto strides = x.strides();
@@ -455,6 +468,130 @@ std::tuple<Tensor, Tensor> decode_cuda_op(
                     "launching the decode kernel failed: ", cudaGetErrorString(error));
   }
   return {std::move(call.out), std::move(call.softmax_lse)};
+}
+
+std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                double softmax_scale, int64_t window_left,
+                                                int64_t window_right, int64_t handle,
+                                                int64_t num_splits) {
+  const std::optional<Tensor> none;
+  return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
+                        none, none, none, none, none, none, none, none, 0, 0);
+}
+
+// Of a cache, or pages, without padding, batch index and terms.
+std::tuple<Tensor, Tensor> decode_cuda_cache_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, int64_t handle, int64_t num_splits,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
+  const std::optional<Tensor> none;
+  return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
+                        none, none, cu_seqlens_q, none, seqused_k, none, none, block_table,
+                        max_seqlen_q, 0);
+}
+
+NewRows new_rows(const Tensor& x, const int* cu_seqlens) {
+  const auto strides = strides_of(x);
+  const int64_t rows = cu_seqlens != nullptr ? rows_of(x) : x.sizes()[0] * rows_of(x);
+  STD_TORCH_CHECK(rows <= INT_MAX, "q and k must have at most 2^31 - 1 rows, got ", rows);
+  return {x.data_ptr(),
+          strides[0],
+          strides[1],
+          strides[2],
+          cu_seqlens,
+          static_cast<int>(rows),
+          static_cast<int>(rows_of(x)),
+          static_cast<int>(heads_of(x)),
+          static_cast<int>(head_dim_of(x))};
+}
+
+CacheView cache_view(const Tensor& x) {
+  const auto strides = strides_of(x);
+  return {x.data_ptr(), strides[0], strides[1], strides[2]};
+}
+
+std::tuple<Tensor, Tensor> append_cuda_op(
+    const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& k_cache,
+    const Tensor& v_cache, const Tensor& seqused_k, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k_new, const std::optional<Tensor>& cache_batch_idx,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& rotary_cos,
+    const std::optional<Tensor>& rotary_sin, bool rotary_interleaved, bool rotate_by_row) {
+  const int device = static_cast<int>(q_in.get_device_index());
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
+  const int64_t batch = seqused_k.numel();
+  const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
+  STD_TORCH_CHECK(q.dim() == (cu_seqlens_q ? 3 : 4) && k.dim() == (cu_seqlens_k_new ? 3 : 4) &&
+                      v.dim() == k.dim() && k_cache.dim() == 4 && v_cache.dim() == 4,
+                  "q, k and v must have 4 dimensions, or 3 where they are packed, and caches 4");
+  for (const Tensor* x : {&k, &v, &k_cache, &v_cache}) {
+    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type() && same_device(*x, q),
+                    "q, k, v and the caches must have one dtype and device");
+  }
+  for (int i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(k_cache.sizes()[i] == v_cache.sizes()[i] && k_cache.sizes()[i] <= INT_MAX,
+                    "the caches must have one shape");
+  }
+  STD_TORCH_CHECK(heads_of(k) == heads_of(k_cache) && head_dim_of(k) == head_dim_of(k_cache) &&
+                      heads_of(v) == heads_of(k) && head_dim_of(v) == head_dim_of(v_cache) &&
+                      rows_of(v) == rows_of(k) && (cu_seqlens_k_new || k.sizes()[0] == batch) &&
+                      (cu_seqlens_k_new || v.sizes()[0] == batch) &&
+                      (cu_seqlens_q || q.sizes()[0] == batch) && head_dim_of(q) == head_dim_of(k),
+                  "k and v must have the rows of one another and the caches' heads and head_dim, "
+                  "and each sequence a batch of q, k and v");
+  STD_TORCH_CHECK(k_cache.stride(3) == 1 && v_cache.stride(3) == 1 && batch < INT_MAX,
+                  "the caches' last dimension must be contiguous");
+  STD_TORCH_CHECK(
+      rotary_cos.has_value() == rotary_sin.has_value() && !(block_table && cache_batch_idx),
+      "rotary_cos needs rotary_sin, and only one of block_table and cache_batch_idx "
+      "says where keys are");
+  AppendParams params{};
+  const auto lengths = [&](const std::optional<Tensor>& x, const char* name, int64_t size) {
+    return data_of<int>(x, name, ScalarType::Int, {size}, q);
+  };
+  params.k = new_rows(k, lengths(cu_seqlens_k_new, "cu_seqlens_k_new", batch + 1));
+  params.v = new_rows(v, params.k.cu_seqlens);
+  params.k_cache = cache_view(k_cache), params.v_cache = cache_view(v_cache);
+  params.lengths = lengths(seqused_k, "seqused_k", batch);
+  params.cache_batch_idx = lengths(cache_batch_idx, "cache_batch_idx", batch);
+  params.block_table = data_of<int>(block_table, "block_table", ScalarType::Int, {batch, -1}, q);
+  params.page_size = static_cast<int>(rows_of(k_cache));
+  params.num_pages = static_cast<int>(k_cache.sizes()[0]);
+  params.batch = static_cast<int>(batch);
+  int64_t room = rows_of(k_cache);
+  if (block_table) {
+    params.block_table_stride = block_table->sizes()[1];
+    room *= params.block_table_stride;
+  }
+  STD_TORCH_CHECK(room <= INT_MAX, "a sequence must have room for at most 2^31 - 1 keys");
+  params.room = static_cast<int>(room);
+  Tensor lengths_out = empty_contiguous<1>({batch}, dtype_code(seqused_k), q);
+  params.lengths_out = static_cast<int*>(lengths_out.data_ptr());
+  std::optional<Tensor> rotated;
+  if (rotary_cos) {
+    const int64_t rows = rotary_cos->sizes()[0], half = rotary_cos->sizes()[1];
+    for (const Tensor* x : {&*rotary_cos, &*rotary_sin}) {
+      STD_TORCH_CHECK(x->dim() == 2 && x->is_contiguous() && same_device(*x, q) &&
+                          x->scalar_type() == rotary_cos->scalar_type() && x->sizes()[0] == rows &&
+                          x->sizes()[1] == half && rows > 0 && rows <= INT_MAX && half > 0 &&
+                          2 * half <= head_dim_of(q),
+                      "rotary_cos and rotary_sin must be contiguous (rows, at most head_dim / 2)");
+    }
+    params.q = new_rows(q, lengths(cu_seqlens_q, "cu_seqlens_q", batch + 1));
+    rotated = empty_contiguous_like(q);
+    params.q_out = rotated->data_ptr();
+    params.cos = rotary_cos->data_ptr(), params.sin = rotary_sin->data_ptr();
+    params.table_dtype = dtype_of(*rotary_cos);
+    params.rotary_rows = static_cast<int>(rows), params.rotary_dim = static_cast<int>(2 * half);
+    params.interleaved = rotary_interleaved, params.rotate_by_row = rotate_by_row;
+  } else {
+    rotated = empty_contiguous<1>({0}, dtype_code(q), q);
+  }
+  const cudaError_t error = launch_append(params, dtype_of(q), current_stream(device));
+  STD_TORCH_CHECK(error == cudaSuccess,
+                  "launching the append kernel failed: ", cudaGetErrorString(error));
+  return {std::move(*rotated), std::move(lengths_out)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
@@ -627,6 +764,22 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "int window_right, int kernel, int num_splits, " FLASHMOE_OPTIONS
       ") -> (Tensor out, Tensor softmax_lse)");
   m.def(
+      "fwd_cuda_packed(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "decode_cuda_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, int num_splits) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "decode_cuda_cache(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right, int kernel, int num_splits, Tensor? cu_seqlens_q, Tensor? seqused_k, "
+      "Tensor? block_table, int max_seqlen_q) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "append_cuda(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, "
+      "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+      "bool rotate_by_row) -> (Tensor q_rotated, Tensor seqused_k_after)");
+  m.def(
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
       "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, "
@@ -645,6 +798,10 @@ STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   m.impl("fwd_cuda_dense", TORCH_BOX(&flashmoe::fwd_cuda_dense_op));
   m.impl("bwd_cuda_dense", TORCH_BOX(&flashmoe::bwd_cuda_dense_op));
   m.impl("decode_cuda", TORCH_BOX(&flashmoe::decode_cuda_op));
+  m.impl("fwd_cuda_packed", TORCH_BOX(&flashmoe::fwd_cuda_packed_op));
+  m.impl("decode_cuda_dense", TORCH_BOX(&flashmoe::decode_cuda_dense_op));
+  m.impl("decode_cuda_cache", TORCH_BOX(&flashmoe::decode_cuda_cache_op));
+  m.impl("append_cuda", TORCH_BOX(&flashmoe::append_cuda_op));
   m.impl("bwd_cuda", TORCH_BOX(&flashmoe::bwd_cuda_op));
 }
 #endif

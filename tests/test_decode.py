@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import flashmoe.planning.plan
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
+from flashmoe.backends.base import BATCH_INVARIANT
 from flashmoe.machine.device import Arch
 from flashmoe.planning import plan
 from flashmoe.spec.mask import CAUSAL, Mask
@@ -215,3 +216,26 @@ def test_what_it_refuses(gpu):
     assert "packed" in DECODE.unsupported(replace(PROBLEM, layout="packed"), H200)
     other = Tile.parse("decode:16x32-stages3-warps2-ctas2")
     assert "not compiled in; compiled are decode:16x64" in DECODE.rejects(other, PROBLEM, H200)
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "num_splits", "expected"),
+    [(False, 0, 0), (False, 5, 5), (True, 0, BATCH_INVARIANT), (True, 5, 5)],
+)
+def test_splits_are_what_is_asked_for(gpu, monkeypatch, deterministic, num_splits, expected):
+    bound = []
+
+    def bind_split(problem, tile, num_splits):
+        bound.append((problem, tile, num_splits))
+        return lambda call: None
+
+    monkeypatch.setattr(DECODE, "bind_split", bind_split)
+    plan.planned.cache_clear()
+    for problem in (PROBLEM, replace(PROBLEM, layout="paged", seqlen_q=512)):
+        plan.planned(problem, gpu, deterministic=deterministic, num_splits=num_splits)
+    plan.planned.cache_clear()
+    (dense, _, of_dense), (paged, tile, of_paged) = bound
+    assert (dense.layout, paged.layout) == ("dense", "paged")
+    assert of_dense == of_paged == expected
+    # Not by how many queries another sequence has.
+    assert tile.block_m == (16 if deterministic else 32)

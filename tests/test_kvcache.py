@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashmoe
 from flashmoe import flash_attn_with_kvcache
+from flashmoe.planning import plan
 from flashmoe.spec.call import Call, Sequences
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import TERMS
@@ -303,6 +304,71 @@ def test_opcheck(layout):
     torch.library.opcheck(op, (q, k, v, 0.2, -1, 0, "", "", *terms, *sequences))
 
 
+def test_the_ops_of_a_cache():
+    q, k_cache, v_cache = decode(seqlen_q=2)
+    k, v, used = randn(2, 2, HEADS_KV, HEAD_DIM), randn(2, 2, HEADS_KV, HEAD_DIM), int32([5, 3])
+    cos, sin, op = randn(9, 4), randn(9, 4), flashmoe.frontend.ops.append
+    torch.library.opcheck(op, (q, k, v, k_cache, v_cache, used, *[None] * 6, False, True))
+    packed = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    lengths, table = int32([0, 1, 4]), int32([[1], [0]])
+    arguments = used, lengths, lengths, None, table, cos, sin, True, True
+    torch.library.opcheck(op, (*packed, k_cache, v_cache, *arguments))
+    sequences = Sequences(seqused_k=used, block_table=table)
+    arguments = 0.2, -1, -1, "", "", True, 0.0, None, None, *sequences, 3
+    op = flashmoe.frontend.ops.attention_split
+    torch.library.opcheck(op, (q, k_cache, v_cache, *arguments))
+
+
+def test_traced_calls_split_keys_as_asked(monkeypatch):
+    asked = []
+
+    def planned(*arguments):
+        asked.append(arguments[5:])
+        return plan.planned(*arguments)
+
+    monkeypatch.setattr(flashmoe.frontend.ops, "planned", planned)
+    q, k, v = decode()
+    compiled = torch.compile(flash_attn_with_kvcache, fullgraph=True, backend="aot_eager")
+    out = compiled(q, k, v, num_splits=3, deterministic=True)
+    torch.testing.assert_close(out, flash_attn_with_kvcache(q, k, v))
+    assert asked == [(True, 3)]
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_a_sequence_has_the_same_bits_whatever_else_is_in_the_batch(by_torch, data):
+    draw = data.draw
+    queries = draw(st.lists(st.integers(0, 40), min_size=2, max_size=4))
+    lengths = [draw(st.integers(n, 300)) for n in queries]
+    page_size, group = draw(st.sampled_from([0, 16])), draw(st.sampled_from([1, 4]))
+    cache = Cache(lengths, 304, page_size)
+    q, cu_seqlens = randn(sum(queries), HEADS_KV * group, HEAD_DIM), cumulative(queries)
+    options = {"causal": True, "deterministic": not by_torch, "return_softmax_lse": True}
+
+    def attend(rows, lengths, where, cu_seqlens):
+        return flash_attn_with_kvcache(
+            *(q[rows], cache.k, cache.v),
+            cache_seqlens=int32(lengths),
+            cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=int(cu_seqlens.diff().max()),
+            **where,
+            **options,
+        )
+
+    torch.use_deterministic_algorithms(by_torch)
+    try:
+        out, lse = attend(slice(None), lengths, cache.where(), cu_seqlens)
+        for i, count in enumerate(queries):
+            rows = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
+            where = {name: x[i : i + 1] for name, x in cache.where().items()}
+            alone, alone_lse = attend(rows, lengths[i : i + 1], where, cumulative([count]))
+            assert torch.equal(alone, out[rows])
+            assert torch.equal(alone_lse, lse[:, rows])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_gradients_are_refused():
     q, k, v = decode()
     with pytest.raises(NotImplementedError, match=r"k_cache must not require a gradient: flash"):
@@ -375,6 +441,7 @@ COS = {"rotary_cos": randn(9, 4), "rotary_sin": randn(9, 4)}
             r"cache_batch_idx must be a torch\.Tensor or None",
         ),
         ({"num_splits": -1}, ValueError, "num_splits must be an integer of at least 0, got -1"),
+        ({"num_splits": 1.0}, TypeError, r"num_splits must be an integer, got 1\.0"),
         ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q must be None without cu_seqlens_q"),
         ({"window_size": 3}, TypeError, r"window_size must be \(left, right\)"),
         ({"softcap": -1}, ValueError, "softcap must be 0 for none"),

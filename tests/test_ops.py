@@ -122,9 +122,9 @@ def test_compiles_with_dynamic_shapes_and_sdpa_signature():
 def test_compiled_inference_may_run_a_plan_without_lse(monkeypatch, lse):
     needed = []
 
-    def planned(problem, device, backend, tile, need_lse):
+    def planned(problem, device, backend, tile, need_lse, *others):
         needed.append(need_lse)
-        return plan.planned(problem, device, "" if need_lse else "sdpa", tile, need_lse)
+        return plan.planned(problem, device, "" if need_lse else "sdpa", tile, need_lse, *others)
 
     monkeypatch.setattr(ops, "planned", planned)
 

@@ -48,7 +48,10 @@ decoding::DecodeParams prepare_decode(const DecodeKernel& kernel, const Attentio
     decode.num_splits =
         decoding::choose_splits(params, kernel.block_m, kernel.block_n, slots_of(kernel, device));
   } else {
-    decode.num_splits = static_cast<int>(std::min<long long>(num_splits, decoding::MAX_SPLITS));
+    // No sequence has more steps, the first of which may begin 15 keys early.
+    const int steps = decoding::ceil_div(params.seqlen_kv + 15, kernel.block_n);
+    decode.num_splits = static_cast<int>(
+        std::min<long long>({num_splits, decoding::MAX_SPLITS, std::max(steps, 1)}));
   }
   return decode;
 }

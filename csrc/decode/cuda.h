@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "decode/append.h"
 #include "decode/split.h"
 
 namespace flashmoe {
@@ -34,5 +35,8 @@ long long decode_workspace_bytes(const DecodeKernel& kernel, const decoding::Dec
 // 16-byte aligned, may hold anything.
 cudaError_t launch_decode(const DecodeKernel& kernel, decoding::DecodeParams params, DType dtype,
                           int device, cudaStream_t stream, void* workspace);
+
+// Needs k, v and the caches to have one count of heads, q's rows and k's their own sequences each.
+cudaError_t launch_append(const AppendParams& params, DType dtype, cudaStream_t stream);
 
 }  // namespace flashmoe

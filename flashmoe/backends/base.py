@@ -97,6 +97,21 @@ class Precompiles(Protocol):
         ...
 
 
+# A number of splits: so many that a sequence's results are the same bits whatever else is in the
+# batch.
+BATCH_INVARIANT = -1
+
+
+@runtime_checkable
+class SplitsKeys(Protocol):
+    """A backend that splits the keys of a sequence has this, too."""
+
+    def bind_split(self, problem: Problem, tile: Tile | None, num_splits: int) -> Run:
+        """Backend.bind with so many parts at most, each a thread block's; 0: as many as fill the
+        GPU."""
+        ...
+
+
 @runtime_checkable
 class Enumerates(Protocol):
     """A backend whose tiles are the legal ones of a larger set has this, too."""

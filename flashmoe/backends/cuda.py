@@ -24,6 +24,7 @@ from flashmoe.tiles import PLAIN, Tile, Variant, grid, sm90_bwd_head_dim, sm90_h
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
 _fwd_dense = torch.ops.flashmoe.fwd_cuda_dense.default
+_fwd_packed = torch.ops.flashmoe.fwd_cuda_packed.default
 _bwd = torch.ops.flashmoe.bwd_cuda.default
 _bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
 
@@ -170,8 +171,13 @@ class CudaBackend(Backend):
             return result
 
         def run_packed(call: Call) -> tuple[Tensor, Tensor]:
-            options = (*call.terms, *call.sequences)
-            result: tuple[Tensor, Tensor] = _fwd(*call[:4], left, right, handle, *options)
+            cu_seqlens_q, cu_seqlens_k, used, _, _, _, *longest = call.sequences
+            arguments = (*call[:4], left, right, handle)
+            result: tuple[Tensor, Tensor]
+            if used is None and not problem.terms:
+                result = _fwd_packed(*arguments, cu_seqlens_q, cu_seqlens_k, *longest)
+            else:
+                result = _fwd(*arguments, *call.terms, *call.sequences)
             return result
 
         if problem.layout == "packed":

@@ -17,10 +17,12 @@ from flashmoe.tiles import PLAIN, Tile
 
 _extension.load()
 _decode = torch.ops.flashmoe.decode_cuda.default
+# With as few arguments as most calls need: each costs the host some 0.1 us.
+_decode_dense = torch.ops.flashmoe.decode_cuda_dense.default
+_decode_cache = torch.ops.flashmoe.decode_cuda_cache.default
 
 # The widest tile's. Blocks of more rows read K and V again, and dense kernels are faster.
 _DENSE_ROWS = 64
-BATCH_INVARIANT = -1
 
 
 class DecodeBackend(Backend):
@@ -73,23 +75,33 @@ class DecodeBackend(Backend):
         compiled = self.compiled_in(problem, arch)
         return "" if tile in compiled else f"not compiled in; compiled are {_listed(compiled)}"
 
-    def bind(self, problem: Problem, tile: Tile | None, num_splits: int = 0) -> Run:
-        """`num_splits` as the op has it: thread blocks for the keys of a sequence, 0 for as many as
-        fill the GPU, BATCH_INVARIANT for the same bits of a sequence whatever else is in the
-        batch."""
+    def bind(self, problem: Problem, tile: Tile | None) -> Run:
+        return self.bind_split(problem, tile, 0)
+
+    def bind_split(self, problem: Problem, tile: Tile | None, num_splits: int) -> Run:
         assert tile is not None, "the decode kernel needs a tile"
         handle = _extension.load().decode_handles[_instance_head_dim(problem), tile, PLAIN]
         fixed = (problem.mask.left, problem.mask.right, handle, num_splits)
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = _decode(*call[:4], *fixed)
+            result: tuple[Tensor, Tensor] = _decode_dense(*call[:4], *fixed)
+            return result
+
+        def run_cached(call: Call) -> tuple[Tensor, Tensor]:
+            cu_seqlens_q, _, used, leftpad, batch_idx, table, longest, _ = call.sequences
+            if leftpad is not None or batch_idx is not None:
+                return run_with_options(call)
+            lengths = cu_seqlens_q, used, table, longest
+            result: tuple[Tensor, Tensor] = _decode_cache(*call[:4], *fixed, *lengths)
             return result
 
         def run_with_options(call: Call) -> tuple[Tensor, Tensor]:
             result: tuple[Tensor, Tensor] = _decode(*call[:4], *fixed, *call.terms, *call.sequences)
             return result
 
-        return run_with_options if problem.features - {"window"} else run
+        if problem.terms:
+            return run_with_options
+        return run if problem.layout == "dense" else run_cached
 
 
 def _rows(problem: Problem) -> int:

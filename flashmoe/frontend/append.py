@@ -2,45 +2,101 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import torch
 from torch import Tensor
 
+from flashmoe import _extension
+from flashmoe.backends import BACKENDS
 from flashmoe.spec.call import Sequences
 
-
-class New(NamedTuple):
-    """What is appended: k and v, (batch, seqlen_new, heads_kv, head_dim) or (total_new, heads_kv,
-    head_dim), the place of each of their rows in its sequence, and how many each sequence gets."""
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-    lengths: int | Tensor
+_extension.load()
+_append_cuda = torch.ops.flashmoe.append_cuda.default
+_TABLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
-class Rotary(NamedTuple):
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool
+def append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqused_k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    rotate_by_row: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write k, rotated, and v behind the seqused_k keys of each sequence; arguments as
+    flash_attn_with_kvcache has them, validated, lengths contiguous. Returns q rotated (empty where
+    there is no rotary), by rows seqused_k of the tables, or seqused_k + i with `rotate_by_row`; and
+    how many keys each sequence has then."""
+    if rotary_cos is not None and rotary_sin is not None:
+        if rotary_cos.dtype != rotary_sin.dtype or rotary_cos.dtype not in _TABLE_DTYPES:
+            rotary_cos, rotary_sin = rotary_cos.float(), rotary_sin.float()
+        rotary_cos, rotary_sin = rotary_cos.contiguous(), rotary_sin.contiguous()
+    rotary = rotary_cos, rotary_sin, rotary_interleaved, rotate_by_row
+    places = cu_seqlens_q, cu_seqlens_k_new, cache_batch_idx, block_table
+    by_kernel = k_cache.is_cuda and _has_kernel(k_cache.device)
+    if not by_kernel or k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
+        return _append_by_torch(q, k, v, k_cache, v_cache, seqused_k, *places, *rotary)
+    result: tuple[Tensor, Tensor] = _append_cuda(
+        q, k, v, k_cache, v_cache, seqused_k, *places, *rotary
+    )
+    torch.autograd.graph.increment_version((k_cache, v_cache))
+    return result
 
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (…, heads, head_dim) by the rows `positions` (…) of cos and sin, in float32."""
-        rows = positions.clamp(0, self.cos.shape[0] - 1)
-        cos, sin = (table[rows].float().unsqueeze(-2) for table in (self.cos, self.sin))
-        rotary_dim = 2 * self.cos.shape[1]
-        columns = x[..., :rotary_dim].float()
-        if self.interleaved:
-            a, b = columns[..., ::2], columns[..., 1::2]
-        else:
-            a, b = columns.chunk(2, dim=-1)
-        turned = a * cos - b * sin, a * sin + b * cos
-        if self.interleaved:
-            columns = torch.stack(turned, dim=-1).flatten(-2)
-        else:
-            columns = torch.cat(turned, dim=-1)
-        return torch.cat((columns.to(x.dtype), x[..., rotary_dim:]), dim=-1)
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    return not BACKENDS["cuda"].unavailable(device)
+
+
+def _append_by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqused_k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    rotate_by_row: bool,
+) -> tuple[Tensor, Tensor]:
+    positions = _positions_of(k, cu_seqlens_k_new, seqused_k)
+    rotated = q.new_empty(0)
+    if cos is not None and sin is not None:
+        of_q = _positions_of(q, cu_seqlens_q, seqused_k, steps=rotate_by_row)
+        rotated = _rotated(q, of_q, cos, sin, interleaved)
+        k = _rotated(k, positions, cos, sin, interleaved)
+    sequences = Sequences(cache_batch_idx=cache_batch_idx, block_table=block_table)
+    _scatter(k, v, positions, k_cache, v_cache, sequences, cu_seqlens_k_new)
+    new = k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
+    return rotated, seqused_k + new
+
+
+def _rotated(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (…, heads, head_dim) by the rows `positions` (…) of cos and sin, in float32."""
+    rows, rotary_dim = positions.clamp(0, cos.shape[0] - 1), 2 * cos.shape[1]
+    cos, sin = (table[rows].float().unsqueeze(-2) for table in (cos, sin))
+    columns = x[..., :rotary_dim].float()
+    if interleaved:
+        a, b = columns[..., ::2], columns[..., 1::2]
+    else:
+        a, b = columns.chunk(2, dim=-1)
+    turned = a * cos - b * sin, a * sin + b * cos
+    columns = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((columns.to(x.dtype), x[..., rotary_dim:]), dim=-1)
 
 
 def room_of(k_cache: Tensor, block_table: Tensor | None) -> int:
@@ -50,7 +106,7 @@ def room_of(k_cache: Tensor, block_table: Tensor | None) -> int:
     return k_cache.shape[1]
 
 
-def new_keys(
+def validate_new(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -59,7 +115,7 @@ def new_keys(
     cache_seqlens: int | Tensor | None,
     cu_seqlens_k_new: Tensor | None,
     sequences: Sequences,
-) -> New:
+) -> None:
     """Raises for what cannot be appended. q, the caches and sequences are valid."""
     if k is None or v is None:
         raise ValueError("k and v must both be given where one is, or rotary_cos and rotary_sin")
@@ -97,7 +153,7 @@ def new_keys(
                     f"cache_seqlens + seqlen_new must be at most {room}, got "
                     f"{cache_seqlens} + {seqlen_new}"
                 )
-        return New(k, v, positions_of(k, None, lengths), seqlen_new)
+        return
     if not isinstance(cu_seqlens_k_new, Tensor):
         kind = type(cu_seqlens_k_new).__name__
         raise TypeError(f"cu_seqlens_k_new must be a torch.Tensor or None, got {kind}")
@@ -108,18 +164,16 @@ def new_keys(
             f"cu_seqlens_k_new must be ({batch + 1},) on {q.device}, got "
             f"{tuple(cu_seqlens_k_new.shape)} on {cu_seqlens_k_new.device}"
         )
-    new_lengths = cu_seqlens_k_new[1:] - cu_seqlens_k_new[:-1]
-    return New(k, v, positions_of(k, cu_seqlens_k_new, lengths), new_lengths)
 
 
-def rotary_of(
+def validate_rotary(
     cos: Tensor | None,
     sin: Tensor | None,
-    interleaved: bool,
     q: Tensor,
     k_cache: Tensor,
     block_table: Tensor | None,
-) -> Rotary:
+) -> None:
+    """Raises for tables that cannot rotate q and the new keys."""
     room, head_dim = room_of(k_cache, block_table), q.shape[-1]
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2:
@@ -139,10 +193,9 @@ def rotary_of(
         raise ValueError(
             f"rotary_sin must have rotary_cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}"
         )
-    return Rotary(cos, sin, bool(interleaved))
 
 
-def positions_of(
+def _positions_of(
     x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor, steps: bool = True
 ) -> Tensor:
     """The position of each row of x, (batch, seqlen, heads, head_dim) or packed: what its sequence
@@ -162,27 +215,23 @@ def _sequence_of(row: Tensor, cu_seqlens: Tensor) -> Tensor:
     return (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(0, last)
 
 
-def is_scattered(sequences: Sequences, cu_seqlens_k_new: Tensor | None) -> bool:
-    """Whether what is appended does not lie in the same rows of all batches of the cache."""
-    others = (sequences.cache_batch_idx, sequences.block_table, cu_seqlens_k_new)
-    return any(x is not None for x in others)
-
-
-def scatter(
-    new: New,
+def _scatter(
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     sequences: Sequences,
     cu_seqlens_k_new: Tensor | None,
 ) -> None:
     """Write each new row to its place in the cache, if it has one."""
-    position = new.positions.flatten()
+    position = positions.flatten()
     if not position.numel() or not k_cache.numel():
         return
     row = torch.arange(position.shape[0], device=position.device)
     has_place = (position >= 0) & (position < room_of(k_cache, sequences.block_table))
     if cu_seqlens_k_new is None:
-        sequence = row // new.k.shape[1]
+        sequence = row // k.shape[1]
     else:
         sequence = _sequence_of(row, cu_seqlens_k_new)
         has_place &= (row >= cu_seqlens_k_new[0]) & (row < cu_seqlens_k_new[-1])
@@ -200,6 +249,6 @@ def scatter(
     source = torch.where(has_place, row, has_place.int().argmax())
     batch = batch[source].clamp(0, k_cache.shape[0] - 1)
     slot = slot[source].clamp(0, k_cache.shape[1] - 1)
-    for x, cache in ((new.k, k_cache), (new.v, v_cache)):
+    for x, cache in ((k, k_cache), (v, v_cache)):
         rows = x.flatten(0, -3)[source]
         cache[batch, slot] = torch.where(has_place.any(), rows, cache[batch, slot])

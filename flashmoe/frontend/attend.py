@@ -51,6 +51,7 @@ class Asked(NamedTuple):
     return_lse: bool = False
     backend: str | None = None
     tile: Tile | str | None = None
+    num_splits: int = 0
 
 
 def refuse_dropout(dropout_p: float) -> None:
@@ -96,8 +97,16 @@ def attend(
     """Attention of what a user gave, with out of v's head_dim."""
     plain_terms = terms is NO_TERMS and sequences is DENSE
     by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
+    kinds: list[Any] = []
     if not (plain_terms or by_op):
-        by_op = any(x is not None and type(x) not in PLAIN for x in (*terms[1:], *sequences[:6]))
+        for x in (*terms[1:], *sequences[:6]):
+            if x is None:
+                kinds.append(None)
+            elif type(x) in PLAIN:
+                kinds += x.shape, x.dtype, x.device, x.is_contiguous()
+            else:
+                by_op = True
+                break
     if by_op:
         validate_tensors(q, k, v)
     # is_cuda, because q.device.type costs a microsecond.
@@ -127,8 +136,7 @@ def attend(
             asked,
         )
         if not plain_terms:
-            kinds = tuple(map(_kind, (*terms[1:], *sequences[:6])))
-            key = (key, terms.softcap, kinds, sequences[6:])
+            key = (key, terms[0], sequences[6:], *kinds)
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
         _validated(q, k, v, asked, terms, sequences)
@@ -144,18 +152,12 @@ def attend(
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
         _calls[key] = call
-    if not plain_terms:
-        terms, sequences = _as_kernels_take(terms, sequences)
     return call(q, k, v, terms, sequences)
 
 
 def forget_calls() -> None:
     """Decide anew at the next calls."""
     _calls.clear()
-
-
-def _kind(x: Tensor | None) -> Any:
-    return None if x is None else (x.shape, x.dtype, x.device)
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
@@ -248,8 +250,10 @@ def _attend_op(
         return ops.attention_without_lse(*arguments)  # type: ignore[no-any-return]
     if sequences is DENSE:
         out, lse = ops.attention(*arguments)
-    else:
+    elif asked.num_splits == 0:
         out, lse = ops.attention_packed(*arguments, *sequences)
+    else:
+        out, lse = ops.attention_split(*arguments, *sequences, asked.num_splits)
     return (out, lse, None) if asked.return_lse else out
 
 
@@ -264,21 +268,27 @@ def _prepare(
         return lambda q, k, v, terms, sequences: _cut(
             padded_call(*_padded(q, k, v), terms, sequences), head_dim_v
         )
-    call = _with_gradient if _wants_gradient(q, k, v, terms) else _without_gradient
+    call, lengths = _with_gradient, sequences[:6]
+    if not _wants_gradient(q, k, v, terms):
+        call = _without_gradient
     prepared = call(Call(q, k, v, scale, terms, sequences), mask, asked)
-    if sequences is DENSE or variable("FLASHMOE_CHECK") != "1":
+    checks = sequences is not DENSE and variable("FLASHMOE_CHECK") == "1"
+    if terms is NO_TERMS and not checks and all(x is None or x.is_contiguous() for x in lengths):
         return prepared
 
-    def checked(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Result:
-        check_lengths(Call(q, k, v, scale, terms, sequences))
+    def taken(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Result:
+        terms, sequences = _as_kernels_take(terms, sequences)
+        if checks:
+            check_lengths(Call(q, k, v, scale, terms, sequences))
         return prepared(q, k, v, terms, sequences)
 
-    return checked
+    return taken
 
 
 def _without_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     problem, scale = Problem.of_call(like, mask), like.softmax_scale
-    run: Run = planned(problem, like.q.device, asked.backend, asked.tile, asked.return_lse).run
+    overrides = asked.backend, asked.tile, asked.return_lse, bool(asked.deterministic)
+    run: Run = planned(problem, like.q.device, *overrides, asked.num_splits).run
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
         return run(Call(q, k, v, scale, terms, sequences))[0]

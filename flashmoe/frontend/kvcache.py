@@ -6,15 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashmoe.frontend.append import (
-    is_scattered,
-    new_keys,
-    positions_of,
-    room_of,
-    rotary_of,
-    scatter,
-)
-from flashmoe.frontend.attend import Asked, attend, terms_of, window_of
+from flashmoe.frontend import ops
+from flashmoe.frontend.append import append, room_of, validate_new, validate_rotary
+from flashmoe.frontend.attend import Asked, attend, is_plain, terms_of, window_of
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.frontend.varlen import longest_of, written_to
 from flashmoe.spec.call import Sequences
@@ -48,6 +42,7 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int | Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
     sinks: Tensor | None = None,
+    deterministic: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
@@ -80,13 +75,18 @@ def flash_attn_with_kvcache(
             last query is level with the last key, appended ones included.
         rotary_interleaved: rotate columns 0 and 1, 2 and 3, … (GPT-J); else columns i and i +
             rotary_dim / 2 (GPT-NeoX).
-        num_splits: taken for flash-attn's sake: over how many blocks keys are split is up to the
-            plan and changes no result by more than rounding.
+        num_splits: over how many thread blocks the decode kernel splits a sequence's keys, at most
+            (never more than it has steps, or 4095); 0 for as many as fill the GPU. Results differ
+            by rounding. Other kernels do not split keys.
         return_softmax_lse: also return softmax_lse.
         page_table, seqused_k: FlashAttention-3's names of block_table and cache_seqlens.
         cu_seqlens_q, max_seqlen_q: (batch + 1,), int32, and a bound of the lengths, as in
             flash_attn_varlen_func: queries of prefill and decode in one call.
         cu_seqlens_k_new: the same of k and v.
+        deterministic: a sequence's results are the same bits whatever else is in the batch, also
+            under `torch.use_deterministic_algorithms(True)`: its keys are split by its own length,
+            or num_splits ways where that is given, and what runs is chosen for one query of one
+            sequence. Slower for many queries or a small batch.
         out: as the result, which is written to it.
         backend, tile: as in flash_attn_func.
 
@@ -98,13 +98,16 @@ def flash_attn_with_kvcache(
     """
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
-    if not isinstance(num_splits, (int, np.integer)) or num_splits < 0:
+    if type(num_splits) is not int:
+        num_splits = _integer("num_splits", num_splits)
+    if num_splits < 0:
         raise ValueError(f"num_splits must be an integer of at least 0, got {num_splits!r}")
     if page_table is not None:
         block_table = _only("block_table", block_table, "page_table", page_table)
     if seqused_k is not None:
         cache_seqlens = _only("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
-    _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
+    if torch.is_grad_enabled():
+        _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
     lengths = _lengths_of(cache_seqlens, q, k_cache, cu_seqlens_q, block_table)
     longest = 0
     if cu_seqlens_q is not None:
@@ -114,25 +117,39 @@ def flash_attn_with_kvcache(
     elif max_seqlen_q is not None:
         raise ValueError("max_seqlen_q must be None without cu_seqlens_q")
     sequences = Sequences(
-        *(cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table), longest
+        cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table, longest
     )
-    asked = Asked(softmax_scale, causal, window_size, False, return_softmax_lse, backend, tile)
+    asked = Asked(
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        return_softmax_lse,
+        backend,
+        tile,
+        num_splits,
+    )
     terms = terms_of(softcap, alibi_slopes, sinks)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
         asked = asked._replace(softmax_scale=scale)
-        new = new_keys(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
+        validate_new(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
         if rotary_cos is not None or rotary_sin is not None:
-            rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, q, k_cache, block_table)
-            is_full = mask_of(causal, window_size).is_full
-            q = rotary.rotated(q, positions_of(q, cu_seqlens_q, lengths, steps=not is_full))
-            new = new._replace(k=rotary.rotated(new.k, new.positions))
-        if isinstance(cache_seqlens, Tensor) or is_scattered(sequences, cu_seqlens_k_new):
-            scatter(new, k_cache, v_cache, sequences, cu_seqlens_k_new)
-        elif cache_seqlens is not None:
-            rows = slice(cache_seqlens, cache_seqlens + new.k.shape[1])
-            k_cache[:, rows], v_cache[:, rows] = new.k, new.v
-        sequences = sequences._replace(seqused_k=lengths + new.lengths)
+            validate_rotary(rotary_cos, rotary_sin, q, k_cache, block_table)
+        places = (lengths, cu_seqlens_q, cu_seqlens_k_new, cache_batch_idx, block_table)
+        rotary = rotary_cos, rotary_sin, bool(rotary_interleaved)
+        by_row = not mask_of(causal, window_size).is_full
+        by_op = torch.compiler.is_compiling() or not (
+            is_plain(q, k_cache, v_cache) and is_plain(q, k, v)
+        )
+        rotated, lengths = (ops.append if by_op else append)(
+            *(q, k, v, k_cache, v_cache),
+            *(None if x is None else x.contiguous() for x in places),
+            *rotary,
+            by_row,
+        )
+        q = q if rotary_cos is None else rotated
+        sequences = sequences._replace(seqused_k=lengths)
     result = attend(q, k_cache, v_cache, asked, terms, sequences)
     if out is not None:
         result = written_to(out, result)
@@ -145,14 +162,19 @@ def _only(name: str, value: object, other: str, alias: Tensor) -> Tensor:
     return alias
 
 
+def _integer(name: str, value: object) -> int:
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
 def _refuse_gradients(**tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if isinstance(x, Tensor) and x.requires_grad:
-                raise NotImplementedError(
-                    f"{name} must not require a gradient: flash_attn_with_kvcache has none; call "
-                    "it under torch.no_grad()"
-                )
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise NotImplementedError(
+                f"{name} must not require a gradient: flash_attn_with_kvcache has none; call it "
+                "under torch.no_grad()"
+            )
 
 
 def _lengths_of(

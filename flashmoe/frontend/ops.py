@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from flashmoe import _extension
 from flashmoe.backends.base import Run
+from flashmoe.frontend.append import append as append_keys
 from flashmoe.frontend.gradients import (
     Training,
     refuse_gradients,
@@ -34,7 +35,8 @@ _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-unty
 
 
 class Arguments(NamedTuple):
-    """Those of the ops `attention` and `attention_packed`, which have the first 12, and all."""
+    """Those of the ops `attention`, `attention_packed` and `attention_split`, which have the first
+    12, the first 20, and all."""
 
     q: Tensor
     k: Tensor
@@ -56,10 +58,11 @@ class Arguments(NamedTuple):
     block_table: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    num_splits: int = 0
 
     @property
     def call(self) -> Call:
-        return Call(*self[:4], Terms(*self[9:12]), Sequences(*self[12:]))
+        return Call(*self[:4], Terms(*self[9:12]), Sequences(*self[12:20]))
 
     @property
     def mask(self) -> Mask:
@@ -88,8 +91,8 @@ def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     problem = Problem.of_call(call, arguments.mask)
     if shapes.recorder is not None:
         shapes.recorder[problem] += 1
-    device = call.q.device
-    run: Run = planned(problem, device, arguments.backend, arguments.tile, need_lse).run
+    overrides = arguments.backend, arguments.tile, need_lse, arguments.deterministic
+    run: Run = planned(problem, call.q.device, *overrides, arguments.num_splits).run
     with without_autocast(call.q):
         return run(call)
 
@@ -139,7 +142,13 @@ for _schema in (
     f"attention_without_lse({_FORWARD}) -> Tensor",
     f"attention_backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
     f"attention_packed({_FORWARD}, {_SEQUENCES}) -> (Tensor out, Tensor softmax_lse)",
+    f"attention_split({_FORWARD}, {_SEQUENCES}, int num_splits=0) -> "
+    "(Tensor out, Tensor softmax_lse)",
     f"attention_packed_backward({_BACKWARD}, {_SEQUENCES}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, "
+    "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+    "bool rotate_by_row) -> (Tensor q_rotated, Tensor seqused_k_after)",
 ):
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
 
@@ -163,8 +172,22 @@ attention_packed = torch.ops.flashmoe.attention_packed.default
 """`attention` of sequences whose lengths are read on the device: the arguments of `attention`, then
 the fields of spec/call.py, Sequences, by their names. Differentiable where k and v are packed."""
 
+attention_split = torch.ops.flashmoe.attention_split.default
+"""`attention_packed` whose keys a backend that splits them splits num_splits ways."""
+
 attention_packed_backward = torch.ops.flashmoe.attention_packed_backward.default
 """`attention_backward` of `attention_packed`."""
+
+append = torch.ops.flashmoe.append.default
+"""frontend/append.py's function of that name, for what traces or transforms calls."""
+
+
+def _fake_append(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqused_k: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    rotary_cos = rest[4]
+    rotated = q.new_empty(0 if rotary_cos is None else q.shape)
+    return rotated, seqused_k.new_empty(seqused_k.shape)
 
 
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -286,8 +309,14 @@ def _backward_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return autograd
 
 
-for _kernel_op in ("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "decode_cuda"):
+for _kernel_op in (
+    *("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "fwd_cuda_packed"),
+    *("decode_cuda", "decode_cuda_dense", "decode_cuda_cache"),
+):
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
+torch.library.register_fake("flashmoe::append_cuda", _fake_append)
+torch.library.register_kernel("flashmoe::append", ("cpu", "cuda"), append_keys, lib=_library)
+torch.library.register_fake("flashmoe::append", _fake_append, lib=_library)
 
 for _op, _kernel, _fake, _autograd in (
     (
@@ -307,6 +336,12 @@ for _op, _kernel, _fake, _autograd in (
         _attention,
         _fake_forward,
         _forward_autograd(attention_packed, attention_packed, attention_packed_backward),
+    ),
+    (
+        attention_split,
+        _attention,
+        _fake_forward,
+        _forward_autograd(attention_split, attention_split, attention_packed_backward),
     ),
     (
         attention_backward,

@@ -13,6 +13,7 @@ import torch
 
 from flashmoe import _extension
 from flashmoe.backends import BACKENDS
+from flashmoe.backends.base import BATCH_INVARIANT, SplitsKeys
 from flashmoe.machine.cache import NoCacheFolder
 from flashmoe.machine.device import Arch, arch
 from flashmoe.machine.environment import variable
@@ -115,15 +116,27 @@ def planned(
     tile: Tile | str | None = None,
     need_lse: bool = False,
     deterministic: bool = False,
+    num_splits: int = 0,
 ) -> Planned:
     """What `make_plan` says, bound to its kernel, until `api.forget_plans`: planning takes tens of
-    microseconds, and hundreds where it searches a database for neighbours."""
-    plan = make_plan(problem, device, backend, tile, need_lse)
-    if deterministic:
-        plan = repeatable(plan, problem, device)
-    chosen = BACKENDS[plan.backend]
+    microseconds, and hundreds where it searches a database for neighbours.
+
+    `deterministic` gradients are the same bits every time; a sequence's attention to a cache is the
+    same bits whatever else is in the batch, unless `num_splits`, which backends that split keys
+    take, depends on that."""
+    is_cached = problem.direction == "fwd" and problem.layout not in ("dense", "packed")
+    # What runs a sequence then must not depend on how many there are, and how long others are.
+    alike = replace(problem, batch=1, seqlen_q=1) if deterministic and is_cached else problem
+    plan = make_plan(alike, device, backend, tile, need_lse)
     if problem.direction == "bwd":
-        return Planned(plan, chosen.bind_backward(problem, plan.tile, deterministic))
+        if deterministic:
+            plan = repeatable(plan, problem, device)
+        run = BACKENDS[plan.backend].bind_backward(problem, plan.tile, deterministic)
+        return Planned(plan, run)
+    chosen = BACKENDS[plan.backend]
+    if isinstance(chosen, SplitsKeys):
+        num_splits = num_splits or (BATCH_INVARIANT if deterministic else 0)
+        return Planned(plan, chosen.bind_split(problem, plan.tile, num_splits))
     return Planned(plan, chosen.bind(problem, plan.tile))
 
 

@@ -13,7 +13,7 @@ from support import assert_matches_reference, guarded
 
 from flashmoe import _extension, flash_attn_func
 from flashmoe.backends import BACKENDS
-from flashmoe.backends.decode import BATCH_INVARIANT
+from flashmoe.backends.base import BATCH_INVARIANT
 from flashmoe.machine.device import arch
 from flashmoe.measure.reference import error_bound, sequences_reference
 from flashmoe.spec.call import Call, Sequences, Terms
@@ -109,7 +109,7 @@ class Cache:
 
     def run(self, tile: Any = None, num_splits: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         tile = tile or DECODE.default_tile(self.problem, arch(DEVICE))
-        return DECODE.bind(self.problem, tile, num_splits)(self.call)
+        return DECODE.bind_split(self.problem, tile, num_splits)(self.call)
 
     def check(self, tile: Any = None, num_splits: int = 0) -> None:
         out, lse = self.run(tile, num_splits)

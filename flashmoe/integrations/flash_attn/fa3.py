@@ -20,8 +20,8 @@ __all__ = [
 
 _Window = tuple[int | None, int | None]
 
-# num_splits, pack_gqa, sm_margin and scheduler_metadata say how to compute, not what: the plan is
-# flashmoe's own.
+# pack_gqa, sm_margin and scheduler_metadata say how to compute, not what: the plan is flashmoe's own.
+# So does num_splits without a cache.
 
 
 def _refuse(attention_chunk: int = 0, **others: Tensor | None) -> None:
@@ -233,6 +233,7 @@ def flash_attn_with_kvcache(
         window_size,
         softcap,
         rotary_interleaved,
+        num_splits=num_splits,
         return_softmax_lse=return_softmax_lse,
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
