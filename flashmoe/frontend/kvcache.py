@@ -47,6 +47,7 @@ def flash_attn_with_kvcache(
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
+    rotary_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -71,11 +72,11 @@ def flash_attn_with_kvcache(
             causal or has a window; otherwise all of q by row cache_seqlens. They need k.
         cache_seqlens: how many keys each sequence has before k is appended: an int, or (batch,)
             int32. Without k, None is all that there is room for.
-        cache_batch_idx: (batch,), int32: which batch of the cache each sequence has; not with a
-            block_table.
-        cache_leftpad: (batch,), int32: so many keys of each sequence, the first ones, are not seen;
-            not with a block_table.
-        block_table: (batch, pages), int32: which page holds each page_size keys of a sequence.
+        cache_batch_idx: (batch,), int32: which batch of the cache, or row of the block_table, each
+            sequence has.
+        cache_leftpad: (batch,), int32: so many keys of each sequence, the first ones, are not seen.
+        block_table: (batch, pages), int32, with cache_batch_idx of any number of rows: which page
+            holds each page_size keys of a sequence.
         softmax_scale, causal, window_size, softcap, alibi_slopes, sinks: as in flash_attn_func; the
             last query is level with the last key, appended ones included.
         rotary_interleaved: rotate columns 0 and 1, 2 and 3, … (GPT-J); else columns i and i +
@@ -87,6 +88,8 @@ def flash_attn_with_kvcache(
         cu_seqlens_q, max_seqlen_q: (batch + 1,), int32, and a bound of the lengths, as in
             flash_attn_varlen_func: queries of prefill and decode in one call.
         cu_seqlens_k_new: the same of k and v.
+        rotary_seqlens: (batch,), int32: what counts instead of cache_seqlens in the choice of rows
+            of rotary_cos and rotary_sin.
         out: as the result, which is written to it.
         backend, tile: as in flash_attn_func.
 
@@ -104,6 +107,8 @@ def flash_attn_with_kvcache(
         block_table = _only("block_table", block_table, "page_table", page_table)
     if seqused_k is not None:
         cache_seqlens = _only("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
+    if block_table is not None and cache_batch_idx is not None:
+        block_table, cache_batch_idx = _table_of_batch(block_table, cache_batch_idx), None
     _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
     lengths = _lengths_of(cache_seqlens, q, k_cache, cu_seqlens_q, block_table)
     longest = 0
@@ -118,6 +123,8 @@ def flash_attn_with_kvcache(
     )
     asked = Asked(softmax_scale, causal, window_size, False, return_softmax_lse, backend, tile)
     terms = terms_of(softcap, alibi_slopes, sinks)
+    if rotary_seqlens is not None:
+        _validate_rotary_seqlens(rotary_seqlens, rotary_cos, lengths)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
         asked = asked._replace(softmax_scale=scale)
@@ -125,8 +132,12 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None or rotary_sin is not None:
             rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, q, k_cache, block_table)
             is_full = mask_of(causal, window_size).is_full
-            q = rotary.rotated(q, positions_of(q, cu_seqlens_q, lengths, steps=not is_full))
-            new = new._replace(k=rotary.rotated(new.k, new.positions))
+            begin, positions = lengths, new.positions
+            if rotary_seqlens is not None:
+                begin = rotary_seqlens
+                positions = positions_of(new.k, cu_seqlens_k_new, begin)
+            q = rotary.rotated(q, positions_of(q, cu_seqlens_q, begin, steps=not is_full))
+            new = new._replace(k=rotary.rotated(new.k, positions))
         if isinstance(cache_seqlens, Tensor) or is_scattered(sequences, cu_seqlens_k_new):
             scatter(new, k_cache, v_cache, sequences, cu_seqlens_k_new)
         elif cache_seqlens is not None:
@@ -143,6 +154,39 @@ def _only(name: str, value: object, other: str, alias: Tensor) -> Tensor:
     if value is not None:
         raise ValueError(f"{name} and {other} are two names of one argument, got both")
     return alias
+
+
+def _table_of_batch(block_table: Tensor, cache_batch_idx: Tensor) -> Tensor:
+    """The rows of the table that the sequences have; an index of none has the nearest."""
+    for name, x, dims in (("block_table", block_table, 2), ("cache_batch_idx", cache_batch_idx, 1)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+        if x.dtype != torch.int32 or x.dim() != dims or x.device != block_table.device:
+            raise ValueError(
+                f"{name} must be int32 of {dims} dimensions on block_table's device, got {x.dtype} "
+                f"of shape {tuple(x.shape)} on {x.device}"
+            )
+    rows = block_table.shape[0]
+    if rows == 0 and cache_batch_idx.shape[0]:
+        raise ValueError("block_table must have rows for cache_batch_idx, got shape (0, …)")
+    return block_table.index_select(0, cache_batch_idx.clamp(0, max(rows - 1, 0)))
+
+
+def _validate_rotary_seqlens(
+    rotary_seqlens: object, rotary_cos: Tensor | None, lengths: Tensor
+) -> None:
+    if not isinstance(rotary_seqlens, Tensor):
+        kind = type(rotary_seqlens).__name__
+        raise TypeError(f"rotary_seqlens must be a torch.Tensor or None, got {kind}")
+    if rotary_cos is None:
+        raise ValueError("rotary_seqlens must be None without rotary_cos and rotary_sin")
+    if rotary_seqlens.dtype != torch.int32:
+        raise TypeError(f"rotary_seqlens must be int32, got {rotary_seqlens.dtype}")
+    if rotary_seqlens.shape != lengths.shape or rotary_seqlens.device != lengths.device:
+        raise ValueError(
+            f"rotary_seqlens must be {tuple(lengths.shape)} on {lengths.device}, got "
+            f"{tuple(rotary_seqlens.shape)} on {rotary_seqlens.device}"
+        )
 
 
 def _refuse_gradients(**tensors: Tensor | None) -> None:
