@@ -208,6 +208,26 @@ def test_a_window_may_be_a_tensor() -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_pages_have_a_forward_where_gradients_are_recorded() -> None:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = _qkv(seqlen=16)
+    ends = torch.tensor([0, 16, 32], dtype=torch.int32, device=DEVICE)
+    pages = torch.tensor([[0, 2], [3, 1]], dtype=torch.int32, device=DEVICE)
+    rows = pages.flatten().argsort()
+    k_pages, v_pages = (x.reshape(4, 8, 2, 16)[rows] for x in (k, v))
+    call = (q.flatten(0, 1), k_pages, v_pages, ends, ends, 16, 16)
+    out, lse, _ = flash_attn_varlen_func(*call, block_table=pages, return_attn_probs=True)
+    want, want_lse, _ = flashmoe.flash_attn_func(q, k, v, return_attn_probs=True)
+    _close(out, want.flatten(0, 1))
+    _close(lse, want_lse.transpose(0, 1).flatten(1))
+    rest = (0.0, None, False, (-1, -1), 0.0, None, False, False, pages)
+    assert torch.equal(flash_attn_varlen_func(*call, *rest), out)
+    with pytest.raises(NotImplementedError, match="block_table"):
+        out.sum().backward()
+
+
+@pytest.mark.usefixtures("installed")
 def test_what_flash_attn_splits_is_refused() -> None:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 

@@ -65,7 +65,42 @@ def _by_its_name(name: str) -> Callable[..., Any]:
 flash_attn_func = _by_its_name("flash_attn_func")
 flash_attn_kvpacked_func = _by_its_name("flash_attn_kvpacked_func")
 flash_attn_qkvpacked_func = _by_its_name("flash_attn_qkvpacked_func")
-flash_attn_varlen_func = _by_its_name("flash_attn_varlen_func")
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """out, of tensors that ask for gradients. flash-attn takes such a call, too."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *_: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "keys in pages (block_table) have no gradients: the forward is all that there is"
+        )
+
+
+_varlen = _by_its_name("flash_attn_varlen_func")
+_BLOCK_TABLE = list(inspect.signature(flashmoe.flash_attn_varlen_func).parameters).index(
+    "block_table"
+)
+
+
+@functools.wraps(_varlen)
+def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> Any:
+    has_table = len(arguments) > _BLOCK_TABLE - 3 or options.get("block_table") is not None
+    wants = q.requires_grad or k.requires_grad or v.requires_grad
+    if not (has_table and wants and torch.is_grad_enabled()):
+        return _varlen(q, k, v, *arguments, **options)
+    with torch.no_grad():
+        result = _varlen(q, k, v, *arguments, **options)
+    attach: Callable[..., Tensor] = _WithoutBackward.apply
+    if isinstance(result, Tensor):
+        return attach(result, q, k, v)
+    return attach(result[0], q, k, v), *result[1:]
+
+
 flash_attn_varlen_kvpacked_func = _by_its_name("flash_attn_varlen_kvpacked_func")
 flash_attn_varlen_qkvpacked_func = _by_its_name("flash_attn_varlen_qkvpacked_func")
 flash_attn_with_kvcache = _by_its_name("flash_attn_with_kvcache")

@@ -41,7 +41,7 @@ def _limits(window_size: _Window) -> Any:
 
 def _out_of(attend: Callable[[Tensor], Any], v: Tensor, with_lse: bool) -> Any:
     """out, or out and softmax_lse, of attend(v); wider values than kernels take in parts."""
-    results = [attend(part) for part in v.split(MAX_HEAD_DIM, -1)]
+    results = [attend(part) for part in torch.split(v, MAX_HEAD_DIM, -1)]
     if not with_lse:
         return results[0] if len(results) == 1 else torch.cat(results, -1)
     out = results[0][0] if len(results) == 1 else torch.cat([x[0] for x in results], -1)

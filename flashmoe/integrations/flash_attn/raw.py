@@ -65,11 +65,12 @@ def varlen_fwd(
 ) -> list[Any]:
     """fwd of packed sequences."""
     _refuse(generator)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     terms = (window_size_left, window_size_right, softcap, alibi_slopes)
     how = (p_dropout, softmax_scale, is_causal, *terms, return_softmax)
     keys = (block_table, leftpad_k, seqused_k, zero_tensors, num_splits)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _written(out, fa2._flash_attn_varlen_forward(q, k, v, *lengths, *how, *keys))
+    arguments = (q, k, v, *lengths, *how, *keys)
+    return _written(out, fa2._flash_attn_varlen_forward(*arguments))
 
 
 def bwd(
@@ -95,11 +96,11 @@ def bwd(
 ) -> list[Tensor]:
     """dq, dk, dv, in the tensors that were given for them, and the rows' sums of dout * out."""
     _refuse(generator)
-    gradients = _places((dq, q), (dk, k), (dv, v))
+    gradients = _place(dq, q), _place(dk, k), _place(dv, v)
     terms = (window_size_left, window_size_right, softcap, alibi_slopes)
     how = (p_dropout, softmax_scale, is_causal, *terms, deterministic, rng_state)
-    sums = fa2._flash_attn_backward(dout, q, k, v, out, softmax_lse, *gradients, *how)
-    return [*gradients, sums]
+    arguments = (dout, q, k, v, out, softmax_lse, *gradients, *how)
+    return [*gradients, fa2._flash_attn_backward(*arguments)]
 
 
 def varlen_bwd(
@@ -130,13 +131,12 @@ def varlen_bwd(
 ) -> list[Tensor]:
     """bwd of packed sequences."""
     _refuse(generator)
-    gradients = _places((dq, q), (dk, k), (dv, v))
+    gradients = _place(dq, q), _place(dk, k), _place(dv, v)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     terms = (window_size_left, window_size_right, softcap, alibi_slopes)
     how = (p_dropout, softmax_scale, is_causal, *terms, deterministic, rng_state)
-    saved = (dout, q, k, v, out, softmax_lse)
-    sums = fa2._flash_attn_varlen_backward(*saved, *gradients, *lengths, *how)
-    return [*gradients, sums]
+    arguments = (dout, q, k, v, out, softmax_lse, *gradients, *lengths, *how)
+    return [*gradients, fa2._flash_attn_varlen_backward(*arguments)]
 
 
 def fwd_kvcache(
@@ -188,5 +188,5 @@ def _written(out: _MaybeTensor, result: tuple[Any, ...]) -> list[Any]:
     return list(result) if out is None else [out.copy_(result[0]), *result[1:]]
 
 
-def _places(*pairs: tuple[_MaybeTensor, Tensor]) -> list[Tensor]:
-    return [torch.empty_like(like) if place is None else place for place, like in pairs]
+def _place(given: _MaybeTensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like) if given is None else given
