@@ -100,11 +100,7 @@ def test_append_rotate_and_attend(data):
         angles = torch.rand(actual.room + 3, rotary, device=DEVICE) * 6
         cos, sin = angles.cos(), angles.sin()
         options = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
-        turns = lengths
-        if draw(st.booleans()):
-            turns = [draw(st.integers(0, room)) for _ in lengths]
-            options["rotary_seqlens"] = int32(turns)
-        for i, length in enumerate(turns):
+        for i, length in enumerate(lengths):
             for x, steps in ((expected_q, not mask.is_full), (expected_k, True)):
                 for j in range(x.shape[1]):
                     at = length + steps * j
@@ -392,21 +388,6 @@ COS = {"rotary_cos": randn(9, 4), "rotary_sin": randn(9, 4)}
             {"block_table": [[0], [1]], "cache_batch_idx": int32([0, 1])},
             TypeError,
             r"block_table must be a torch\.Tensor or None, got list",
-        ),
-        (
-            {**NEW, "cache_seqlens": 1, "rotary_seqlens": int32([1, 1])},
-            ValueError,
-            "rotary_seqlens must be None without rotary_cos and rotary_sin",
-        ),
-        (
-            {**NEW, **COS, "cache_seqlens": 1, "rotary_seqlens": int32([1])},
-            ValueError,
-            r"rotary_seqlens must be \(2,\) on .*, got \(1,\)",
-        ),
-        (
-            {**NEW, **COS, "cache_seqlens": 1, "rotary_seqlens": torch.ones(2)},
-            TypeError,
-            "rotary_seqlens must be int32, got torch.float32",
         ),
         ({"block_table": int32([[0]])}, ValueError, r"block_table must be \(batch=2, pages\)"),
         (

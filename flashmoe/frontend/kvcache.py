@@ -47,7 +47,6 @@ def flash_attn_with_kvcache(
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
-    rotary_seqlens: Tensor | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -88,8 +87,6 @@ def flash_attn_with_kvcache(
         cu_seqlens_q, max_seqlen_q: (batch + 1,), int32, and a bound of the lengths, as in
             flash_attn_varlen_func: queries of prefill and decode in one call.
         cu_seqlens_k_new: the same of k and v.
-        rotary_seqlens: (batch,), int32: what counts instead of cache_seqlens in the choice of rows
-            of rotary_cos and rotary_sin.
         out: as the result, which is written to it.
         backend, tile: as in flash_attn_func.
 
@@ -123,8 +120,6 @@ def flash_attn_with_kvcache(
     )
     asked = Asked(softmax_scale, causal, window_size, False, return_softmax_lse, backend, tile)
     terms = terms_of(softcap, alibi_slopes, sinks)
-    if rotary_seqlens is not None:
-        _validate_rotary_seqlens(rotary_seqlens, rotary_cos, lengths)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
         asked = asked._replace(softmax_scale=scale)
@@ -132,12 +127,8 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None or rotary_sin is not None:
             rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, q, k_cache, block_table)
             is_full = mask_of(causal, window_size).is_full
-            begin, positions = lengths, new.positions
-            if rotary_seqlens is not None:
-                begin = rotary_seqlens
-                positions = positions_of(new.k, cu_seqlens_k_new, begin)
-            q = rotary.rotated(q, positions_of(q, cu_seqlens_q, begin, steps=not is_full))
-            new = new._replace(k=rotary.rotated(new.k, positions))
+            q = rotary.rotated(q, positions_of(q, cu_seqlens_q, lengths, steps=not is_full))
+            new = new._replace(k=rotary.rotated(new.k, new.positions))
         if isinstance(cache_seqlens, Tensor) or is_scattered(sequences, cu_seqlens_k_new):
             scatter(new, k_cache, v_cache, sequences, cu_seqlens_k_new)
         elif cache_seqlens is not None:
@@ -170,23 +161,6 @@ def _table_of_batch(block_table: Tensor, cache_batch_idx: Tensor) -> Tensor:
     if rows == 0 and cache_batch_idx.shape[0]:
         raise ValueError("block_table must have rows for cache_batch_idx, got shape (0, …)")
     return block_table.index_select(0, cache_batch_idx.clamp(0, max(rows - 1, 0)))
-
-
-def _validate_rotary_seqlens(
-    rotary_seqlens: object, rotary_cos: Tensor | None, lengths: Tensor
-) -> None:
-    if not isinstance(rotary_seqlens, Tensor):
-        kind = type(rotary_seqlens).__name__
-        raise TypeError(f"rotary_seqlens must be a torch.Tensor or None, got {kind}")
-    if rotary_cos is None:
-        raise ValueError("rotary_seqlens must be None without rotary_cos and rotary_sin")
-    if rotary_seqlens.dtype != torch.int32:
-        raise TypeError(f"rotary_seqlens must be int32, got {rotary_seqlens.dtype}")
-    if rotary_seqlens.shape != lengths.shape or rotary_seqlens.device != lengths.device:
-        raise ValueError(
-            f"rotary_seqlens must be {tuple(lengths.shape)} on {lengths.device}, got "
-            f"{tuple(rotary_seqlens.shape)} on {rotary_seqlens.device}"
-        )
 
 
 def _refuse_gradients(**tensors: Tensor | None) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -375,6 +376,35 @@ def test_queries_that_are_not_used() -> None:
         *(torch.autograd.grad(x, (q, k, v), dout) for x in (out, want)), strict=True
     ):
         _close(got, expected)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_positions_of_ones_own(causal: bool, ragged: bool) -> None:
+    """FlashAttention-3's rotary_seqlens: shifted with what is in the cache, nothing changes."""
+    import flash_attn_interface as fa3
+
+    q, k, v = (x.detach() for x in _qkv(seqlen=3))
+    caches = [torch.randn(2, 9, 2, 16, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+    angles = torch.rand(20, 4, device=DEVICE)
+    tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    shifted = {name: torch.cat([x.flip(0)[:5], x]) for name, x in tables.items()}
+    lengths = torch.tensor([6, 2], dtype=torch.int32, device=DEVICE)
+    how: dict[str, Any] = {"cache_seqlens": lengths, "causal": causal}
+    if ragged:
+        ends = torch.tensor([0, 3, 6], dtype=torch.int32, device=DEVICE)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        how |= {"cu_seqlens_q": ends, "cu_seqlens_k_new": ends, "max_seqlen_q": 3}
+    want = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **how, **tables)
+    same = how | {"rotary_seqlens": lengths}
+    got = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **same, **tables)
+    assert torch.equal(got, want)
+    moved = how | {"rotary_seqlens": lengths + 5}
+    got = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **moved, **shifted)
+    _close(got, want)
+    plain = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **moved)
+    assert not torch.equal(plain, got)
 
 
 @pytest.mark.usefixtures("installed")

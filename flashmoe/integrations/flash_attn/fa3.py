@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashmoe
+from flashmoe.integrations.flash_attn.rotary import apply_rotary_emb
 from flashmoe.spec.problem import MAX_HEAD_DIM
 
 __all__ = [
@@ -240,8 +241,17 @@ def flash_attn_with_kvcache(
     *,
     s_aux: Tensor | None = None,
 ) -> Any:
-    """flashmoe.flash_attn_with_kvcache."""
+    """flashmoe.flash_attn_with_kvcache. With rotary_seqlens (batch,), int32, rows from there on of
+    the tables rotate q and k, instead of from cache_seqlens on."""
     _refuse(attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    limits = _limits(window_size)
+    has_tables = rotary_cos is not None and rotary_sin is not None
+    if has_tables and rotary_seqlens is not None and rotary_seqlens is not cache_seqlens:
+        steps = causal or tuple(limits) != (-1, -1)
+        how: Any = (rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens)
+        q = _rotated(q, cu_seqlens_q, steps, *how)
+        k = None if k is None else _rotated(k, cu_seqlens_k_new, True, *how)
+        rotary_cos = rotary_sin = None
     return flashmoe.flash_attn_with_kvcache(
         q,
         k_cache,
@@ -256,17 +266,39 @@ def flash_attn_with_kvcache(
         page_table,
         softmax_scale,
         causal,
-        _limits(window_size),
+        limits,
         softcap,
         rotary_interleaved,
-        # Without tables there is nothing that they say.
-        rotary_seqlens=None if rotary_cos is None else rotary_seqlens,
         return_softmax_lse=return_softmax_lse,
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
         sinks=s_aux,
     )
+
+
+def _rotated(
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    steps: bool,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    begin: Tensor,
+) -> Tensor:
+    """x, (batch, seqlen, heads, head_dim) or packed, each row by a row of the tables: `begin` of
+    its sequence, and with `steps` one further for each row."""
+    if cu_seqlens is None:
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        row = begin.unsqueeze(1) + place * steps
+    else:
+        place = torch.arange(x.shape[0], device=x.device)
+        sequence = (torch.searchsorted(cu_seqlens, place, right=True) - 1).clamp(0, len(begin) - 1)
+        row = begin[sequence] + (place - cu_seqlens[sequence]) * steps
+    # Every row is a sequence of one.
+    rows = x.flatten(0, -3).unsqueeze(1)
+    turned = apply_rotary_emb(rows, cos, sin, interleaved, seqlen_offsets=row.flatten())
+    return turned.view(x.shape)
 
 
 def flash_attn_combine(
