@@ -60,6 +60,7 @@ class PagedCache:
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.free = list(range(num_pages))
         self.call: dict[str, Any] = {}
+        self.last = torch.empty(0)  # the row of each request's last token
 
     def admits(self, request: Request) -> bool:
         """Whether there are pages for all that the request may need; it gets them."""
@@ -80,14 +81,12 @@ class PagedCache:
         cu_seqlens, block_table, cache_seqlens = (
             torch.tensor(x, dtype=torch.int32, device=self.k.device) for x in (ends, table, lengths)
         )
-        self.call = {
-            "cache_seqlens": cache_seqlens,
-            "block_table": block_table,
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k_new": cu_seqlens,
-            "max_seqlen_q": max(len(request.todo) for request in requests),
-            "causal": True,
-        }
+        self.last = cu_seqlens[1:].long() - 1
+        self.call = {"cache_seqlens": cache_seqlens, "block_table": block_table, "causal": True}
+        longest = max(len(request.todo) for request in requests)
+        if longest > 1:
+            self.call |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k_new": cu_seqlens}
+            self.call["max_seqlen_q"] = longest
 
     def attention(
         self,
@@ -103,11 +102,13 @@ class PagedCache:
         in, (1, tokens, heads, head_dim) out."""
         layer: Any = module.layer_idx
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if "cu_seqlens_q" not in self.call:  # one token each: requests are a batch
+            q, k, v = (x.unsqueeze(1) for x in (q, k, v))
         out = flashmoe.flash_attn_with_kvcache(
             q, self.k[layer], self.v[layer], k, v, softmax_scale=scaling, **self.call
         )
         assert isinstance(out, torch.Tensor)
-        return out[None], None
+        return out.view(1, -1, *out.shape[-2:]), None
 
 
 @torch.inference_mode()
@@ -127,9 +128,8 @@ def serve(model: LlamaForCausalLM, requests: list[Request], slots: int, num_page
         ids = [token for request in running for token in request.todo]
         positions = [request.cached + i for request in running for i in range(len(request.todo))]
         row, places = torch.tensor([[ids], [positions]], device=model.device)
-        last = cache.call["cu_seqlens_q"][1:].long() - 1
-        logits = model(row, position_ids=places, use_cache=False, logits_to_keep=last).logits[0]
-        for request, token in zip(running, logits.argmax(-1).tolist(), strict=True):
+        found = model(row, position_ids=places, use_cache=False, logits_to_keep=cache.last)
+        for request, token in zip(running, found.logits[0].argmax(-1).tolist(), strict=True):
             request.cached += len(request.todo)
             request.written.append(token)
             if request.is_done:
