@@ -113,20 +113,31 @@ def test_append_rotate_and_attend(data):
             actual.appended(i, length + j, expected_k[i, j], v[i, j])
 
     leftpad = None
-    if not page_size and draw(st.booleans()):
+    if draw(st.booleans()):
         leftpad = int32([draw(st.integers(0, n + seqlen_new)) for n in lengths])
         options["cache_leftpad"] = leftpad
     if ragged_q:
         options |= {"cu_seqlens_q": cumulative([seqlen_q] * batch), "max_seqlen_q": seqlen_q}
+    given = options | keywords(terms)
+    given |= {"cache_seqlens": int32(lengths), "window_size": (mask.left, mask.right)}
+    given["return_softmax_lse"] = True
+    where = actual.where()
+    actual_before = actual_k.clone(), actual_v.clone()
     out, lse = flash_attn_with_kvcache(
-        *(q.flatten(0, 1) if ragged_q else q, actual_k, actual_v, k, v),
-        cache_seqlens=int32(lengths),
-        window_size=(mask.left, mask.right),
-        return_softmax_lse=True,
-        **actual.where(),
-        **keywords(terms),
-        **options,
+        *(q.flatten(0, 1) if ragged_q else q, actual_k, actual_v, k, v), **given | where
     )
+    if page_size:
+        # The same by another table, of which cache_batch_idx says the rows.
+        rows = torch.randperm(batch + 1)
+        table = torch.full((batch + 1, where["block_table"].shape[1]), -1, dtype=torch.int32)
+        table[rows[:batch]] = where["block_table"].cpu()
+        where = {"block_table": table.to(DEVICE), "cache_batch_idx": int32(rows[:batch].tolist())}
+        again_k, again_v = actual_before
+        again = flash_attn_with_kvcache(
+            *(q.flatten(0, 1) if ragged_q else q, again_k, again_v, k, v), **given | where
+        )
+        same(again[0], out)
+        same(again_k, actual_k)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(actual_k, actual.k, equal_nan=True, rtol=tolerance, atol=1e-6)
     same(actual_v, actual.v)
@@ -430,9 +441,19 @@ COS = {"rotary_cos": randn(9, 4), "rotary_sin": randn(9, 4)}
         ),
         ({"cache_leftpad": int32([0])}, ValueError, r"leftpad_k must be \(batch,\), here \(2,\)"),
         (
-            {"block_table": int32([[0], [1]]), "cache_leftpad": int32([0, 0])},
+            {"block_table": int32([[0], [1]]), "cache_batch_idx": torch.ones(2).long()},
             ValueError,
-            "leftpad_k must be None with a block_table",
+            r"cache_batch_idx must be int32 of 1 dimensions on .*, got torch\.int64",
+        ),
+        (
+            {"block_table": int32([[0], [1]]), "cache_batch_idx": int32([0])},
+            ValueError,
+            r"block_table must be \(batch=2, pages\), got shape \(1, 1\)",
+        ),
+        (
+            {"block_table": [[0], [1]], "cache_batch_idx": int32([0, 1])},
+            TypeError,
+            r"block_table must be a torch\.Tensor or None, got list",
         ),
         ({"block_table": int32([[0]])}, ValueError, r"block_table must be \(batch=2, pages\)"),
         (
@@ -475,6 +496,10 @@ class TestCheckedLengths:
                 r"seqused_k must be from 0 to .*\(9\), got 10 at 1",
             ),
             (
+                {"cache_seqlens": int32([9, 19]), "block_table": int32([[0, 1], [1, 0]])},
+                r"seqused_k must be .* room for in the pages of block_table \(18\), got 19 at 1",
+            ),
+            (
                 {"cache_seqlens": int32([5, 5]), "cache_leftpad": int32([6, 0])},
                 r"leftpad_k must be from 0 to each sequence's keys \(5\), got 6 at 0",
             ),
@@ -490,8 +515,9 @@ class TestCheckedLengths:
     )
     def test_are_named(self, options, message):
         q, k, v = decode()
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as raised:
             flash_attn_with_kvcache(q, k, v, **options)
+        assert isinstance(raised.value, RuntimeError)  # what flash-attn raises
 
     def test_pages_behind_the_keys_may_be_any(self):
         q, k, v = decode()

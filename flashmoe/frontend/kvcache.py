@@ -66,11 +66,11 @@ def flash_attn_with_kvcache(
             causal or has a window; otherwise all of q by row cache_seqlens. They need k.
         cache_seqlens: how many keys each sequence has before k is appended: an int, or (batch,)
             int32. Without k, None is all that there is room for.
-        cache_batch_idx: (batch,), int32: which batch of the cache each sequence has; not with a
-            block_table.
-        cache_leftpad: (batch,), int32: so many keys of each sequence, the first ones, are not seen;
-            not with a block_table.
-        block_table: (batch, pages), int32: which page holds each page_size keys of a sequence.
+        cache_batch_idx: (batch,), int32: which batch of the cache, or row of the block_table, each
+            sequence has.
+        cache_leftpad: (batch,), int32: so many keys of each sequence, the first ones, are not seen.
+        block_table: (batch, pages), int32, with cache_batch_idx of any number of rows: which page
+            holds each page_size keys of a sequence.
         softmax_scale, causal, window_size, softcap, alibi_slopes, sinks: as in flash_attn_func; the
             last query is level with the last key, appended ones included.
         rotary_interleaved: rotate columns 0 and 1, 2 and 3, … (GPT-J); else columns i and i +
@@ -106,6 +106,8 @@ def flash_attn_with_kvcache(
         block_table = _only("block_table", block_table, "page_table", page_table)
     if seqused_k is not None:
         cache_seqlens = _only("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
+    if block_table is not None and cache_batch_idx is not None:
+        block_table, cache_batch_idx = _table_of_batch(block_table, cache_batch_idx), None
     if torch.is_grad_enabled():
         _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
     lengths = _lengths_of(cache_seqlens, q, k_cache, cu_seqlens_q, block_table)
@@ -166,6 +168,22 @@ def _integer(name: str, value: object) -> int:
     if not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return int(value)
+
+
+def _table_of_batch(block_table: Tensor, cache_batch_idx: Tensor) -> Tensor:
+    """The rows of the table that the sequences have; an index of none has the nearest."""
+    for name, x, dims in (("block_table", block_table, 2), ("cache_batch_idx", cache_batch_idx, 1)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+        if x.dtype != torch.int32 or x.dim() != dims or x.device != block_table.device:
+            raise ValueError(
+                f"{name} must be int32 of {dims} dimensions on block_table's device, got {x.dtype} "
+                f"of shape {tuple(x.shape)} on {x.device}"
+            )
+    rows = block_table.shape[0]
+    if rows == 0 and cache_batch_idx.shape[0]:
+        raise ValueError("block_table must have rows for cache_batch_idx, got shape (0, …)")
+    return block_table.index_select(0, cache_batch_idx.clamp(0, max(rows - 1, 0)))
 
 
 def _refuse_gradients(**tensors: Tensor | None) -> None:

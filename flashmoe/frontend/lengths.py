@@ -15,6 +15,10 @@ from flashmoe.machine.environment import variable
 from flashmoe.spec.call import Call, Sequences
 
 
+class LengthsError(ValueError, RuntimeError):
+    """Lengths whose values are wrong; a RuntimeError, too, as flash-attn raises."""
+
+
 def validate_lengths(sequences: Sequences, q: Tensor, k: Tensor) -> None:
     """Raise for lengths whose type, dtype, device or shape is wrong; q and k have the right number
     of dimensions."""
@@ -51,9 +55,8 @@ def validate_lengths(sequences: Sequences, q: Tensor, k: Tensor) -> None:
             raise ValueError(
                 f"block_table must be (batch={batch}, pages), got shape {tuple(block_table.shape)}"
             )
-        for name, y in (("leftpad_k", leftpad_k), ("cache_batch_idx", cache_batch_idx)):
-            if y is not None:
-                raise ValueError(f"{name} must be None with a block_table, got a tensor")
+        if cache_batch_idx is not None:
+            raise ValueError("cache_batch_idx must be None with a block_table, got a tensor")
     elif cu_seqlens_k is None and cache_batch_idx is None and k.shape[0] != batch:
         raise ValueError(
             f"k must have q's batch ({batch}) without cache_batch_idx, got {k.shape[0]}"
@@ -61,7 +64,7 @@ def validate_lengths(sequences: Sequences, q: Tensor, k: Tensor) -> None:
 
 
 def check_lengths(call: Call) -> None:
-    """With FLASHMOE_CHECK=1, raise ValueError for lengths that do not fit the tensors. Waits for
+    """With FLASHMOE_CHECK=1, raise LengthsError for lengths that do not fit the tensors. Waits for
     the device."""
     if variable("FLASHMOE_CHECK") != "1":
         return
@@ -78,7 +81,10 @@ def check_lengths(call: Call) -> None:
         room *= table.shape[1]
     if used is not None:
         most = torch.full_like(used, room) if cu_seqlens_k is None else cu_seqlens_k.diff()
-        _check_each("seqused_k", used, most, "the keys that each sequence has room for")
+        room_in = "the keys that each sequence has room for"
+        if table is not None:
+            room_in += " in the pages of block_table"
+        _check_each("seqused_k", used, most, room_in)
     if leftpad is not None:
         most = torch.full_like(leftpad, room) if used is None else used
         _check_each("leftpad_k", leftpad, most, "each sequence's keys")
@@ -97,16 +103,16 @@ def _check_cumulative(name: str, cu_seqlens: Tensor, rows: int, longest: int) ->
     ends = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in pairwise(ends)]
     if ends[0] != 0:
-        raise ValueError(f"cu_seqlens_{name} must start at 0, got {ends[0]}")
+        raise LengthsError(f"cu_seqlens_{name} must start at 0, got {ends[0]}")
     if min(lengths, default=0) < 0:
         at = lengths.index(min(lengths))
-        raise ValueError(
+        raise LengthsError(
             f"cu_seqlens_{name} must not decrease, got {ends[at + 1]} behind {ends[at]} at {at + 1}"
         )
     if ends[-1] > rows:
-        raise ValueError(f"cu_seqlens_{name} must end at most at {rows}, got {ends[-1]}")
+        raise LengthsError(f"cu_seqlens_{name} must end at most at {rows}, got {ends[-1]}")
     if max(lengths, default=0) > longest:
-        raise ValueError(
+        raise LengthsError(
             f"max_seqlen_{name} must be at least the longest sequence's {max(lengths)}, "
             f"got {longest}"
         )
@@ -116,7 +122,7 @@ def _check_each(name: str, x: Tensor, most: Tensor, meaning: str) -> None:
     wrong = ((x < 0) | (x > most)).nonzero()
     if len(wrong):
         at = tuple(wrong[0].tolist())
-        raise ValueError(
+        raise LengthsError(
             f"{name} must be from 0 to {meaning} ({int(most[at])}), got {int(x[at])} "
             f"at {', '.join(map(str, at))}"
         )

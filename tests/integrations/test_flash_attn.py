@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,107 @@ def test_the_private_pair(packed: bool, window: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_compiled_extension(packed: bool) -> None:
+    import flash_attn_2_cuda as extension
+    from flash_attn.flash_attn_interface import flash_attn_gpu
+
+    assert flash_attn_gpu is extension
+    q, k, v = (x.detach() for x in _qkv())
+    slopes = torch.rand(4, device=DEVICE)
+    wanted = [x.clone().requires_grad_() for x in (q, k, v)]
+    how = {"softmax_scale": 0.3, "window_size": (4, 2), "alibi_slopes": slopes}
+    want, want_lse, _ = flashmoe.flash_attn_func(*wanted, return_attn_probs=True, **how)
+    dout = torch.randn_like(want)
+    gradients = torch.autograd.grad(want, wanted, dout)
+    out, dq = torch.full_like(q, float("nan")), torch.full_like(q, float("nan"))
+    if packed:
+        q, k, v, out, dq, dout = (x.flatten(0, 1) for x in (q, k, v, out, dq, dout))
+        ends = torch.tensor([0, 13, 26], dtype=torch.int32, device=DEVICE)
+        lengths = (ends, ends, None, None, None, slopes, 13, 13)
+        rest = (0.0, 0.3, False, False, 4, 2, 0.0)
+        found = extension.varlen_fwd(q, k, v, out, *lengths, *rest, False, None)
+        saved = (dout, q, k, v, out, found[1], dq, None, None, ends, ends, slopes, 13, 13)
+        found_gradients = extension.varlen_bwd(*saved, *rest, False, None, found[3])
+        want, want_lse = want.flatten(0, 1), want_lse.transpose(0, 1).flatten(1)
+        gradients = tuple(x.flatten(0, 1) for x in gradients)
+    else:
+        rest = (0.0, 0.3, False, 4, 2, 0.0)
+        found = extension.fwd(q, k, v, out, slopes, *rest, False, None)
+        saved = (dout, q, k, v, out, found[1], dq, None, None, slopes)
+        found_gradients = extension.bwd(*saved, *rest, False, None, found[3])
+    assert found[0] is out
+    assert found_gradients[0] is dq
+    _close(out, want)
+    _close(found[1], want_lse)
+    for got, expected in zip(found_gradients, gradients, strict=False):
+        _close(got, expected)
+    with pytest.raises(RuntimeError, match="`generator` argument is no longer supported"):
+        extension.fwd(*(q, k, v, None, slopes, 0.0, 0.3, False, 4, 2, 0.0, False), q)
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_compiled_extensions_cache() -> None:
+    import flash_attn_2_cuda as extension
+
+    q, k, v = (x.detach()[:, :1] for x in _qkv(heads=4))
+    k_cache, v_cache = (torch.randn(2, 9, 2, 16, device=DEVICE, dtype=DTYPE) for _ in "kv")
+    lengths = torch.tensor([3, 0], dtype=torch.int32, device=DEVICE)
+    copies = k_cache.clone(), v_cache.clone()
+    want, want_lse = flashmoe.flash_attn_with_kvcache(
+        *(q, *copies, k, v), cache_seqlens=lengths, causal=True, return_softmax_lse=True
+    )
+    nothing = (None,) * 6
+    rest = (None, 0.25, True, -1, -1, 0.0, True, 0)
+    out, lse = extension.fwd_kvcache(q, k_cache, v_cache, k, v, lengths, *nothing, *rest)
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+    assert torch.equal(k_cache, copies[0])
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_window_may_be_a_tensor() -> None:
+    import flash_attn_interface as fa3
+    from flash_attn import flash_attn_func
+
+    q, k, v = _qkv()
+    want = flashmoe.flash_attn_func(q, k, v, window_size=(3, 1))
+    for function in (flash_attn_func, fa3.flash_attn_func):
+        assert torch.equal(function(q, k, v, window_size=torch.tensor([3, 1])), want)
+
+
+@pytest.mark.usefixtures("installed")
+def test_pages_have_a_forward_where_gradients_are_recorded() -> None:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = _qkv(seqlen=16)
+    ends = torch.tensor([0, 16, 32], dtype=torch.int32, device=DEVICE)
+    pages = torch.tensor([[0, 2], [3, 1]], dtype=torch.int32, device=DEVICE)
+    rows = pages.flatten().argsort()
+    k_pages, v_pages = (x.reshape(4, 8, 2, 16)[rows] for x in (k, v))
+    call = (q.flatten(0, 1), k_pages, v_pages, ends, ends, 16, 16)
+    out, lse, _ = flash_attn_varlen_func(*call, block_table=pages, return_attn_probs=True)
+    want, want_lse, _ = flashmoe.flash_attn_func(q, k, v, return_attn_probs=True)
+    _close(out, want.flatten(0, 1))
+    _close(lse, want_lse.transpose(0, 1).flatten(1))
+    rest = (0.0, None, False, (-1, -1), 0.0, None, False, False, pages)
+    assert torch.equal(flash_attn_varlen_func(*call, *rest), out)
+    with pytest.raises(NotImplementedError, match="block_table"):
+        out.sum().backward()
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_flash_attn_splits_is_refused() -> None:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    q, k, v = (x.detach().flatten(0, 1) for x in _qkv())
+    ends = torch.tensor([0, 13, 26], dtype=torch.int32, device=DEVICE)
+    rest = (ends, ends, 13, 13, 0.0, 0.25, True)
+    with pytest.raises(RuntimeError, match="num_splits > 1 is not supported, got 2"):
+        _flash_attn_varlen_forward(q, k, v, *rest, num_splits=2)
+
+
+@pytest.mark.usefixtures("installed")
 def test_padding_and_back() -> None:
     from flash_attn import bert_padding
 
@@ -234,6 +336,94 @@ def test_flash_attention_3() -> None:
             fa3.flash_attn_func(q, k, v, **{name: q})
     with pytest.raises(NotImplementedError, match="attention_chunk must be 0, got 4"):
         fa3.flash_attn_func(q, k, v, attention_chunk=4)
+
+
+@pytest.mark.usefixtures("installed")
+def test_queries_that_are_not_used() -> None:
+    """FlashAttention-3's seqused_q: of each sequence's rows so many count, the first ones."""
+    import flash_attn_interface as fa3
+
+    q, k, v = (x.detach().flatten(0, 1).requires_grad_() for x in _qkv(seqlen=12))
+    ends_q = torch.tensor([0, 9, 9, 20], dtype=torch.int32, device=DEVICE)  # 4 rows are in none
+    ends_k = torch.tensor([0, 10, 14, 24], dtype=torch.int32, device=DEVICE)
+    used_q, used_k = [5, 0, 11], [10, 3, 4]
+    how = {"causal": True, "return_attn_probs": True}
+    out, lse = fa3.flash_attn_varlen_func(
+        *(q, k, v, ends_q, ends_k, 11, 10),
+        *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (used_q, used_k)),
+        **how,
+    )
+    assert torch.equal(
+        out,
+        fa3.flash_attn_varlen_func(
+            *(q, k, v, ends_q, ends_k, 11, 10),
+            *(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (used_q, used_k)),
+            causal=True,
+        ),
+    )
+    want, want_lse = torch.zeros_like(out), torch.full_like(lse, float("-inf"))
+    for i, (length_q, length_k) in enumerate(zip(used_q, used_k, strict=True)):
+        rows = slice(int(ends_q[i]), int(ends_q[i]) + length_q)
+        keys = slice(int(ends_k[i]), int(ends_k[i]) + length_k)
+        one, one_lse, _ = flashmoe.flash_attn_func(
+            q[None, rows], k[None, keys], v[None, keys], **how
+        )
+        want[rows], want_lse[:, rows] = one[0], one_lse[0]
+    _close(out, want)
+    _close(lse, want_lse)
+    dout = torch.randn_like(out)
+    for got, expected in zip(
+        *(torch.autograd.grad(x, (q, k, v), dout) for x in (out, want)), strict=True
+    ):
+        _close(got, expected)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_positions_of_ones_own(causal: bool, ragged: bool) -> None:
+    """FlashAttention-3's rotary_seqlens: shifted with what is in the cache, nothing changes."""
+    import flash_attn_interface as fa3
+
+    q, k, v = (x.detach() for x in _qkv(seqlen=3))
+    caches = [torch.randn(2, 9, 2, 16, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+    angles = torch.rand(20, 4, device=DEVICE)
+    tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    shifted = {name: torch.cat([x.flip(0)[:5], x]) for name, x in tables.items()}
+    lengths = torch.tensor([6, 2], dtype=torch.int32, device=DEVICE)
+    how: dict[str, Any] = {"cache_seqlens": lengths, "causal": causal}
+    if ragged:
+        ends = torch.tensor([0, 3, 6], dtype=torch.int32, device=DEVICE)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        how |= {"cu_seqlens_q": ends, "cu_seqlens_k_new": ends, "max_seqlen_q": 3}
+    want = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **how, **tables)
+    same = how | {"rotary_seqlens": lengths}
+    got = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **same, **tables)
+    assert torch.equal(got, want)
+    moved = how | {"rotary_seqlens": lengths + 5}
+    got = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **moved, **shifted)
+    _close(got, want)
+    plain = fa3.flash_attn_with_kvcache(q, *(x.clone() for x in caches), k, v, **moved)
+    assert not torch.equal(plain, got)
+
+
+@pytest.mark.usefixtures("installed")
+def test_values_wider_than_kernels_take() -> None:
+    import flash_attn_interface as fa3
+
+    q, k, _ = _qkv()
+    v = torch.randn(2, 13, 2, 300, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    out, lse = fa3.flash_attn_func(q, k, v, return_attn_probs=True)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, 2)).float() * 0.25
+    want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(DTYPE), v.repeat_interleave(2, 2))
+    _close(out, want)
+    _close(lse, scores.logsumexp(-1))
+    assert torch.equal(fa3.flash_attn_func(q, k, v), out)
+    dout = torch.randn_like(out)
+    for got, expected in zip(
+        *(torch.autograd.grad(x, (q, k, v), dout) for x in (out, want)), strict=True
+    ):
+        _close(got, expected)
 
 
 @pytest.mark.usefixtures("installed")

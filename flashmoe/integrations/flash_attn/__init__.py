@@ -29,14 +29,17 @@ _MODULES: dict[str, str | None] = {
     "flash_attn.ops": None,
     "flash_attn.ops.triton": None,
     "flash_attn.ops.triton.rotary": f"{_HERE}.rotary",
+    "flash_attn_2_cuda": f"{_HERE}.raw",
     "flash_attn_interface": f"{_HERE}.fa3",
 }
+_EXTENSION = "flash_attn_2_cuda"
 _PACKAGES = {name.rpartition(".")[0] for name in _MODULES} - {""}
 
 
 def install(replace: bool = False) -> tuple[str, ...]:
     """Make `flash_attn` (FlashAttention-2's names, with bert_padding and rotary embeddings) and
-    `flash_attn_interface` (FlashAttention-3's) importable and, for importlib.metadata, installed.
+    `flash_attn_interface` (FlashAttention-3's) importable and, for importlib.metadata, installed;
+    flash_attn_2_cuda, the compiled extension's functions, with the former.
 
     One that is really installed stays as it is unless `replace`. Call it before the libraries that
     look for flash-attn are imported, as many look once. Returns the names that flashmoe answers to.
@@ -44,7 +47,7 @@ def install(replace: bool = False) -> tuple[str, ...]:
     names = tuple(name for name in VERSIONS if replace or not _is_installed(name))
     uninstall()
     for name in [*sys.modules]:
-        if name.partition(".")[0] in names:
+        if _distributed_as(name) in names:
             _hidden[name] = sys.modules.pop(name)
     sys.meta_path.insert(0, _Finder(names))
     importlib.invalidate_caches()
@@ -63,6 +66,11 @@ def uninstall() -> None:
 
 
 _hidden: dict[str, ModuleType] = {}
+
+
+def _distributed_as(name: str) -> str:
+    """The top-level module that module `name` comes with."""
+    return "flash_attn" if name == _EXTENSION else name.partition(".")[0]
 
 
 def _is_ours(module: ModuleType) -> bool:
@@ -97,6 +105,8 @@ class _Loader(Loader):
         module.__getattr__ = absent  # type: ignore[method-assign]
         if name == "flash_attn":  # as the real one imports it
             importlib.import_module("flash_attn.flash_attn_interface")
+        if name == "flash_attn.flash_attn_interface":
+            module.flash_attn_gpu = importlib.import_module(_EXTENSION)  # type: ignore[attr-defined]
 
 
 class _Finder(MetaPathFinder):
@@ -106,7 +116,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _MODULES or fullname.partition(".")[0] not in self._names:
+        if fullname not in _MODULES or _distributed_as(fullname) not in self._names:
             return None
         is_package = fullname in _PACKAGES
         return ModuleSpec(fullname, _Loader(), origin=__file__, is_package=is_package)

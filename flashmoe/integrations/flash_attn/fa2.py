@@ -15,10 +15,12 @@ from flashmoe.frontend.attend import refuse_dropout
 from flashmoe.integrations import pair
 
 __all__ = [
+    "USE_TRITON_ROCM",
     "_flash_attn_backward",
     "_flash_attn_forward",
     "_flash_attn_varlen_backward",
     "_flash_attn_varlen_forward",
+    "_get_block_size_n",
     "_wrapped_flash_attn_backward",
     "_wrapped_flash_attn_forward",
     "_wrapped_flash_attn_varlen_backward",
@@ -32,19 +34,25 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
+USE_TRITON_ROCM = False
+
 # flash-attn has none of these.
 _OURS_ALONE = ("backend", "tile")
 
 
-def _with_s_aux(name: str) -> Callable[..., Any]:
+def _by_its_name(name: str) -> Callable[..., Any]:
     """flashmoe's function with sinks by the name of s_aux, for which transformers looks in the
-    signature, and without them silently drops a model's sinks."""
+    signature, and without them silently drops a model's sinks. window_size may be what has two
+    integers, a tensor too, as flash-attn takes it."""
     function = getattr(flashmoe, name)
 
     @functools.wraps(function)
     def call(*arguments: Any, s_aux: Tensor | None = None, **options: Any) -> Any:
         if s_aux is not None:
             options["sinks"] = s_aux
+        window_size = options.get("window_size")
+        if isinstance(window_size, Tensor):
+            options["window_size"] = tuple(window_size.tolist())
         return function(*arguments, **options)
 
     signature = inspect.signature(function)
@@ -54,15 +62,55 @@ def _with_s_aux(name: str) -> Callable[..., Any]:
     return call
 
 
-flash_attn_func = _with_s_aux("flash_attn_func")
-flash_attn_kvpacked_func = _with_s_aux("flash_attn_kvpacked_func")
-flash_attn_qkvpacked_func = _with_s_aux("flash_attn_qkvpacked_func")
-flash_attn_varlen_func = _with_s_aux("flash_attn_varlen_func")
-flash_attn_varlen_kvpacked_func = _with_s_aux("flash_attn_varlen_kvpacked_func")
-flash_attn_varlen_qkvpacked_func = _with_s_aux("flash_attn_varlen_qkvpacked_func")
-flash_attn_with_kvcache = _with_s_aux("flash_attn_with_kvcache")
+flash_attn_func = _by_its_name("flash_attn_func")
+flash_attn_kvpacked_func = _by_its_name("flash_attn_kvpacked_func")
+flash_attn_qkvpacked_func = _by_its_name("flash_attn_qkvpacked_func")
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """out, of tensors that ask for gradients. flash-attn takes such a call, too."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *_: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "keys in pages (block_table) have no gradients: the forward is all that there is"
+        )
+
+
+_varlen = _by_its_name("flash_attn_varlen_func")
+_BLOCK_TABLE = list(inspect.signature(flashmoe.flash_attn_varlen_func).parameters).index(
+    "block_table"
+)
+
+
+@functools.wraps(_varlen)
+def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> Any:
+    has_table = len(arguments) > _BLOCK_TABLE - 3 or options.get("block_table") is not None
+    wants = q.requires_grad or k.requires_grad or v.requires_grad
+    if not (has_table and wants and torch.is_grad_enabled()):
+        return _varlen(q, k, v, *arguments, **options)
+    with torch.no_grad():
+        result = _varlen(q, k, v, *arguments, **options)
+    attach: Callable[..., Tensor] = _WithoutBackward.apply
+    if isinstance(result, Tensor):
+        return attach(result, q, k, v)
+    return attach(result[0], q, k, v), *result[1:]
+
+
+flash_attn_varlen_kvpacked_func = _by_its_name("flash_attn_varlen_kvpacked_func")
+flash_attn_varlen_qkvpacked_func = _by_its_name("flash_attn_varlen_qkvpacked_func")
+flash_attn_with_kvcache = _by_its_name("flash_attn_with_kvcache")
 
 _Forward = tuple[Tensor, Tensor, None, Tensor]
+
+
+def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
+    """How many keys the returned probabilities have one maximum for: all of them."""
+    return 2**31
 
 
 def _refuse(dropout_p: float, **others: Any) -> None:
@@ -121,9 +169,12 @@ def _flash_attn_varlen_forward(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
+    num_splits: int = 0,
 ) -> _Forward:
     """As _flash_attn_forward, of packed sequences. Rows outside of them are 0 in any case."""
     _refuse(dropout_p, return_softmax=return_softmax, leftpad_k=leftpad_k)
+    if num_splits > 1:
+        raise NotImplementedError(f"num_splits > 1 is not supported, got {num_splits}")
     out, lse = pair.forward(
         q,
         k,

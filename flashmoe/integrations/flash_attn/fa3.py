@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import flashmoe
+from flashmoe.integrations.flash_attn.rotary import apply_rotary_emb
+from flashmoe.spec.problem import MAX_HEAD_DIM
 
 __all__ = [
     "flash_attn_combine",
@@ -18,7 +22,7 @@ __all__ = [
     "get_scheduler_metadata",
 ]
 
-_Window = tuple[int | None, int | None]
+_Window = tuple[int | None, int | None] | Tensor
 
 # pack_gqa, sm_margin and scheduler_metadata say how to compute, not what: the plan is flashmoe's own.
 # So does num_splits without a cache.
@@ -32,9 +36,29 @@ def _refuse(attention_chunk: int = 0, **others: Tensor | None) -> None:
             raise NotImplementedError(f"{name} must be None (not supported)")
 
 
-def _out_of(result: Any, with_lse: bool) -> Any:
-    """out, or out and softmax_lse."""
-    return result[:2] if with_lse else result
+def _limits(window_size: _Window) -> Any:
+    return tuple(window_size.tolist()) if isinstance(window_size, Tensor) else window_size
+
+
+def _out_of(attend: Callable[[Tensor], Any], v: Tensor, with_lse: bool) -> Any:
+    """out, or out and softmax_lse, of attend(v); wider values than kernels take in parts."""
+    results = [attend(part) for part in torch.split(v, MAX_HEAD_DIM, -1)]
+    if not with_lse:
+        return results[0] if len(results) == 1 else torch.cat(results, -1)
+    out = results[0][0] if len(results) == 1 else torch.cat([x[0] for x in results], -1)
+    return out, results[0][1]
+
+
+def _used_first(cu_seqlens: Tensor, seqused: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The order of rows in which each sequence's first seqused ones come first, one sequence behind
+    the other, and their cu_seqlens. Nobody waits for the lengths."""
+    row = torch.arange(total, device=cu_seqlens.device)
+    last = max(len(cu_seqlens) - 2, 0)
+    sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(0, last)
+    lengths = seqused.minimum(cu_seqlens.diff()).clamp(min=0)
+    is_used = row - cu_seqlens[sequence] < lengths[sequence]
+    order = torch.argsort(~is_used, stable=True)
+    return order, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def flash_attn_func(
@@ -60,19 +84,22 @@ def flash_attn_func(
 ) -> Any:
     """flashmoe.flash_attn_func; with return_attn_probs (out, softmax_lse)."""
     _refuse(attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    result = flashmoe.flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        deterministic=deterministic,
-        return_attn_probs=return_attn_probs,
-        sinks=s_aux,
-    )
-    return _out_of(result, return_attn_probs)
+
+    def attend(v: Tensor) -> Any:
+        return flashmoe.flash_attn_func(
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=_limits(window_size),
+            softcap=softcap,
+            deterministic=deterministic,
+            return_attn_probs=return_attn_probs,
+            sinks=s_aux,
+        )
+
+    return _out_of(attend, v, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -144,33 +171,40 @@ def flash_attn_varlen_func(
     *,
     s_aux: Tensor | None = None,
 ) -> Any:
-    """flashmoe.flash_attn_varlen_func; with return_attn_probs (out, softmax_lse)."""
-    _refuse(
-        attention_chunk,
-        seqused_q=seqused_q,
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-    )
-    result = flashmoe.flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        deterministic=deterministic,
-        return_attn_probs=return_attn_probs,
-        sinks=s_aux,
-        seqused_k=seqused_k,
-    )
-    return _out_of(result, return_attn_probs)
+    """flashmoe.flash_attn_varlen_func; with return_attn_probs (out, softmax_lse). With seqused_q
+    (batch,), int32, the other rows of a sequence have out 0 and softmax_lse -inf."""
+    _refuse(attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    rows_q = q
+    if seqused_q is not None:
+        order, cu_seqlens_q = _used_first(cu_seqlens_q, seqused_q, q.shape[0])
+        rows_q = q.index_select(0, order)
+
+    def attend(v: Tensor) -> Any:
+        return flashmoe.flash_attn_varlen_func(
+            rows_q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=_limits(window_size),
+            softcap=softcap,
+            deterministic=deterministic,
+            return_attn_probs=return_attn_probs,
+            sinks=s_aux,
+            seqused_k=seqused_k,
+        )
+
+    result = _out_of(attend, v, return_attn_probs)
+    if seqused_q is None:
+        return result
+    back = torch.argsort(order)
+    if not return_attn_probs:
+        return result.index_select(0, back)
+    return result[0].index_select(0, back), result[1].index_select(1, back)
 
 
 def flash_attn_with_kvcache(
@@ -207,15 +241,17 @@ def flash_attn_with_kvcache(
     *,
     s_aux: Tensor | None = None,
 ) -> Any:
-    """flashmoe.flash_attn_with_kvcache."""
-    _refuse(
-        attention_chunk,
-        qv=qv,
-        rotary_seqlens=rotary_seqlens,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-    )
+    """flashmoe.flash_attn_with_kvcache. With rotary_seqlens (batch,), int32, rows from there on of
+    the tables rotate q and k, instead of from cache_seqlens on."""
+    _refuse(attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    limits = _limits(window_size)
+    has_tables = rotary_cos is not None and rotary_sin is not None
+    if has_tables and rotary_seqlens is not None and rotary_seqlens is not cache_seqlens:
+        steps = causal or tuple(limits) != (-1, -1)
+        how: Any = (rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens)
+        q = _rotated(q, cu_seqlens_q, steps, *how)
+        k = None if k is None else _rotated(k, cu_seqlens_k_new, True, *how)
+        rotary_cos = rotary_sin = None
     return flashmoe.flash_attn_with_kvcache(
         q,
         k_cache,
@@ -230,7 +266,7 @@ def flash_attn_with_kvcache(
         page_table,
         softmax_scale,
         causal,
-        window_size,
+        limits,
         softcap,
         rotary_interleaved,
         num_splits=num_splits,
@@ -240,6 +276,30 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new=cu_seqlens_k_new,
         sinks=s_aux,
     )
+
+
+def _rotated(
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    steps: bool,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    begin: Tensor,
+) -> Tensor:
+    """x, (batch, seqlen, heads, head_dim) or packed, each row by a row of the tables: `begin` of
+    its sequence, and with `steps` one further for each row."""
+    if cu_seqlens is None:
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        row = begin.unsqueeze(1) + place * steps
+    else:
+        place = torch.arange(x.shape[0], device=x.device)
+        sequence = (torch.searchsorted(cu_seqlens, place, right=True) - 1).clamp(0, len(begin) - 1)
+        row = begin[sequence] + (place - cu_seqlens[sequence]) * steps
+    # Every row is a sequence of one.
+    rows = x.flatten(0, -3).unsqueeze(1)
+    turned = apply_rotary_emb(rows, cos, sin, interleaved, seqlen_offsets=row.flatten())
+    return turned.view(x.shape)
 
 
 def flash_attn_combine(
