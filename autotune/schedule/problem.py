@@ -243,6 +243,8 @@ class Tuning:
         if shares := self._group.shares:
             label += f" and {len(shares) - 1} more"
             facts["group"] = [[problem.to_json(), share] for problem, share in shares]
+        elif self._problem.lengths:
+            facts["lengths"] = self._problem.lengths
         study = open_study(
             self._place.storage,
             study_name(self._options.study, label, {**facts, "anchor": str(self._anchor)}),
