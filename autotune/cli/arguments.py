@@ -126,6 +126,11 @@ def parser() -> Parser:
         "--force", action="store_true", help="search what is stored already, too, from scratch"
     )
     search.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure, instead, what predictions of time for untuned problems rest on: two minutes",
+    )
+    search.add_argument(
         "--dry-run",
         action="store_true",
         help="tell the space and an estimate of the time; nothing is searched or stored",

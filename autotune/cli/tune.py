@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
 from flashmoe import api
-from flashmoe.autotune.cli import arguments, dry_run
+from flashmoe.autotune.cli import arguments, calibrate, dry_run
 from flashmoe.autotune.cli.arguments import PROG, UsageError
 from flashmoe.autotune.cli.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.cli.progress import shown
@@ -51,6 +51,9 @@ def run(words: Sequence[str]) -> int:
     start = time.perf_counter()
     args = arguments.parser().parse_args(words)
     target = arguments.device(args.device, args.backend)
+    command = shlex.join(["python", "-m", PROG, *words])
+    if args.calibrate:
+        return calibrate.run(target, command)
     groups = _groups(args, target)
     _require_backend(args.backend, target)
     low, high = _PATIENCE
@@ -81,7 +84,6 @@ def run(words: Sequence[str]) -> int:
     opened = _storage(where) if args.storage else None
     _require_writable_database(path)
     place = _place(target, here, path, opened or _storage(where), storage.shown(where))
-    command = shlex.join(["python", "-m", PROG, *words])
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
     )

@@ -24,6 +24,7 @@ from flashmoe.backends.base import (
 )
 from flashmoe.backends.each import backward_of_each, forward_of_each
 from flashmoe.machine.device import Arch
+from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved, Terms
 from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile
@@ -122,6 +123,13 @@ class TritonBackend(Backend):
         tile = first_default(_DEFAULTS[family, problem.direction], problem, arch)
         assert tile is not None, "each list ends in what fits every GPU"
         return tile
+
+    def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
+        """Only where it was calibrated."""
+        if tile is None or problem.direction != "fwd" or problem.layout != "dense":
+            return None
+        head_dim = tiles.triton.triton_head_dim(problem.head_dim)
+        return costs.tile_microseconds(tile, head_dim, problem, arch)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         if arch.kind == "cpu":
