@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -40,7 +41,7 @@ def _head_dim(text: str) -> int:
     )
 
 
-def _window(text: str) -> Mask:
+def parse_window(text: str) -> Mask:
     try:
         left, right = map(int, text.split(","))
         return Mask(left, right)
@@ -49,20 +50,16 @@ def _window(text: str) -> Mask:
         raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}") from None
 
 
-def _lengths(text: str) -> Lengths:
+def parse_lengths(text: str) -> Lengths:
     """`128*3,1x700`: three sequences of 128 queries and keys, and one of a query and 700 keys."""
     found = []
     for each in text.split(","):
-        pair, _, count = each.partition("*")
-        seqlen_q, _, seqlen_kv = pair.partition("x")
-        try:
-            sizes = int(seqlen_q), int(seqlen_kv or seqlen_q), int(count or 1)
-        except ValueError:
-            sizes = -1, -1, -1
-        if min(sizes) < 0:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?(?:\*(\d+))?", each)
+        if match is None:
             form = "SEQLEN[xSEQLEN_KV][*COUNT] with commas between"
             raise argparse.ArgumentTypeError(f"must be {form}, got {text!r}")
-        found.append(sizes)
+        seqlen_q, seqlen_kv, count = match.groups()
+        found.append((int(seqlen_q), int(seqlen_kv or seqlen_q), int(count or 1)))
     return tuple(found)
 
 
@@ -79,12 +76,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "head_dim": {"type": _head_dim, "metavar": "N"},
     "dtype": {"choices": tuple(DTYPE_BYTES)},
     "causal": {"action": argparse.BooleanOptionalAction},
-    "window": {"type": _window, "metavar": "LEFT,RIGHT", "help": _WINDOW_HELP},
+    "window": {"type": parse_window, "metavar": "LEFT,RIGHT", "help": _WINDOW_HELP},
     "softcap": {**_FLAG, "help": "scores are capped"},
     "alibi": {**_FLAG, "help": "scores are less for keys that are further away"},
     "sinks": {**_FLAG, "help": "each head has a sink"},
     "layout": {"choices": LAYOUTS, "help": "how sequences lie in memory (default: dense)"},
-    "lengths": {"type": _lengths, "metavar": "LENGTHS", "help": _LENGTHS_HELP},
+    "lengths": {"type": parse_lengths, "metavar": "LENGTHS", "help": _LENGTHS_HELP},
     "direction": {"choices": (*DIRECTIONS, BOTH), "help": "default: fwd"},
 }
 
