@@ -158,9 +158,9 @@ def document(comparison: Comparison, links: Sequence[str]) -> str:
         "|:--|:--|:--|--:|--:|--:|--:|--:|",
     ]
     for name in names:
-        # Kernels of their own: one mean over both would say nothing of either.
-        for what, backward in (("forward", False), ("training", True)):
-            rows = [c.row(name) for c in measured if c.case.backward == backward]
+        # Kernels of their own: one mean over all kinds would say nothing of any.
+        for what in dict.fromkeys(c.case.kind for c in measured):
+            rows = [c.row(name) for c in measured if c.case.kind == what]
             if not (told := [conclusion(row) for row in rows if row.ratio]):
                 continue
             mean = geometric_mean([row.ratio.value for row in rows if row.ratio])

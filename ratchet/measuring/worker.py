@@ -111,6 +111,7 @@ def _measure(
     error_share: float | None = None
     plans: list[dict[str, str]] = []
     try:
+        workload.ours()  # before it is planned, which an older build cannot what it does not have
         plans = _plans(case, device, options or {})
         if job["first"]:
             correctness = workload.check()
@@ -119,8 +120,11 @@ def _measure(
                 yield _answer(ours_status="wrong", reason=correctness.reason, plans=plans)
                 return
         ours = delayed(workload.ours, device, job.get("slow", {}).get(case.name, 0.0))
+    except NotImplementedError as error:
+        yield _answer(ours_status="unsupported", reason=f"{case.kind}: {error}", plans=plans)
+        return
     except Exception as error:  # noqa: BLE001 - a failure is a result
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{case.kind}: {type(error).__name__}: {error}"
         yield _answer(ours_status="failed", reason=reason, plans=plans)
         return
     watch = Watch(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -28,16 +28,18 @@ class Bar:
     colour: str
 
 
-def forest(bars: Sequence[Bar], marks: Sequence[float], unit: str) -> str:
-    """Intervals below each other on one axis; `marks` are vertical lines, 0 is one of them. What
-    lies outside the middle part of the axis is cut off with an arrow."""
-    left, width, row = 380, 460, 24
-    span = 1.3 * max([abs(mark) for mark in marks] + [_reach(bar) for bar in bars])
+def forest(groups: Mapping[str, Sequence[Bar]], marks: Sequence[float], unit: str) -> str:
+    """Intervals below each other on one axis, under the names of their groups; `marks` are vertical
+    lines, 0 is one of them. What lies far outside of them is cut off."""
+    left, width, row = 430, 410, 24
+    lines = [x for group, bars in groups.items() if bars for x in (group, *bars)]
+    reach = [_reach(bar) for bars in groups.values() for bar in bars]
+    span = 1.3 * max(*(abs(mark) for mark in marks), *reach)
 
     def x(value: float) -> float:
         return left + width * (min(max(value, -span), span) + span) / (2 * span)
 
-    height = row * len(bars) + 40
+    height = row * len(lines) + 40
     parts = []
     for mark in (0.0, *marks):
         dash = "" if mark == 0 else " stroke-dasharray='4 3'"
@@ -51,8 +53,15 @@ def forest(bars: Sequence[Bar], marks: Sequence[float], unit: str) -> str:
                 f"<text x='{x(mark):.1f}' y='{height - 12}' text-anchor='{anchor}' fill='{GRAY}' "
                 f"{_FONT}>{mark:+g}{unit}</text>"
             )
-    for i, bar in enumerate(bars):
-        y, colour = row * i + 16, COLOURS.get(bar.colour, GRAY)
+    for i, bar in enumerate(lines):
+        y = row * i + 16
+        if isinstance(bar, str):
+            parts.append(
+                f"<text x='{left - 12}' y='{y + 4}' text-anchor='end' font-weight='600' "
+                f"fill='currentColor' {_FONT}>{escape(bar)}</text>"
+            )
+            continue
+        colour = COLOURS.get(bar.colour, GRAY)
         parts.append(
             f"<text x='{left - 12}' y='{y + 4}' text-anchor='end' fill='currentColor' {_FONT}>"
             f"{escape(bar.label)}</text>"

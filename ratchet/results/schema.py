@@ -47,7 +47,6 @@ def _case_to_json(result: CaseResult, limits: Mapping[str, Limits]) -> dict[str,
     data: dict[str, Any] = {
         "name": result.name,
         "problem": result.case.problem.to_json(),
-        "backward": result.case.backward,
         "plans": [asdict(plan) for plan in result.plans],
         "error": result.error,
         "sdpa_backend": result.sdpa_backend,
@@ -128,8 +127,6 @@ def _case(data: Any) -> CaseResult:
     problem = get(data, "problem", dict)
     if not problem or not problem.items() <= case.problem.to_json().items():
         raise ValueError(f"problem is not the one that the name {name!r} says")
-    if get(data, "backward", bool) != case.backward:
-        raise ValueError(f"backward is not what the name {name!r} says")
     ours, sdpa = (_series(side, get(data, side, dict)) for side in SIDES)
     if ours.status == sdpa.status == "ok":
         shapes = [[len(process) for process in series.samples] for series in (ours, sdpa)]

@@ -93,7 +93,6 @@ SAMPLES = ("cases", 0, "ours", "samples")
         (_set("cases", 0, "name", value="x"), r"cases\[0\]: case must look like"),
         (_set("cases", 0, "name", value=synthetic.NAMES[1]), "problem is not the one"),
         (_set("cases", 0, "problem", "batch", value=3), "problem is not the one"),
-        (_set("cases", 0, "backward", value=True), "backward is not what the name"),
         (_set("cases", 0, "ours", "status", value="fine"), "ours.status must be one of ok"),
         (_set(*SAMPLES, value=[]), "ours and sdpa need as many rounds"),
         (_set(*SAMPLES, 0, value=[]), "ours and sdpa need as many rounds"),
