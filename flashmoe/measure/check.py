@@ -14,8 +14,6 @@ from torch import Tensor
 from flashmoe.measure.inputs import Inputs, Piece
 from flashmoe.measure.reference import error_bound
 
-# (sequence, head of k) pairs that are compared; all else must be finite.
-_MAX_PAIRS = 4
 # Below so many elements of q the same-dtype computation is made in so many orders.
 _FEW, _ORDERS = 1 << 20, 4
 
@@ -40,12 +38,11 @@ class _Expected:
 
 class Checker:
     """What results of some Inputs are compared with, computed when it is first needed. `seed`
-    chooses the parts: where scores are too many, the first, middle and last rows of a few heads, of
-    gradients all rows of them."""
+    chooses the parts: so many `pairs` of a sequence and a head of k, the first, middle and last
+    rows of each where scores are too many, and of gradients all rows; all else must be finite."""
 
-    def __init__(self, inputs: Inputs, seed: int = 0) -> None:
-        self._inputs = inputs
-        self._seed = seed
+    def __init__(self, inputs: Inputs, seed: int = 0, pairs: int = 4) -> None:
+        self._inputs, self._seed, self._most_pairs = inputs, seed, pairs
 
     @cached_property
     def expected(self) -> dict[str, _Expected]:
@@ -104,7 +101,7 @@ class Checker:
         picked = {*pairs[:1], *pairs[-1:]}
         rest = [pair for pair in pairs if pair not in picked]
         random.Random(self._seed).shuffle(rest)
-        return sorted([*picked, *rest[: _MAX_PAIRS - len(picked)]])
+        return sorted([*picked, *rest[: self._most_pairs - len(picked)]])
 
     def _orders(self) -> list[Tensor]:
         """Orders of head_dim for the same-dtype computation. The largest error of few elements is a

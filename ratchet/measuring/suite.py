@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -47,8 +46,7 @@ class Case:
             raise ValueError("batch, seqlen_q and seqlen_kv must be at least 1")
         if self.backward and p.layout not in ("dense", "packed"):
             raise ValueError(f"layout must be dense or packed in a backward, got {p.layout!r}")
-        if p.layout == "packed" and p.seqlen_q != p.seqlen_kv:
-            raise ValueError(f"seqlen_kv must be seqlen_q in a packed batch, got {p.seqlen_kv}")
+        object.__setattr__(self, "problem", replace(p, lengths=_lengths(p)))
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -77,38 +75,20 @@ class Case:
         return ", ".join(("decode" if decoded else _WORDS[self.mode], *features))
 
     @property
-    def parts(self) -> tuple[Problem, ...]:
-        """The dense forward problem of each sequence. Where lengths differ, that of the longest is
-        the problem's, and the others' are spread evenly below, in an order drawn once."""
-        p = self.problem
-        if p.layout == "dense":
-            return (replace(p, batch=1),) * p.batch
-        shares = [(i + 1) / p.batch for i in range(p.batch)]
-        random.Random(0).shuffle(shares)
-        queries = [p.seqlen_q] * p.batch
-        if p.layout.startswith("packed"):
-            queries = [max(1, round(share * p.seqlen_q)) for share in shares]
-        keys = [max(1, round(share * p.seqlen_kv)) for share in shares]
-        one = replace(p, batch=1, layout="dense")
-        return tuple(
-            replace(one, seqlen_q=q, seqlen_kv=k) for q, k in zip(queries, keys, strict=True)
-        )
-
-    @property
     def yardstick(self) -> Problem:
         """What SDPA is timed on: this problem where SDPA computes the same, and otherwise a dense
         one of like size, whose only job is not to change. SDPA has no terms, windows and lengths,
         and aligns a causal mask top-left: such a case's has as many rows as a sequence has, and as
         many keys as a query sees, in the mean."""
-        p = replace(self.problem, terms=())
-        if p.layout == "dense" and (
-            p.mask.is_full or (p.mask.is_causal and p.seqlen_q == p.seqlen_kv)
-        ):
+        p = replace(self.problem, terms=(), layout="dense", lengths=())
+        square = p.mask.is_causal and p.seqlen_q == p.seqlen_kv
+        if self.problem.layout == "dense" and (p.mask.is_full or square):
             return p
-        rows = sum(part.seqlen_q for part in self.parts)
-        pairs = sum(part.visible_pairs for part in self.parts)
+        lengths = self.problem.histogram
+        rows = sum(seqlen_q * count for seqlen_q, _, count in lengths)
+        pairs = sum(p.mask.pairs(*both) * count for *both, count in lengths)
         seqlen_q, seqlen_kv = max(1, round(rows / p.batch)), max(1, pairs // rows)
-        return replace(p, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, mask=FULL, layout="dense")
+        return replace(p, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, mask=FULL)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -117,11 +97,24 @@ class Case:
 
     @property
     def flops(self) -> float:
-        return sum(replace(part, direction=d).flops for part in self.parts for d in self.directions)
+        return sum(problem.flops for problem in self.problems)
 
     @property
     def bytes(self) -> float:
-        return sum(replace(part, direction=d).bytes for part in self.parts for d in self.directions)
+        return sum(problem.bytes for problem in self.problems)
+
+
+def _lengths(p: Problem) -> tuple[tuple[int, int, int], ...]:
+    """Where lengths may differ they do: spread evenly up to the problem's bounds."""
+
+    def share(i: int, bound: int) -> int:
+        return max(1, round((i + 1) * bound / p.batch))
+
+    if p.layout == "dense":
+        return ()
+    packed = p.layout.startswith("packed")
+    rows = [share(i, p.seqlen_q) if packed else p.seqlen_q for i in range(p.batch)]
+    return tuple((seqlen_q, share(i, p.seqlen_kv), 1) for i, seqlen_q in enumerate(rows))
 
 
 def parse(name: str) -> Case:
@@ -143,9 +136,12 @@ def parse(name: str) -> Case:
             terms=tuple(match["terms"].split("-")[1:]),
             layout=match["layout"] or "dense",
         )
-        return Case(problem, match["mode"])
+        case = Case(problem, match["mode"])
+        if case.name != name:
+            raise ValueError(f"of problems that are planned as one the first is {case.name}")
     except ValueError as error:
         raise UserError(f"case {name!r}: {error}") from None
+    return case
 
 
 # Sizes that 2 cores finish in about two minutes of 16 processes.
@@ -167,8 +163,8 @@ _CPU_QUICK = (
     "fwd-b4-h8-s512-d64-float32-causal-packed",
     "fwd-b1-h8-s1024-d64-float32-window-256-0-sink",
     "fwd-b1-h8-s512-d64-float32-causal-softcap",
-    "bwd-b2-h8-s512-d64-float32",
-    "bwd-b4-h8-s256-d64-float32-causal-packed",
+    "bwd-b1-h4-s256-d64-float32",
+    "bwd-b4-h4-s256-d64-float32-causal-packed",
 )
 _CPU_MORE = (
     "fwd-b1-h1-s4096-d64-float32-causal",
@@ -179,8 +175,8 @@ _CPU_MORE = (
     "fwd-b2-h8-s512-d64-float32-causal-alibi",
     "fwd-b4-h8k2-s512x1024-d64-float32-causal-packed-cache",
     "fwd-b1-h8-s2048-d64-float32-window-256-0",
-    "bwd-b1-h8-s512-d64-float32-causal",
-    "bwd-b1-h8-s1024-d64-float32-window-256-0",
+    "bwd-b1-h4-s256-d64-float32-causal",
+    "bwd-b1-h4-s512-d64-float32-window-64-0",
     "fwdbwd-b2-h8-s512-d64-float32",
     "fwdbwd-b1-h8k2-s512-d128-float32",
 )

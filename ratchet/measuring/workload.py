@@ -4,106 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import flashmoe
-from flashmoe.measure.reference import attention_reference, error_bound
+from flashmoe.measure.check import Checker, Correctness
+from flashmoe.measure.inputs import Inputs, make_inputs
 from flashmoe.ratchet.measuring.suite import Case
-from flashmoe.spec.call import Call, Sequences, Terms
-from flashmoe.spec.sequence import rows_of_keys, sequences_of
+from flashmoe.spec.call import Sequences, Terms
 
 # Torch's own, whatever torch.nn.functional calls so by now: users put ours there. Not by the
 # library's name for it, which older builds lack.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
 
 _Results = tuple[Tensor, ...]
-_Inputs = tuple[Tensor, Tensor, Tensor]
-# Keys of a page, of which a cache has no more than it needs, in any order.
-_PAGE_SIZE = 64
-# Bends scores of standard normal data, which are mostly below 3.
-_SOFTCAP = 3.0
-# Elements of one materialized score matrix while checking: 0.25 GiB in float64.
-_MAX_SCORES = 1 << 25
-# Below so many elements the same-dtype computation is made in so many orders.
-_FEW, _ORDERS = 1 << 20, 8
-
-
-@dataclass(frozen=True, slots=True)
-class Correctness:
-    """Largest absolute errors against the reference as a share of what is allowed, over all
-    results; `reason` says what is wrong, empty when nothing is."""
-
-    error: float
-    reason: str = ""
-
-
-class _Piece(NamedTuple):
-    """Some heads of one sequence: `q` and `k` are its rows in tensors whose batches, or pages, lie
-    one behind the other."""
-
-    q: slice
-    k: Tensor
-    heads: slice
-    heads_kv: slice
-
-
-def random_call(case: Case, device: torch.device, seed: int) -> Call:
-    """The case's call on standard normal data, with NaN for keys that it may not read."""
-    p, generator = case.problem, torch.Generator(device).manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    def lengths(name: str) -> list[int]:
-        return [getattr(part, name) for part in case.parts]
-
-    def cumulative(lengths: list[int]) -> Tensor:
-        return (
-            torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        )
-
-    sequences, rows, keys = Sequences(), (p.batch, p.seqlen_q), (p.batch, p.seqlen_kv)
-    lens_q, lens_k = lengths("seqlen_q"), lengths("seqlen_kv")
-    if p.layout.startswith("packed"):
-        rows = (sum(lens_q),)
-        sequences = Sequences(cumulative(lens_q), max_seqlen_q=max(lens_q))
-    if p.layout == "packed":
-        keys = (sum(lens_k),)
-        sequences = sequences._replace(cu_seqlens_k=cumulative(lens_k), max_seqlen_k=max(lens_k))
-    elif p.layout != "dense":
-        used = torch.tensor(lens_k, dtype=torch.int32, device=device)
-        sequences = sequences._replace(seqused_k=used)
-    if "paged" in p.layout:
-        pages = -(-p.seqlen_kv // _PAGE_SIZE)
-        keys = (p.batch * pages, _PAGE_SIZE)
-        order = torch.randperm(keys[0], generator=generator, device=device, dtype=torch.int32)
-        sequences = sequences._replace(block_table=order.reshape(p.batch, pages))
-    dtype = getattr(torch, p.dtype)
-    q = randn(*rows, p.heads_q, p.head_dim).to(dtype)
-    k, v = (randn(*keys, p.heads_kv, p.head_dim).to(dtype) for _ in "kv")
-    slopes = 2.0 ** torch.linspace(-1, -8, p.heads_q, device=device)
-    terms = Terms(
-        _SOFTCAP if "softcap" in p.terms else 0.0,
-        slopes if "alibi" in p.terms else None,
-        randn(p.heads_q) if "sink" in p.terms else None,
-    )
-    if set(terms.names) != set(p.terms):
-        raise NotImplementedError(f"terms must be some of {', '.join(Terms._fields)} here, got {p}")
-    call = Call(q, k, v, float(p.head_dim**-0.5), terms, sequences)
-    if sequences.seqused_k is not None:
-        unused = torch.ones(k.shape[:2], dtype=torch.bool, device=device).flatten()
-        for index, sequence in enumerate(sequences_of(call)):
-            unused[rows_of_keys(call, index, sequence)] = False
-        for x in (k, v):
-            x.flatten(0, 1)[unused] = torch.nan
-    return call
+# (sequence, head of k) pairs that are checked: on a GPU all of them in most cases.
+_PAIRS = {"cpu": 8, "cuda": 64}
 
 
 class Workload:
@@ -116,25 +37,14 @@ class Workload:
         """`options`: backend and tile of our function, where others than the planned ones are to
         run."""
         self._case, self._options = case, dict(options or {})
-        self._call = random_call(case, device, seed)
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def randn_like(x: Tensor) -> Tensor:
-            return torch.randn(x.shape, generator=generator, device=device).to(x.dtype)
-
-        q, k, v = self._call[:3]
-        self._dout = randn_like(q)
-        if case.problem.layout == "dense":
-            self._transposed = tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))
-        if case.yardstick == case.problem:
-            self._yardstick = self._transposed
-        else:
-            of_q, of_k = (
-                q.new_empty(y.batch, heads, seqlen, y.head_dim)
-                for y in (case.yardstick,)
-                for heads, seqlen in ((y.heads_q, y.seqlen_q), (y.heads_kv, y.seqlen_kv))
-            )
-            self._yardstick = (randn_like(of_q), randn_like(of_k), randn_like(of_k))
+        self._inputs = make_inputs(case.problems[-1], device, seed)
+        p, yardstick = case.yardstick, self._inputs
+        if p != case.problem:
+            direction = case.problems[-1].direction
+            yardstick = make_inputs(replace(p, direction=direction), device, seed)
+        self._yardstick = _transposed(yardstick)
+        grouped = p.heads_q != p.heads_kv
+        self._sdpa_arguments = {"is_causal": p.mask.is_causal, "enable_gqa": grouped}
 
     @functools.cached_property
     def ours(self) -> Callable[[], _Results]:
@@ -149,59 +59,39 @@ class Workload:
             raise NotImplementedError(f"flashmoe has no {name}")
         if unknown := sorted(set(keywords) - set(inspect.signature(function).parameters)):
             raise NotImplementedError(f"{name} has no argument {', '.join(unknown)}")
-        call = functools.partial(function, **keywords, **options)
-        return self._timed(call, self._call[:3], self._dout)
+        return self.other(functools.partial(function, **keywords, **options), heads_first=False)
 
     @functools.cached_property
     def sdpa(self) -> Callable[[], _Results]:
         """The yardstick."""
-        call = functools.partial(torch_sdpa, **self._sdpa_arguments)
-        dout = self._dout
-        if self._case.yardstick == self._case.problem:
-            dout = dout.transpose(1, 2).contiguous()
-        elif self._case.backward:
-            dout = torch.randn_like(self._yardstick[0])
-        return self._timed(call, self._yardstick, dout)
+        return self._timed(functools.partial(torch_sdpa, **self._sdpa_arguments), *self._yardstick)
 
-    def other(
-        self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], heads_first: bool
-    ) -> Callable[[], _Results]:
-        """Another implementation on the data of a dense case, `heads_first` in SDPA's layout and
-        otherwise in ours. Results are (batch, seqlen, heads, head_dim), as `ours` returns them."""
+    def other(self, attend: Callable[..., Any], heads_first: bool) -> Callable[[], _Results]:
+        """Another implementation on the same data, `heads_first` in SDPA's layout. Results are as
+        `ours` returns them."""
         if not heads_first:
-            return self._timed(attend, self._call[:3], self._dout)
-        dout = self._dout.transpose(1, 2).contiguous()
-        call = self._timed(attend, self._transposed, dout)
+            return self._timed(attend, *self._inputs.call[:3], self._inputs.dout)
+        call = self._timed(attend, *_transposed(self._inputs))
         return lambda: tuple(x.transpose(1, 2) for x in call())
 
     def sdpa_backend(self) -> str:
         """Which of its own backends SDPA runs on these inputs, by the function it asks itself."""
-        chosen = torch._fused_sdp_choice(*self._yardstick, **self._sdpa_arguments)
+        chosen = torch._fused_sdp_choice(*self._yardstick[:3], **self._sdpa_arguments)
         return str(SDPBackend(chosen).name).lower()
 
     def check(self) -> Correctness:
-        """Our results against the reference, with twice the error of the same computation in the
-        case's dtype allowed, plus the rounding of the result."""
-        results = [x.detach().flatten(0, -3) for x in self.ours()]
-        names = [f"{self._case.kind}: {name}" for name in ("out", "dq", "dk", "dv")]
-        judges = [_Judge(name, x.dtype) for name, x in zip(names, results, strict=False)]
-        exact = torch.float64 if self._case.problem.dtype == "float32" else torch.float32
-        for piece in self._pieces():
-            q, k = (piece.q, piece.heads), (piece.k, piece.heads_kv)
-            actual = [x[where] for x, where in zip(results, (q, q, k, k), strict=False)]
-            exactly = self._reference(piece, exact)
-            for order in self._orders():
-                same_dtype = self._reference(piece, results[0].dtype, order)
-                for judge, *values in zip(judges, actual, exactly, same_dtype, strict=True):
-                    judge.see(*values)
-        reasons = [reason for judge in judges if (reason := judge.reason())]
-        return Correctness(max(judge.share for judge in judges), "; ".join(reasons))
+        """Our results against the reference (measure/check.py); `reason` begins with the case's
+        kind."""
+        results = dict(zip(("out", "dq", "dk", "dv"), self.ours(), strict=False))
+        found = Checker(self._inputs, pairs=_PAIRS[self._yardstick[0].device.type]).check(results)
+        return replace(found, reason=found.reason and f"{self._case.kind}: {found.reason}")
 
     def _timed(
-        self, attend: Callable[..., Any], inputs: _Inputs, dout: Tensor
+        self, attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
     ) -> Callable[[], _Results]:
         """What is timed of `attend`: all of it, or only the backward of a forward that ran here."""
-        if not self._case.backward:
+        inputs = (q, k, v)
+        if dout is None:
             return lambda: (attend(*inputs),)
         for x in inputs:
             x.requires_grad_()
@@ -210,114 +100,32 @@ class Workload:
         def call() -> _Results:
             out = attend(*inputs) if kept is None else kept
             gradients = torch.autograd.grad(out, inputs, dout, retain_graph=kept is not None)
-            return (out, *gradients)
+            return (out.detach(), *gradients)
 
         return call
 
     def _arguments(self) -> tuple[str, dict[str, Any]]:
-        """Which function of flashmoe computes the case, and its arguments besides q, k and v. Of
-        those with a default only what the case needs: older builds have fewer."""
-        mask, terms, s = self._case.problem.mask, self._call.terms, self._call.sequences
-        keywords: dict[str, Any] = {}
+        """Which function of flashmoe computes the case, and its arguments besides q, k and v: only
+        those that the case needs, for older builds have fewer."""
+        mask, call = self._case.problem.mask, self._inputs.call
+        arguments = _given(call.terms) | _given(call.sequences)
         if mask.is_local:
-            keywords["window_size"] = (mask.left, mask.right)
+            arguments["window_size"] = (mask.left, mask.right)
         elif mask.is_causal:
-            keywords["causal"] = True
-        keywords |= _given(terms)
-        lengths = _given(s)
-        if s.layout == "dense":
-            return "flash_attn_func", keywords
-        if s.layout == "packed":
-            return "flash_attn_varlen_func", keywords | lengths
-        lengths["cache_seqlens"] = lengths.pop("seqused_k")
-        return "flash_attn_with_kvcache", keywords | lengths
-
-    @property
-    def _sdpa_arguments(self) -> dict[str, bool]:
-        p = self._case.yardstick
-        return {"is_causal": p.mask.is_causal, "enable_gqa": p.heads_q != p.heads_kv}
-
-    def _pieces(self) -> Iterator[_Piece]:
-        """The case in pieces whose scores fit in memory."""
-        p, call = self._case.problem, self._call
-        group = p.heads_q // p.heads_kv
-        for index, sequence in enumerate(sequences_of(call)):
-            begin = sequence.q_begin if call.q.dim() == 3 else index * p.seqlen_q
-            keys = rows_of_keys(call, index, sequence)
-            scores = group * sequence.seqlen_q * sequence.seqlen_kv
-            step = max(1, _MAX_SCORES // scores)
-            for h in range(0, p.heads_kv, step):
-                end = min(h + step, p.heads_kv)
-                yield _Piece(
-                    slice(begin, begin + sequence.seqlen_q),
-                    keys,
-                    slice(h * group, end * group),
-                    slice(h, end),
-                )
-
-    def _orders(self) -> list[Tensor]:
-        """Orders of head_dim in which the same-dtype computation is made. The largest error of few
-        elements is a matter of luck; other orders of summation tell what rounding does to them."""
-        q, generator = self._call.q, torch.Generator().manual_seed(0)
-        orders = [torch.arange(q.shape[-1])]
-        while q.numel() < _FEW and len(orders) < _ORDERS:
-            orders.append(torch.randperm(q.shape[-1], generator=generator))
-        return [order.to(q.device) for order in orders]
-
-    def _reference(
-        self, piece: _Piece, dtype: torch.dtype, order: Tensor | None = None
-    ) -> _Results:
-        q, k, v = (x.detach().flatten(0, -3) for x in self._call[:3])
-        of_q, of_k = (piece.q, piece.heads), (piece.k, piece.heads_kv)
-        inputs = [x[where].to(dtype) for x, where in ((q, of_q), (k, of_k), (v, of_k))]
-        for x in inputs:
-            x.requires_grad_(self._case.backward)
-        softcap, slopes, sinks = self._call.terms
-        q, k = inputs[:2] if order is None else (x[..., order] for x in inputs[:2])
-        out = attention_reference(
-            *(x.unsqueeze(0) for x in (q, k, inputs[2])),
-            mask=self._case.problem.mask,
-            dtype=dtype,
-            softcap=softcap,
-            alibi_slopes=None if slopes is None else slopes[piece.heads],
-            sinks=None if sinks is None else sinks[piece.heads],
-        )[0][0]
-        if not self._case.backward:
-            return (out,)
-        dout = self._dout.flatten(0, -3)[of_q].to(dtype)
-        return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+            arguments["causal"] = True
+        layout = call.sequences.layout
+        if layout in ("dense", "packed"):
+            return f"flash_attn_{'varlen_' if layout == 'packed' else ''}func", arguments
+        arguments["cache_seqlens"] = arguments.pop("seqused_k")
+        return "flash_attn_with_kvcache", arguments
 
 
-def _given(arguments: Terms | Sequences) -> dict[str, Any]:
+def _transposed(inputs: Inputs) -> tuple[Any, ...]:
+    """q, k, v and dout, (batch, heads, seqlen, head_dim) and contiguous."""
+    tensors = (*inputs.call[:3], inputs.dout)
+    return tuple(x if x is None else x.transpose(1, 2).contiguous() for x in tensors)
+
+
+def _given(fields: Terms | Sequences) -> dict[str, Any]:
     """Those that are not left at their default, None or 0."""
-    found = arguments._asdict().items()
-    return {name: x for name, x in found if isinstance(x, Tensor) or x}
-
-
-class _Judge:
-    """Collects one result's errors piece by piece."""
-
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        self._name, self._dtype = name, dtype
-        self._error = self._same_dtype_error = self._scale = 0.0
-
-    @torch.no_grad()
-    def see(self, actual: Tensor, reference: Tensor, same_dtype: Tensor) -> None:
-        error = (actual.to(reference.dtype) - reference).abs().max().item()
-        same = (same_dtype.to(reference.dtype) - reference).abs().max().item()
-        # max() drops a NaN on its right, and NaN here is as wrong as it gets.
-        self._error = max(self._error, math.inf if math.isnan(error) else error)
-        self._same_dtype_error = max(self._same_dtype_error, same)
-        self._scale = max(self._scale, reference.abs().max().item())
-
-    @property
-    def share(self) -> float:
-        return self._error / error_bound(self._dtype, self._same_dtype_error, self._scale)
-
-    def reason(self) -> str:
-        if self.share <= 1:
-            return ""
-        if math.isinf(self._error):
-            return f"{self._name} is not finite where the reference is"
-        bound = error_bound(self._dtype, self._same_dtype_error, self._scale)
-        return f"{self._name} is off by {self._error:.3g}, allowed is {bound:.3g}"
+    return {name: x for name, x in fields._asdict().items() if isinstance(x, Tensor) or x}
