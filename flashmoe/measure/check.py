@@ -15,7 +15,7 @@ from flashmoe.measure.inputs import Inputs, Piece
 from flashmoe.measure.reference import error_bound
 
 # Below so many elements of q the same-dtype computation is made in so many orders.
-_FEW, _ORDERS = 1 << 20, 4
+_FEW, _ORDERS = 1 << 20, 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,10 @@ class Worse:
 
 def worse_tile(case: Case, device: torch.device, least: float) -> Worse | None:
     """The tile of the planned backend that runs without being compiled first and is slower by the
-    smallest factor that is certainly above `least`; None where there is none."""
+    smallest factor that is certainly above `least`; None where there is none. Of a forward: no
+    argument of ours names a backward's tile."""
+    if "fwd" not in case.directions:
+        return None
     plan = make_plan(case.problem, device, need_lse=case.backward)
     backend, here = BACKENDS[plan.backend], arch(device)
     searched = [*backend.tiles(case.problem, here), *backend.compiled_in(case.problem, here)]
