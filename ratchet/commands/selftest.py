@@ -30,7 +30,7 @@ from flashmoe.ratchet.measuring.processes import Source
 from flashmoe.ratchet.measuring.run import bench
 from flashmoe.ratchet.measuring.suite import Case, select
 from flashmoe.ratchet.measuring.worse import worse_tile
-from flashmoe.ratchet.report.cost import cost_line
+from flashmoe.ratchet.report.outputs import cost_line
 from flashmoe.ratchet.results.values import Results
 
 HELP = "prove that the gate sees a known slowdown on this machine"
@@ -64,7 +64,7 @@ _CASES = {
 
 def add(parser: argparse.ArgumentParser) -> None:
     common.add_cases(parser)
-    add_budget(parser, _BUDGET)
+    add_budget(parser, **_BUDGET)
     common.add_thresholds(parser)
     parser.add_argument(
         "--slowdown",
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = common.device(arguments.device)
     kind = torch.device(device).type
     cases = select(arguments.suite, kind, arguments.case or _CASES[kind])
-    chosen, thresholds = settings(arguments, device, _BUDGET), common.thresholds(arguments, kind)
+    chosen, thresholds = settings(arguments, device, **_BUDGET), common.thresholds(arguments, kind)
     thresholds.check(case.name for case in cases)
     slowdown = -_INJECTED * thresholds.fail if arguments.slowdown is None else arguments.slowdown
     if not slowdown > 0:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from flashmoe.ratchet.gate import stats
 from flashmoe.ratchet.gate.decide import FAIL, IMPROVED, INCONCLUSIVE, INTEGRITY, Decision
-from flashmoe.ratchet.report.rows import by_kind, figures, plans
+from flashmoe.ratchet.report.rows import by_kind, figures, plans, speedup
 from flashmoe.ratchet.results.schema import summary
 from flashmoe.ratchet.results.values import CaseResult, Results
 
@@ -35,12 +34,11 @@ def _result_row(case: CaseResult, results: Results) -> list[str]:
         yardstick = milliseconds(alone[len(alone) // 2]) if alone else case.sdpa.status
         return [case.name, case.ours.status, yardstick, "", "", "", "", "", case.reason]
     ours, sdpa = (summary(case.case, s, results.limits) for s in (case.ours, case.sdpa))
-    speedup = stats.speedup(case.ours.samples, case.sdpa.samples)
     return [
         case.name,
         milliseconds(ours["median"]),
         milliseconds(sdpa["median"]),
-        f"{speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}]",
+        speedup(case),
         str(len(case.ours.samples)),
         f"{ours['gflops']:,.0f}",
         f"{ours['gbytes']:,.1f}",

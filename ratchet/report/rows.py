@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from flashmoe.measure.stats import Interval
-from flashmoe.ratchet.gate import stats
 from flashmoe.ratchet.gate.decide import FAIL, IMPROVED, INCONCLUSIVE, INTEGRITY, PASS, Verdict
 from flashmoe.ratchet.gate.thresholds import percent
 from flashmoe.ratchet.results.values import CaseResult
@@ -47,7 +46,7 @@ def figures(v: Verdict) -> Figures:
         return Figures()
     sees = "" if v.detectable is None else f"{percent(1 / v.detectable):.1f} %"
     change = f"{percent(v.change.value):+.1f} %"
-    return Figures(_speedup(v.baseline), _speedup(v.current), change, bounds(v.change), sees)
+    return Figures(speedup(v.baseline), speedup(v.current), change, bounds(v.change), sees)
 
 
 def bounds(interval: Interval) -> str:
@@ -58,6 +57,6 @@ def plans(cases: Sequence[CaseResult]) -> list[str]:
     return [", ".join(map(str, case.plans)) for case in cases]
 
 
-def _speedup(case: CaseResult) -> str:
-    x = stats.speedup(case.ours.samples, case.sdpa.samples)
+def speedup(case: CaseResult) -> str:
+    x = case.speedup
     return f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]"

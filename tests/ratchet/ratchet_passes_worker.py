@@ -1,5 +1,5 @@
 """A worker of `bench` whose kernels take as many passes as its argument says in every backward, and
-in every forward of few queries: with more than one a genuine slowdown of these, and of nothing else.
+in every forward of few queries: with more than one a genuine slowdown of these and nothing else.
 
 On a CPU seconds are of the processor and not of the wall, so that a busy machine can tell, too.
 """

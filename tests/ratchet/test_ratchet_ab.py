@@ -88,7 +88,7 @@ def test_the_working_tree_is_built_without_touching_it(
         assert not list((site / "flashmoe").iterdir())
         assert not (site.parent / "source").exists()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "libraries", str(tmp_path)]))
-    source = builds.source("base", sites[0])
+    source = builds.source("base", sites[0], cuda=False)
     assert source.folder == str(sites[0])
     # Workers start in another folder, and need what this process was given.
     others = [str(repository / "libraries"), str(tmp_path)]

@@ -127,7 +127,7 @@ def test_the_command(
     some = tuple(p for p in providers.PROVIDERS if p.name in ("sdpa-flash", "sdpa-math"))
     monkeypatch.setattr(sota, "PROVIDERS", some)
     monkeypatch.setattr(
-        "flashmoe.ratchet.commands.sota.measure_limits", lambda *_: Limits(1e11, 1e10)
+        "flashmoe.ratchet.measuring.worker.measure_limits", lambda *_: Limits(1e11, 1e10)
     )
     document = tmp_path / "docs" / "performance.md"
     command = ["sota", "--device", "cpu", "--case", *CASES, "--rounds", "10"]
