@@ -44,7 +44,7 @@ class Workload:
             yardstick = make_inputs(replace(p, direction=direction), device, seed)
         self._yardstick = _transposed(yardstick)
         grouped = p.heads_q != p.heads_kv
-        self._sdpa_arguments = {"is_causal": p.mask.is_causal, "enable_gqa": grouped}
+        self._sdpa: dict[str, Any] = {"is_causal": p.mask.is_causal, "enable_gqa": grouped}
 
     @functools.cached_property
     def ours(self) -> Callable[[], _Results]:
@@ -64,7 +64,7 @@ class Workload:
     @functools.cached_property
     def sdpa(self) -> Callable[[], _Results]:
         """The yardstick."""
-        return self._timed(functools.partial(torch_sdpa, **self._sdpa_arguments), *self._yardstick)
+        return self._timed(functools.partial(torch_sdpa, **self._sdpa), *self._yardstick)
 
     def other(self, attend: Callable[..., Any], heads_first: bool) -> Callable[[], _Results]:
         """Another implementation on the same data, `heads_first` in SDPA's layout. Results are as
@@ -76,7 +76,7 @@ class Workload:
 
     def sdpa_backend(self) -> str:
         """Which of its own backends SDPA runs on these inputs, by the function it asks itself."""
-        chosen = torch._fused_sdp_choice(*self._yardstick[:3], **self._sdpa_arguments)
+        chosen = torch._fused_sdp_choice(*self._yardstick[:3], **self._sdpa)
         return str(SDPBackend(chosen).name).lower()
 
     def check(self) -> Correctness:

@@ -36,7 +36,7 @@ def junit(decision: Decision) -> str:
 
 
 def _message(v: Verdict) -> str:
-    change = v.change and f"{percent(v.change.value):+.1f} % {bounds(v.change)}"
+    change = f"{percent(v.change.value):+.1f} % {bounds(v.change)}" if v.change else ""
     return ": ".join(filter(None, (v.verdict, change, v.reason)))
 
 

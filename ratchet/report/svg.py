@@ -32,7 +32,9 @@ def forest(groups: Mapping[str, Sequence[Bar]], marks: Sequence[float], unit: st
     """Intervals below each other on one axis, under the names of their groups; `marks` are vertical
     lines, 0 is one of them. What lies far outside of them is cut off."""
     left, width, row = 430, 410, 24
-    lines = [x for group, bars in groups.items() if bars for x in (group, *bars)]
+    lines: list[str | Bar] = []
+    for group, bars in groups.items():
+        lines += [group, *bars] if bars else []
     reach = [_reach(bar) for bars in groups.values() for bar in bars]
     span = 1.3 * max(*(abs(mark) for mark in marks), *reach)
 
