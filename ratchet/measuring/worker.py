@@ -113,7 +113,7 @@ def _measure(
     error_share: float | None = None
     plans: list[dict[str, str]] = []
     try:
-        workload.ours()  # before it is planned, which an older build cannot what it does not have
+        workload.ours()  # first: an older build cannot plan what it does not have
         plans = _plans(case, device, options or {})
         if job["first"]:
             correctness = workload.check()

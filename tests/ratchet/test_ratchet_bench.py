@@ -402,6 +402,32 @@ def test_a_wrong_result_is_never_timed(
     assert answer["ours"]["samples"] == answer["sdpa"]["samples"] == []
 
 
+def refuses(*_: object, **given: object) -> None:
+    raise NotImplementedError(f"softcap must be 0.0, got {given['softcap']}")
+
+
+@pytest.mark.parametrize(
+    ("older", "name", "reason"),
+    [
+        (None, "bwd-b2-h2-s32-d16-float32-packed", "flashmoe has no flash_attn_varlen_func"),
+        (lambda q, k, v: q, f"{GOOD}-softcap", "flash_attn_func has no argument softcap"),
+        (lambda q, k, v, softcap: refuses(softcap=softcap), f"{GOOD}-softcap", "softcap must be"),
+    ],
+)
+def test_what_an_older_build_lacks_is_unsupported(
+    monkeypatch: pytest.MonkeyPatch, older: Any, name: str, reason: str
+) -> None:
+    """As `ab` finds it: no failure of that build."""
+    if older is None:
+        monkeypatch.delattr("flashmoe.flash_attn_varlen_func")
+    else:
+        monkeypatch.setattr("flashmoe.flash_attn_func", older)
+    (answer,) = run_worker(name)
+    assert answer["ours"]["status"] == "unsupported"
+    assert answer["ours"]["reason"].startswith(f"{parse(name).kind}: {reason}")
+    assert answer["plans"] == answer["ours"]["samples"] == []
+
+
 def test_a_yardstick_that_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workload, "torch_sdpa", lambda *_, **__: 1 / 0)
     (answer,) = run_worker(GOOD)
