@@ -136,12 +136,11 @@ def parse(name: str) -> Case:
             terms=tuple(match["terms"].split("-")[1:]),
             layout=match["layout"] or "dense",
         )
-        case = Case(problem, match["mode"])
-        if case.name != name:
-            raise ValueError(f"of problems that are planned as one the first is {case.name}")
+        if (problem.batch, problem.seqlen_q) != (n["batch"], n["seqlen_q"]):
+            raise ValueError("batch and seqlen_q must be powers of two where they are packed")
+        return Case(problem, match["mode"])
     except ValueError as error:
         raise UserError(f"case {name!r}: {error}") from None
-    return case
 
 
 # Sizes that 2 cores finish in about two minutes of 16 processes.

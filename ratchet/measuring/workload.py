@@ -38,6 +38,8 @@ class Workload:
         run."""
         self._case, self._options = case, dict(options or {})
         self._inputs = make_inputs(case.problems[-1], device, seed)
+        if (made := self._inputs.call.terms.names) != case.problem.terms:
+            raise ValueError(f"{case.name} needs inputs with its terms, which are made with {made}")
         p, yardstick = case.yardstick, self._inputs
         if p != case.problem:
             direction = case.problems[-1].direction

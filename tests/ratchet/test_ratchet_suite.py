@@ -100,7 +100,7 @@ def test_work_of_sequences_is_that_of_each() -> None:
         ("bwd-b1-h2-s64-d32-float32-full", "case must look like"),
         ("fwd-b1-h2-s64-d32-float32-sink-softcap", "case must look like"),
         ("bwd-b1-h2-s64-d32-float32-paged", "layout must be dense or packed in a backward"),
-        ("fwd-b3-h2-s60-d32-float32-packed", "the first is fwd-b4-h2-s64-d32-float32-packed"),
+        ("fwd-b3-h2-s60-d32-float32-packed", "batch and seqlen_q must be powers of two"),
         ("fwd-b1-h2-s64-d32-float64", "case must look like"),
         ("fwd-b1-h2-s64-d30-float32", "head_dim must be a multiple of 8"),
         ("fwd-b1-h3k2-s64-d32-float32", "heads_q must be a multiple of heads_kv"),
