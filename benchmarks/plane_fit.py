@@ -20,20 +20,15 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
 
+from flashmoe.autotune.calibration.fit import SPREAD, START, Fit, Pair, fit_one
 from flashmoe.prediction import kernels
 from flashmoe.prediction.costs import Table, from_logs, to_logs
-from flashmoe.prediction.predict import Costs, Work, microseconds
+from flashmoe.prediction.predict import Work
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 from flashmoe.tiles.sm80 import instance_head_dim
 
-# Where a fit begins, and how many e-folds a constant may be from there before it costs as much as
-# an error of one part in _PRECISION.
-_START = Costs(4.0, 1.0, 1.3, 0.6, 0.3, 0.7, 0.4, 0.15, 3.5e6)
-_SPREAD = (0.5, 1.5, 1.5, 1.5, 1.5, 1.0, 1.0, 1.0, 0.2)
-_PRECISION = 25.0
 # Kernels of one tile's neighbours do not agree closer than that.
 _LEAST_SPREAD = 0.08
 _ROUNDS = 3
@@ -56,9 +51,6 @@ class Row(NamedTuple):
     def weight(self) -> int:
         """How often it counts in a fit: the rows that the kernel is judged by must be right."""
         return _ROW_WEIGHT if self.name.startswith("row") else 1
-
-
-Pair = tuple[Work, float]
 
 
 def load(paths: Sequence[Path]) -> tuple[list[Row], int]:
@@ -115,25 +107,6 @@ def pairs_of(rows: Sequence[Row], sm_count: int) -> dict[str, list[Pair]]:
     return pairs
 
 
-class Fit(NamedTuple):
-    """x and its variances."""
-
-    x: np.ndarray
-    variances: np.ndarray
-
-
-def fit_one(pairs: Sequence[Pair], prior: np.ndarray, spread: np.ndarray) -> Fit:
-    logs = np.log([us for _, us in pairs])
-
-    def residuals(x: np.ndarray) -> np.ndarray:
-        costs = from_logs(x.tolist())
-        predicted = np.log([microseconds(work, costs) for work, _ in pairs])
-        return np.concatenate([_PRECISION * (predicted - logs), (x - prior) / spread])
-
-    found = least_squares(residuals, prior, loss="soft_l1", max_nfev=25)
-    return Fit(found.x, np.diag(np.linalg.inv(found.jac.T @ found.jac)))
-
-
 def family(name: str) -> str:
     """What kernels lean on one another: those of one source."""
     return name.partition(":")[0].partition("@")[0]
@@ -149,7 +122,7 @@ def regress(fits: Mapping[str, Fit]) -> tuple[np.ndarray, np.ndarray]:
     constants are from it."""
     X = np.array([features_of(name) for name in fits])
     coefficients, spreads = [], []
-    for j in range(len(_START)):
+    for j in range(len(START)):
         y = np.array([found.x[j] for found in fits.values()])
         weight = 1 / (np.array([f.variances[j] for f in fits.values()]) + _LEAST_SPREAD**2)
         ridge = np.eye(X.shape[1]) * weight.mean() * 0.2
@@ -157,12 +130,12 @@ def regress(fits: Mapping[str, Fit]) -> tuple[np.ndarray, np.ndarray]:
         b = np.linalg.solve(X.T @ (weight[:, None] * X) + ridge, X.T @ (weight * y))
         coefficients.append(b)
         spreads.append(np.sqrt(np.average((y - X @ b) ** 2, weights=weight)))
-    return np.array(coefficients), np.clip(spreads, _LEAST_SPREAD, _SPREAD)
+    return np.array(coefficients), np.clip(spreads, _LEAST_SPREAD, SPREAD)
 
 
 def fit(pairs: Mapping[str, Sequence[Pair]]) -> Table:
     """Every kernel's Costs, and the formula for sm90 tiles."""
-    start, spread = np.array(to_logs(_START)), np.array(_SPREAD)
+    start, spread = np.array(to_logs(START)), np.array(SPREAD)
     fits = {name: fit_one(found, start, spread) for name, found in pairs.items()}
     families = {family(name): {n for n in fits if family(n) == family(name)} for name in fits}
     formulas = {}

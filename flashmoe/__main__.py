@@ -16,6 +16,7 @@ from flashmoe.machine.device import arch
 from flashmoe.machine.terminal import lenient
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning import database, explain
+from flashmoe.spec import options
 
 
 def describe(device: torch.device) -> list[str]:
@@ -58,9 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
         "Exit code: 0; 2 for bad usage.",
     )
     commands = parser.add_subparsers(dest="command", metavar="explain")
-    explain.add_arguments(
-        commands.add_parser("explain", help="why a problem runs what it runs", allow_abbrev=False)
+    explained = commands.add_parser(
+        "explain", help="why a problem runs what it runs", allow_abbrev=False
     )
+    options.add_options(explained)
+    explained.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     with lenient():
         given = parser.parse_args(arguments)
         return _explain(parser, given) if given.command == "explain" else _describe()
@@ -85,7 +88,9 @@ def _describe() -> int:
 
 def _explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     try:
-        print("\n".join(explain.lines(explain.problem_of(given), torch.device(given.device))))
+        device = torch.device(given.device)
+        for problem in options.problems_of(options.given_options(given), device.type):
+            print("\n".join(explain.lines(problem, device)))
     except (ValueError, NotImplementedError, RuntimeError) as error:
         parser.error(str(error))
     return 0

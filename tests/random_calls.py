@@ -4,6 +4,7 @@ read, and the judgement of what comes back."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from torch import Tensor
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
 from flashmoe.measure.reference import error_bound, sequences_reference
-from flashmoe.spec.call import DENSE, Call, Saved, Sequences, Terms
+from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import FULL, Mask
 from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.spec.sequence import rows_of_keys, sequences_of
@@ -54,6 +55,19 @@ def check_backward(call: Call, saved: Saved, mask: Mask) -> None:
 
 def int32(values: Sequence[int] | Tensor) -> Tensor:
     return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Tensors that a list of cases has on the CPU where others are; sizes stay on the host."""
+    return {
+        name: x.to(DEVICE) if isinstance(x, Tensor) and x.is_cpu and "max_" not in name else x
+        for name, x in arguments.items()
+    }
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    """(batch + 1,)"""
+    return int32([sum(lengths[:i]) for i in range(len(lengths) + 1)])
 
 
 def masks() -> st.SearchStrategy[Mask]:
@@ -183,6 +197,42 @@ def cached_calls(draw: st.DrawFn) -> Call:
     return call
 
 
+def random_terms(names: tuple[str, ...], heads: int, batch: int | None = None) -> Terms:
+    """Those of `names`; slopes by sequence, too, with a batch."""
+    slopes = torch.rand(heads if batch is None else (batch, heads), device=DEVICE)
+    return Terms(
+        3.0 if "softcap" in names else 0.0,
+        slopes if "alibi" in names else None,
+        torch.randn(heads, device=DEVICE) * 2 if "sink" in names else None,
+    )
+
+
+def keywords(terms: Terms) -> dict[str, Any]:
+    """The terms as our functions take them."""
+    return terms._asdict()
+
+
+def dense_call(q: Tensor, k: Tensor, v: Tensor, terms: Terms = NO_TERMS) -> Call:
+    return Call(q, k, v, float(q.shape[-1] ** -0.5), terms)
+
+
+def packed_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    terms: Terms = NO_TERMS,
+    seqused_k: Tensor | None = None,
+) -> Call:
+    sequences = Sequences(
+        *(cumulative(lengths_q), cumulative(lengths_k), seqused_k),
+        max_seqlen_q=max(lengths_q, default=0),
+        max_seqlen_k=max(lengths_k, default=0),
+    )
+    return Call(q, k, v, float(q.shape[-1] ** -0.5), terms, sequences)
+
+
 def used_rows(call: Call) -> tuple[Tensor, Tensor]:
     """Which rows of q, and of k and v, are in a sequence."""
     used_q, used_k = (torch.zeros(x.shape[:-2], dtype=torch.bool, device=DEVICE) for x in call[:2])
@@ -193,17 +243,18 @@ def used_rows(call: Call) -> tuple[Tensor, Tensor]:
     return used_q, used_k
 
 
-def assert_forward_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Mask) -> None:
+def assert_forward_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Mask = FULL) -> None:
     """tests/support.py's rule for any call: at most twice the error of the same-dtype computation,
     plus rounding: of the result, and in float32, which is all that kernels compute scores in, of
     the largest score. Rows that see nothing are exactly 0."""
     expected, expected_lse = sequences_reference(call, mask)
     assert out.shape == call.q.shape
     assert out.dtype == call.q.dtype
-    assert lse is not None
-    assert lse.shape == expected_lse.shape
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
+    assert out.is_contiguous()
+    if lse is not None:
+        assert lse.shape == expected_lse.shape
+        assert lse.dtype == torch.float32
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
     assert not out[expected == 0].any()
     error = _largest(out.double() - expected)
     tried = [sequences_reference(_shuffled(call, x), mask, out.dtype)[0] for x in _orders(call)]
@@ -214,22 +265,34 @@ def assert_forward_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Ma
     assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
 
 
-def assert_backward_matches(
-    actual: tuple[Tensor, Tensor, Tensor], call: Call, saved: Saved, mask: Mask
+def assert_gradients_of_call(
+    actual: tuple[Tensor, ...], dout: Tensor, dlse: Tensor, call: Call, mask: Mask = FULL
 ) -> None:
-    """The same for dq, dk and dv; float32 may round the terms of a sum in any order."""
+    """Of q, k, v and, where there are any, sinks, for these gradients of out and softmax_lse."""
+    out, lse = sequences_reference(call, mask)
+    # What no row sees has a softmax_lse of -inf, and no gradient.
+    saved = Saved(dout, out, lse, dlse.masked_fill(lse == -torch.inf, 0.0))
+    assert_backward_matches(actual, call, saved, mask)
+
+
+def assert_backward_matches(
+    actual: tuple[Tensor, ...], call: Call, saved: Saved, mask: Mask
+) -> None:
+    """The same for dq, dk, dv and, where it is among them, the gradient of sinks; float32 may round
+    the terms of a sum in any order."""
     exact = _reference_gradients(call, saved, mask, torch.float64, _orders(call)[0])
     tried = [_reference_gradients(call, saved, mask, call.q.dtype, x) for x in _orders(call)]
     sums = _sums_of_magnitudes(call, saved, mask)
     for name, x, expected, of_terms, *same in zip(
-        ("dq", "dk", "dv"), actual, exact, sums, *tried, strict=True
+        ("dq", "dk", "dv", "dsinks"), actual, exact, sums, *tried, strict=False
     ):
         assert x.shape == expected.shape
-        assert x.dtype == call.q.dtype
+        assert x.dtype == (torch.float32 if name == "dsinks" else call.q.dtype)
         assert x.is_contiguous()
         error = _largest(x.double() - expected)
         same_error = max(_largest(y.double() - expected) for y in same)
-        bound = error_bound(x.dtype, same_error, max(1.0, _largest(expected)))
+        # Of q's dtype for sinks, too: their gradient is computed from out, which was rounded to it.
+        bound = error_bound(call.q.dtype, same_error, max(1.0, _largest(expected)))
         bound += torch.finfo(torch.float32).eps * of_terms
         assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
 
@@ -273,7 +336,12 @@ def _reference_gradients(
     call: Call, saved: Saved, mask: Mask, dtype: torch.dtype, order: Tensor
 ) -> tuple[Tensor, ...]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in call[:3]]
-    out, lse = sequences_reference(_shuffled(Call(*leaves, *call[3:]), order), mask, dtype)
+    call = call._replace(q=leaves[0], k=leaves[1], v=leaves[2])
+    if call.terms.sinks is not None:
+        sinks = call.terms.sinks.detach().to(torch.promote_types(dtype, torch.float32))
+        leaves.append(sinks.requires_grad_())
+        call = call._replace(terms=call.terms._replace(sinks=sinks))
+    out, lse = sequences_reference(_shuffled(call, order), mask, dtype)
     used = used_rows(call)[0][..., None, None]
     of_out = (out * saved.dout.to(dtype).masked_fill(~used, 0.0)).sum()
     if saved.dlse is not None:
@@ -282,8 +350,9 @@ def _reference_gradients(
 
 
 def _sums_of_magnitudes(call: Call, saved: Saved, mask: Mask) -> list[float]:
-    """The largest sum of magnitudes of the terms of dq, dk and dv, of all sequences at once: with
-    one-hot values the reference's out is P, whose columns are the rows of k."""
+    """The largest sum of magnitudes of the terms of dq, dk, dv and the gradient of sinks, of all
+    sequences at once: with one-hot values the reference's out is P, whose columns are the rows of
+    k."""
     q, k, v, dout = (
         x.double().nan_to_num().flatten(0, -3).transpose(0, 1) for x in (*call[:3], saved.dout)
     )
@@ -301,4 +370,5 @@ def _sums_of_magnitudes(call: Call, saved: Saved, mask: Mask) -> list[float]:
     ds = ds * call.softmax_scale
     dk, dv = ds.transpose(-1, -2) @ q.abs(), p.transpose(-1, -2) @ dout.abs()
     grouped = (x.unflatten(0, (-1, group)).sum(1) for x in (dk, dv))
-    return [_largest(x) for x in (ds @ k, *grouped)]
+    of_sinks = (dout.abs() @ v.transpose(-1, -2) * p).sum((-1, -2))
+    return [_largest(x) for x in (ds @ k, *grouped, of_sinks)]

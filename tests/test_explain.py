@@ -78,4 +78,4 @@ def test_the_command():
     assert "* is the first backend that runs it" in result.stdout
     result = run("explain", *sizes, "60", "--device", "cpu")
     assert result.returncode == 2
-    assert "head_dim must be a multiple of 8" in result.stderr
+    assert "--head-dim: must be a multiple of 8" in result.stderr

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from api_calls import assert_matches, cumulative, int32, keywords, masks, random_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_calls import assert_forward_matches, cumulative, int32, keywords, masks, random_terms
 from support import DEVICE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -85,7 +85,7 @@ def test_append_rotate_and_attend(data):
     fill = st.integers(0, room - seqlen_new)
     lengths = draw(st.lists(fill, min_size=1, max_size=4))
     page_size = draw(st.sampled_from([0, 0, 1, 7, 16]))
-    mask, group = draw(masks), draw(st.integers(1, 3))
+    mask, group = draw(masks()), draw(st.integers(1, 3))
     names = tuple(draw(st.lists(st.sampled_from(TERMS), unique=True)))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     rotary, interleaved = draw(st.sampled_from([0, 4, 8])), draw(st.booleans())
@@ -155,7 +155,7 @@ def test_append_rotate_and_attend(data):
         return
     given_q = expected_q.flatten(0, 1) if ragged_q else expected_q
     clean = [x.nan_to_num() for x in (actual_k, actual_v)]
-    assert_matches(out, lse, Call(given_q, *clean, HEAD_DIM**-0.5, terms, sequences), mask)
+    assert_forward_matches(out, lse, Call(given_q, *clean, HEAD_DIM**-0.5, terms, sequences), mask)
 
 
 @settings(deadline=None, max_examples=25)
@@ -547,4 +547,4 @@ def test_decoding_step_by_step_is_attention_at_once():
     expected = flashmoe.flash_attn_func(q, k, v, causal=True)
     torch.testing.assert_close(torch.cat(outs, 1), expected)
     call = Call(q, k, v, HEAD_DIM**-0.5)
-    assert_matches(torch.cat(outs, 1), None, call, Mask(right=0))
+    assert_forward_matches(torch.cat(outs, 1), None, call, Mask(right=0))

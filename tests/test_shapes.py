@@ -39,7 +39,58 @@ def test_record_problems_counts_what_a_model_runs(tmp_path: Path) -> None:
         "fwd b1 h2 s24 d16 float32 causal": 3.0,
         "fwd b1 h2 s8x24 d16 float32": 1.0,
         "fwd b1 h2 s8 d16 float32": 1.0,
+        "bwd b1 h2 s8 d16 float32": 1.0,
     }
+
+
+def test_a_training_step_and_a_serving_loop_are_recorded_with_their_lengths(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    q, kv = torch.randn(12, 4, 16, requires_grad=True), torch.randn(12, 2, 16)
+    cu_seqlens = torch.tensor([0, 3, 9, 12], dtype=torch.int32)
+    caches = [torch.zeros(3, 64, 2, 16) for _ in range(2)]
+    used = torch.tensor([40, 5, 17], dtype=torch.int32)
+    table = torch.zeros(3, 8, dtype=torch.int32)
+    with flashmoe.record_problems(path):
+        for softcap in (0.0, 2.0):
+            out = flashmoe.flash_attn_varlen_func(
+                q, kv, kv, cu_seqlens, cu_seqlens, 6, 6, causal=True, softcap=softcap
+            )
+            out.sum().backward()
+        with torch.no_grad():
+            for step in range(3):
+                one = torch.randn(3, 1, 4, 16)
+                flashmoe.flash_attn_with_kvcache(one, *caches, cache_seqlens=used + step)
+            paged = [torch.zeros(30, 16, 2, 16) for _ in range(2)]
+            flashmoe.flash_attn_varlen_func(
+                q, *paged, cu_seqlens, None, 6, 64, seqused_k=used, block_table=table
+            )
+    read = shapes.read(path)
+    found = {(p.direction, p.kind): (p.lengths, weight) for p, weight in read}
+    lengths = ((3, 3, 2), (6, 6, 1))
+    assert found["fwd", "causal-packed"] == found["bwd", "causal-packed"] == (lengths, 1.0)
+    assert found["bwd", "causal-softcap-packed"] == (lengths, 1.0)
+    assert found["fwd", "full-packed-paged"] == (((3, 18, 1), (3, 40, 1), (6, 5, 1)), 1.0)
+    caches_found = {p.lengths: weight for p, weight in read if p.layout == "cache"}
+    # 17, 18 and 19 keys count as 18 and 20, 40 to 42 as 40 and 44.
+    assert caches_found == {
+        ((1, 5, 1), (1, 18, 1), (1, 40, 1)): 1.0,
+        ((1, 6, 1), (1, 18, 1), (1, 44, 1)): 1.0,
+        ((1, 7, 1), (1, 20, 1), (1, 44, 1)): 1.0,
+    }
+    # What is recorded has the bucket that plans look into.
+    (cache,) = {p.bucket for p, _ in read if p.layout == "cache"}
+    assert cache == flashmoe.Problem(3, 4, 2, 1, 64, 16, "float32", layout="cache").bucket
+    shapes.write(tmp_path / "again.json", {problem: int(weight) for problem, weight in read})
+    assert sorted(map(str, shapes.read(tmp_path / "again.json"))) == sorted(map(str, read))
+
+
+def test_a_compiled_backward_is_recorded(tmp_path: Path) -> None:
+    q = torch.randn(1, 8, 2, 16, requires_grad=True)
+    attend = torch.compile(lambda x: flashmoe.flash_attn_func(x, x, x), backend="aot_eager")
+    with flashmoe.record_problems(tmp_path / "shapes.json"):
+        attend(q).sum().backward()
+    directions = [problem.direction for problem, _ in shapes.read(tmp_path / "shapes.json")]
+    assert sorted(directions) == ["bwd", "fwd"]
 
 
 @pytest.mark.parametrize(

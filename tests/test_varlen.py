@@ -5,19 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from api_calls import (
-    assert_gradients,
-    assert_matches,
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_calls import (
+    assert_forward_matches,
+    assert_gradients_of_call,
     cumulative,
     int32,
     keywords,
     lengths,
     masks,
+    on_device,
     packed_call,
     random_terms,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -52,8 +53,8 @@ def arguments(lengths_q, lengths_k):
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.lists(st.tuples(lengths, lengths), min_size=1, max_size=4),
-    masks,
+    st.lists(st.tuples(lengths(), lengths()), min_size=1, max_size=4),
+    masks(),
     st.lists(st.sampled_from(TERMS), unique=True).map(tuple),
     st.integers(1, 3),
     st.integers(0, 3),
@@ -74,16 +75,16 @@ def test_every_sequence_as_if_alone(pairs, mask, names, group, tail, dtype):
     # Gradients of what is in no sequence are 0 whatever it holds; the reference multiplies with it.
     clean = [x.detach().nan_to_num() for x in (q, k, v)]
     call = packed_call(*clean, lengths_q, lengths_k, terms)
-    assert_matches(out.detach(), lse.detach(), call, mask)
+    assert_forward_matches(out.detach(), lse.detach(), call, mask)
     douts = torch.randn_like(out), torch.randn_like(lse)
     actual = torch.autograd.grad((out, lse), leaves, douts)
-    assert_gradients(actual, douts, call, mask)
+    assert_gradients_of_call(actual, *douts, call, mask)
     for x, rows in zip(actual, map(sum, (lengths_q, lengths_k, lengths_k)), strict=False):
         assert not x[rows:].any()
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.lists(st.tuples(lengths, lengths, st.floats(0, 1)), min_size=1, max_size=3), masks)
+@given(st.lists(st.tuples(lengths(), lengths(), st.floats(0, 1)), min_size=1, max_size=3), masks())
 def test_only_used_keys_are_read(triples, mask):
     lengths_q, lengths_k, parts = (list(x) for x in zip(*triples, strict=True))
     used = [int(part * n) for part, n in zip(parts, lengths_k, strict=True)]
@@ -101,13 +102,13 @@ def test_only_used_keys_are_read(triples, mask):
     )
     clean = [x.detach().nan_to_num() for x in (q, k, v)]
     call = packed_call(*clean, lengths_q, lengths_k, seqused_k=int32(used))
-    assert_matches(out.detach(), lse.detach(), call, mask)
+    assert_forward_matches(out.detach(), lse.detach(), call, mask)
     douts = torch.randn_like(out), torch.zeros_like(lse)
-    assert_gradients(torch.autograd.grad(out, (q, k, v), douts[0]), douts, call, mask)
+    assert_gradients_of_call(torch.autograd.grad(out, (q, k, v), douts[0]), *douts, call, mask)
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=4), st.integers(1, 33))
+@given(st.lists(st.tuples(lengths(), lengths()), min_size=1, max_size=4), st.integers(1, 33))
 def test_keys_in_pages_are_keys(pairs, page_size):
     lengths_q, lengths_k = (list(x) for x in zip(*pairs, strict=True))
     q, k, v = packed(sum(lengths_q), 4), packed(sum(lengths_k)), packed(sum(lengths_k))
@@ -130,8 +131,9 @@ def test_keys_in_pages_are_keys(pairs, page_size):
         block_table=table,
         seqused_k=int32(lengths_k),
     )
+    # A GPU may run another kernel where keys are in pages.
     torch.testing.assert_close(by_lengths, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(used, by_lengths)
+    torch.testing.assert_close(used, by_lengths, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_tensors_are_read_where_they_lie():
@@ -139,7 +141,7 @@ def test_packed_tensors_are_read_where_they_lie():
     cu_seqlens = cumulative([10, 0, 20])
     out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 20, causal=True)
     call = packed_call(*qkv.detach().unbind(1), [10, 0, 20], [10, 0, 20])
-    assert_matches(out.detach(), None, call, flashmoe.Mask(right=0))
+    assert_forward_matches(out.detach(), None, call, flashmoe.Mask(right=0))
     q, k, v = qkv.unbind(1)
     expected = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 20, 20, causal=True)
     assert torch.equal(out, expected)
@@ -365,12 +367,12 @@ def test_wrong_arguments_are_named(changes, error, message, grad):
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     given = dict(zip(names, arguments([3, 4], [4, 5]), strict=True))
     with pytest.raises(error, match=message):
-        flash_attn_varlen_func(**{"q": q, "k": k, "v": v, **given, **changes})
+        flash_attn_varlen_func(**{"q": q, "k": k, "v": v, **given, **on_device(changes)})
 
 
 def test_wrong_packed_tensors_are_named():
     with pytest.raises(ValueError, match=r"qkv must be \(batch, seqlen, 3, heads, head_dim\), got"):
-        flash_attn_qkvpacked_func(torch.randn(2, 9, 2, 4, 16))
+        flash_attn_qkvpacked_func(torch.randn(2, 9, 2, 4, 16, device=DEVICE))
     with pytest.raises(ValueError, match=r"kv must be \(total_k, 2, heads_kv, head_dim\), got"):
         flash_attn_varlen_kvpacked_func(packed(7), packed(7), *arguments([7], [7]))
     with pytest.raises(TypeError, match=r"qkv must be a torch\.Tensor, got list"):

@@ -9,24 +9,19 @@ from typing import NoReturn
 
 import torch
 
-from flashmoe.autotune.schedule.suite import DEFAULTS
 from flashmoe.autotune.search.sampler import SAMPLERS
-from flashmoe.planning.explain import WINDOW, parse_window
-from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.spec.options import DEFAULTS, add_options, whole
 
 PROG = "flashmoe.autotune"
-PROBLEM_OPTIONS = (
-    "batch", "heads", "kv_heads", "seqlen", "seqlen_kv", "head_dim", "dtype", "causal",
-    "window",
-)  # fmt: skip
 _BACKENDS_WITH_TILES = ("cuda", "decode", "triton", "cpu")
 
 _DESCRIPTION = """\
 Find the fastest correct tile for attention problems on this machine and store it where
-flash_attn_func looks. Without a problem option a default suite is tuned; any problem option tunes
-that one problem, in which the others default as told below. What is stored for this device, torch
-and kernels is measured again and kept unless something beats it. The same command again goes on
-where an interrupted one stopped."""
+flash_attn_func looks. Without a problem option a default suite is tuned, forward, training and
+decode, or with --direction that part of it; any other problem option tunes that one problem, in
+which the others default as told below. What is stored for this device, torch and kernels is
+measured again and kept unless something beats it. The same command again goes on where an
+interrupted one stopped."""
 
 
 def _defaults_text(device_type: str) -> str:
@@ -38,7 +33,7 @@ _EPILOG = f"""\
 defaults of problem options, once one is given:
 {_defaults_text("cpu")}
 {_defaults_text("cuda")}
-  --kv-heads as --heads, --seqlen-kv as --seqlen, --no-causal
+  --kv-heads as --heads, --seqlen-kv as --seqlen, --no-causal, --layout dense, --direction fwd
 
 other commands (each has --help):
   show     what is tuned here
@@ -63,22 +58,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
-
-
-def whole(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if (number := int(text)) >= 1:
-            return number
-    raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-
-
-def _head_dim(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if (number := int(text)) % 8 == 0 and 8 <= number <= MAX_HEAD_DIM:
-            return number
-    raise argparse.ArgumentTypeError(
-        f"must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {text!r}"
-    )
 
 
 def _seed(text: str) -> int:
@@ -117,15 +96,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     problem = made.add_argument_group("problem")
-    problem.add_argument("--batch", type=whole, metavar="N")
-    problem.add_argument("--heads", type=whole, metavar="N", help="query heads")
-    problem.add_argument("--kv-heads", type=whole, metavar="N", help="key and value heads")
-    problem.add_argument("--seqlen", type=whole, metavar="N", help="length of the queries")
-    problem.add_argument("--seqlen-kv", type=whole, metavar="N", help="length of the keys")
-    problem.add_argument("--head-dim", type=_head_dim, metavar="N")
-    problem.add_argument("--dtype", choices=tuple(DTYPE_BYTES))
-    problem.add_argument("--causal", action=argparse.BooleanOptionalAction)
-    problem.add_argument("--window", type=parse_window, metavar="LEFT,RIGHT", help=WINDOW)
+    add_options(problem)
     problem.add_argument(
         "--shapes",
         type=Path,
@@ -153,6 +124,11 @@ def parser() -> Parser:
     search.add_argument("--seed", type=_seed, default=0, metavar="N", help="(default: 0)")
     search.add_argument(
         "--force", action="store_true", help="search what is stored already, too, from scratch"
+    )
+    search.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure, instead, what predictions of time for untuned problems rest on: two minutes",
     )
     search.add_argument(
         "--dry-run",

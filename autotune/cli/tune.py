@@ -16,8 +16,8 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
 from flashmoe import api
-from flashmoe.autotune.cli import arguments, dry_run
-from flashmoe.autotune.cli.arguments import PROBLEM_OPTIONS, PROG, UsageError
+from flashmoe.autotune.cli import arguments, calibrate, dry_run
+from flashmoe.autotune.cli.arguments import PROG, UsageError
 from flashmoe.autotune.cli.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
 from flashmoe.autotune.cli.progress import shown
 from flashmoe.autotune.report import html as report_html
@@ -28,7 +28,7 @@ from flashmoe.autotune.schedule import helper
 from flashmoe.autotune.schedule.budget import tune
 from flashmoe.autotune.schedule.place import Options, Place
 from flashmoe.autotune.schedule.result import Result
-from flashmoe.autotune.schedule.suite import Group, default_suite, grouped, named_problem
+from flashmoe.autotune.schedule.suite import SUITES, Group, grouped
 from flashmoe.autotune.search import storage
 from flashmoe.backends import BACKENDS
 from flashmoe.machine import cache, files
@@ -37,6 +37,7 @@ from flashmoe.measure.fingerprint import Fingerprint, fingerprint
 from flashmoe.measure.timing import Limits, measure_limits
 from flashmoe.planning import database
 from flashmoe.spec import shapes
+from flashmoe.spec.options import BOTH, given_options, problems_of, spelled
 from flashmoe.spec.problem import Problem
 
 # Wide enough that no row of the table folds; used where nobody's terminal decides.
@@ -50,6 +51,9 @@ def run(words: Sequence[str]) -> int:
     start = time.perf_counter()
     args = arguments.parser().parse_args(words)
     target = arguments.device(args.device, args.backend)
+    command = shlex.join(["python", "-m", PROG, *words])
+    if args.calibrate:
+        return calibrate.run(target, command)
     groups = _groups(args, target)
     _require_backend(args.backend, target)
     low, high = _PATIENCE
@@ -80,7 +84,6 @@ def run(words: Sequence[str]) -> int:
     opened = _storage(where) if args.storage else None
     _require_writable_database(path)
     place = _place(target, here, path, opened or _storage(where), storage.shown(where))
-    command = shlex.join(["python", "-m", PROG, *words])
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
     )
@@ -161,14 +164,15 @@ def run(words: Sequence[str]) -> int:
 
 
 def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
-    given = {name: getattr(args, name) for name in PROBLEM_OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_options(args)
+    direction = given.get("direction", BOTH)
+    weighted = [(problem, 1.0) for problem in SUITES[target.type]]
     if args.shapes is not None:
-        if given:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        if others := given.keys() - {"direction"}:
+            names = spelled(sorted(others))
             raise UsageError(f"--shapes names the problems already, got {names} too")
         try:
-            return grouped(shapes.read(args.shapes))
+            weighted = shapes.read(args.shapes)
         except OSError as error:
             raise UsageError(
                 f"--shapes must be a file that can be read, got {str(args.shapes)!r}: "
@@ -176,12 +180,15 @@ def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
             ) from None
         except shapes.ShapesError as error:
             raise UsageError(f"--shapes: {error}") from None
-    try:
-        problem = named_problem(target.type, given)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    problems = default_suite(target.type) if problem is None else (problem,)
-    return grouped((problem, 1.0) for problem in problems)
+    elif given.keys() - {"direction"}:
+        try:
+            return grouped((problem, 1.0) for problem in problems_of(given, target.type))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    weighted = [x for x in weighted if direction in (BOTH, x[0].direction)]
+    if not weighted:
+        raise UsageError(f"--direction must be one that --shapes has, got {direction}")
+    return grouped(weighted)
 
 
 def _storage(where: str) -> BaseStorage:

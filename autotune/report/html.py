@@ -8,7 +8,7 @@ from itertools import chain
 
 from flashmoe.autotune.report import charts
 from flashmoe.autotune.report.sensitivity import steps
-from flashmoe.autotune.report.texts import duration, outcome, ratio
+from flashmoe.autotune.report.texts import apart, duration, outcome, ratio
 from flashmoe.autotune.schedule.result import Result
 from flashmoe.autotune.search.trials import Trial
 from flashmoe.autotune.verdict.decide import AGAIN
@@ -54,7 +54,11 @@ def html(
     """The whole report. `limits` by dtype, measured in this run; without them, no roofline."""
     facts = {**fingerprint.to_json(), "command": command, "database": database}
     rows = [[escape(name), f"<code>{escape(str(value))}</code>"] for name, value in facts.items()]
-    parts = [_problem(result, limits.get(result.problem.dtype)) for result in results]
+    parts = [
+        _problem(result, limits.get(result.problem.dtype))
+        for _, found in apart(results)
+        for result in found
+    ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -66,7 +70,15 @@ def html(
 
 
 def _summary(results: Sequence[Result]) -> str:
-    rows = [
+    """A table for each kind of problem."""
+    heads = ["problem", "runs", "time", "over default", "over SDPA", "outcome"]
+    return "".join(
+        f"<h3>{kind}</h3>{_table(heads, _summary_rows(found))}" for kind, found in apart(results)
+    )
+
+
+def _summary_rows(results: Sequence[Result]) -> list[list[str]]:
+    return [
         [
             escape(result.problem.label),
             f"<code>{escape(str(result.best or '-'))}</code>",
@@ -77,8 +89,6 @@ def _summary(results: Sequence[Result]) -> str:
         ]
         for result in results
     ]
-    heads = ["problem", "runs", "time", "over default", "over SDPA", "outcome"]
-    return _table(heads, rows)
 
 
 def _problem(result: Result, limits: Limits | None) -> str:

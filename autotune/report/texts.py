@@ -15,9 +15,21 @@ from flashmoe.autotune.schedule.result import STATUSES, Result
 from flashmoe.autotune.search.trials import Trial
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import Interval
-from flashmoe.spec.mask import Mask
+from flashmoe.spec.problem import Problem
 
 SCHEMA = 2
+# Fewer queries than these over more keys are decoding.
+_DECODE_SEQLEN_Q = 16
+_CALLS = {
+    "dense": "flash_attn_func(q, k, v",
+    "packed": "flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, "
+    "max_seqlen_k",
+}
+_TERMS = {
+    "softcap": ", softcap=softcap",
+    "alibi": ", alibi_slopes=alibi_slopes",
+    "sink": ", sinks=sinks",
+}
 
 
 def outcome(result: Result) -> str:
@@ -41,22 +53,34 @@ def ratio(interval: Interval | None) -> str:
     return f"{interval.value:.2f}x [{interval.low:.2f}, {interval.high:.2f}]"
 
 
+def apart(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    """The results by what their problems are, those that there are."""
+    kinds: dict[str, list[Result]] = {"Forward": [], "Backward": [], "Decode": []}
+    for result in results:
+        problem = result.problem
+        forward = "Decode" if problem.seqlen_q < _DECODE_SEQLEN_Q < problem.seqlen_kv else "Forward"
+        kinds["Backward" if problem.direction == "bwd" else forward].append(result)
+    return [(kind, found) for kind, found in kinds.items() if found]
+
+
 def table(results: Sequence[Result]) -> Table:
     grid = Table(title="flashmoe.autotune", title_justify="left")
     for name in ("problem", "default tile", "best tile"):
         grid.add_column(name, overflow="fold")
     for name in ("time", "over default", "over SDPA", "outcome"):
         grid.add_column(name, no_wrap=True)
-    for result in results:
-        grid.add_row(
-            result.problem.label,
-            str(result.default or "-"),
-            str(result.best or "-"),
-            duration(result.seconds.value) if result.seconds else "-",
-            ratio(result.speedup_default),
-            ratio(result.speedup_sdpa),
-            result.status,
-        )
+    for _, found in apart(results):
+        for result in found:
+            grid.add_row(
+                result.problem.label,
+                str(result.default or "-"),
+                str(result.best or "-"),
+                duration(result.seconds.value) if result.seconds else "-",
+                ratio(result.speedup_default),
+                ratio(result.speedup_sdpa),
+                result.status,
+            )
+        grid.add_section()
     return grid
 
 
@@ -132,8 +156,10 @@ def suggestions_text(
             f"python -m flashmoe.autotune apply --model {shlex.quote(fingerprint.device)}",
             "```",
         ]
-    for result in measured:
-        lines += ["", f"## {result.problem.label}", "", *_suggestion(result)]
+    for kind, found in apart(measured):
+        lines += ["", f"## {kind}"]
+        for result in found:
+            lines += ["", f"### {result.problem.label}", "", *_suggestion(result)]
     return "\n".join(lines) + "\n"
 
 
@@ -145,29 +171,39 @@ def _suggestion(result: Result) -> list[str]:
         f"{best}: {duration(seconds.value)}, {ratio(result.speedup_default)} over the default "
         f"({result.default}), {ratio(result.speedup_sdpa)} over SDPA. {result.status}: "
         f"{STATUSES[result.status]}.",
+    ]
+    if result.problem.direction == "bwd":  # which no argument and no variable names a tile of
+        return lines + _sensitivity_lines(result)
+    lines += [
         "",
         "```sh",
         f"export FLASHMOE_BACKEND={best.backend}",
     ]
     if best.tile is not None:
         lines.append(f"export FLASHMOE_TILE={best.tile}")
-    mask = mask_arguments(result.problem.mask)
+    call = call_text(result.problem)
     tile = f', tile="{best.tile}"' if best.tile is not None else ""
     lines += [
         "```",
         "",
         "```python",
-        f'flashmoe.flash_attn_func(q, k, v{mask}, backend="{best.backend}"{tile})',
+        f'flashmoe.{call}, backend="{best.backend}"{tile})',
         "```",
     ]
     return lines + _sensitivity_lines(result)
 
 
-def mask_arguments(mask: Mask) -> str:
-    """The mask as arguments of flash_attn_func, after others."""
-    if mask.is_full:
-        return ""
-    return ", causal=True" if mask.is_causal else f", window_size=({mask.left}, {mask.right})"
+def call_text(problem: Problem) -> str:
+    """A call of a problem's kind, as far as what it computes."""
+    mask = problem.mask
+    arguments = ""
+    if not mask.is_full:
+        window = f", window_size=({mask.left}, {mask.right})"
+        arguments = ", causal=True" if mask.is_causal else window
+    arguments += "".join(_TERMS[term] for term in problem.terms)
+    return (
+        _CALLS.get(problem.layout, "flash_attn_with_kvcache(q, k_cache, v_cache, ...") + arguments
+    )
 
 
 def _sensitivity_lines(result: Result) -> list[str]:

@@ -45,16 +45,15 @@ def default_candidate(problem: Problem, device: torch.device) -> Candidate:
 
 
 def searched_backends(problem: Problem, device: torch.device, backend: str | None) -> list[str]:
-    """The backends whose tiles are searched: `backend`, or every one that runs `problem` here,
-    except Triton's interpreter, which is never fast."""
-    names = [backend] if backend else list(BACKENDS)
-    return [
+    """The backends whose tiles are searched: `backend`, or every one that runs `problem` here but
+    Triton on a CPU, interpreted, or for sequences one by one where another runs them together."""
+    names = [
         name
-        for name in names
-        if not why_not(name, problem, device)
-        and (backend or not (name == "triton" and device.type == "cpu"))
-        and BACKENDS[name].tiles(problem, arch(device))
+        for name in ([backend] if backend else BACKENDS)
+        if not why_not(name, problem, device) and BACKENDS[name].tiles(problem, arch(device))
     ]
+    slow = device.type == "cpu" or (problem.layout != "dense" and len(names) > 1)
+    return [name for name in names if backend or name != "triton" or not slow]
 
 
 def space(problem: Problem, device: torch.device, backends: Sequence[str]) -> list[Tile]:

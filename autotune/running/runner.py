@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flashmoe.autotune.running.candidate import Candidate
-from flashmoe.autotune.running.check import Inputs, ragged_inputs, timed_inputs
 from flashmoe.backends import BACKENDS
 from flashmoe.measure import timing
+from flashmoe.measure.check import Checker
+from flashmoe.measure.inputs import GUARD_ROWS, make_inputs, ragged
 from flashmoe.measure.quiet import measure_quietly
 from flashmoe.measure.timing import Measurement
-from flashmoe.spec.call import Call
+from flashmoe.planning.plan import heuristic
+from flashmoe.spec.call import Saved
 from flashmoe.spec.problem import Problem
 
 
@@ -111,6 +114,49 @@ class Bench(Protocol):
         ...
 
 
+class _Data:
+    """Inputs of one problem, what runs on them, and what results are compared with."""
+
+    def __init__(self, problem: Problem, device: torch.device, seed: int, guard: int = 0) -> None:
+        self._problem = problem
+        self._device = device
+        self._inputs = make_inputs(problem, device, seed, guard)
+        self.checker = Checker(self._inputs, seed)
+
+    @functools.cached_property
+    def saved(self) -> Saved | None:
+        """What a backward gets beside its call, by the forward that runs untuned."""
+        if self._inputs.dout is None:
+            return None
+        forward = replace(self._problem, direction="fwd")
+        plan = heuristic(forward, self._device, need_lse=True)
+        out, lse = BACKENDS[plan.backend].bind(forward, plan.tile)(self._inputs.call)
+        found = self.checker.check({"out": out, "softmax_lse": lse})
+        if found.reason:
+            raise RuntimeError(
+                f"the forward, {plan.tile or plan.backend}, is wrong: {found.reason}"
+            )
+        assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
+        return Saved(self._inputs.dout, out, lse)
+
+    def call_of(self, candidate: Candidate) -> Callable[[], tuple[Tensor | None, ...]]:
+        """out and softmax_lse (None where a backend does not return it), or dq, dk and dv."""
+        backend, tile, call = BACKENDS[candidate.backend], candidate.tile, self._inputs.call
+        if self.saved is None:
+            return functools.partial(backend.bind(self._problem, tile), call)
+        return functools.partial(backend.bind_backward(self._problem, tile), call, self.saved)
+
+    def error(self, candidate: Candidate) -> str:
+        """What is wrong with its results, empty when nothing is. Raises what it raises."""
+        call = self.call_of(candidate)
+        names = ("out", "softmax_lse") if self.saved is None else ("dq", "dk", "dv")
+        # The allocator hands freed memory out again: without this, rows that a kernel forgets to
+        # write could hold the right results of the previous candidate instead of NaN.
+        for x in self._inputs.call[: len(names)]:
+            torch.full_like(x, float("nan"))
+        return self.checker.check(dict(zip(names, call(), strict=True))).reason
+
+
 class DeviceRunner:
     """The Runner of a real device. `order` varies the order of timing and nothing else."""
 
@@ -118,24 +164,25 @@ class DeviceRunner:
         self._problem = problem
         self._device = device
         self._seed = seed
-        self._inputs = timed_inputs(problem, device, seed)
+        self._timed = _Data(problem, device, seed)
         self._order = self._looks = order
         self._prepared: dict[Candidate, Measurement] = {}
 
     @functools.cached_property
-    def _ragged(self) -> Inputs:
-        return ragged_inputs(self._problem, self._device, self._seed + 1)
+    def _ragged(self) -> _Data:
+        return _Data(ragged(self._problem), self._device, self._seed + 1, GUARD_ROWS)
 
     def reference(self) -> None:
-        self._inputs.bounds()
+        assert self._timed.checker.expected
+        assert self._timed.saved or self._problem.direction == "fwd"
 
     def prepare(self, candidate: Candidate) -> Measurement:
         if candidate not in self._prepared:
-            self._prepared[candidate] = self._checked(candidate, self._inputs)
+            self._prepared[candidate] = self._checked(candidate, "_timed")
         return self._prepared[candidate]
 
     def verify(self, candidate: Candidate) -> Measurement:
-        return self._checked(candidate, self._ragged)
+        return self._checked(candidate, "_ragged")
 
     def measure(
         self,
@@ -147,13 +194,8 @@ class DeviceRunner:
         before_sample: Callable[[str], None] | None = None,
     ) -> dict[str, Measurement]:
         self._looks += 1
-        x = self._inputs
-        calls = {
-            name: functools.partial(self._forward, candidate, x.q, x.k, x.v)
-            for name, candidate in candidates.items()
-        }
         measured, _ = measure_quietly(
-            calls,
+            {name: self._timed.call_of(candidate) for name, candidate in candidates.items()},
             self._device,
             rounds=rounds,
             warmup=warmup,
@@ -163,16 +205,10 @@ class DeviceRunner:
         )
         return measured
 
-    def _forward(
-        self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        run = BACKENDS[candidate.backend].bind(Problem.of(q, k, self._problem.mask), candidate.tile)
-        return run(Call(q, k, v, float(q.shape[-1] ** -0.5)))
-
-    def _checked(self, candidate: Candidate, inputs: Inputs) -> Measurement:
+    def _checked(self, candidate: Candidate, data: str) -> Measurement:
         start = time.perf_counter()
         try:
-            reason = inputs.error(functools.partial(self._forward, candidate))
+            reason = getattr(self, data).error(candidate)
             status = "wrong" if reason else "ok"
         except timing.DeviceLost:
             raise

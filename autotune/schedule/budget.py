@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from flashmoe.autotune.running.candidate import Candidate, runs, searched_backends, space
 from flashmoe.autotune.running.runner import Bench
 from flashmoe.autotune.schedule.place import Options, Place
-from flashmoe.autotune.schedule.problem import Starved, Tuning, Unmeasurable, winners
+from flashmoe.autotune.schedule.problem import Starved, Tuning, Unmeasurable
 from flashmoe.autotune.schedule.result import Result, Watch
 from flashmoe.autotune.schedule.suite import Group
 from flashmoe.autotune.search.race import AnchorFailed
 from flashmoe.autotune.search.storage import StorageError, failure
-from flashmoe.autotune.search.trials import TRIALS_REACHED, Search, best_so_far
-from flashmoe.planning.database import Entry, nearest
+from flashmoe.autotune.search.trials import Search, best_so_far
+from flashmoe.planning.database import Entry
 
 # A second turn is worth its while with so many times what it takes besides its search.
 _WORTH_STARTING = 2.0
@@ -40,8 +39,8 @@ def tune(
     """Results as they come, the cheapest group first: the time it leaves goes to the others, and
     its winner is tried early by them. What is kept back and what is left in the end goes to second
     turns, whose result then comes a second time: of those that had too little to be decided, then
-    of those that have not tried what won in a neighbouring bucket later, then of those whose search
-    was cut short. `now` is the clock of the budget, of which `spent` seconds are gone already."""
+    of those whose search was cut short. `now` is the clock of the budget, of which `spent` seconds
+    are gone already."""
     deadline = now() + (options.budget - spent)
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
@@ -103,43 +102,12 @@ def tune(
         yield from second_turns(starved, options, least, more=False)
         # What was to be searched anew, and was not, is so now; the others have been.
         again = dataclasses.replace(options, force=False)
-        promising = _promising(order, searched, found, place, options.backend)
-        yield from second_turns(promising, again, beside, more=True)
-        short = [n for n, search in searched.items() if search.cut_short and n not in promising]
+        short = [n for n, search in searched.items() if search.cut_short]
         short.sort(key=lambda n: len(searched[n].trials) / searched[n].space)
         yield from second_turns(short, again, beside, more=True)
     except _Interrupted as interrupted:
         yield interrupted.result
         raise KeyboardInterrupt from None
-
-
-def _promising(
-    order: Sequence[Group],
-    searched: Mapping[int, Search],
-    found: Mapping[str, Entry],
-    place: Place,
-    backend: str | None,
-) -> list[int]:
-    """Those that have not tried a tile that won in a neighbouring bucket, most often because that
-    was searched after them; where it won by most comes first."""
-    gains: dict[int, float] = {}
-    for number, search in searched.items():
-        group, tried = order[number], {trial.tile for trial in search.trials}
-        # As the search chooses what it tries first.
-        near = nearest({**place.stored, **found}, group.main)
-        new = {tile for tile in winners(near) if tile not in tried}
-        if not new or search.ended == TRIALS_REACHED:
-            continue
-        names = searched_backends(group.main, place.device, backend)
-        new &= set(space(group.main, place.device, names))
-        new = {
-            tile
-            for tile in new
-            if all(runs(Candidate.of_tile(tile), p, place.device) for p in group.problems)
-        }
-        ratios = [entry.over_default.get(str(tile), 1.0) for entry in near for tile in new]
-        gains[number] = 1.0 - min(ratios, default=1.0)
-    return sorted((n for n in gains if gains[n] > 0), key=lambda number: -gains[number])
 
 
 class _Interrupted(Exception):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flashmoe.autotune.running.candidate import (
     SDPA,
@@ -34,6 +35,7 @@ from flashmoe.machine.device import arch
 from flashmoe.measure.stats import Interval, median_by_process
 from flashmoe.measure.timing import HOW, Measurement
 from flashmoe.planning.database import Entry, nearest
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 # Of a problem's time, the largest share that is left to the final.
@@ -243,6 +245,8 @@ class Tuning:
         if shares := self._group.shares:
             label += f" and {len(shares) - 1} more"
             facts["group"] = [[problem.to_json(), share] for problem, share in shares]
+        elif self._problem.lengths:
+            facts["lengths"] = self._problem.lengths
         study = open_study(
             self._place.storage,
             study_name(self._options.study, label, {**facts, "anchor": str(self._anchor)}),
@@ -261,10 +265,29 @@ class Tuning:
             trials=self._options.trials,
             sampler=self._options.sampler,
             seed=self._options.seed,
-            related=[_ratios(entry) for entry in self._related()[:_RELATED]],
+            related=[self._deviations(entry) for entry in self._related()[:_RELATED]],
+            prior=self._predicted(self._problem, tiles.tiles),
             watch=self._saw,
             contend=self._options.helping is None,
         )
+
+    def _predicted(self, problem: Problem, tiles: Iterable[Tile]) -> dict[Tile, float]:
+        """Logarithms of times over the default's, of the tiles of which one is predicted."""
+        here, default = arch(self._device), self._default.tile
+
+        def microseconds(tile: Tile) -> float | None:
+            return BACKENDS[tile.backend].predicted(tile, problem, here)
+
+        base = None if default is None else microseconds(default)
+        times = {tile: microseconds(tile) for tile in tiles}
+        return {tile: math.log(us / base) for tile, us in times.items() if us and base}
+
+    def _deviations(self, entry: Entry) -> dict[Tile, float]:
+        """What an entry knows about tiles: their times over the default's, as multiples of those
+        that are predicted."""
+        ratios = _ratios(entry)
+        prior = self._predicted(entry.problem, ratios)
+        return {tile: ratio / math.exp(prior.get(tile, 0.0)) for tile, ratio in ratios.items()}
 
     def _saw(self, trials: Sequence[Trial], total: int) -> None:
         self._watch.seen = trials

@@ -1,13 +1,16 @@
-"""The problems that are tuned when none is named, and the one that the command line names."""
+"""The problems that are tuned when none is named, and which of them share a tile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from flashmoe.spec.mask import FULL, Mask, causal_if
+from flashmoe.spec.options import add_options, given_options, problems_of
 from flashmoe.spec.problem import Problem
+
+# Every step of a serving loop has lengths of its own, and each problem's tensors take memory.
+_MOST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,74 +51,60 @@ def grouped(problems: Iterable[tuple[Problem, float]]) -> list[Group]:
     for problem, weight in problems:
         bucket = buckets.setdefault(problem.bucket, {})
         bucket[problem] = bucket.get(problem, 0.0) + weight
-    return [Group(tuple(bucket), tuple(bucket.values())) for bucket in buckets.values()]
+    groups = map(_typical, buckets.values())
+    return [Group(tuple(bucket), tuple(bucket.values())) for bucket in groups]
 
 
-def _problem(
-    batch: int,
-    heads: int,
-    seqlen: int,
-    head_dim: int,
-    dtype: str,
-    *,
-    heads_kv: int | None = None,
-    causal: bool = False,
-) -> Problem:
-    mask = causal_if(causal)
-    return Problem(batch, heads, heads_kv or heads, seqlen, seqlen, head_dim, dtype, mask)
+def _typical(bucket: Mapping[Problem, float]) -> Mapping[Problem, float]:
+    """At most _MOST of the problems with all of their weight: by what they cost, those in the
+    middle of equal shares."""
+    if len(bucket) <= _MOST:
+        return bucket
+    share, passed = sum(bucket.values()) / _MOST, 0.0
+    found: dict[Problem, float] = {}
+    for problem in sorted(bucket, key=lambda problem: problem.flops):
+        passed += bucket[problem]
+        while sum(found.values()) + 0.5 * share <= passed:
+            found[problem] = found.get(problem, 0.0) + share
+    return found
 
 
-# Sizes that a laptop's CPU finishes in a tenth of a second.
-CPU_SUITE = (
-    _problem(1, 8, 1024, 64, "float32"),
-    _problem(1, 8, 1024, 64, "float32", causal=True),
-    _problem(1, 8, 2048, 128, "float32"),
-    _problem(4, 8, 128, 64, "float32"),
-)
-# Short and long sequences, both common head dimensions, causal, and grouped queries.
-GPU_SUITE = (
-    _problem(32, 8, 512, 64, "bfloat16"),
-    _problem(2, 16, 8192, 128, "bfloat16"),
-    _problem(2, 16, 8192, 128, "bfloat16", causal=True),
-    _problem(2, 32, 8192, 64, "bfloat16"),
-    _problem(4, 32, 4096, 128, "bfloat16", heads_kv=8, causal=True),
-)
-# What an option that is not given means once any other problem option is.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"batch": 1, "heads": 8, "seqlen": 1024, "head_dim": 64, "dtype": "float32"},
-    "cuda": {"batch": 2, "heads": 16, "seqlen": 4096, "head_dim": 128, "dtype": "bfloat16"},
+def _problem(*options: str, kind: str = "cuda") -> Problem:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    (problem,) = problems_of(given_options(parser.parse_args(options)), kind)
+    return problem
+
+
+# What is tuned when nothing is named, as the command line names it.
+SUITES: dict[str, tuple[Problem, ...]] = {
+    kind: tuple(_problem(*line.split(), kind=kind) for line in lines.strip().splitlines())
+    for kind, lines in {
+        # Sizes that a laptop's CPU finishes in a tenth of a second.
+        "cpu": """
+            --batch 4 --seqlen 128
+            --seqlen 1024
+            --seqlen 1024 --causal
+            --seqlen 2048 --head-dim 128
+            --batch 4 --kv-heads 2 --seqlen 1 --seqlen-kv 2048 --layout cache
+            --seqlen 512 --causal --direction bwd
+        """,
+        # Short and long sequences, a prompt in chunks, cross attention, few heads; training, also
+        # of a packed batch; and decoding, of many sequences in pages and of one.
+        "cuda": """
+            --batch 2048 --heads 16 --seqlen 34 --causal
+            --batch 1024 --heads 16 --seqlen 128 --head-dim 64 --causal
+            --batch 1 --heads 32 --kv-heads 8 --seqlen 512 --seqlen-kv 8192 --causal
+            --heads 8 --seqlen 4096 --seqlen-kv 77 --head-dim 40
+            --batch 1 --heads 2 --seqlen 16384 --causal
+            --seqlen 8192
+            --batch 4 --heads 32 --kv-heads 8 --causal
+            --batch 1 --heads 32 --kv-heads 8 --seqlen 8192 --causal --window 1023,0 --sinks
+            --batch 8 --seqlen 1024 --head-dim 64 --causal --direction bwd
+            --batch 4 --heads 32 --kv-heads 8 --causal --direction bwd
+            --heads 16 --layout packed --lengths 4096,1500*2,700*6,200*10 --causal --direction bwd
+            --heads 32 --kv-heads 8 --layout paged --lengths 1x8192*4,1x3000*20,1x1000*40 --causal
+            --batch 1 --heads 32 --kv-heads 8 --seqlen 1 --seqlen-kv 16384 --layout cache --causal
+        """,
+    }.items()
 }
-
-
-def default_suite(device_type: str) -> tuple[Problem, ...]:
-    return GPU_SUITE if device_type == "cuda" else CPU_SUITE
-
-
-def named_problem(device_type: str, given: dict[str, Any]) -> Problem | None:
-    """The problem described by the options that were `given` (by name: batch, heads, kv_heads,
-    seqlen, seqlen_kv, head_dim, dtype, causal, window), None when there are none.
-
-    heads_kv defaults to heads, seqlen_kv to seqlen, causal to False, window to none, the others to
-    DEFAULTS. Raises ValueError naming the option, its value and what is allowed.
-    """
-    if not given:
-        return None
-    option = {**DEFAULTS[device_type], **given}
-    heads, kv_heads = option["heads"], option.get("kv_heads", option["heads"])
-    if heads % kv_heads:
-        raise ValueError(f"--kv-heads must divide --heads ({heads}), got {kv_heads}")
-    window: Mask = option.get("window", FULL)
-    try:
-        return Problem(
-            batch=option["batch"],
-            heads_q=heads,
-            heads_kv=kv_heads,
-            seqlen_q=option["seqlen"],
-            seqlen_kv=option.get("seqlen_kv", option["seqlen"]),
-            head_dim=option["head_dim"],
-            dtype=option["dtype"],
-            mask=Mask(window.left, 0 if option.get("causal") else window.right),
-        )
-    except ValueError as error:
-        # What is left after argparse: a head dimension that no kernel has.
-        raise ValueError(f"--{str(error).replace('head_dim', 'head-dim', 1)}") from None

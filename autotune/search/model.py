@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,18 +47,24 @@ def promising(
     in_flight: Sequence[Tile],
     related: Sequence[Mapping[Tile, float]],
     taken: Collection[Tile],
+    prior: Mapping[Tile, float] = MappingProxyType({}),
 ) -> Tile | None:
     """The tile of `space` with the largest expected improvement over the fastest of `known`; none
     of `taken`, and None where there is no other.
 
-    `known` and each of `related`, another problem's, are times relative to something of their own.
-    Tiles in flight are believed to come out as expected.
+    `known` and each of `related`, another problem's, are times relative to something of their own;
+    `prior` is the logarithm of the predicted one, 0 where nothing is predicted, and what is learnt
+    is how times deviate from that. Those of `related` are relative to their predictions, too. Tiles
+    in flight are believed to come out as expected.
     """
     if len(taken) >= len(space):
         return None
     tasks = [known, *related]
     points = [(tile, task) for task, found in enumerate(tasks) for tile in found]
     logs = [np.log(list(found.values())) if found else np.zeros(0) for found in tasks]
+    believed = np.array([prior.get(tile, 0.0) for tile in space.tiles])
+    logs[0] = logs[0] - [prior.get(tile, 0.0) for tile in known]
+    level = float(logs[0].mean()) if known else 0.0
     y = np.concatenate([log - log.mean() if len(log) else log for log in logs])
     spread = max(float(y.std()) if len(y) > 3 else _SPREAD, 1e-3)
     # One thread: many would wait for one another on cores that are busy compiling, for seconds.
@@ -65,9 +72,9 @@ def promising(
         seen = _seen(space, bool(related))
         # The tiles in flight are points, too: the variance does not ask for values.
         seen.update([*points, *((tile, 0) for tile in in_flight)])
-        mean = seen.mean(points, y / spread) * spread
+        mean = believed + level + seen.mean(points, y / spread) * spread
     deviation = spread * np.sqrt(np.maximum(1.0 - seen.explained, 1e-9))
-    mine = [value for (_, task), value in zip(points, y, strict=True) if task == 0]
+    mine = np.log(list(known.values()))
     best = min([*mine, *mean[seen.rows(in_flight)]], default=0.0)
     z = (best - mean) / deviation
     improvement = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))

@@ -139,12 +139,13 @@ class Record:
         first: Sequence[Tile],
         seed: int,
         related: Sequence[Mapping[Tile, float]] = (),
-    ) -> str:
+        prior: Mapping[Tile, float] | None = None,
+    ) -> None:
         """Ask the sampler of that name (one of SAMPLERS) from now on, the tiles `first` before it;
-        returns the name of its class. `related`: times over the default's in other problems."""
-        chosen = TileSampler(sampler, self._space, first, lambda: self._taken, seed, related)
-        self._study.sampler = chosen
-        return chosen.name
+        `related` and `prior` as model.promising takes them."""
+        self._study.sampler = TileSampler(
+            sampler, self._space, first, lambda: self._taken, seed, related, prior
+        )
 
     def ask(self) -> tuple[Tile, optuna.Trial] | None:
         """A tile that no worker has tried or is trying, and its trial; None when there is none."""

@@ -60,6 +60,7 @@ def search(
     sampler: str | None = None,
     seed: int = 0,
     related: Sequence[Mapping[Tile, float]] = (),
+    prior: Mapping[Tile, float] | None = None,
     watch: Watch = lambda trials, total: None,
     contend: bool = True,
 ) -> Search:
@@ -67,13 +68,13 @@ def search(
     that `record` holds already among them.
 
     The tiles `first` are tried before the sampler's. `sampler` is one of SAMPLERS; without one, all
-    tiles are tried where that fits (brute), otherwise the model chooses, starting from `related`,
-    times over the default's in other problems. `watch` sees the trials so far and how many there
+    tiles are tried where that fits (brute), otherwise the model chooses, starting from `prior` and
+    `related`, as model.promising takes them. `watch` sees the trials so far and how many there
     may be. `anchor` is known to be right; AnchorFailed when it cannot be timed. Without `contend`
     the trials are all that counts, for another worker looks again at the contenders.
     """
     return _Walk(
-        space, bench, anchor, first, record, seconds, trials, sampler, seed, related, watch
+        space, bench, anchor, first, record, seconds, trials, sampler, seed, related, prior, watch
     ).run(contend)
 
 
@@ -104,6 +105,7 @@ class _Walk:
         sampler: str | None,
         seed: int,
         related: Sequence[Mapping[Tile, float]],
+        prior: Mapping[Tile, float] | None,
         watch: Watch,
     ) -> None:
         self._space = space
@@ -112,7 +114,7 @@ class _Walk:
         self._record = record
         self._wanted = sampler
         self._seed = seed
-        self._related = related
+        self._related, self._prior = related, prior
         self._watch = watch
         self._seconds = seconds
         self._began = bench.now()
@@ -172,8 +174,9 @@ class _Walk:
             wanted = self._wanted or ("brute" if self._all_fit() else "model")
             if wanted != name:
                 name = wanted
-                self._sampler = self._record.use(name, self._first, self._seed, self._related)
-            if name not in ("brute", "grid") and self._stale() and self._first_done():
+                self._sampler = name
+                self._record.use(name, self._first, self._seed, self._related, self._prior)
+            if name != "brute" and self._stale() and self._first_done():
                 return "no better tile for long"
             if not self._ask():
                 return "all tiles tried or in flight"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any
@@ -24,7 +23,7 @@ class Space:
 
     Every axis of a kernel is one parameter named `KERNEL.AXIS` (`sm80.block_m`), an integer from
     the least to the greatest value that it takes in the set: samplers see names and order. Which
-    combinations exist only `nearest` knows.
+    combinations exist only the sampler knows.
     """
 
     def __init__(self, tiles: Iterable[Tile]) -> None:
@@ -57,13 +56,6 @@ class Space:
             step = math.gcd(*(b - a for a, b in pairwise(values)))
             found[name] = IntDistribution(values[0], values[-1], step=step)
         return found
-
-    def grid(self) -> dict[str, Sequence[str | int]]:
-        """The values of every parameter, for a GridSampler."""
-        kernels: dict[str, Sequence[str | int]] = {}
-        if len(self._kernels) > 1:
-            kernels["kernel"] = self._kernels
-        return {**kernels, **self._values}
 
     def kernels(self) -> list[list[str]]:
         """The parameters of each kernel that has any."""
@@ -103,16 +95,6 @@ class Space:
                 params[f"{tile.kernel}.{axis}"] = int(getattr(tile, axis))
         return params
 
-    def nearest(
-        self, proposal: Mapping[str, Any], taken: Collection[Tile], rng: random.Random
-    ) -> Tile:
-        """The tile that is the fewest steps along the axes from `proposal`, by chance among equals;
-        none of `taken` unless there is no other."""
-        free = [tile for tile in self.tiles if tile not in taken] or self.tiles
-        kernel = proposal.get("kernel", self._kernels[0])
-        free = [tile for tile in free if tile.kernel == kernel] or free
-        return min(free, key=lambda tile: (self._steps(tile, proposal), rng.random()))
-
     def position(self, tile: Tile) -> list[int]:
         """Which kernel, and where on each axis, in steps; values that this space lacks count as the
         next smaller one. Axes without a choice are left out."""
@@ -124,13 +106,6 @@ class Space:
             found.append(max(bisect_right(values, int(getattr(tile, axis))) - 1, 0))
         self._positions[tile] = found
         return found
-
-    def _steps(self, tile: Tile, proposal: Mapping[str, Any]) -> float:
-        return sum(
-            abs(values.index(int(value)) - _position(values, proposal[name]))
-            for name, value in self.params(tile).items()
-            if name in proposal and (values := self._values.get(name))
-        )
 
     def neighbours(self, tile: Tile) -> Iterator[tuple[str, Tile]]:
         """(axis, tile) for every tile that differs from `tile` by one step along one axis."""
@@ -144,14 +119,6 @@ class Space:
                     other = self.tile_of({**params, name: values[index]})
                     if other is not None:
                         yield axis, other
-
-
-def _position(values: Sequence[int], wanted: float) -> float:
-    """Where `wanted` lies among the sorted `values`, in steps."""
-    for index, (low, high) in enumerate(pairwise(values)):
-        if wanted <= high:
-            return index + (wanted - low) / (high - low)
-    return len(values) - 1.0
 
 
 def _key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -98,7 +98,7 @@ class CudaBackend(Backend):
         if tile is None or problem.direction != "fwd":
             return None
         variant = Variant.of(problem)
-        head_dim = _instance_head_dim(tile.kernel, problem.head_dim, variant)
+        head_dim = instance_head_dim(tile.kernel, problem.head_dim, variant)
         if head_dim is None or (head_dim, tile, variant) not in _extension.load().handles:
             head_dim = sm90_head_dim(problem.head_dim)
         return costs.tile_microseconds(tile, head_dim, problem, arch)
@@ -215,7 +215,7 @@ class CudaBackend(Backend):
         return run
 
 
-def _instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | None:
+def instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | None:
     """The smallest head dimension that `kernel` is compiled in for and that holds `head_dim`."""
     info = _extension.load()
     instances = info.backward_instances if kernel == "sm90_bwd" else info.instances
@@ -240,7 +240,7 @@ def _compiled_in(problem: Problem, arch: Arch, variant: Variant | None = None) -
     held = [
         instances[kernel, head_dim, variant]
         for kernel in (("sm90_bwd",) if backward else ("sm90", "sm80"))
-        if (head_dim := _instance_head_dim(kernel, problem.head_dim, variant)) is not None
+        if (head_dim := instance_head_dim(kernel, problem.head_dim, variant)) is not None
     ]
     kind = problem.head_dim, problem.dtype, problem.direction
     return [tile for tiles in held for tile in _legal(tiles, *kind, arch)]
@@ -258,7 +258,7 @@ def _legal(
 def _compiled_handle(tile: Tile, head_dim: int, variant: Variant) -> int | None:
     info = _extension.load()
     handles = info.backward_handles if tile.kernel == "sm90_bwd" else info.handles
-    instance = _instance_head_dim(tile.kernel, head_dim, variant)
+    instance = instance_head_dim(tile.kernel, head_dim, variant)
     return None if instance is None else handles.get((instance, tile, variant))
 
 

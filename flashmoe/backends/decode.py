@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,8 @@ _decode_cache = torch.ops.flashmoe.decode_cuda_cache.default
 
 # The widest tile's. Blocks of more rows read K and V again, and dense kernels are faster.
 _DENSE_ROWS = 64
+# Thread blocks a multiprocessor that a search tries instead of as many as run at a time.
+_PER_SM = (1, 2, 3, 4, 6, 8)
 
 
 class DecodeBackend(Backend):
@@ -60,7 +63,14 @@ class DecodeBackend(Backend):
         return min((tile for tile in compiled if tile.block_m >= rows), key=lambda t: t.block_m)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
-        return self.compiled_in(problem, arch)
+        """Those that are compiled in, each with several numbers of thread blocks."""
+        found = []
+        for tile in self.compiled_in(problem, arch):
+            counts = [tile, *(replace(tile, split_blocks=n * arch.sm_count) for n in _PER_SM)]
+            # Where the batch has more blocks than that, none is split.
+            by_splits = {_num_splits(x, problem): x for x in reversed(counts)}
+            found += list(by_splits.values())[::-1]
+        return found
 
     def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
         key = ("decode", _instance_head_dim(problem), PLAIN)  # each has all features
@@ -73,14 +83,17 @@ class DecodeBackend(Backend):
         if broken := tile.violations(arch, problem):
             return "; ".join(broken)
         compiled = self.compiled_in(problem, arch)
-        return "" if tile in compiled else f"not compiled in; compiled are {_listed(compiled)}"
+        is_there = replace(tile, split_blocks=0) in compiled
+        return "" if is_there else f"not compiled in; compiled are {_listed(compiled)}"
 
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         return self.bind_split(problem, tile, 0)
 
     def bind_split(self, problem: Problem, tile: Tile | None, num_splits: int) -> Run:
         assert tile is not None, "the decode kernel needs a tile"
-        handle = _extension.load().decode_handles[_instance_head_dim(problem), tile, PLAIN]
+        key = _instance_head_dim(problem), replace(tile, split_blocks=0), PLAIN
+        num_splits = num_splits or _num_splits(tile, problem)
+        handle = _extension.load().decode_handles[key]
         fixed = (problem.mask.left, problem.mask.right, handle, num_splits)
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
@@ -106,6 +119,14 @@ class DecodeBackend(Backend):
 
 def _rows(problem: Problem) -> int:
     return problem.seqlen_q * (problem.heads_q // problem.heads_kv)
+
+
+def _num_splits(tile: Tile, problem: Problem) -> int:
+    """Thread blocks for the keys of a sequence; 0 for as many as fill the GPU."""
+    if not tile.split_blocks:
+        return 0
+    m_blocks = -(-_rows(problem) // tile.block_m)
+    return max(tile.split_blocks // max(problem.batch * problem.heads_kv * m_blocks, 1), 1)
 
 
 def _instance_head_dim(problem: Problem) -> int:

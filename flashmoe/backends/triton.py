@@ -24,7 +24,8 @@ from flashmoe.backends.base import (
 )
 from flashmoe.backends.each import backward_of_each, forward_of_each
 from flashmoe.machine.device import Arch
-from flashmoe.spec.call import Call, Saved
+from flashmoe.prediction import costs
+from flashmoe.spec.call import Call, Saved, Terms
 from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile
 
@@ -123,6 +124,13 @@ class TritonBackend(Backend):
         assert tile is not None, "each list ends in what fits every GPU"
         return tile
 
+    def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
+        """Only where it was calibrated."""
+        if tile is None or problem.direction != "fwd" or problem.layout != "dense":
+            return None
+        head_dim = tiles.triton.triton_head_dim(problem.head_dim)
+        return costs.tile_microseconds(tile, head_dim, problem, arch)
+
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         if arch.kind == "cpu":
             return [_INTERPRETED]
@@ -142,16 +150,32 @@ class TritonBackend(Backend):
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
         """Into Triton's own cache on disk. Tensors of the problem's shape are allocated, for their
         strides and alignment are compiled in."""
+        from flashmoe.backends.triton_bwd import attention_backward
         from flashmoe.backends.triton_fwd import attention_forward
 
-        def empty(seqlen: int, heads: int) -> Tensor:
-            shape = (problem.batch, seqlen, heads, problem.head_dim)
-            return torch.empty(shape, dtype=getattr(torch, problem.dtype), device=device)
+        # Other layouts are computed one sequence at a time.
+        batch = problem.batch if problem.layout == "dense" else 1
+        dtype: torch.dtype = getattr(torch, problem.dtype)
 
-        q = empty(problem.seqlen_q, problem.heads_q)
-        k, v = (empty(problem.seqlen_kv, problem.heads_kv) for _ in range(2))
-        call = Call(q, k, v, float(problem.head_dim**-0.5))
-        attention_forward(call, problem.mask, **_options(tile), launch=False)
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        q = empty(batch, problem.seqlen_q, problem.heads_q, problem.head_dim)
+        k, v = (
+            empty(batch, problem.seqlen_kv, problem.heads_kv, problem.head_dim) for _ in range(2)
+        )
+        of_heads = empty(problem.heads_q, dtype=torch.float32)
+        terms = Terms(
+            float("softcap" in problem.terms),
+            of_heads if "alibi" in problem.terms else None,
+            of_heads if "sink" in problem.terms else None,
+        )
+        call = Call(q, k, v, float(problem.head_dim**-0.5), terms)
+        if problem.direction == "fwd":
+            attention_forward(call, problem.mask, **_options(tile), launch=False)
+            return
+        lse = empty(batch, problem.heads_q, problem.seqlen_q, dtype=torch.float32)
+        attention_backward(call, Saved(q, q, lse), problem.mask, **_options(tile), launch=False)
 
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         from flashmoe.backends.triton_fwd import attention_forward

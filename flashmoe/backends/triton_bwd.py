@@ -10,6 +10,7 @@ time.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -349,13 +350,14 @@ def attention_backward(
     num_stages: int,
     num_warps: int,
     use_tma: bool = False,
+    launch: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv), contiguous and in the inputs' dtype.
 
     `saved` has what attention_forward returned; its dout may have any strides. A program keeps
     block_n keys and visits block_m queries a step; the pass over queries swaps the two. Both must
     divide 128. use_tma reads what is visited through the tensor memory accelerator, where that can.
-    dlse only shifts delta, for d lse / d S is P.
+    dlse only shifts delta, for d lse / d S is P. Without `launch` the kernels are only compiled.
     """
     q, k, v, softmax_scale = call[:4]
     dout, out, softmax_lse, dlse = saved
@@ -398,13 +400,18 @@ def attention_backward(
         "SOFTCAP": softcap > 0, "ALIBI": slopes is not None,
         "PRECISION": dot_precision(q), "num_stages": num_stages, "num_warps": num_warps,
     }  # fmt: skip
+
+    def run(kernel: Any, programs: int) -> Any:
+        grid = (programs,)
+        return kernel[grid] if launch else functools.partial(kernel.warmup, grid=grid)
+
     with device_guard(q):
-        _backward_prepare_kernel[(rows // _ROWS_PER_PROGRAM,)](
+        run(_backward_prepare_kernel, rows // _ROWS_PER_PROGRAM)(
             out, dout, softmax_lse, softmax_lse if dlse is None else dlse, lse2, delta,
             *dout.stride()[:3], heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
             HAS_DLSE=dlse is not None,
         )  # fmt: skip
-        _backward_dkdv_kernel[(triton.cdiv(seqlen_kv, block_n) * batch * heads_kv,)](
+        run(_backward_dkdv_kernel, triton.cdiv(seqlen_kv, block_n) * batch * heads_kv)(
             tma_descriptor(q, block_m, block_d) if use_tma else q,
             k, v,
             tma_descriptor(dout, block_m, block_d) if use_tma else dout,
@@ -415,7 +422,7 @@ def attention_backward(
             BLOCK_M=block_m, BLOCK_N=block_n,
             EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0, **options,
         )  # fmt: skip
-        _backward_dq_kernel[(triton.cdiv(seqlen_q, block_n) * batch * heads_q,)](
+        run(_backward_dq_kernel, triton.cdiv(seqlen_q, block_n) * batch * heads_q)(
             q,
             tma_descriptor(k, block_m, block_d) if use_tma else k,
             tma_descriptor(v, block_m, block_d) if use_tma else v,

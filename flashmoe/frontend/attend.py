@@ -145,8 +145,7 @@ def attend(
         return _attend_op(q, k, v, asked, terms, sequences)
     if shapes.recorder is not None:
         scale, mask = _validated(q, k, v, asked, terms, sequences)
-        to_record = Call(*_padded(q, k, v), scale, terms, sequences)
-        shapes.recorder[Problem.of_call(to_record, mask)] += 1
+        shapes.record(Call(*_padded(q, k, v), scale, terms, sequences), mask)
     if call is None:
         call = _prepare(q, k, v, asked, terms, sequences)
         if len(_calls) >= _MAX_CALLS:

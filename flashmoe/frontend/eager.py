@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe.frontend.gradients import Training, saved_of, sinks_gradient, without_autocast
+from flashmoe.frontend.gradients import Training, saved_of, sinks_gradient
 from flashmoe.frontend.ops import attention_backward, attention_packed_backward
 from flashmoe.spec.call import DENSE, NO_TERMS, Call, Sequences, Terms
 
@@ -54,8 +54,7 @@ class EagerAttention(torch.autograd.Function):
             else:
                 gradients = attention_packed_backward(saved.dout, q, k, v, *arguments, *sequences)
         else:
-            with without_autocast(q):
-                gradients = training.backward()(call, saved)
+            gradients = training.gradients(call, saved)
         dsinks = None
         if terms.sinks is not None and ctx.needs_input_grad[5]:
             dsinks = sinks_gradient(call, saved)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashmoe.backends.base import Run, RunBackward
 from flashmoe.planning.plan import planned
+from flashmoe.spec import shapes
 from flashmoe.spec.call import Call, Saved, Sequences, Terms
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
@@ -49,6 +50,13 @@ class Training:
             run = planned(problem, self._device, self._backend, deterministic=repeats).run
             self._backwards[repeats] = run
         return run
+
+    def gradients(self, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv. They may be asked for inside an autocast block, which would round a
+        float32 gradient's matmuls to 16 bits."""
+        shapes.record(call, self._problem.mask, "bwd")
+        with without_autocast(call.q):
+            return self.backward()(call, saved)
 
     @property
     def arguments(self) -> tuple[int, int, str, bool]:

@@ -89,8 +89,7 @@ def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     call = arguments.call
     check_lengths(call)
     problem = Problem.of_call(call, arguments.mask)
-    if shapes.recorder is not None:
-        shapes.recorder[problem] += 1
+    shapes.record(call, arguments.mask)
     overrides = arguments.backend, arguments.tile, need_lse, arguments.deterministic
     run: Run = planned(problem, call.q.device, *overrides, arguments.num_splits).run
     with without_autocast(call.q):
@@ -114,11 +113,8 @@ def _attention_backward(
     arguments = Arguments(q, k, v, softmax_scale, window_left, window_right, backend, "", *shared)
     call = arguments.call
     problem = Problem.of_call(call, arguments.mask)
-    run = Training(problem, q.device, backend, None, arguments.deterministic).backward()
-    # .backward() may be called inside an autocast block, which would round a float32 gradient's
-    # matmuls to 16 bits.
-    with without_autocast(q):
-        return run(call, Saved(dout, out, softmax_lse, dlse))
+    training = Training(problem, q.device, backend, None, arguments.deterministic)
+    return training.gradients(call, Saved(dout, out, softmax_lse, dlse))
 
 
 _TERMS = (

@@ -21,11 +21,14 @@ def attention_reference(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    first_row: int = 0,
+    seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V, materialized, differentiable, computed in `dtype`.
 
     q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim);
-    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,).
+    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,). Where q is only some of the
+    queries, it begins at the first_row of seqlen_q.
     Returns out (as q) and softmax_lse (batch, heads_q, seqlen_q), both in `dtype`; a row that sees
     no key has out 0 and its sink, or -inf, as lse. With `dtype` the inputs' own it is the
     same-dtype PyTorch computation that tolerances are measured against; slopes and sinks stay
@@ -38,14 +41,15 @@ def attention_reference(
     vh = v.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
     scores = qh @ kh.transpose(-1, -2) * scale
     i, j = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
-    i = i.unsqueeze(1)
+    i = i.unsqueeze(1) + first_row
+    seqlen_q = q.shape[1] if seqlen_q is None else seqlen_q
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        distance = (i + k.shape[1] - q.shape[1] - j).abs()
+        distance = (i + k.shape[1] - seqlen_q - j).abs()
         scores = scores - alibi_slopes.to(at_least_float32)[..., None, None] * distance
-    hidden = mask.hides(i, j, q.shape[1], k.shape[1])
+    hidden = mask.hides(i, j, seqlen_q, k.shape[1])
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         sink = sinks.to(at_least_float32).reshape(-1, 1, 1).expand(*scores.shape[:3], 1)

@@ -13,7 +13,7 @@ from flashmoe.measure.instruction_cache import evictor
 
 # How a sample is taken, by the kind of device: times that were taken otherwise do not compare.
 HOW = {"cpu": "wall time", "cuda": "device time, L2 flushed, code evicted"}
-STATUSES = ("ok", "illegal", "wrong", "failed", "timeout")
+STATUSES = ("ok", "illegal", "unsupported", "wrong", "failed", "timeout")
 # Larger than any L2 (H200: 60 MB), zeroed before every timed call so that none finds its data.
 _FLUSH_BYTES = 256 << 20
 # About 0.3 ms of idle GPU work, so that the host has enqueued the call before it starts.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from statistics import median
 
 import torch
@@ -10,46 +9,9 @@ import torch
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch, arch
 from flashmoe.planning import plan
-from flashmoe.spec.mask import FULL, Mask
-from flashmoe.spec.problem import DTYPE_BYTES, Problem
+from flashmoe.spec.problem import Problem
 
 _LISTED = 12
-
-
-WINDOW = "keys seen before and after a query's own place; -1: all (as --window=128,0)"
-
-
-def parse_window(text: str) -> Mask:
-    """LEFT,RIGHT on a command line. Raises argparse.ArgumentTypeError."""
-    try:
-        left, right = map(int, text.split(","))
-        return Mask(left, right)
-    except ValueError:
-        allowed = "two integers LEFT,RIGHT of at least -1"
-        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}") from None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that name a problem, as the tuner has them, and a device."""
-    for name in ("batch", "heads", "seqlen", "head-dim"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--kv-heads", type=int, help="default: as --heads")
-    parser.add_argument("--seqlen-kv", type=int, help="default: as --seqlen")
-    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
-    parser.add_argument("--causal", action="store_true")
-    parser.add_argument(
-        "--window", type=parse_window, default=FULL, metavar="LEFT,RIGHT", help=WINDOW
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def problem_of(arguments: argparse.Namespace) -> Problem:
-    """Raises ValueError for what is no problem."""
-    a = arguments
-    heads = a.heads, a.heads if a.kv_heads is None else a.kv_heads
-    seqlens = a.seqlen, a.seqlen if a.seqlen_kv is None else a.seqlen_kv
-    mask = Mask(a.window.left, 0 if a.causal else a.window.right)
-    return Problem(a.batch, *heads, *seqlens, a.head_dim, a.dtype, mask)
 
 
 def lines(problem: Problem, device: torch.device) -> list[str]:

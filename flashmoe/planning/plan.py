@@ -18,6 +18,7 @@ from flashmoe.machine.cache import NoCacheFolder
 from flashmoe.machine.device import Arch, arch
 from flashmoe.machine.environment import variable
 from flashmoe.planning import database
+from flashmoe.prediction import costs
 from flashmoe.prediction.predict import fastest
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
@@ -90,12 +91,12 @@ def make_plan(
         if isinstance(stored, Plan):
             return stored
         passed_over = passed_over or stored
-    for known in databases(here):
+    untuned = heuristic(problem, device, need_lse)
+    for known in () if untuned.source == "predicted" else databases(here):
         if problem.bucket not in known.entries:
             for plan in _between(known, problem, need_lse):
                 if not _refusal(plan, problem, device):
                     return plan
-    untuned = heuristic(problem, device, need_lse)
     if passed_over:
         return replace(untuned, source=f"{untuned.source}: {passed_over}")
     return untuned
@@ -196,6 +197,7 @@ def reload_databases() -> None:
     """Forget the databases read so far, so that the next plan sees what a tuner wrote."""
     databases.cache_clear()
     planned.cache_clear()
+    costs.forget()
 
 
 def _preference(problem: Problem, here: Arch) -> list[str]:

@@ -1,4 +1,4 @@
-"""The Costs of every kernel on a GPU: measured ones, scaled to another Hopper GPU where need be.
+"""The Costs of every kernel on a GPU: measured on it, or on an H200 and scaled to another Hopper.
 
 A table of Costs is a JSON file: Costs by a kernel's name, and a formula for the sm90 tiles that
 nobody measured. The package ships what benchmarks/plane_fit.py made of times on an H200.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashmoe.machine.device import Arch
+from flashmoe._extension import kernel_hash
+from flashmoe.machine.cache import NoCacheFolder, cache_dir, set_aside
+from flashmoe.machine.device import Arch, slug
 from flashmoe.prediction import kernels
 from flashmoe.prediction.predict import Costs, microseconds
 from flashmoe.spec.problem import Problem
@@ -40,7 +43,7 @@ class Table:
     def named(self, name: str) -> Costs | None:
         """Costs of a kernel that was measured."""
         found = self.costs.get(name)
-        return None if found is None else self._scaled(found)
+        return None if found is None else self.scaled(found)
 
     def of_tile(self, tile: Tile, head_dim: int) -> Costs | None:
         """Costs of a tile that is compiled for head_dim."""
@@ -48,10 +51,11 @@ class Table:
         if found is None and tile.kernel == "sm90":
             values = kernels.features(str(tile), head_dim)
             logs = [sum(a * b for a, b in zip(row, values, strict=True)) for row in self.formula]
-            found = self._scaled(from_logs(logs))
+            found = self.scaled(from_logs(logs))
         return found
 
-    def _scaled(self, costs: Costs) -> Costs:
+    def scaled(self, costs: Costs) -> Costs:
+        """As they are with this clock and memory."""
         return costs._replace(
             block=costs.block / self.clock,
             masked_block=costs.masked_block / self.clock,
@@ -87,11 +91,28 @@ def from_logs(logs: Sequence[float]) -> Costs:
     )
 
 
+def user_path(device_name: str) -> Path:
+    """Where `python -m flashmoe.autotune --calibrate` stores what it measured on a device model."""
+    return cache_dir() / "tuned" / f"{slug(device_name)}.costs"
+
+
 @functools.cache
 def table(arch: Arch) -> Table | None:
-    """The Costs of kernels on this GPU; None where nothing tells them."""
-    if arch.kind != "cuda" or arch.capability[0] != 9:
+    """The Costs of kernels on this GPU: those measured here with these kernels, else on Hopper
+    those of an H200, scaled; None where nothing tells them."""
+    if arch.kind != "cuda":
         return None
+    return _calibrated(arch) or (shipped(arch) if arch.capability[0] == 9 else None)
+
+
+def forget() -> None:
+    """Read what is stored anew."""
+    table.cache_clear()
+    _tile_costs.cache_clear()
+
+
+def shipped(arch: Arch) -> Table:
+    """The Costs that were measured on an H200, scaled to this GPU's clock and bandwidth."""
     measured = Table.from_json(json.loads(_SHIPPED.read_text(encoding="utf-8")))
     if arch.name == _MEASURED.name:
         return measured
@@ -100,6 +121,25 @@ def table(arch: Arch) -> Table | None:
         clock=arch.clock / _MEASURED.clock or 1.0,
         bandwidth=arch.bandwidth / _MEASURED.bandwidth or 1.0,
     )
+
+
+def _calibrated(arch: Arch) -> Table | None:
+    try:
+        path = user_path(arch.name)
+        content = path.read_text(encoding="utf-8")
+    except (NoCacheFolder, FileNotFoundError):
+        return None
+    except OSError as error:
+        warnings.warn(f"{path} could not be read ({error}); it is not used", stacklevel=2)
+        return None
+    try:
+        data = json.loads(content)
+        found, kernels_then = Table.from_json(data), data["kernels"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        aside = set_aside(path).name
+        warnings.warn(f"{path} is damaged ({error}); it was set aside as {aside}", stacklevel=2)
+        return None
+    return found if kernels_then == kernel_hash(arch.kind) else None
 
 
 @functools.lru_cache(maxsize=65536)

@@ -52,6 +52,7 @@ def _sm80_work(tile: Tile, problem: Problem, sm_count: int) -> Work:
 _TILES: dict[str, Callable[[Tile, Problem, int], Work]] = {
     "sm90": _sm90_work,
     "sm80": _sm80_work,
+    "triton": _sm80_work,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,13 @@ def _require_integer(name: str, value: object, least: int) -> None:
 class Problem:
     """One attention problem: q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv,
     heads_kv, head_dim). `mask` says which keys a query sees; limits that hide nothing are dropped.
-    `terms` are some of TERMS. Where `layout` is not dense, batch counts the sequences, and seqlen_q
-    and seqlen_kv are upper bounds of their lengths.
+    `terms` are some of TERMS.
+
+    Where `layout` is not dense, batch counts the sequences, and seqlen_q and seqlen_kv are upper
+    bounds of their lengths. Packed sizes, which differ from call to call, are rounded up to powers
+    of two: many calls are one problem, and planned once. `lengths` says which sequences there are,
+    as a histogram of (seqlen_q, seqlen_kv, how many of them), where that is known: a recorded or a
+    tuned problem. Without it every sequence is as long as may be. A plan does not depend on it.
 
     Raises ValueError, naming the field, its value and what is allowed.
     """
@@ -54,6 +60,7 @@ class Problem:
     direction: str = "fwd"
     terms: tuple[str, ...] = ()
     layout: str = "dense"
+    lengths: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "seqlen_q", "seqlen_kv", "head_dim"):
@@ -82,7 +89,34 @@ class Problem:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         # One problem has one spelling.
         object.__setattr__(self, "terms", tuple(t for t in TERMS if t in self.terms))
+        if self.layout.startswith("packed"):
+            rounded = ("batch", "seqlen_q", "seqlen_kv")
+            for name in rounded if self.layout == "packed" else rounded[:2]:
+                object.__setattr__(self, name, _ceil_pow2(getattr(self, name)))
+        if self.lengths:
+            object.__setattr__(self, "lengths", self._checked_lengths())
         object.__setattr__(self, "mask", self.mask.reduced(self.seqlen_q, self.seqlen_kv))
+
+    def _checked_lengths(self) -> tuple[tuple[int, int, int], ...]:
+        """Sorted, and each once."""
+        if self.layout == "dense":
+            raise ValueError(f"lengths must be empty in layout dense, got {self.lengths!r}")
+        counts: Counter[tuple[int, int]] = Counter()
+        for each in self.lengths:
+            for number in each:
+                _require_integer("lengths", number, 0)
+            seqlen_q, seqlen_kv, count = each
+            if seqlen_q > self.seqlen_q or seqlen_kv > self.seqlen_kv:
+                bounds = f"seqlen_q ({self.seqlen_q}) and seqlen_kv ({self.seqlen_kv})"
+                raise ValueError(f"lengths must be at most {bounds}, got {list(each)}")
+            counts[seqlen_q, seqlen_kv] += count
+        is_packed = self.layout.startswith("packed")
+        if not is_packed and any(seqlen_q != self.seqlen_q for seqlen_q, _ in counts):
+            raise ValueError(f"lengths of queries must all be seqlen_q in layout {self.layout}")
+        found = sum(counts.values())
+        if found > self.batch or not (is_packed or found == self.batch):
+            raise ValueError(f"lengths must be of batch ({self.batch}) sequences, got {found}")
+        return tuple((*pair, count) for pair, count in sorted(counts.items()) if count)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, mask: Mask = FULL, direction: str = "fwd") -> Problem:
@@ -95,17 +129,16 @@ class Problem:
 
     @classmethod
     def of_call(cls, call: Call, mask: Mask = FULL, direction: str = "fwd") -> Problem:
-        """The problem of `call`. Sizes of packed batches, which differ from call to call, are
-        rounded up to powers of two: many calls are one problem, and planned once."""
+        """The problem of `call`, whose lengths are not read."""
         q, k, sequences = call.q, call.k, call.sequences
         batch, seqlen_q, seqlen_kv = q.shape[0], q.shape[-3], k.shape[-3]
         if sequences.block_table is not None:
             seqlen_kv *= sequences.block_table.shape[1]
         if sequences.cu_seqlens_q is not None:
-            batch = _ceil_pow2(sequences.cu_seqlens_q.shape[0] - 1)
-            seqlen_q = _ceil_pow2(min(seqlen_q, sequences.max_seqlen_q))
+            batch = sequences.cu_seqlens_q.shape[0] - 1
+            seqlen_q = min(seqlen_q, sequences.max_seqlen_q)
         if sequences.cu_seqlens_k is not None:
-            seqlen_kv = _ceil_pow2(min(seqlen_kv, sequences.max_seqlen_k))
+            seqlen_kv = min(seqlen_kv, sequences.max_seqlen_k)
         return cls(
             *(batch, q.shape[-2], k.shape[-2], seqlen_q, seqlen_kv, q.shape[-1]),
             dtype=str(q.dtype).removeprefix("torch."),
@@ -129,8 +162,13 @@ class Problem:
         return "-".join((str(self.mask), *self.terms, *layout))
 
     @property
+    def histogram(self) -> tuple[tuple[int, int, int], ...]:
+        """`lengths`, or those of sequences that are all as long as may be."""
+        return self.lengths or ((self.seqlen_q, self.seqlen_kv, self.batch),)
+
+    @property
     def visible_pairs(self) -> int:
-        """How many (query, key) pairs the mask of one head lets through."""
+        """How many (query, key) pairs the mask of one head lets through in a full sequence."""
         return self.mask.pairs(self.seqlen_q, self.seqlen_kv)
 
     @property
@@ -138,15 +176,17 @@ class Problem:
         """4 * head_dim for each visible (query, key) pair of each query head; backward 2.5 times
         that."""
         each = 4 if self.direction == "fwd" else 10
-        return each * self.batch * self.heads_q * self.visible_pairs * self.head_dim
+        pairs = sum(count * self.mask.pairs(q, k) for q, k, count in self.histogram)
+        return each * self.heads_q * pairs * self.head_dim
 
     @property
     def bytes(self) -> float:
         """Bytes of device memory traffic when each tensor is read or written once."""
         size = DTYPE_BYTES[self.dtype]
-        q = float(self.batch * self.seqlen_q * self.heads_q * self.head_dim * size)
-        kv = float(self.batch * self.seqlen_kv * self.heads_kv * self.head_dim * size)
-        lse = 4.0 * self.batch * self.heads_q * self.seqlen_q
+        rows, keys = (sum(x[i] * x[2] for x in self.histogram) for i in (0, 1))
+        q = float(rows * self.heads_q * self.head_dim * size)
+        kv = float(keys * self.heads_kv * self.head_dim * size)
+        lse = 4.0 * rows * self.heads_q
         if self.direction == "fwd":
             return 2 * q + 2 * kv + lse  # q, out; k, v
         return 4 * q + 4 * kv + lse  # q, out, dout, dq; k, v, dk, dv
@@ -178,7 +218,7 @@ class Problem:
 
     @property
     def label(self) -> str:
-        """A short human-readable name, unique per problem."""
+        """A short human-readable name, unique per problem but for lengths of the same sums."""
         heads = str(self.heads_q)
         if self.heads_kv != self.heads_q:
             heads += f"/{self.heads_kv}"
@@ -186,13 +226,16 @@ class Problem:
         if self.seqlen_kv != self.seqlen_q:
             seqlen += f"x{self.seqlen_kv}"
         kind = "" if self.kind == str(FULL) else f" {self.kind}"
+        if self.lengths:
+            rows, keys = (sum(x[i] * x[2] for x in self.lengths) for i in (0, 1))
+            kind += f" of {rows}x{keys}"
         return (
             f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.head_dim} {self.dtype}{kind}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; the mask as `causal`, and `window` [left, right] where it is neither full nor
-        causal; terms and layout only where there are any."""
+        causal; terms, layout and lengths only where there are any."""
         data = dataclasses.asdict(self) | {"causal": self.mask.is_causal}
         if self.mask.is_local:
             data["window"] = [self.mask.left, self.mask.right]
@@ -201,6 +244,9 @@ class Problem:
             data["terms"] = list(self.terms)
         if self.layout == "dense":
             del data["layout"]
+        data["lengths"] = [list(each) for each in self.lengths]
+        if not self.lengths:
+            del data["lengths"]
         return data
 
     @classmethod
@@ -223,6 +269,14 @@ class Problem:
         terms = fields.pop("terms", [])
         if not isinstance(terms, list) or not all(isinstance(term, str) for term in terms):
             raise ValueError(f"terms must be a list of some of {', '.join(TERMS)}, got {terms!r}")
+        lengths = fields.pop("lengths", [])
+        if not isinstance(lengths, list) or any(
+            not isinstance(each, list) or len(each) != 3 for each in lengths
+        ):
+            raise ValueError(
+                f"lengths must be a list of [seqlen_q, seqlen_kv, count], got {lengths!r}"
+            )
+        fields["lengths"] = tuple(map(tuple, lengths))
         try:
             return cls(**fields, terms=tuple(terms), mask=mask)
         except TypeError as error:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashmoe.machine.files import require_writable, write_whole
 from flashmoe.spec.problem import Problem
+from flashmoe.spec.sequence import sequences_of
+
+if TYPE_CHECKING:
+    from flashmoe.spec.call import Call
+    from flashmoe.spec.mask import Mask
 
 SCHEMA = 1
 # Sums of weights times FLOPs stay finite.
 MAX_WEIGHT = 1e18
 
 
-# Counts of the problems that run while record_problems is active; who runs one adds to it.
+# Counts of the problems that run while record_problems is active.
 recorder: Counter[Problem] | None = None
 
 
@@ -28,13 +34,16 @@ class ShapesError(ValueError):
 
 @contextlib.contextmanager
 def record_problems(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Write the forward problems that run inside the `with` block, and how often, to a file:
+    """Write the problems that run inside the `with` block, and how often, to a file: forward and
+    backward, dense, packed and of caches, the last two with their lengths, for which it waits.
 
         with flashmoe.record_problems("shapes.json"):
             model(x)
 
-    `python -m flashmoe.autotune --shapes shapes.json` then tunes for that model. Raises OSError at
-    once where the file cannot be written.
+    `python -m flashmoe.autotune --shapes shapes.json` then tunes for that model. Lengths are
+    rounded up by at most an eighth, so that similar steps count as one; while a CUDA graph is
+    captured they are not read, and each sequence is taken to be as long as may be. Raises OSError
+    at once where the file cannot be written.
     """
     global recorder
     require_writable(Path(path))
@@ -46,6 +55,38 @@ def record_problems(path: str | os.PathLike[str]) -> Iterator[None]:
         if recorder is not None:
             recorder.update(counts)
         write(Path(path), counts)
+
+
+def record(call: Call, mask: Mask, direction: str = "fwd") -> None:
+    """Count the problem of `call`, while record_problems is active."""
+    if recorder is None:
+        return
+    problem = Problem.of_call(call, mask, direction)
+    if problem.layout != "dense" and not _is_captured(call):
+        bounds = problem.seqlen_q, problem.seqlen_kv
+        is_packed = problem.layout.startswith("packed")
+        counts = Counter(
+            (
+                min(_rounded(each.seqlen_q), bounds[0]) if is_packed else bounds[0],
+                min(_rounded(each.seqlen_kv), bounds[1]),
+            )
+            for each in sequences_of(call)
+        )
+        lengths = tuple((*pair, count) for pair, count in counts.items())
+        problem = dataclasses.replace(problem, lengths=lengths)
+    recorder[problem] += 1
+
+
+def _is_captured(call: Call) -> bool:
+    import torch
+
+    return call.q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _rounded(length: int) -> int:
+    """Up to one of eight lengths between two powers of two."""
+    step = 1 << max(length.bit_length() - 4, 0)
+    return -(-length // step) * step
 
 
 def write(path: Path, counts: Mapping[Problem, int]) -> None:

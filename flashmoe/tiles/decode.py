@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Head dimensions that the decode kernel is instantiated for; others are zero-filled to the next.
 DECODE_HEAD_DIMS = (64, 96, 128, 256)
+MOST_BLOCKS = 1 << 20
 _ROWS = (16, 32, 64)
 _WARPS = (2, 4, 8, 16)
 # Results that are merged at once, each with a weight for each row (csrc/decode/split.h).
@@ -49,6 +50,8 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         return
     if not 1 <= tile.num_stages <= 8:
         yield f"num_stages must be from 1 to 8, got {tile.num_stages}"
+    if not 0 <= tile.split_blocks <= MOST_BLOCKS:
+        yield f"split_blocks must be from 0 to {MOST_BLOCKS}, got {tile.split_blocks}"
     if tile.ctas_per_sm < 1 or tile.num_warps * tile.ctas_per_sm > 32:
         yield f"ctas_per_sm must be from 1 to 32 / num_warps, got {tile.ctas_per_sm}"
         return

@@ -26,7 +26,8 @@ class Tile:
     the exponentials computed on the FMA pipes. ctas_per_sm: thread blocks on a multiprocessor.
     serial: the softmax of 64 rows waits for their matmuls, and others fill the gap.
     do_stages, ds_stages: buffers of dO and dS in the backward, where num_stages are those of Q.
-    late_dq: dQ is computed a step late.
+    late_dq: dQ is computed a step late. split_blocks: how many thread blocks share the keys of a
+    batch, as far as that goes evenly; 0 for as many as run at a time.
     A field that its kernel does not have must be left at its default.
     """
 
@@ -45,6 +46,7 @@ class Tile:
     do_stages: int = 1
     ds_stages: int = 1
     late_dq: bool = False
+    split_blocks: int = 0
 
     def __str__(self) -> str:
         text = f"{self.kernel}:{self.block_m}x{self.block_n}"
@@ -52,7 +54,7 @@ class Tile:
             value = getattr(self, option.field)
             if option.is_flag:
                 text += f"-{option.text}" if value else ""
-            elif self.kernel in option.kernels or value != option.default:
+            elif value != option.default or (option.is_told and self.kernel in option.kernels):
                 text += f"-{option.text}{value}"
         return text
 
@@ -95,11 +97,13 @@ class Tile:
 
 
 class _Option(NamedTuple):
-    """A field of Tile that some kernels have, and its name in a tile's text."""
+    """A field of Tile that some kernels have, and its name in a tile's text, where it `is_told`
+    even at its default."""
 
     field: str
     text: str
     kernels: tuple[str, ...]
+    is_told: bool = True
 
     @property
     def default(self) -> Any:
@@ -128,6 +132,7 @@ _OPTIONS = (
     _Option("do_stages", "do", ("sm90_bwd",)),
     _Option("ds_stages", "ds", ("sm90_bwd",)),
     _Option("late_dq", "late", ("sm90_bwd",)),
+    _Option("split_blocks", "blocks", ("decode",), is_told=False),
 )
 _FORM = r"(?P<kernel>\w+):(?P<m>\d+)x(?P<n>\d+)" + "".join(
     rf"(?P<{o.field}>-{o.text}{{}})?".format("" if o.is_flag else r"\d+") for o in _OPTIONS

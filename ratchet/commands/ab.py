@@ -15,8 +15,7 @@ from flashmoe.ratchet.gate.decide import EXIT_PASS, EXIT_REGRESSION, decide
 from flashmoe.ratchet.measuring import builds
 from flashmoe.ratchet.measuring.run import bench
 from flashmoe.ratchet.measuring.suite import select
-from flashmoe.ratchet.report.cost import cost_line
-from flashmoe.ratchet.report.outputs import add_reports, reports, write_reports
+from flashmoe.ratchet.report.outputs import add_reports, cost_line, reports, write_reports
 from flashmoe.ratchet.results.files import save
 
 HELP = "build two commits, measure both in turns on one device, and compare them"
@@ -77,12 +76,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.build_only:
         print(f"--base {base} --head {head}")
         return EXIT_PASS
-    if kind == "cuda":
-        builds.require_cuda(base, base_site)
-        builds.require_cuda(head, head_site)
     # One build for one commit: the same against itself has to pass.
-    sites = (base_site, head_site)
-    sources = [builds.source(side, site) for side, site in zip(SIDES, sites, strict=True)]
+    sites = zip(SIDES, (base_site, head_site), strict=True)
+    sources = [builds.source(side, site, cuda=kind == "cuda") for side, site in sites]
     with common.progress(2 * len(cases) * chosen.least) as step:
         old, new = bench(
             cases,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.decide import EXIT_PASS, EXIT_REGRESSION
 from flashmoe.ratchet.measuring import builds
 from flashmoe.ratchet.measuring.processes import Source
-from flashmoe.ratchet.measuring.revision import commit
+from flashmoe.ratchet.measuring.programs import commit
 from flashmoe.ratchet.measuring.run import Settings, bench
 from flashmoe.ratchet.measuring.suite import select
 from flashmoe.ratchet.report import console
-from flashmoe.ratchet.report.cost import cost_line
+from flashmoe.ratchet.report.outputs import cost_line
 from flashmoe.ratchet.results.files import save
 
 HELP = "measure every case against SDPA, in several fresh processes"
@@ -29,18 +30,39 @@ EPILOG = """Exit codes: 0 every case measured; 1 a case gave wrong results or di
 says why), or --build does not build; 2 bad usage."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One of `bench`'s numbers, with a default for each kind of device."""
+
+    cpu: float
+    cuda: float
+    help: str
+    type: type = float
+    metavar: str | None = None
+
+
 # What disturbs a CPU lasts for tenths of a second: on a virtual machine with 2 cores the speedup of
 # fwd-b2-h8-s512-d64-float32 varied by 3.0 % from round to round, 4.0 % from visit to visit and
 # 1.3 % from process to process. Nine visits instead of one halved the spread of a process's figure.
-ROUNDS = {"cpu": 20, "cuda": 20}
-VISITS = {"cpu": 10, "cuda": 1}
-_WARMUP = {"cpu": 1, "cuda": 4}
+_OPTIONS = {
+    "rounds": _Option(20, 20, "timed rounds of a case in a process", int),
+    "visits": _Option(
+        *(10, 1),
+        "a process takes a case's rounds in so many visits to it, with all other cases in between",
+        int,
+    ),
+    "warmup": _Option(1, 4, "rounds before those of each visit", int),
+    "precision": _Option(
+        *(1.5, 0.7),
+        "a case is done when its speedup's 95%% interval reaches no further to either side",
+        metavar="PERCENT",
+    ),
+    "budget": _Option(150, 55, "no further processes after it", metavar="SECONDS"),
+}
 # Resampled from 36 processes of a virtual machine with 2 cores whose speedups differed by 2.6 to
 # 5.3 %: with 16 a side, a case slower by 8 % is FAIL in 95 % of gates, one by 10 % in 99 %.
 LEAST = {"cpu": 16, "cuda": 10}
 _MOST = {"cpu": 40, "cuda": 30}
-_PRECISION = {"cpu": 1.5, "cuda": 0.7}
-_BUDGET = {"cpu": 150.0, "cuda": 55.0}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -72,62 +94,36 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add_debug(parser)
 
 
-def add_budget(parser: argparse.ArgumentParser, budget: Mapping[str, float] = _BUDGET) -> None:
-    def by_kind(values: Mapping[str, float]) -> str:
-        return "default: " + ", ".join(f"{value:g} on {kind}" for kind, value in values.items())
-
-    add = parser.add_argument
-    add("--rounds", type=int, help=f"timed rounds of a case in a process ({by_kind(ROUNDS)})")
-    add(
-        "--visits",
-        type=int,
-        help="a process takes a case's rounds in so many visits to it, with all other cases in "
-        f"between ({by_kind(VISITS)})",
-    )
-    add("--warmup", type=int, help=f"rounds before those of each visit ({by_kind(_WARMUP)})")
-    add(
+def add_budget(parser: argparse.ArgumentParser, **budget: float) -> None:
+    """`budget`: another one by kind of device, which is the option's default."""
+    for name, option in _OPTIONS.items():
+        kinds = {"cpu": option.cpu, "cuda": option.cuda} | (budget if name == "budget" else {})
+        defaults = ", ".join(f"{value:g} on {kind}" for kind, value in kinds.items())
+        help = f"{option.help} (default: {defaults})"
+        parser.add_argument(f"--{name}", type=option.type, metavar=option.metavar, help=help)
+    parser.add_argument(
         "--processes",
         type=int,
         help="exactly so many fresh processes for each case, whatever the precision and the "
         f"budget (default: as many as it takes, from {LEAST['cuda']} to {_MOST['cuda']} on cuda, "
         f"from {LEAST['cpu']} to {_MOST['cpu']} on cpu)",
     )
-    add(
-        "--precision",
-        type=float,
-        metavar="PERCENT",
-        help="a case is done when its speedup's 95%% interval reaches no further to either side "
-        f"({by_kind(_PRECISION)})",
-    )
-    add(
-        "--budget",
-        type=float,
-        metavar="SECONDS",
-        help=f"no further processes after it ({by_kind(budget)})",
-    )
 
 
-def settings(
-    arguments: argparse.Namespace, device: str, budget: Mapping[str, float] = _BUDGET
-) -> Settings:
-    kind = torch.device(device).type
-
-    def chosen(name: str, defaults: Mapping[str, float]) -> float:
-        value = getattr(arguments, name)
-        return defaults[kind] if value is None else value
-
-    fixed = arguments.processes
+def settings(arguments: argparse.Namespace, device: str, **budget: float) -> Settings:
+    kind, fixed = torch.device(device).type, arguments.processes
+    values = {name: getattr(option, kind) for name, option in _OPTIONS.items()}
+    values["budget"] = budget.get(kind, values["budget"])
+    values |= {name: x for name in values if (x := getattr(arguments, name)) is not None}
+    if fixed is not None:
+        values["budget"] = math.inf
     return Settings(
-        device,
-        int(chosen("rounds", ROUNDS)),
-        int(chosen("visits", VISITS)),
-        int(chosen("warmup", _WARMUP)),
-        LEAST[kind] if fixed is None else fixed,
-        _MOST[kind] if fixed is None else fixed,
-        chosen("precision", _PRECISION),
-        chosen("budget", budget) if fixed is None else math.inf,
-        arguments.seed,
-        "" if arguments.case else arguments.suite,
+        device=device,
+        least=LEAST[kind] if fixed is None else fixed,
+        most=_MOST[kind] if fixed is None else fixed,
+        seed=arguments.seed,
+        suite="" if arguments.case else arguments.suite,
+        **values,
     )
 
 
@@ -152,9 +148,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         if arguments.build_only:
             print(f"--build {name}")
             return EXIT_PASS
-        if kind == "cuda":
-            builds.require_cuda(name, site)
-        source, revision = builds.source("this", site), builds.commit_of(name)
+        source = builds.source("this", site, cuda=kind == "cuda")
+        revision = builds.commit_of(name)
     else:
         job = {"yardstick": arguments.yardstick} if arguments.yardstick else {}
         source, revision = Source("this", job=job), commit()

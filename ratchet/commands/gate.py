@@ -93,6 +93,8 @@ def show(decision: Decision) -> None:
         out.print(f"not comparable: {problem}")
     for note in decision.environment:
         out.print(f"environment, not the kernel: {note}")
+    for case in decision.skipped:
+        out.print(f"not compared, for the baseline's build does not support it: {case}")
 
 
 def updated(

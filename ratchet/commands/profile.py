@@ -71,8 +71,7 @@ def _profiled(names: Sequence[str], arguments: argparse.Namespace) -> tuple[str,
     built = {}
     for side, build in names_of.items():
         site = builds.build(build, arguments.build_folder, arguments.debug)
-        builds.require_cuda(build, site)
-        built[side] = builds.source(side, site)
+        built[side] = builds.source(side, site, cuda=True)
     base, head = built.get("base"), built.get("head", THIS)
     parts: list[str] = []
     failed: dict[str, list[str]] = {}

@@ -13,11 +13,12 @@ import torch
 
 from flashmoe.machine.device import slug
 from flashmoe.measure.fingerprint import fingerprint
-from flashmoe.measure.timing import HOW, Limits, measure_limits
+from flashmoe.measure.timing import HOW
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.measuring.revision import commit
+from flashmoe.ratchet.measuring.programs import commit
 from flashmoe.ratchet.measuring.suite import select
+from flashmoe.ratchet.measuring.worker import limits_of
 from flashmoe.ratchet.report import svg
 from flashmoe.ratchet.results.files import write_json, write_text
 from flashmoe.ratchet.sota import figures, providers
@@ -103,7 +104,7 @@ def _measure(arguments: argparse.Namespace, command: str) -> Comparison:
     device = torch.device(common.device(arguments.device))
     cases = select(arguments.suite, device.type, arguments.case)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    limits = _limits(sorted({case.problem.dtype for case in cases}), device)
+    limits = limits_of(cases, device)
     with common.progress(len(cases)) as step:
         measured = compare(cases, device, limits, arguments.rounds, step)
     prints = fingerprint(device)
@@ -129,12 +130,6 @@ def _read(path: Path) -> Comparison:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _limits(dtypes: Sequence[str], device: torch.device) -> dict[str, Limits]:
-    if device.type == "cpu":  # see worker._limits
-        return dict.fromkeys(dtypes, measure_limits(device, torch.float32))
-    return {dtype: measure_limits(device, getattr(torch, dtype)) for dtype in dtypes}
-
-
 def document(comparison: Comparison, links: Sequence[str]) -> str:
     """Markdown."""
     here, versions, measured = comparison.fingerprint, comparison.versions, comparison.measured
@@ -158,9 +153,9 @@ def document(comparison: Comparison, links: Sequence[str]) -> str:
         "|:--|:--|:--|--:|--:|--:|--:|--:|",
     ]
     for name in names:
-        # Kernels of their own: one mean over both would say nothing of either.
-        for what, backward in (("forward", False), ("training", True)):
-            rows = [c.row(name) for c in measured if c.case.backward == backward]
+        # Kernels of their own: one mean over all kinds would say nothing of any.
+        for what in dict.fromkeys(c.case.kind for c in measured):
+            rows = [c.row(name) for c in measured if c.case.kind == what]
             if not (told := [conclusion(row) for row in rows if row.ratio]):
                 continue
             mean = geometric_mean([row.ratio.value for row in rows if row.ratio])

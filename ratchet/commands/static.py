@@ -21,7 +21,7 @@ from flashmoe.ratchet.machine_code.static import (
     markdown,
     to_json,
 )
-from flashmoe.ratchet.measuring.revision import commit
+from flashmoe.ratchet.measuring.programs import commit
 from flashmoe.ratchet.results.files import write_json, write_text
 
 HELP = "compare registers, spills and instructions of every compiled kernel with a baseline"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.gate.thresholds import percent
+from flashmoe.ratchet.measuring.suite import parse
 from flashmoe.ratchet.report import svg
 from flashmoe.ratchet.report.html import page, table
 from flashmoe.ratchet.report.trend import Series, all_series
@@ -86,5 +87,7 @@ def _page(found: Sequence[Series], runs: int) -> str:
     ]
     if rows:
         body += ["<h2>What changed</h2>", table(("case", "change"), rows)]
-    body += ["<h2>Cases</h2>", "<div class=wide>", *map(_drawn, found), "</div>"]
+    for kind in dict.fromkeys(parse(series.name).kind for series in found):
+        some = (_drawn(series) for series in found if parse(series.name).kind == kind)
+        body += [f"<h2>{escape(kind)}</h2>", "<div class=wide>", *some, "</div>"]
     return page("flashmoe ratchet trend", body)

@@ -30,6 +30,9 @@ The rule, for each case:
   run, SDPA ran by another of its backends or not at all, or the GPU was throttled for more than
   MOST_THROTTLED of the rounds.
 
+A case that the baseline's build does not support is skipped, and named as such: there is nothing
+yet that could get slower.
+
 SDPA did not change, so what its own time does is the environment's doing. See `yardstick`; a
 verdict that it may explain becomes INCONCLUSIVE, and a note says what moved.
 
@@ -53,7 +56,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashmoe.measure.stats import Interval, factor
 from flashmoe.ratchet.errors import UserError
@@ -94,17 +97,25 @@ class Verdict:
     def percent(self) -> float | None:
         return None if self.change is None else percent(self.change.value)
 
+    @property
+    def kind(self) -> str:
+        """Of the case."""
+        measured = self.current or self.baseline
+        return measured.case.kind if measured else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The outcome of a gate. `integrity` says why the files as wholes cannot be compared;
-    `environment` what moved that is not the kernel."""
+    `environment` what moved that is not the kernel; `skipped` which cases the baseline's build does
+    not support, and why."""
 
     exit_code: int
     verdicts: tuple[Verdict, ...]
     integrity: tuple[str, ...]
     environment: tuple[str, ...]
     thresholds: Thresholds
+    skipped: tuple[str, ...] = ()
 
     def named(self, *verdicts: str) -> tuple[Verdict, ...]:
         return tuple(v for v in self.verdicts if v.verdict in verdicts)
@@ -135,6 +146,11 @@ def decide(
     """The rule above. `created`: the baseline was made from this very run just now, which is no
     mistake then. Raises UserError when a file's samples cannot support any decision, or a pattern
     of `thresholds` names no case."""
+    absent = {c.name: c.ours.reason for c in baseline.cases if c.ours.status == "unsupported"}
+    current, baseline = (
+        replace(run, cases=tuple(case for case in run.cases if case.name not in absent))
+        for run in (current, baseline)
+    )
     old, new = baseline.by_name(), current.by_name()
     thresholds.check({**old, **new})
     wrong = [] if created else integrity.of_runs(current, baseline)
@@ -157,7 +173,8 @@ def decide(
         code = EXIT_PASS
     moved = [(v.name, v.sdpa) for v in verdicts if v.sdpa]
     environment = yardstick.notes(current, baseline, moved, thresholds)
-    return Decision(code, tuple(verdicts), tuple(wrong), tuple(environment), thresholds)
+    skipped = tuple(f"{name}: {why}" for name, why in absent.items())
+    return Decision(code, tuple(verdicts), tuple(wrong), tuple(environment), thresholds, skipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +196,6 @@ def _verdicts(
     pairs: Sequence[tuple[CaseResult, CaseResult]], thresholds: Thresholds, cpu: bool
 ) -> list[Verdict]:
     for which, case in (x for new, old in pairs for x in (("baseline", old), ("current", new))):
-        if which == "baseline" and not case.ok:
-            raise UserError(f"baseline case {case.name} has no figures ({case.reason})")
         if case.ok and (found := len(case.ours.samples)) < MIN_PROCESSES:
             raise UserError(
                 f"{which} case {case.name} comes from {found} process(es); a decision needs "

@@ -60,13 +60,15 @@ def _of_pair(new: CaseResult, old: CaseResult, run: str) -> str:
         return "the baseline has this case from the same run: nothing can differ from itself"
     if new.ours.status == "ok" and new.sdpa.status != "ok":
         return f"SDPA did not run: {new.reason}"
+    if not old.ok:
+        return f"the baseline has no figures ({old.reason})"
     if new.ok and new.sdpa_backend != old.sdpa_backend:
         return (
             f"SDPA ran by its {new.sdpa_backend or 'unknown'} backend, in the baseline by "
             f"{old.sdpa_backend or 'unknown'}: the yardstick is another one"
         )
     for which, case in (("now", new), ("in the baseline", old)):
-        if case.ok and case.throttled > MOST_THROTTLED:
+        if case.throttled > MOST_THROTTLED:
             return (
                 f"the GPU was throttled in {case.throttled:.0%} of the rounds {which} "
                 f"({case.throttle_reasons}); at most {MOST_THROTTLED:.0%} can be judged"

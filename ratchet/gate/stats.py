@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy import special
 
-from flashmoe.measure.stats import RESAMPLES, Array, Interval, factor, spread
+from flashmoe.measure.stats import Array, Interval, factor, spread
 
 Samples = Sequence[Sequence[float]]
 # Of one file: the samples of ours and of SDPA.
 Sides = tuple[Samples, Samples]
 # Of the processes of one file: the logarithms of SDPA's times and of ours.
 Times = tuple[Array, Array]
-Indices = npt.NDArray[np.int64]
 
 # Of the processes, at each end.
 TRIM = 0.2
@@ -245,32 +243,3 @@ def processes_needed(processes: int, change: Change, wanted: float, alpha: float
         if error * _units(freedom * more / processes, alpha, 0.95) <= wanted:
             return more
     return MOST_PROCESSES
-
-
-def _resampled(samples: Array, resamples: int, seed: int) -> tuple[Indices, Indices]:
-    """Indices (resamples, processes, rounds): processes drawn first, rounds within each next."""
-    processes, rounds = samples.shape
-    rng = np.random.default_rng(seed)
-    which = rng.integers(0, processes, (resamples, processes, 1))
-    return which, rng.integers(0, rounds, (resamples, processes, rounds))
-
-
-def _interval(value: float, estimates: Array) -> Interval:
-    low, high = np.percentile(estimates, [2.5, 97.5])
-    return Interval(value, float(low), float(high))
-
-
-def median(samples: Samples, seed: int = 0) -> Interval:
-    """The median over all rounds with its 95 % interval by hierarchical bootstrap."""
-    x = np.asarray(samples, dtype=np.float64)
-    i, j = _resampled(x, RESAMPLES, seed)
-    return _interval(float(np.median(x)), np.median(x[i, j], axis=(1, 2)))
-
-
-def speedup(ours: Samples, sdpa: Samples, seed: int = 0) -> Interval:
-    """exp(mean over processes of `log_speedups`) with its 95 % interval by hierarchical bootstrap,
-    ours and SDPA's samples of a round drawn together."""
-    x = np.log(np.asarray(sdpa, dtype=np.float64)) - np.log(np.asarray(ours, dtype=np.float64))
-    i, j = _resampled(x, RESAMPLES, seed)
-    estimates = np.exp(np.median(x[i, j], axis=2).mean(axis=1))
-    return _interval(float(np.exp(np.median(x, axis=1).mean())), estimates)

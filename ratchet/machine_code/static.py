@@ -17,7 +17,13 @@ from typing import Any
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.machine_code.cubins import INSTRUCTIONS, Kernel, demangled
 from flashmoe.ratchet.results.fields import get
-from flashmoe.tiles import Tile, decode_smem_bytes, sm80_smem_bytes, sm90_smem_bytes
+from flashmoe.tiles import (
+    Tile,
+    decode_smem_bytes,
+    sm80_smem_bytes,
+    sm90_bwd_smem_bytes,
+    sm90_smem_bytes,
+)
 
 SCHEMA = 1
 FAIL, CHANGED, IMPROVED, INTEGRITY = "FAIL", "CHANGED", "IMPROVED", "INTEGRITY"
@@ -33,11 +39,16 @@ _TILES = {
         re.compile(r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*__"),
         ("block_m", "block_n", "num_stages", "q_stages"),
     ),
+    "sm90_bwd": (
+        re.compile(r"bwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*_attention_backward__"),
+        ("block_m", "block_n", "num_stages", "do_stages", "ds_stages"),
+    ),
     "decode": (re.compile(r"DecodeTileI((?:Li\d+E)+)E"), ("block_m", "block_n", "num_stages")),
 }
 _SMEM_BYTES = {
     "sm80": sm80_smem_bytes,
     "sm90": sm90_smem_bytes,
+    "sm90_bwd": sm90_bwd_smem_bytes,
     "decode": decode_smem_bytes,
 }
 

@@ -21,8 +21,7 @@ import flashmoe
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.machine_code.cubins import compiler
 from flashmoe.ratchet.measuring.processes import Source
-from flashmoe.ratchet.measuring.programs import captured
-from flashmoe.ratchet.measuring.revision import git
+from flashmoe.ratchet.measuring.programs import captured, git
 
 # Every build is measured by this harness, not by its own: the code that times and judges, and what
 # that code imports. It is copied beside the build as another package, so that the two do not share
@@ -77,19 +76,15 @@ def build(name: str, folder: Path, debug: bool = False) -> Path:
     return site
 
 
-def require_cuda(name: str, site: Path) -> None:
-    """Raises UserError when the build has no CUDA kernels: on a GPU it would be Triton's or SDPA's
-    that are compared."""
+def source(name: str, site: Path, *, cuda: bool) -> Source:
+    """Workers of a build, with no tuned plans but those it ships. Raises UserError when it is for
+    `cuda` and has no CUDA kernels: it would be Triton's or SDPA's that are compared."""
     extensions = sorted((site / "flashmoe").glob("_C*.so"))
-    if not extensions or not compiler(extensions[0]):
+    if cuda and not (extensions and compiler(extensions[0])):
         raise UserError(
-            f"{commit_of(name)[:12]} was built without CUDA kernels: build it where nvcc is, with "
-            "FLASHMOE_CUDA=on, which says what is missing"
+            f"{commit_of(site.parent.name)[:12]} was built without CUDA kernels: build it where "
+            "nvcc is, with FLASHMOE_CUDA=on, which says what is missing"
         )
-
-
-def source(name: str, site: Path) -> Source:
-    """Workers of a build, with no tuned plans but those it ships."""
     cache = site.parent / "cache"
     worker = (sys.executable, "-m", f"{_HARNESS}.ratchet.measuring.worker")
     # What else the caller has on its path stays, from wherever the worker starts.

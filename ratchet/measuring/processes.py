@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,14 +124,13 @@ def answers(
         current: str | None = None
         ended = False
         try:
-            for answer in process.answers({**job, "cases": left}):
-                if answer["event"] == "error":
-                    raise UserError(f"a worker could not measure: {answer['reason']}")
-                begun = answer["event"] in ("begin", "again")
-                current = answer["case"] if begun else None
-                if answer["event"] == "case":
-                    left.remove(answer["case"])
-                yield answer
+            for said in process.answers({**job, "cases": left}):
+                if said["event"] == "error":
+                    raise UserError(f"a worker could not measure: {said['reason']}")
+                current = said["case"] if said["event"] in ("begin", "again") else None
+                if said["event"] == "case":
+                    left.remove(said["case"])
+                yield said
             ended = True
         finally:
             if not ended:
@@ -146,19 +145,23 @@ def answers(
         left.remove(current)
         status = "timeout" if process.silent else "failed"
         reason = f"the process {how or 'ended within the case'}"
-        yield {"event": "case", "case": current, **_dead(status, reason)}
+        # In our code or in SDPA; ours is the one under test.
+        yield {"event": "case", "case": current, **answer(status, reason=reason)}
         if left:
             process = Process(source, debug)
 
 
-def _dead(status: str, reason: str) -> Answer:
-    """A worker dies in our code or in SDPA; ours is the one under test."""
-    return {
-        "ours": {"status": status, "reason": reason, "samples": []},
-        "sdpa": {"status": "ok", "reason": "", "samples": []},
-        "plans": [],
-        "error": None,
-        "sdpa_backend": "",
-        "disturbed": 0.0,
-        "telemetry": None,
+def answer(
+    ours_status: str = "ok",
+    sdpa_status: str = "ok",
+    reason: str = "",
+    plans: Sequence[Mapping[str, str]] = (),
+    error: float | None = None,
+) -> Answer:
+    """What becomes of a case, without samples."""
+    data: Answer = {
+        side: {"status": status, "reason": reason if status != "ok" else "", "samples": []}
+        for side, status in (("ours", ours_status), ("sdpa", sdpa_status))
     }
+    data |= {"plans": list(plans), "error": error, "sdpa_backend": "", "disturbed": 0.0}
+    return {**data, "telemetry": None}

@@ -10,25 +10,33 @@ from fnmatch import fnmatchcase
 from flashmoe.ratchet.errors import UserError
 from flashmoe.spec.mask import FULL
 from flashmoe.spec.mask import parse as parse_mask
-from flashmoe.spec.problem import DTYPE_BYTES, Problem
+from flashmoe.spec.problem import DTYPE_BYTES, LAYOUTS, TERMS, Problem
 
+# What is timed: a forward, a backward whose forward ran before, or one after the other.
+DIRECTIONS = {"fwd": ("fwd",), "bwd": ("bwd",), "fwdbwd": ("fwd", "bwd")}
+_WORDS = {"fwd": "forward", "bwd": "backward", "fwdbwd": "training"}
 NAME_FORM = (
-    "(fwd|fwdbwd)-bBATCH-hHEADS[kKV_HEADS]-sSEQLEN[xSEQLEN_KV]-dHEAD_DIM-DTYPE"
-    "[-causal|-window-LEFT-RIGHT]"
+    f"({'|'.join(DIRECTIONS)})-bBATCH-hHEADS[kKV_HEADS]-sSEQLEN[xSEQLEN_KV]-dHEAD_DIM-DTYPE"
+    f"[-causal|-window-LEFT-RIGHT]{''.join(f'[-{term}]' for term in TERMS)}"
+    f"[-{'|-'.join(LAYOUTS[1:])}]"
 )
 _NAME = re.compile(
-    r"(?P<mode>fwd|fwdbwd)-b(?P<batch>\d+)-h(?P<heads_q>\d+)(?:k(?P<heads_kv>\d+))?"
+    rf"(?P<mode>{'|'.join(DIRECTIONS)})-b(?P<batch>\d+)-h(?P<heads_q>\d+)(?:k(?P<heads_kv>\d+))?"
     r"-s(?P<seqlen_q>\d+)(?:x(?P<seqlen_kv>\d+))?-d(?P<head_dim>\d+)"
     rf"-(?P<dtype>{'|'.join(DTYPE_BYTES)})(?:-(?P<mask>causal|window-\w+-\w+))?"
+    rf"(?P<terms>{''.join(f'(?:-{term})?' for term in TERMS)})"
+    rf"(?:-(?P<layout>{'|'.join(LAYOUTS[1:])}))?"
 )
+# Below so many queries each, they are tokens that a model decodes.
+_DECODED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A forward problem, and whether its backward is measured with it."""
+    """A forward problem, and what of it is timed: one of DIRECTIONS."""
 
     problem: Problem
-    backward: bool = False
+    mode: str = "fwd"
 
     def __post_init__(self) -> None:
         p = self.problem
@@ -36,33 +44,56 @@ class Case:
             raise ValueError(f"direction must be fwd, got {p.direction!r}")
         if 0 in (p.batch, p.seqlen_q, p.seqlen_kv):
             raise ValueError("batch, seqlen_q and seqlen_kv must be at least 1")
+        if self.backward and p.layout not in ("dense", "packed"):
+            raise ValueError(f"layout must be dense or packed in a backward, got {p.layout!r}")
+        object.__setattr__(self, "problem", replace(p, lengths=_lengths(p)))
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return DIRECTIONS[self.mode]
+
+    @property
+    def backward(self) -> bool:
+        return "bwd" in self.directions
 
     @property
     def name(self) -> str:
         """Unique, and parsed back by `parse`."""
         p = self.problem
-        mode = "fwdbwd" if self.backward else "fwd"
         heads = f"h{p.heads_q}" + (f"k{p.heads_kv}" if p.heads_kv != p.heads_q else "")
         seqlen = f"s{p.seqlen_q}" + (f"x{p.seqlen_kv}" if p.seqlen_kv != p.seqlen_q else "")
-        parts = [mode, f"b{p.batch}", heads, seqlen, f"d{p.head_dim}", p.dtype]
-        return "-".join(parts if p.mask.is_full else [*parts, str(p.mask)])
+        sizes = "-".join((self.mode, f"b{p.batch}", heads, seqlen, f"d{p.head_dim}", p.dtype))
+        return f"{sizes}-{p.kind}".replace("-full", "")
+
+    @property
+    def kind(self) -> str:
+        """Direction, layout and features in words, by which reports keep cases apart: `forward`,
+        `decode, paged`, `backward, packed, softcap`."""
+        p = self.problem
+        decoded = p.seqlen_q < _DECODED < p.seqlen_kv and not self.backward
+        features = [name for name in (*LAYOUTS, "window", *TERMS) if name in p.features - {"cache"}]
+        return ", ".join(("decode" if decoded else _WORDS[self.mode], *features))
 
     @property
     def yardstick(self) -> Problem:
-        """What SDPA is timed on: this problem where SDPA computes the same. It has no windows, and
-        aligns a causal mask top-left: otherwise a full problem with as many keys as a query sees in
-        the mean, whose only job is not to change."""
-        p = self.problem
-        if p.mask.is_full or (p.mask.is_causal and p.seqlen_q == p.seqlen_kv):
+        """What SDPA is timed on: this problem where SDPA computes the same, and otherwise a dense
+        one of like size, whose only job is not to change. SDPA has no terms, windows and lengths,
+        and aligns a causal mask top-left: such a case's has as many rows as a sequence has, and as
+        many keys as a query sees, in the mean."""
+        p = replace(self.problem, terms=(), layout="dense", lengths=())
+        square = p.mask.is_causal and p.seqlen_q == p.seqlen_kv
+        if self.problem.layout == "dense" and (p.mask.is_full or square):
             return p
-        return replace(p, seqlen_kv=max(1, p.visible_pairs // p.seqlen_q), mask=FULL)
+        lengths = self.problem.histogram
+        rows = sum(seqlen_q * count for seqlen_q, _, count in lengths)
+        pairs = sum(p.mask.pairs(*both) * count for *both, count in lengths)
+        seqlen_q, seqlen_kv = max(1, round(rows / p.batch)), max(1, pairs // rows)
+        return replace(p, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, mask=FULL)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """The problems one timed call solves."""
-        if not self.backward:
-            return (self.problem,)
-        return (self.problem, replace(self.problem, direction="bwd"))
+        return tuple(replace(self.problem, direction=d) for d in self.directions)
 
     @property
     def flops(self) -> float:
@@ -71,6 +102,19 @@ class Case:
     @property
     def bytes(self) -> float:
         return sum(problem.bytes for problem in self.problems)
+
+
+def _lengths(p: Problem) -> tuple[tuple[int, int, int], ...]:
+    """Where lengths may differ they do: spread evenly up to the problem's bounds."""
+
+    def share(i: int, bound: int) -> int:
+        return max(1, round((i + 1) * bound / p.batch))
+
+    if p.layout == "dense":
+        return ()
+    packed = p.layout.startswith("packed")
+    rows = [share(i, p.seqlen_q) if packed else p.seqlen_q for i in range(p.batch)]
+    return tuple((seqlen_q, share(i, p.seqlen_kv), 1) for i, seqlen_q in enumerate(rows))
 
 
 def parse(name: str) -> Case:
@@ -89,76 +133,96 @@ def parse(name: str) -> Case:
             n["head_dim"],
             match["dtype"],
             parse_mask(match["mask"] or "full"),
+            terms=tuple(match["terms"].split("-")[1:]),
+            layout=match["layout"] or "dense",
         )
-        return Case(problem, match["mode"] == "fwdbwd")
+        if (problem.batch, problem.seqlen_q) != (n["batch"], n["seqlen_q"]):
+            raise ValueError("batch and seqlen_q must be powers of two where they are packed")
+        return Case(problem, match["mode"])
     except ValueError as error:
         raise UserError(f"case {name!r}: {error}") from None
 
 
-# Sizes that 2 cores finish in about two minutes of 12 x 120 interleaved rounds.
+# Sizes that 2 cores finish in about two minutes of 16 processes.
 _CPU_QUICK = (
     # Stands in for the GPU suite's fwd-b32-h8-s512-d64, at a batch a CPU can finish.
     "fwd-b2-h8-s512-d64-float32",
     "fwd-b2-h8-s512-d64-float32-causal",
     "fwd-b1-h8-s1024-d64-float32",
-    "fwd-b1-h8-s1024-d64-float32-causal",
     "fwd-b4-h8-s128-d64-float32",
-    "fwd-b1-h4-s1024-d128-float32",
     "fwd-b1-h4-s1024-d128-float32-causal",
     "fwd-b1-h4-s512-d256-float32",
     "fwd-b1-h8k2-s512-d64-float32-causal",
-    "fwd-b1-h1-s4096-d64-float32-causal",
+    "fwd-b2-h8-s512-d64-bfloat16",
+    "fwd-b1-h8-s1024-d64-bfloat16-causal",
     # Few queries over many keys, but not one: that is bound by memory, which others share (from
     # process to process its speedup varied by 10 %), and without GQA it is SDPA that runs it.
     "fwd-b1-h8k2-s64x4096-d64-float32",
-    "fwd-b2-h8-s512-d64-bfloat16",
-    "fwd-b1-h8-s1024-d64-bfloat16-causal",
+    "fwd-b4-h8k2-s8x2048-d64-float32-paged",
+    "fwd-b4-h8-s512-d64-float32-causal-packed",
+    "fwd-b1-h8-s1024-d64-float32-window-256-0-sink",
+    "fwd-b1-h8-s512-d64-float32-causal-softcap",
+    "bwd-b1-h4-s256-d64-float32",
+    "bwd-b4-h4-s256-d64-float32-causal-packed",
 )
 _CPU_MORE = (
+    "fwd-b1-h1-s4096-d64-float32-causal",
     "fwd-b1-h8-s2048-d128-float32",
-    "fwd-b1-h2-s4096-d64-float32",
     "fwd-b1-h8-s1000-d80-float32",
     "fwd-b2-h8-s512-d64-float16",
     "fwd-b1-h8k1-s1024-d64-bfloat16",
+    "fwd-b2-h8-s512-d64-float32-causal-alibi",
+    "fwd-b4-h8k2-s512x1024-d64-float32-causal-packed-cache",
     "fwd-b1-h8-s2048-d64-float32-window-256-0",
+    "bwd-b1-h4-s256-d64-float32-causal",
+    "bwd-b1-h4-s512-d64-float32-window-64-0",
     "fwdbwd-b2-h8-s512-d64-float32",
-    "fwdbwd-b1-h8-s512-d64-float32-causal",
     "fwdbwd-b1-h8k2-s512-d128-float32",
 )
 _CUDA_QUICK = (
     "fwd-b32-h8-s512-d64-bfloat16",
-    "fwd-b32-h8-s512-d64-bfloat16-causal",
     "fwd-b32-h8-s512-d64-float16",
-    "fwd-b32-h8-s512-d64-float16-causal",
-    "fwd-b4-h16-s2048-d128-bfloat16",
+    "fwd-b32-h8-s512-d64-bfloat16-causal",
     "fwd-b4-h16-s2048-d128-float16-causal",
-    "fwd-b2-h16-s8192-d128-bfloat16",
     "fwd-b2-h16-s8192-d128-bfloat16-causal",
     "fwd-b2-h32-s8192-d64-bfloat16",
     "fwd-b4-h8-s2048-d256-bfloat16",
     "fwd-b2-h32k8-s4096-d128-bfloat16-causal",
-    "fwd-b8-h16-s128-d64-bfloat16",
     "fwd-b16-h32k8-s1x8192-d128-bfloat16",
+    "fwd-b32-h32k8-s1x8192-d128-bfloat16-paged",
+    "fwd-b16-h16-s2048-d128-bfloat16-causal-packed",
+    "fwd-b2-h16-s8192-d64-bfloat16-window-1024-0-sink",
+    "fwd-b4-h16-s2048-d128-bfloat16-causal-softcap",
+    "bwd-b32-h8-s512-d64-float16",
+    "bwd-b4-h16-s4096-d128-bfloat16-causal",
+    "bwd-b16-h16-s2048-d128-bfloat16-causal-packed",
 )
 _CUDA_MORE = (
-    "fwd-b2-h32-s8192-d64-float16-causal",
+    "fwd-b4-h16-s2048-d128-bfloat16",
+    "fwd-b2-h16-s8192-d128-bfloat16",
+    "fwd-b8-h16-s128-d64-bfloat16",
     "fwd-b4-h8-s2048-d256-float16-causal",
     "fwd-b1-h16-s16384-d128-bfloat16-causal",
     "fwd-b2-h32k1-s4096-d128-bfloat16",
     "fwd-b4-h16-s2000-d80-bfloat16",
+    "fwd-b4-h16-s2048-d128-bfloat16-causal-alibi",
     "fwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
     "fwd-b2-h32-s8192-d64-bfloat16-window-128-0",
-    "fwdbwd-b32-h8-s512-d64-bfloat16",
+    "fwd-b32-h32k8-s1x8192-d128-bfloat16-cache",
+    "fwd-b8-h32k8-s4x32768-d128-bfloat16-causal-paged",
+    "fwd-b16-h32k8-s256x8192-d128-bfloat16-causal-packed-paged",
+    "bwd-b4-h8-s2048-d256-bfloat16-causal",
+    "bwd-b2-h32k8-s4096-d128-bfloat16-causal",
+    "bwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
+    "bwd-b4-h16-s2048-d128-bfloat16-causal-softcap",
     "fwdbwd-b32-h8-s512-d64-float16-causal",
-    "fwdbwd-b4-h16-s4096-d128-bfloat16",
     "fwdbwd-b4-h16-s4096-d128-bfloat16-causal",
-    "fwdbwd-b2-h32k8-s2048-d128-bfloat16-causal",
-    "fwdbwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
 )
 # For `sota`: what papers and other libraries show.
 _CPU_SOTA = (
-    *_CPU_QUICK[:8],
-    "fwd-b1-h8k2-s512-d64-float32-causal",
+    *_CPU_QUICK[:7],
+    "fwd-b1-h8-s1024-d64-float32-causal",
+    "fwd-b1-h4-s1024-d128-float32",
     "fwd-b4-h8-s1x2048-d64-float32",
     "fwdbwd-b2-h8-s512-d64-float32",
     "fwdbwd-b1-h8-s512-d64-float32-causal",

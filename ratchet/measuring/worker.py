@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import torch
 import flashmoe
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.quiet import measure_quietly
-from flashmoe.measure.timing import measure, measure_limits
+from flashmoe.measure.timing import Limits, measure, measure_limits
 from flashmoe.ratchet.gate.stats import rounds_wanted
+from flashmoe.ratchet.measuring.processes import answer
 from flashmoe.ratchet.measuring.slow import delayed
 from flashmoe.ratchet.measuring.suite import Case, parse
 from flashmoe.ratchet.measuring.telemetry import Watch
@@ -64,12 +65,13 @@ def run(job: dict[str, Any], emit: Emit) -> None:
     alone is timed."""
     device = torch.device(job["device"])
     cases = [parse(name) for name in job["cases"]]
+    limits = limits_of(cases, device) if job["first"] else {}
     emit(
         {
             "event": "start",
             "package": str(Path(flashmoe.__file__).resolve().parent),
             "fingerprint": fingerprint(device).to_json(),
-            "limits": _limits(cases, device) if job["first"] else {},
+            "limits": {dtype: asdict(rates) for dtype, rates in limits.items()},
         }
     )
     # Between two visits to a case come all the others: what disturbs a machine for a moment then
@@ -78,19 +80,19 @@ def run(job: dict[str, Any], emit: Emit) -> None:
     while waiting:
         case, event, steps = waiting.popleft()
         emit({"event": event, "case": case.name})
-        if (answer := next(steps)) is None:
+        if (told := next(steps)) is None:
             waiting.append((case, "again", steps))
         else:
-            emit({"event": "case", "case": case.name, **answer})
+            emit({"event": "case", "case": case.name, **told})
 
 
-def _limits(cases: Sequence[Case], device: torch.device) -> dict[str, dict[str, float]]:
+def limits_of(cases: Sequence[Case], device: torch.device) -> dict[str, Limits]:
     """Limits by the dtypes of the cases. A CPU's are always float32's: most have no 16-bit matrix
     units, where torch's own 16-bit matmul is a hundred times slower than any kernel here."""
     dtypes = sorted({case.problem.dtype for case in cases})
     if device.type == "cpu":
-        return dict.fromkeys(dtypes, asdict(measure_limits(device, torch.float32)))
-    return {dtype: asdict(measure_limits(device, getattr(torch, dtype))) for dtype in dtypes}
+        return dict.fromkeys(dtypes, measure_limits(device, torch.float32))
+    return {dtype: measure_limits(device, getattr(torch, dtype)) for dtype in dtypes}
 
 
 def _measure(
@@ -103,7 +105,7 @@ def _measure(
         workload.sdpa()
         sdpa_backend = workload.sdpa_backend()
     except Exception as error:  # noqa: BLE001 - a failure is a result
-        yield _answer(sdpa_status="failed", reason=f"{type(error).__name__}: {error}")
+        yield answer(sdpa_status="failed", reason=f"{type(error).__name__}: {error}")
         return
     if reason := job.get("yardstick"):
         yield _yardstick(workload, device, job, reason)
@@ -111,21 +113,24 @@ def _measure(
     error_share: float | None = None
     plans: list[dict[str, str]] = []
     try:
+        workload.ours()  # first: an older build cannot plan what it does not have
         plans = _plans(case, device, options or {})
         if job["first"]:
             correctness = workload.check()
             error_share = correctness.error if math.isfinite(correctness.error) else None
             if correctness.reason:
-                yield _answer(ours_status="wrong", reason=correctness.reason, plans=plans)
+                yield answer(ours_status="wrong", reason=correctness.reason, plans=plans)
                 return
         ours = delayed(workload.ours, device, job.get("slow", {}).get(case.name, 0.0))
+    except NotImplementedError as error:
+        yield answer(ours_status="unsupported", reason=f"{case.kind}: {error}", plans=plans)
+        return
     except Exception as error:  # noqa: BLE001 - a failure is a result
-        reason = f"{type(error).__name__}: {error}"
-        yield _answer(ours_status="failed", reason=reason, plans=plans)
+        reason = f"{case.kind}: {type(error).__name__}: {error}"
+        yield answer(ours_status="failed", reason=reason, plans=plans)
         return
     watch = Watch(device)
-    answer = _answer(plans=plans, error=error_share)
-    answer["sdpa_backend"] = sdpa_backend
+    told = answer(plans=plans, error=error_share) | {"sdpa_backend": sdpa_backend}
     taken, disturbed = 0, 0.0
     wanted = job["rounds_of"].get(case.name, job["rounds"])
     decides = job["adapts"] and case.name not in job["rounds_of"]
@@ -144,21 +149,21 @@ def _measure(
         disturbed += share * rounds
         for side, measurement in measured.items():
             # Six digits: a clock tells less, and files stay small.
-            answer[side]["samples"] += [float(f"{x:.6g}") for x in measurement.samples]
-            answer[side] |= {"status": measurement.status, "reason": measurement.reason}
+            told[side]["samples"] += [float(f"{x:.6g}") for x in measurement.samples]
+            told[side] |= {"status": measurement.status, "reason": measurement.reason}
         if any(m.status != "ok" for m in measured.values()):
             break
         if not visits and decides:
             decides = False
-            samples = answer["ours"]["samples"], answer["sdpa"]["samples"]
+            samples = told["ours"]["samples"], told["sdpa"]["samples"]
             more = min(rounds_wanted(*samples, _ROUNDS_ERROR), _MOST_ROUNDS * taken) - taken
             if more > 0:
                 visits.append(more)
         if visits:
             yield None
-    answer["telemetry"] = watch.seen()
-    answer["disturbed"] = disturbed / taken or watch.throttled_share()
-    yield answer
+    told["telemetry"] = watch.seen()
+    told["disturbed"] = disturbed / taken or watch.throttled_share()
+    yield told
 
 
 def _visits(rounds: int, visits: int) -> list[int]:
@@ -175,31 +180,19 @@ def _yardstick(
     measured = measure({"sdpa": workload.sdpa}, device, rounds=rounds, warmup=warmup, seed=seed)[
         "sdpa"
     ]
-    answer = _answer(ours_status="failed", reason=reason)
-    answer["sdpa"]["samples"] = list(measured.samples)
-    return {**answer, "sdpa_backend": workload.sdpa_backend()}
-
-
-def _answer(
-    ours_status: str = "ok",
-    sdpa_status: str = "ok",
-    reason: str = "",
-    plans: Sequence[dict[str, str]] = (),
-    error: float | None = None,
-) -> dict[str, Any]:
-    sides = {"ours": ours_status, "sdpa": sdpa_status}
-    answer: dict[str, Any] = {
-        side: {"status": status, "reason": reason if status != "ok" else "", "samples": []}
-        for side, status in sides.items()
-    }
-    answer |= {"plans": list(plans), "error": error}
-    return {**answer, "sdpa_backend": "", "disturbed": 0.0, "telemetry": None}
+    told = answer("failed", reason=reason)
+    told["sdpa"]["samples"] = list(measured.samples)
+    return {**told, "sdpa_backend": workload.sdpa_backend()}
 
 
 def _plans(case: Case, device: torch.device, options: Mapping[str, str]) -> list[dict[str, str]]:
     """What the calls run. The forward of a call that trains has to tell softmax_lse."""
-    # In the words of the build that is measured, which may be older than this harness.
-    problems = [flashmoe.Problem.from_json(problem.to_json()) for problem in case.problems]
+    # In the words of the build that is measured, which may be older than this harness. No plan
+    # depends on lengths.
+    problems = [
+        flashmoe.Problem.from_json(replace(problem, lengths=()).to_json())
+        for problem in case.problems
+    ]
     made = [
         flashmoe.make_plan(problem, device, **options, need_lse=case.backward)
         for problem in problems

@@ -1,10 +1,11 @@
-"""A case as two calls on the same random data, ours and SDPA's, and whether ours is right."""
+"""A case as two calls on random data, ours and SDPA's, and whether ours is right."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,195 +13,121 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import flashmoe
-from flashmoe.measure.reference import attention_reference, error_bound
+from flashmoe.measure.check import Checker, Correctness
+from flashmoe.measure.inputs import Inputs, make_inputs
 from flashmoe.ratchet.measuring.suite import Case
-from flashmoe.spec.mask import Mask
+from flashmoe.spec.call import Sequences, Terms
 
 # Torch's own, whatever torch.nn.functional calls so by now: users put ours there. Not by the
 # library's name for it, which older builds lack.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
 
 _Results = tuple[Tensor, ...]
-_Inputs = tuple[Tensor, Tensor, Tensor]
-# Elements of one materialized score matrix while checking: 0.25 GiB in float64.
-_MAX_SCORES = 1 << 25
-# Below so many elements the same-dtype computation is made in so many orders.
-_FEW, _ORDERS = 1 << 20, 8
-
-
-@dataclass(frozen=True, slots=True)
-class Correctness:
-    """Largest absolute errors against the reference as a share of what is allowed, over all
-    results; `reason` says what is wrong, empty when nothing is."""
-
-    error: float
-    reason: str = ""
+# (sequence, head of k) pairs that are checked: on a GPU all of them in most cases.
+_PAIRS = {"cpu": 8, "cuda": 64}
 
 
 class Workload:
-    """Inputs of one case and the calls on them. Standard normal data, in each side's own layout:
-    (batch, seqlen, heads, head_dim) for ours, (batch, heads, seqlen, head_dim) for SDPA."""
+    """One case's data and the calls on them. Each call returns (out,), or (out, dq, dk, dv) where
+    the case has a backward."""
 
     def __init__(
         self, case: Case, device: torch.device, seed: int, options: Mapping[str, str] | None = None
     ) -> None:
-        """`options` of flash_attn_func: backend and tile, where others than the planned ones are
-        to run."""
-        p = case.problem
-        self._case = case
-        self._options: dict[str, Any] = dict(options or {})
-        generator = torch.Generator(device).manual_seed(seed)
-        dtype = getattr(torch, p.dtype)
+        """`options`: backend and tile of our function, where others than the planned ones are to
+        run."""
+        self._case, self._options = case, dict(options or {})
+        self._inputs = make_inputs(case.problems[-1], device, seed)
+        if (made := self._inputs.call.terms.names) != case.problem.terms:
+            raise ValueError(f"{case.name} needs inputs with its terms, which are made with {made}")
+        p, yardstick = case.yardstick, self._inputs
+        if p != case.problem:
+            direction = case.problems[-1].direction
+            yardstick = make_inputs(replace(p, direction=direction), device, seed)
+        self._yardstick = _transposed(yardstick)
+        grouped = p.heads_q != p.heads_kv
+        self._sdpa: dict[str, Any] = {"is_causal": p.mask.is_causal, "enable_gqa": grouped}
 
-        def randn(seqlen: int, heads: int) -> Tensor:
-            shape = (p.batch, seqlen, heads, p.head_dim)
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
+    @functools.cached_property
+    def ours(self) -> Callable[[], _Results]:
+        """Our function, as users call it. Raises NotImplementedError where the build that is
+        measured has nothing like it."""
+        return self.with_options(self._options)
 
-        self._inputs = (
-            randn(p.seqlen_q, p.heads_q),
-            randn(p.seqlen_kv, p.heads_kv),
-            randn(p.seqlen_kv, p.heads_kv),
-        )
-        self._dout = randn(p.seqlen_q, p.heads_q) if case.backward else None
-        q, k, v = (x.transpose(1, 2).contiguous() for x in self._inputs)
-        self._sdpa_inputs = (q, k, v)
-        self._yardstick: _Inputs = self._sdpa_inputs
-        if case.yardstick != p:
-            keys = case.yardstick.seqlen_kv
-            self._yardstick = (q, k[:, :, :keys].clone(), v[:, :, :keys].clone())
-        self._sdpa_dout = None if self._dout is None else self._dout.transpose(1, 2).contiguous()
-        for x in (*self._inputs, *self._sdpa_inputs, *self._yardstick):
-            x.requires_grad_(case.backward)
+    def with_options(self, options: Mapping[str, str]) -> Callable[[], _Results]:
+        name, keywords = self._arguments()
+        function = getattr(flashmoe, name, None)
+        if function is None:
+            raise NotImplementedError(f"flashmoe has no {name}")
+        if unknown := sorted(set(keywords) - set(inspect.signature(function).parameters)):
+            raise NotImplementedError(f"{name} has no argument {', '.join(unknown)}")
+        return self.other(functools.partial(function, **keywords, **options), heads_first=False)
 
-    def ours(self) -> _Results:
-        """out, and dq, dk, dv with the backward."""
-        arguments = _mask_arguments(self._case.problem.mask) | self._options
-        out = flashmoe.flash_attn_func(*self._inputs, **arguments)
-        assert isinstance(out, Tensor)
-        return self._with_gradients(out, self._inputs, self._dout)
+    @functools.cached_property
+    def sdpa(self) -> Callable[[], _Results]:
+        """The yardstick."""
+        return self._timed(functools.partial(torch_sdpa, **self._sdpa), *self._yardstick)
 
-    def sdpa(self) -> _Results:
-        """The yardstick, in SDPA's layout."""
-        p, inputs = self._case.yardstick, self._yardstick
-        out = torch_sdpa(*inputs, is_causal=p.mask.is_causal, enable_gqa=p.heads_q != p.heads_kv)
-        return self._with_gradients(out, inputs, self._sdpa_dout)
-
-    def other(
-        self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], heads_first: bool
-    ) -> Callable[[], _Results]:
-        """Another implementation on the same data, `heads_first` in SDPA's layout and otherwise in
-        ours. Results are (batch, seqlen, heads, head_dim), as `ours` returns them."""
-        inputs, dout = self._inputs, self._dout
-        if heads_first:
-            inputs, dout = self._sdpa_inputs, self._sdpa_dout
-
-        def call() -> _Results:
-            results = self._with_gradients(attend(*inputs), inputs, dout)
-            return tuple(x.transpose(1, 2) for x in results) if heads_first else results
-
-        return call
+    def other(self, attend: Callable[..., Any], heads_first: bool) -> Callable[[], _Results]:
+        """Another implementation on the same data, `heads_first` in SDPA's layout. Results are as
+        `ours` returns them."""
+        if not heads_first:
+            return self._timed(attend, *self._inputs.call[:3], self._inputs.dout)
+        call = self._timed(attend, *_transposed(self._inputs))
+        return lambda: tuple(x.transpose(1, 2) for x in call())
 
     def sdpa_backend(self) -> str:
         """Which of its own backends SDPA runs on these inputs, by the function it asks itself."""
-        p = self._case.yardstick
-        chosen = torch._fused_sdp_choice(
-            *self._yardstick, is_causal=p.mask.is_causal, enable_gqa=p.heads_q != p.heads_kv
-        )
+        chosen = torch._fused_sdp_choice(*self._yardstick[:3], **self._sdpa)
         return str(SDPBackend(chosen).name).lower()
 
     def check(self) -> Correctness:
-        """Our results against the reference, with twice the error of the same computation in the
-        case's dtype allowed, plus the rounding of the result."""
-        names = ("out", "dq", "dk", "dv")
-        results = [x.detach() for x in self.ours()]
-        judges = [_Judge(name, x.dtype) for name, x in zip(names, results, strict=False)]
-        exact = torch.float64 if self._case.problem.dtype == "float32" else torch.float32
-        for batch, kv_heads, heads in self._slices():
-            q, k, v = self._inputs
-            inputs = (q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads])
-            dout = None if self._dout is None else self._dout[batch, :, heads]
-            exactly = self._reference(inputs, dout, exact)
-            where = (heads, heads, kv_heads, kv_heads)
-            for order in self._orders():
-                same_dtype = self._reference(inputs, dout, inputs[0].dtype, order)
-                for i, judge in enumerate(judges):
-                    judge.see(
-                        results[i][batch, :, where[i]], exactly[i].detach(), same_dtype[i].detach()
-                    )
-        reasons = [reason for judge in judges if (reason := judge.reason())]
-        return Correctness(max(judge.share for judge in judges), "; ".join(reasons))
+        """Our results against the reference (measure/check.py); `reason` begins with the case's
+        kind."""
+        results = dict(zip(("out", "dq", "dk", "dv"), self.ours(), strict=False))
+        found = Checker(self._inputs, pairs=_PAIRS[self._yardstick[0].device.type]).check(results)
+        return replace(found, reason=found.reason and f"{self._case.kind}: {found.reason}")
 
-    def _with_gradients(self, out: Tensor, inputs: _Inputs, dout: Tensor | None) -> _Results:
-        return (out,) if dout is None else (out, *torch.autograd.grad(out, inputs, dout))
+    def _timed(
+        self, attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
+    ) -> Callable[[], _Results]:
+        """What is timed of `attend`: all of it, or only the backward of a forward that ran here."""
+        inputs = (q, k, v)
+        if dout is None:
+            return lambda: (attend(*inputs),)
+        for x in inputs:
+            x.requires_grad_()
+        kept = None if "fwd" in self._case.directions else attend(*inputs)
 
-    def _orders(self) -> list[Tensor]:
-        """Orders of head_dim in which the same-dtype computation is made. The largest error of few
-        elements is a matter of luck; other orders of summation tell what rounding does to them."""
-        head_dim, device = self._case.problem.head_dim, self._inputs[0].device
-        generator = torch.Generator().manual_seed(0)
-        orders = [torch.arange(head_dim)]
-        while self._inputs[0].numel() < _FEW and len(orders) < _ORDERS:
-            orders.append(torch.randperm(head_dim, generator=generator))
-        return [order.to(device) for order in orders]
+        def call() -> _Results:
+            out = attend(*inputs) if kept is None else kept
+            gradients = torch.autograd.grad(out, inputs, dout, retain_graph=kept is not None)
+            return (out.detach(), *gradients)
 
-    def _reference(
-        self,
-        inputs: _Inputs,
-        dout: Tensor | None,
-        dtype: torch.dtype,
-        order: Tensor | None = None,
-    ) -> _Results:
-        q, k, v = (x.detach().to(dtype).requires_grad_(dout is not None) for x in inputs)
-        scores = (q, k) if order is None else (q[..., order], k[..., order])
-        out, _ = attention_reference(*scores, v, mask=self._case.problem.mask, dtype=dtype)
-        return self._with_gradients(out, (q, k, v), None if dout is None else dout.to(dtype))
+        return call
 
-    def _slices(self) -> Iterator[tuple[slice, slice, slice]]:
-        """(batch, kv heads, query heads) pieces whose scores fit in memory."""
-        p = self._case.problem
-        group = p.heads_q // p.heads_kv
-        scores = p.heads_q * p.seqlen_q * p.seqlen_kv
-        if scores <= _MAX_SCORES:
-            step = _MAX_SCORES // scores
-            for start in range(0, p.batch, step):
-                yield slice(start, start + step), slice(None), slice(None)
-            return
-        for b in range(p.batch):
-            for h in range(p.heads_kv):
-                yield slice(b, b + 1), slice(h, h + 1), slice(h * group, (h + 1) * group)
+    def _arguments(self) -> tuple[str, dict[str, Any]]:
+        """Which function of flashmoe computes the case, and its arguments besides q, k and v: only
+        those that the case needs, for older builds have fewer."""
+        mask, call = self._case.problem.mask, self._inputs.call
+        arguments = _given(call.terms) | _given(call.sequences)
+        if mask.is_local:
+            arguments["window_size"] = (mask.left, mask.right)
+        elif mask.is_causal:
+            arguments["causal"] = True
+        layout = call.sequences.layout
+        if layout in ("dense", "packed"):
+            return f"flash_attn_{'varlen_' if layout == 'packed' else ''}func", arguments
+        arguments["cache_seqlens"] = arguments.pop("seqused_k")
+        return "flash_attn_with_kvcache", arguments
 
 
-def _mask_arguments(mask: Mask) -> dict[str, Any]:
-    """As flash_attn_func of any build takes it: older ones know no window."""
-    if mask.is_local:
-        return {"window_size": (mask.left, mask.right)}
-    return {"causal": mask.is_causal}
+def _transposed(inputs: Inputs) -> tuple[Any, ...]:
+    """q, k, v and dout, (batch, heads, seqlen, head_dim) and contiguous."""
+    tensors = (*inputs.call[:3], inputs.dout)
+    return tuple(x if x is None else x.transpose(1, 2).contiguous() for x in tensors)
 
 
-class _Judge:
-    """Collects one result's errors piece by piece."""
-
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        self._name, self._dtype = name, dtype
-        self._error = self._same_dtype_error = self._scale = 0.0
-
-    @torch.no_grad()
-    def see(self, actual: Tensor, reference: Tensor, same_dtype: Tensor) -> None:
-        error = (actual.to(reference.dtype) - reference).abs().max().item()
-        same = (same_dtype.to(reference.dtype) - reference).abs().max().item()
-        # max() drops a NaN on its right, and NaN here is as wrong as it gets.
-        self._error = max(self._error, math.inf if math.isnan(error) else error)
-        self._same_dtype_error = max(self._same_dtype_error, same)
-        self._scale = max(self._scale, reference.abs().max().item())
-
-    @property
-    def share(self) -> float:
-        return self._error / error_bound(self._dtype, self._same_dtype_error, self._scale)
-
-    def reason(self) -> str:
-        if self.share <= 1:
-            return ""
-        if math.isinf(self._error):
-            return f"{self._name} is not finite where the reference is"
-        bound = error_bound(self._dtype, self._same_dtype_error, self._scale)
-        return f"{self._name} is off by {self._error:.3g}, allowed is {bound:.3g}"
+def _given(fields: Terms | Sequences) -> dict[str, Any]:
+    """Those that are not left at their default, None or 0."""
+    return {name: x for name, x in fields._asdict().items() if isinstance(x, Tensor) or x}

@@ -6,9 +6,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-import flashmoe
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import arch
 from flashmoe.measure.stats import paired_ratio
@@ -16,7 +14,6 @@ from flashmoe.measure.timing import measure
 from flashmoe.planning.plan import make_plan
 from flashmoe.ratchet.measuring.suite import Case
 from flashmoe.ratchet.measuring.workload import Workload
-from flashmoe.ratchet.sota.providers import Attend
 
 # Of a Hopper kernel's thousands of tiles a cache may hold hundreds.
 _MOST_TILES = 24
@@ -39,7 +36,10 @@ class Worse:
 
 def worse_tile(case: Case, device: torch.device, least: float) -> Worse | None:
     """The tile of the planned backend that runs without being compiled first and is slower by the
-    smallest factor that is certainly above `least`; None where there is none."""
+    smallest factor that is certainly above `least`; None where there is none. Of a forward: no
+    argument of ours names a backward's tile."""
+    if "fwd" not in case.directions:
+        return None
     plan = make_plan(case.problem, device, need_lse=case.backward)
     backend, here = BACKENDS[plan.backend], arch(device)
     searched = [*backend.tiles(case.problem, here), *backend.compiled_in(case.problem, here)]
@@ -56,7 +56,7 @@ def worse_tile(case: Case, device: torch.device, least: float) -> Worse | None:
     workload = Workload(case, device, seed=0)
     calls = {"": workload.ours}
     for tile in map(str, tiles):
-        calls[tile] = workload.other(_with_tile(case, plan.backend, tile), heads_first=False)
+        calls[tile] = workload.with_options({"backend": plan.backend, "tile": tile})
     measured = measure(calls, device, rounds=_ROUNDS, warmup=2)
     default = measured.pop("")
     if default.status != "ok":
@@ -71,14 +71,3 @@ def worse_tile(case: Case, device: torch.device, least: float) -> Worse | None:
         return None
     name = min(slower, key=lambda tile: slower[tile])
     return Worse(plan.backend, name, slower[name])
-
-
-def _with_tile(case: Case, backend: str, tile: str) -> Attend:
-    window = case.problem.mask.left, case.problem.mask.right
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flashmoe.flash_attn_func(q, k, v, window_size=window, backend=backend, tile=tile)
-        assert isinstance(out, Tensor)
-        return out
-
-    return attend

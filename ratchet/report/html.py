@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from flashmoe.ratchet.gate import stats
 from flashmoe.ratchet.gate.decide import Decision, Verdict
 from flashmoe.ratchet.gate.thresholds import percent
-from flashmoe.ratchet.report.markdown import ranked
+from flashmoe.ratchet.report.rows import by_kind, figures
 from flashmoe.ratchet.report.svg import COLOURS, Bar, forest
 from flashmoe.ratchet.results.values import CaseResult, Results
 
@@ -28,18 +27,21 @@ code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 
 def html(decision: Decision, current: Results, baseline: Results, cost: str) -> str:
     """Regressions first, as in the Markdown report."""
-    verdicts = ranked(decision.verdicts)
-    bars = [_bar(v) for v in verdicts if v.change]
+    kinds = by_kind(decision.verdicts)
+    bars = {kind: [_bar(v) for v in some if v.change] for kind, some in kinds.items()}
+    rows = [row for kind, some in kinds.items() for row in ([kind], *map(_row, some))]
     limits = (decision.thresholds.fail, decision.thresholds.improve)
     body = [f"<h1>flashmoe ratchet {escape(decision.summary)}</h1>"]
     body += _section("The run and the baseline cannot be compared", decision.problems)
-    if bars:
+    if any(bars.values()):
         body += [
             "<h2>Change of the speedup over SDPA, with 95 % intervals</h2>",
             f"<div class=wide>{forest(bars, limits, ' %')}</div>",
         ]
     columns = ("case", "verdict", "speedup over SDPA: baseline", "now", "change", "sees from", "")
-    body += ["<h2>Cases</h2>", table(columns, [_row(v) for v in verdicts], numbers=(2, 3, 4, 5))]
+    body += ["<h2>Cases</h2>", table(columns, rows, numbers=(2, 3, 4, 5))]
+    title = "Not compared, for the baseline's build does not support them"
+    body += _section(title, decision.skipped)
     body += _section("The environment changed, which is not the kernel", decision.environment)
     body += ["<h2>Where and how</h2>", _fingerprints(current, baseline), f"<p>{escape(cost)}</p>"]
     if telemetry := [_telemetry(case) for case in current.cases if case.telemetry]:
@@ -60,9 +62,11 @@ def page(title: str, body: Iterable[str]) -> str:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()
 ) -> str:
-    """Cells are HTML; `numbers` are the columns to align right."""
+    """Cells are HTML; `numbers` are the columns to align right. A row of one cell is a heading."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
+        if len(texts) < len(columns):
+            return f"<th colspan={len(columns)}>{texts[0]}</th>"
         return "".join(
             f"<{tag}{' class=number' if i in numbers else ''}>{text}</{tag}>"
             for i, text in enumerate(texts)
@@ -87,24 +91,15 @@ def _bar(v: Verdict) -> Bar:
 
 
 def _row(v: Verdict) -> list[str]:
-    colour = COLOURS[v.verdict]
-    cells = [
+    baseline, now, change, bounds, sees = figures(v)
+    return [
         f"<code>{escape(v.name)}</code>",
-        f"<span class=verdict style='color:{colour}'>{v.verdict}</span>",
+        f"<span class=verdict style='color:{COLOURS[v.verdict]}'>{v.verdict}</span>",
+        *(x.replace(" [", "<br>[") for x in (baseline, now)),
+        change and f"<b>{change}</b><br>{bounds}",
+        sees,
+        f"<span class=note>{escape(v.reason)}</span>",
     ]
-    if v.change is None or v.current is None or v.baseline is None:
-        cells += ["", "", "", ""]
-    else:
-        low, value, high = (percent(x) for x in (v.change.low, v.change.value, v.change.high))
-        sees = "" if v.detectable is None else f"{percent(1 / v.detectable):.1f} %"
-        change = f"<b>{value:+.1f} %</b><br>[{low:+.1f}, {high:+.1f}]"
-        cells += [_speedup(v.baseline), _speedup(v.current), change, sees]
-    return [*cells, f"<span class=note>{escape(v.reason)}</span>"]
-
-
-def _speedup(case: CaseResult) -> str:
-    x = stats.speedup(case.ours.samples, case.sdpa.samples)
-    return f"{x.value:.3f}<br>[{x.low:.3f}, {x.high:.3f}]"
 
 
 def _fingerprints(current: Results, baseline: Results) -> str:

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 from flashmoe.ratchet.gate.decide import FAIL, INCONCLUSIVE, INTEGRITY, Decision, Verdict
 from flashmoe.ratchet.gate.thresholds import percent
+from flashmoe.ratchet.report.rows import bounds
 
 
 def junit(decision: Decision) -> str:
@@ -19,7 +20,7 @@ def junit(decision: Decision) -> str:
         suite.set(key, str(len(decision.named(verdict)) + extra))
     suite.set("tests", str(len(decision.verdicts) + bool(whole)))
     for v in decision.verdicts:
-        case = ElementTree.SubElement(suite, "testcase", classname="ratchet", name=v.name)
+        case = ElementTree.SubElement(suite, "testcase", classname=f"ratchet.{v.kind}", name=v.name)
         tag = {FAIL: "failure", INTEGRITY: "error", INCONCLUSIVE: "skipped"}.get(v.verdict)
         if tag:
             ElementTree.SubElement(case, tag, message=_clean(_message(v)))
@@ -35,11 +36,8 @@ def junit(decision: Decision) -> str:
 
 
 def _message(v: Verdict) -> str:
-    if v.change is None:
-        return f"{v.verdict}: {v.reason}"
-    low, value, high = (percent(x) for x in (v.change.low, v.change.value, v.change.high))
-    text = f"{v.verdict}: {value:+.1f} % [{low:+.1f}, {high:+.1f}]"
-    return f"{text}: {v.reason}" if v.reason else text
+    change = f"{percent(v.change.value):+.1f} % {bounds(v.change)}" if v.change else ""
+    return ": ".join(filter(None, (v.verdict, change, v.reason)))
 
 
 def _clean(text: str) -> str:

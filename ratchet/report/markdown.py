@@ -8,19 +8,18 @@ from typing import Any
 
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import Interval
-from flashmoe.ratchet.gate import stats
 from flashmoe.ratchet.gate.decide import (
     ALPHA,
     FAIL,
     IMPROVED,
     INCONCLUSIVE,
-    INTEGRITY,
     PASS,
     Decision,
     Verdict,
 )
-from flashmoe.ratchet.gate.thresholds import Thresholds, percent
-from flashmoe.ratchet.results.values import CaseResult, Results
+from flashmoe.ratchet.gate.thresholds import Thresholds
+from flashmoe.ratchet.report.rows import SIGNS, by_kind, figures, plans, ranked
+from flashmoe.ratchet.results.values import Results
 
 # What GitHub accepts in a comment.
 MAX_CHARACTERS = 65536
@@ -29,16 +28,6 @@ _HEADER = (
     "| case | | speedup over SDPA: baseline | now | change | 95 % interval |",
     "|:--|:--|--:|--:|--:|--:|",
 )
-# Worst first.
-ORDER = (FAIL, INTEGRITY, IMPROVED, INCONCLUSIVE, PASS)
-_SIGNS = {FAIL: "🔴", INTEGRITY: "🟠", IMPROVED: "🟢", INCONCLUSIVE: "⚪", PASS: "✅"}
-
-
-def ranked(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Worst first; within a verdict the slowest change first."""
-    return sorted(
-        verdicts, key=lambda v: (ORDER.index(v.verdict), v.change.value if v.change else 0.0)
-    )
 
 
 def profile_targets(decision: Decision) -> tuple[str, ...]:
@@ -56,7 +45,7 @@ def markdown(
 ) -> str:
     """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
     end, best cases first, and the report says so. `trends`: a line about a case's history."""
-    rows = [(v, _row(v)) for v in ranked(decision.verdicts)]
+    rows = {v.name: _row(v) for v in ranked(decision.verdicts)}
     for shown in _halvings(len(rows)):
         text = _markdown(decision, rows, shown, current, baseline, cost, trends or {})
         if len(text) < MAX_CHARACTERS:
@@ -73,34 +62,37 @@ def _halvings(n: int) -> list[int]:
 
 def _markdown(
     decision: Decision,
-    rows: Sequence[tuple[Verdict, str]],
+    rows: Mapping[str, str],
     shown: int,
     current: Results,
     baseline: Results,
     cost: str,
     trends: Mapping[str, str],
 ) -> str:
-    kept, left_out = rows[:shown], len(rows) - shown
+    kept, left_out = ranked(decision.verdicts)[:shown], len(rows) - shown
     listed = max(shown, _LEAST_LISTED)
     parts = [_heading(decision), ""]
     if decision.problems:
         parts += ["**The run and the baseline cannot be compared:**", ""]
         parts += [*_list(decision.problems, listed), ""]
-    urgent = [(v, row) for v, row in kept if v.verdict in (FAIL, IMPROVED)]
-    quiet = [(v, row) for v, row in kept if v.verdict in (INCONCLUSIVE, PASS)]
+    if decision.skipped:
+        parts += ["**Not compared, for the baseline's build does not support them:**", ""]
+        parts += [*_list(decision.skipped, listed), ""]
+    urgent = [v for v in kept if v.verdict in (FAIL, IMPROVED)]
+    quiet = [v for v in kept if v.verdict in (INCONCLUSIVE, PASS)]
     if urgent:
-        parts += [*_HEADER, *(row for _, row in urgent), ""]
-        parts += [*(f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in urgent if v.reason), ""]
-        if past := [f"- `{v.name}`: {trends[v.name]}" for v, _ in urgent if v.name in trends]:
+        parts += [*_table(rows, urgent), ""]
+        parts += [*(f"- `{v.name}`: {_escaped(v.reason)}" for v in urgent if v.reason), ""]
+        if past := [f"- `{v.name}`: {trends[v.name]}" for v in urgent if v.name in trends]:
             parts += ["Speedup over SDPA in accepted runs:", "", *past, ""]
     if quiet:
         title = f"{len(quiet)} cases without a significant change"
-        parts += _details(title, [*_HEADER, *(row for _, row in quiet)])
-    if notes := [f"- `{v.name}`: {_escaped(v.reason)}" for v, _ in quiet if v.reason]:
+        parts += _details(title, _table(rows, quiet))
+    if notes := [f"- `{v.name}`: {_escaped(v.reason)}" for v in quiet if v.reason]:
         parts += _details(f"{len(notes)} of them inconclusive", notes)
     if left_out:
         parts += [f"{left_out} more cases do not fit here; the result file has them.", ""]
-    if plans := _plan_changes([v for v, _ in kept]):
+    if plans := _plan_changes(kept):
         parts += _details(f"{len(plans)} cases run another plan than before", plans)
     if decision.environment:
         title = f"The environment changed in {len(decision.environment)} ways (not the kernel)"
@@ -120,22 +112,16 @@ def _heading(decision: Decision) -> str:
 
 
 def _row(v: Verdict) -> str:
-    cells = [f"`{v.name}`", f"{_SIGNS[v.verdict]} {v.verdict}"]
-    if v.change is None or v.current is None or v.baseline is None:
-        cells += ["", "", "", ""]
-    else:
-        change = f"**{percent(v.change.value):+.1f} %**"
-        cells += [_speedup(v.baseline), _speedup(v.current), change, _bounds(v.change)]
-    return f"| {' | '.join(cells)} |"
+    baseline, now, change, bounds, _ = figures(v)
+    cells = [f"`{v.name}`", f"{SIGNS[v.verdict]} {v.verdict}", baseline, now]
+    return f"| {' | '.join([*cells, change and f'**{change}**', bounds])} |"
 
 
-def _speedup(case: CaseResult) -> str:
-    speedup = stats.speedup(case.ours.samples, case.sdpa.samples)
-    return f"{speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}]"
-
-
-def _bounds(interval: Interval) -> str:
-    return f"[{percent(interval.low):+.1f}, {percent(interval.high):+.1f}]"
+def _table(rows: Mapping[str, str], verdicts: Sequence[Verdict]) -> list[str]:
+    lines = list(_HEADER)
+    for kind, some in by_kind(verdicts).items():
+        lines += [f"| **{kind}** | | | | | |", *(rows[v.name] for v in some)]
+    return lines
 
 
 def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
@@ -143,7 +129,7 @@ def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
     for v in verdicts:
         if v.current is None or v.baseline is None:
             continue
-        old, new = (", ".join(map(str, case.plans)) for case in (v.baseline, v.current))
+        old, new = plans((v.baseline, v.current))
         if old != new:
             lines.append(f"- `{v.name}`: {old} before, {new} now")
     return lines
@@ -185,9 +171,11 @@ def as_json(decision: Decision, current: Results, baseline: Results) -> dict[str
         "thresholds": asdict(decision.thresholds),
         "integrity": list(decision.integrity),
         "environment": list(decision.environment),
+        "skipped": list(decision.skipped),
         "cases": [
             {
                 "name": v.name,
+                "kind": v.kind,
                 "verdict": v.verdict,
                 "reason": v.reason,
                 "percent": v.percent,

@@ -1,13 +1,13 @@
-"""Where a decision is written to, and in which forms."""
+"""Where a decision is written to, in which forms, and what it cost."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.decide import Decision
 from flashmoe.ratchet.report import markdown as report
-from flashmoe.ratchet.report.cost import cost_line
 from flashmoe.ratchet.report.html import html
 from flashmoe.ratchet.report.junit import junit
 from flashmoe.ratchet.report.trend import sparklines
@@ -62,3 +62,13 @@ def write_reports(
     if arguments.profile_targets:
         targets = report.profile_targets(decision)
         write_text(arguments.profile_targets, "".join(f"{name}\n" for name in targets))
+
+
+def cost_line(seconds: float, price_per_hour: float | None) -> str:
+    """The machine's time, and its cost where a price is known."""
+    line = f"took {seconds:.0f} s of the machine"
+    if price_per_hour is None:
+        return line
+    if not 0 <= price_per_hour < float("inf"):
+        raise UserError(f"price-per-hour must not be negative, got {price_per_hour}")
+    return f"{line}: {seconds * price_per_hour / 3600:.4f} at {price_per_hour:g} an hour"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -28,40 +28,39 @@ class Bar:
     colour: str
 
 
-def forest(bars: Sequence[Bar], marks: Sequence[float], unit: str) -> str:
-    """Intervals below each other on one axis; `marks` are vertical lines, 0 is one of them. What
-    lies outside the middle part of the axis is cut off with an arrow."""
-    left, width, row = 380, 460, 24
-    span = 1.3 * max([abs(mark) for mark in marks] + [_reach(bar) for bar in bars])
+def forest(groups: Mapping[str, Sequence[Bar]], marks: Sequence[float], unit: str) -> str:
+    """Intervals below each other on one axis, under the names of their groups; `marks` are vertical
+    lines, 0 is one of them. What lies far outside of them is cut off."""
+    left, width, row = 430, 410, 24
+    lines: list[str | Bar] = []
+    for group, bars in groups.items():
+        lines += [group, *bars] if bars else []
+    reach = [_reach(bar) for bars in groups.values() for bar in bars]
+    span = 1.3 * max(*(abs(mark) for mark in marks), *reach)
 
     def x(value: float) -> float:
         return left + width * (min(max(value, -span), span) + span) / (2 * span)
 
-    height = row * len(bars) + 40
+    height = row * len(lines) + 40
     parts = []
     for mark in (0.0, *marks):
-        dash = "" if mark == 0 else " stroke-dasharray='4 3'"
-        parts.append(
-            f"<line x1='{x(mark):.1f}' x2='{x(mark):.1f}' y1='4' y2='{height - 28}' "
-            f"stroke='{GRAY}'{dash}/>"
-        )
+        dash = " stroke-dasharray='4 3'" if mark else ""
+        parts.append(line(x(mark), 4, x(mark), height - 28, more=dash))
         if mark:  # the solid line is 0, and has no room for a label between these
             anchor = "end" if mark < 0 else "start"
-            parts.append(
-                f"<text x='{x(mark):.1f}' y='{height - 12}' text-anchor='{anchor}' fill='{GRAY}' "
-                f"{_FONT}>{mark:+g}{unit}</text>"
-            )
-    for i, bar in enumerate(bars):
-        y, colour = row * i + 16, COLOURS.get(bar.colour, GRAY)
-        parts.append(
-            f"<text x='{left - 12}' y='{y + 4}' text-anchor='end' fill='currentColor' {_FONT}>"
-            f"{escape(bar.label)}</text>"
-            f"<line x1='{x(bar.low):.1f}' x2='{x(bar.high):.1f}' y1='{y}' y2='{y}' "
-            f"stroke='{colour}' stroke-width='3' stroke-linecap='round'/>"
-            f"<circle cx='{x(bar.value):.1f}' cy='{y}' r='5' fill='{colour}'/>"
-            f"<text x='{left + width + 12}' y='{y + 4}' fill='{colour}' {_FONT}>"
-            f"{bar.value:+.1f}{unit}</text>"
-        )
+            parts.append(text(x(mark), height - 12, anchor, f"{mark:+g}{unit}", GRAY))
+    for i, bar in enumerate(lines):
+        y = row * i + 16
+        if isinstance(bar, str):
+            parts.append(text(left - 12, y + 4, "end", bar, more=" font-weight='600'"))
+            continue
+        colour = COLOURS.get(bar.colour, GRAY)
+        parts += [
+            text(left - 12, y + 4, "end", bar.label),
+            line(x(bar.low), y, x(bar.high), y, colour, " stroke-width='3' stroke-linecap='round'"),
+            f"<circle cx='{x(bar.value):.1f}' cy='{y}' r='5' fill='{colour}'/>",
+            text(left + width + 12, y + 4, "start", f"{bar.value:+.1f}{unit}", colour),
+        ]
     return picture(left + width + 90, height, "".join(parts))
 
 
@@ -98,32 +97,23 @@ def series(title: str, points: Sequence[Point], reference: float = 1.0) -> str:
     def y(value: float) -> float:
         return top + (height - top - bottom) * (highest - value) / (highest - lowest)
 
-    parts = [f"<text x='4' y='14' fill='currentColor' {_FONT}>{escape(title)}</text>"]
+    blue = COLOURS["PASS"]
+    parts = [text(4, 14, "start", title)]
     for value in (reference, points[-1].value):
-        parts.append(
-            f"<text x='{left - 6}' y='{y(value) + 4:.1f}' text-anchor='end' fill='{GRAY}' {_FONT}>"
-            f"{value:.2f}</text>"
-        )
-    parts.append(
-        f"<line x1='{left}' x2='{width - 8}' y1='{y(reference):.1f}' y2='{y(reference):.1f}' "
-        f"stroke='{GRAY}' stroke-width='0.5'/>"
-    )
+        parts.append(text(left - 6, y(value) + 4, "end", f"{value:.2f}", GRAY))
+    thin = " stroke-width='0.5'"
+    parts.append(line(left, y(reference), width - 8, y(reference), more=thin))
     for i, point in enumerate(points):
         before = points[i - 1] if i else None
         if before and before.segment != point.segment:
-            parts.append(
-                f"<line x1='{x(i - 0.5):.1f}' x2='{x(i - 0.5):.1f}' y1='{top}' "
-                f"y2='{height - bottom}' stroke='{GRAY}' stroke-dasharray='4 3'/>"
-            )
+            dash = " stroke-dasharray='4 3'"
+            parts.append(line(x(i - 0.5), top, x(i - 0.5), height - bottom, more=dash))
         elif before:
-            parts.append(
-                f"<line x1='{x(i - 1):.1f}' y1='{y(before.value):.1f}' x2='{x(i):.1f}' "
-                f"y2='{y(point.value):.1f}' stroke='{COLOURS['PASS']}'/>"
-            )
+            parts.append(line(x(i - 1), y(before.value), x(i), y(point.value), blue))
+        wide = " opacity='0.5' stroke-width='3'"
+        parts.append(line(x(i), y(point.low), x(i), y(point.high), blue, wide))
         parts.append(
-            f"<line x1='{x(i):.1f}' x2='{x(i):.1f}' y1='{y(point.low):.1f}' "
-            f"y2='{y(point.high):.1f}' stroke='{COLOURS['PASS']}' opacity='0.5' stroke-width='3'/>"
-            f"<circle cx='{x(i):.1f}' cy='{y(point.value):.1f}' r='2.5' fill='{COLOURS['PASS']}'>"
+            f"<circle cx='{x(i):.1f}' cy='{y(point.value):.1f}' r='2.5' fill='{blue}'>"
             f"<title>{escape(point.label)}: {point.value:.3f}</title></circle>"
         )
         if point.changed and before:
@@ -145,6 +135,21 @@ def grid(pictures: Sequence[str], columns: int = 2) -> str:
     )
     rows = -(-len(pictures) // columns)
     return picture(width * min(columns, len(pictures)), height * rows, cells)
+
+
+def text(
+    x: float, y: float, anchor: str, words: str, colour: str = "currentColor", more: str = ""
+) -> str:
+    return (
+        f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='{colour}' {_FONT}{more}>"
+        f"{escape(words)}</text>"
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, colour: str = GRAY, more: str = "") -> str:
+    return (
+        f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' stroke='{colour}'{more}/>"
+    )
 
 
 def picture(width: float, height: float, content: str, title: str = "") -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from flashmoe.measure.stats import Interval
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.gate import stats
 from flashmoe.ratchet.gate.integrity import COMPARED, FORMERLY, how_timed
 from flashmoe.ratchet.results.fields import get, positive
 from flashmoe.ratchet.results.values import Results
@@ -46,11 +45,7 @@ class Entry:
 
 def entry(results: Results) -> Entry:
     """Cases without figures are left out."""
-    speedups = {
-        case.name: stats.speedup(case.ours.samples, case.sdpa.samples)
-        for case in results.cases
-        if case.ok
-    }
+    speedups = {case.name: case.speedup for case in results.cases if case.ok}
     fingerprint = {**results.fingerprint.to_json(), "timing": how_timed(results)}
     return Entry(results.run, results.started, results.commit, fingerprint, speedups)
 

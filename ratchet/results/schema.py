@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
 from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import median_by_process
 from flashmoe.measure.timing import STATUSES, Limits
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.gate import stats
 from flashmoe.ratchet.measuring.suite import Case, parse
 from flashmoe.ratchet.results.fields import finite, get, is_finite, items, positive, shown
 from flashmoe.ratchet.results.values import (
@@ -24,6 +24,7 @@ from flashmoe.ratchet.results.values import (
 )
 
 SCHEMA = 2
+_T = TypeVar("_T", PlanUsed, Origin, Telemetry, Fingerprint)
 # Seconds: nothing that a clock can tell is shorter, and nobody waits longer.
 _SHORTEST, _LONGEST = 1e-9, 1e6
 
@@ -47,7 +48,6 @@ def _case_to_json(result: CaseResult, limits: Mapping[str, Limits]) -> dict[str,
     data: dict[str, Any] = {
         "name": result.name,
         "problem": result.case.problem.to_json(),
-        "backward": result.case.backward,
         "plans": [asdict(plan) for plan in result.plans],
         "error": result.error,
         "sdpa_backend": result.sdpa_backend,
@@ -61,7 +61,7 @@ def _case_to_json(result: CaseResult, limits: Mapping[str, Limits]) -> dict[str,
         if result.ok:
             data[side]["summary"] = summary(result.case, series, limits)
     if result.ok:
-        data["speedup"] = stats.speedup(result.ours.samples, result.sdpa.samples).to_json()
+        data["speedup"] = result.speedup.to_json()
     return data
 
 
@@ -69,7 +69,7 @@ def summary(case: Case, series: Series, limits: Mapping[str, Limits]) -> dict[st
     """Figures derived from the samples. Seconds, and per second; `interval` is the median's."""
     x = [sample for process in series.samples for sample in process]
     mean = math.fsum(x) / len(x)
-    middle = stats.median(series.samples)
+    middle = median_by_process(series.samples)
     data: dict[str, Any] = {
         "mean": mean,
         "median": middle.value,
@@ -103,7 +103,7 @@ def from_json(data: Any) -> Results:
         finite(data, "duration"),
         get(data, "command", str),
         get(data, "settings", dict),
-        _fingerprint(get(data, "fingerprint", dict)),
+        _made(Fingerprint, get(data, "fingerprint", dict)),
         limits,
         tuple(_located(f"cases[{i}]", case) for i, case in enumerate(get(data, "cases", list))),
     )
@@ -128,8 +128,6 @@ def _case(data: Any) -> CaseResult:
     problem = get(data, "problem", dict)
     if not problem or not problem.items() <= case.problem.to_json().items():
         raise ValueError(f"problem is not the one that the name {name!r} says")
-    if get(data, "backward", bool) != case.backward:
-        raise ValueError(f"backward is not what the name {name!r} says")
     ours, sdpa = (_series(side, get(data, side, dict)) for side in SIDES)
     if ours.status == sdpa.status == "ok":
         shapes = [[len(process) for process in series.samples] for series in (ours, sdpa)]
@@ -143,26 +141,13 @@ def _case(data: Any) -> CaseResult:
         case,
         ours,
         sdpa,
-        tuple(
-            PlanUsed(*(get(plan, key, str) for key in ("direction", "backend", "tile", "source")))
-            for plan in get(data, "plans", list)
-        ),
+        tuple(_made(PlanUsed, plan) for plan in get(data, "plans", list)),
         float(error) if is_finite(error) else None,
         get(data, "sdpa_backend", str),
         finite(data, "disturbed"),
-        tuple(map(_telemetry, get(data, "telemetry", list))),
-        None
-        if origin is None
-        else Origin(*(get(origin, key, str) for key in Origin.__dataclass_fields__)),
+        tuple(_made(Telemetry, telemetry) for telemetry in get(data, "telemetry", list)),
+        None if origin is None else _made(Origin, origin),
     )
-
-
-def _telemetry(data: Any) -> Telemetry:
-    sm_mhz, memory_mhz, celsius = (
-        get(data, key, int) for key in ("sm_mhz", "memory_mhz", "celsius")
-    )
-    reasons, throttled = items(data, "reasons", str), items(data, "throttled", int)
-    return Telemetry(sm_mhz, memory_mhz, celsius, finite(data, "watts"), reasons, throttled)
 
 
 def _series(side: str, data: dict[str, Any]) -> Series:
@@ -185,10 +170,13 @@ def _series(side: str, data: dict[str, Any]) -> Series:
     return Series(status, tuple(samples))
 
 
-def _fingerprint(data: dict[str, Any]) -> Fingerprint:
-    kinds: dict[str, type] = {"str": str, "int": int}
-    values: dict[str, Any] = {}
-    for name, field in Fingerprint.__dataclass_fields__.items():
-        kind = kinds.get(str(field.type))
-        values[name] = get(data, name, kind) if kind else finite(data, name)
-    return Fingerprint(**values)
+def _made(kind: type[_T], data: Any) -> _T:
+    """A dataclass whose fields are text, numbers, and tuples of either."""
+    readers: dict[str, Callable[[str], Any]] = {
+        "str": lambda name: get(data, name, str),
+        "int": lambda name: get(data, name, int),
+        "float": lambda name: finite(data, name),
+        "tuple[str, ...]": lambda name: items(data, name, str),
+        "tuple[int, ...]": lambda name: items(data, name, int),
+    }
+    return kind(**{field.name: readers[str(field.type)](field.name) for field in fields(kind)})

@@ -9,6 +9,7 @@ from typing import Any
 
 from flashmoe.machine.nvml import THROTTLING
 from flashmoe.measure.fingerprint import Fingerprint
+from flashmoe.measure.stats import Interval, ratio_by_process
 from flashmoe.measure.timing import Limits
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.measuring.suite import Case
@@ -96,6 +97,11 @@ class CaseResult:
             if series.status != "ok":
                 return f"{side}{series.status}: {series.reason}"
         return ""
+
+    @property
+    def speedup(self) -> Interval:
+        """Over SDPA, of a case that is ok."""
+        return ratio_by_process(self.sdpa.samples, self.ours.samples)
 
     @property
     def throttled(self) -> float:

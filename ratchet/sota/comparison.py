@@ -117,6 +117,8 @@ def _measure(case: Case, device: torch.device, rounds: int) -> tuple[tuple[Row, 
 def _call(provider: Provider, case: Case, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
     if not provider.version():
         raise NotImplementedError("not installed")
+    if case.problem.layout != "dense" or case.problem.terms:
+        raise NotImplementedError(f"is not timed here in {case.kind}")
     return workload.other(provider.make(case), provider.heads_first)
 
 

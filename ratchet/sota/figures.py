@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from flashmoe.measure.timing import Limits
-from flashmoe.ratchet.report.svg import GRAY, picture
+from flashmoe.ratchet.report.svg import GRAY, picture, text
 from flashmoe.ratchet.sota.comparison import OURS, Compared
 from flashmoe.ratchet.sota.providers import PROVIDERS
 
@@ -29,7 +29,7 @@ def bars(measured: Sequence[Compared]) -> str:
     shown = [n for n in _NAMES if any(c.row(n).samples for c in measured)]
     bar, gap, left, width = 13, 16, 330, 420
     most = max(_rate(c, n) for c in measured for n in shown if c.row(n).samples)
-    parts, y = [_legend(shown, left), _text(left, 38, "start", "TFLOP/s")], 46
+    parts, y = [_legend(shown, left), text(left, 38, "start", "TFLOP/s")], 46
     for compared in measured:
         present = [n for n in shown if compared.row(n).samples]
         middle = y + bar * len(present) / 2 + 4
@@ -76,13 +76,13 @@ def roofline(measured: Sequence[Compared], limits: Limits) -> str:
     line = " ".join(f"{x(i):.1f},{y(rate):.1f}" for i, rate in path)
     parts = [_legend(shown, left)]
     parts.append(f"<polyline points='{line}' fill='none' stroke='{GRAY}' stroke-width='2'/>")
-    parts.append(_text(width - 20, y(roof(10**x1)) - 6, "end", f"{roof(10**x1):.3g} TFLOP/s"))
+    parts.append(text(width - 20, y(roof(10**x1)) - 6, "end", f"{roof(10**x1):.3g} TFLOP/s"))
     for exponent in range(math.ceil(x0), math.floor(x1) + 1):
-        parts.append(_text(x(10**exponent), height - 24, "middle", f"{10**exponent:g}"))
+        parts.append(text(x(10**exponent), height - 24, "middle", f"{10**exponent:g}"))
     for exponent in range(math.ceil(y0), math.floor(y1) + 1):
-        parts.append(_text(left - 8, y(10**exponent) + 4, "end", f"{10**exponent:g}"))
-    parts.append(_text(width / 2, height - 6, "middle", "FLOPs a byte"))
-    parts.append(_text(12, 36, "start", "TFLOP/s"))
+        parts.append(text(left - 8, y(10**exponent) + 4, "end", f"{10**exponent:g}"))
+    parts.append(text(width / 2, height - 6, "middle", "FLOPs a byte"))
+    parts.append(text(12, 36, "start", "TFLOP/s"))
     for compared, intensity in zip(measured, intensities, strict=True):
         for name in reversed(shown):  # ours on top
             if compared.row(name).samples:
@@ -103,13 +103,6 @@ def _legend(shown: Sequence[str], left: float) -> str:
     parts, x = [], 12.0
     for name in shown:
         parts.append(f"<rect x='{x}' y='8' width='10' height='10' fill='{colour(name)}'/>")
-        parts.append(_text(x + 14, 17, "start", name))
+        parts.append(text(x + 14, 17, "start", name))
         x += 26 + 7.2 * len(name)
     return "".join(parts)
-
-
-def _text(x: float, y: float, anchor: str, text: str) -> str:
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='currentColor' {_FONT}>"
-        f"{escape(text)}</text>"
-    )

@@ -255,6 +255,7 @@ def ours(
     first: Sequence[Tile] = (),
     sampler: str | None = None,
     related: Sequence[Mapping[Tile, float]] = (),
+    prior: Mapping[Tile, float] | None = None,
 ) -> Outcome:
     """The tuner: search and final, as tune() runs them."""
     bench = ReplayBench(grid, seed)
@@ -273,6 +274,7 @@ def ours(
         seed=seed,
         sampler=sampler,
         related=related,
+        prior=prior,
     )
     held = final.hold(bench, anchor, None, found.contenders[:FINALISTS], 2e6)
     tile = held.decision.winner.tile

@@ -333,14 +333,14 @@ def test_an_interrupt_keeps_what_is_finished(home: Path) -> None:
     told = []
     for line in process.stderr:
         told.append(line)
-        if line.startswith("[2/4]"):
+        if line.startswith("[2/6]"):
             process.send_signal(signal.SIGINT)
             break
     out, rest = process.communicate()
     assert process.returncode == 130, "".join(told) + rest
     assert "Traceback" not in rest
     assert "interrupted" in rest
-    assert "b4 h8 s128" in out
+    assert "b4 h8/2 s1x2048" in out
     (entry,) = database.load(database.user_path(cpu_name())).values()
     assert entry.problem.batch == 4
 

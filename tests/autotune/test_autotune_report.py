@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import flashmoe
 from flashmoe.autotune.cli.progress import shown
 from flashmoe.autotune.report import instances
 from flashmoe.autotune.report import texts as report
+from flashmoe.autotune.report.html import html
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.schedule.result import Result
 from flashmoe.autotune.search.trials import Search, Trial, best_so_far
@@ -24,8 +26,8 @@ from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.stats import Interval
 from flashmoe.planning import database
 from flashmoe.planning.plan import Plan, make_plan
-from flashmoe.spec.mask import CAUSAL
-from flashmoe.spec.problem import Problem
+from flashmoe.spec.mask import CAUSAL, FULL, Mask
+from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile
 
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ RESULT = Result(
             Trial(Tile("sm80", 64, 32, 1, 4), "wrong", None, "out is off by 1"),
         ),
         (Candidate.of_tile(SM80),),
-        "TPESampler",
+        "model",
         9,
         tried=2,
     ),
@@ -127,6 +129,49 @@ def test_the_line_that_compiles_winners_in_does_so(
     subprocess.run(["sh", "-euc", line], check=True, capture_output=True)
     listed = (tmp_path / "csrc" / "instances" / f"{tile.kernel}.txt").read_text(encoding="utf-8")
     assert instances.line(instances.head_dim_of(tile.kernel, 120), tile) in listed.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "call"),
+    [
+        ({"mask": FULL}, "flash_attn_func(q, k, v"),
+        ({"mask": Mask(128, 0)}, "flash_attn_func(q, k, v, window_size=(128, 0)"),
+        ({"terms": ("sink",)}, "flash_attn_func(q, k, v, causal=True, sinks=sinks"),
+        (
+            {"layout": "packed", "terms": TERMS},
+            "flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, "
+            "max_seqlen_k, causal=True, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks",
+        ),
+        ({"layout": "paged"}, "flash_attn_with_kvcache(q, k_cache, v_cache, ..., causal=True"),
+    ],
+)
+def test_the_call_is_of_the_problems_kind(changes: dict[str, Any], call: str) -> None:
+    problem = dataclasses.replace(PROBLEM, **changes)
+    (told,) = blocks(suggestions(dataclasses.replace(RESULT, problem=problem)), "python")
+    assert told == f'flashmoe.{call}, backend="cuda", tile="{SM80}")\n'
+
+
+def test_forward_backward_and_decode_are_told_apart() -> None:
+    backward = dataclasses.replace(PROBLEM, direction="bwd")
+    decode = dataclasses.replace(PROBLEM, seqlen_q=1)
+    results = [dataclasses.replace(RESULT, problem=p) for p in (decode, backward, PROBLEM)]
+    text = report.suggestions_text(results, HERE, Path("x.json"), "")
+    heads = [line for line in text.splitlines() if line.startswith("##")]
+    assert heads == [
+        *("## Forward", f"### {PROBLEM.label}"),
+        *("## Backward", f"### {backward.label}"),
+        *("## Decode", f"### {decode.label}"),
+    ]
+    # No argument names a backward's tile.
+    assert len(blocks(text, "python")) == 2
+    page = html(results, HERE, {}, command="", database="")
+    assert re.findall("<h3>(Forward|Backward|Decode)</h3>", page) == [
+        *("Forward", "Backward", "Decode")
+    ]
+    out = io.StringIO()
+    Console(file=out, width=200).print(report.table(results))
+    places = [out.getvalue().index(p.label) for p in (PROBLEM, backward, decode)]
+    assert places == sorted(places)
 
 
 def test_unmeasured_problems_suggest_nothing() -> None:

@@ -40,7 +40,7 @@ def record(space: Space, storage: BaseStorage | None = None) -> Record:
 @pytest.mark.parametrize("seed", range(10))
 def test_small_space_is_searched_whole_and_the_best_leads(seed: int) -> None:
     found = run(SimulatedBench(bowl(BEST), noise=0.005, seed=seed), seed=seed)
-    assert found.sampler == "ExhaustiveSampler"
+    assert found.sampler == "brute"
     assert found.space == len(GRID)
     assert {trial.tile for trial in found.trials} == set(GRID)
     assert found.contenders[0].tile == BEST
@@ -56,7 +56,7 @@ def test_large_space_is_sampled_within_the_trials(seed: int) -> None:
     found = search(
         space, bench, anchor, [LARGE[0]], record(space), seconds=60, trials=48, seed=seed
     )
-    assert found.sampler == "ModelSampler"
+    assert found.sampler == "model"
     assert len(found.trials) == len(bench.prepared) <= 48
     # A quarter of the tiles finds one that is within two steps of the best.
     assert true(found.contenders[0]) <= true(Candidate.of_tile(best)) * 1.061
@@ -159,7 +159,7 @@ def test_one_slow_look_ends_no_search() -> None:
 
 def test_a_space_that_does_not_fit_the_time_is_sampled() -> None:
     found = run(SimulatedBench(bowl(BEST, floor=0.01), prepare_seconds=0.5), seconds=10.0)
-    assert found.sampler == "ModelSampler"
+    assert found.sampler == "model"
     assert len(found.trials) < len(GRID)
 
 

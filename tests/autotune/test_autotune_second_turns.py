@@ -10,11 +10,10 @@ import torch
 from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl, simulate_kernel
 
 from flashmoe.autotune.running.candidate import Candidate
-from flashmoe.autotune.schedule.budget import _promising, tune
+from flashmoe.autotune.schedule.budget import tune
 from flashmoe.autotune.schedule.place import Options, Place
 from flashmoe.autotune.schedule.result import Result, Watch
-from flashmoe.autotune.schedule.suite import CPU_SUITE, Group, grouped
-from flashmoe.autotune.search.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
+from flashmoe.autotune.schedule.suite import SUITES, Group, grouped
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning.database import Entry
 from flashmoe.tiles import Tile
@@ -42,7 +41,7 @@ def slow_first(bench: SimulatedBench, seconds: float) -> Callable[[Group], Simul
 
 def test_a_problem_that_was_starved_is_decided_with_what_the_others_leave() -> None:
     bench = SimulatedBench(bowl(BEST))
-    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    groups = grouped((problem, 1.0) for problem in SUITES["cpu"])
     options = Options(budget=20.0, trials=2)
     make_bench = slow_first(bench, 6.0)
     results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, make_bench))
@@ -69,9 +68,9 @@ def test_a_final_that_was_starved_is_held_again(force: bool, trials: int | None)
     bench = SlowStart(bowl(BEST))
     bench.late = 20.0
     options = Options(budget=60.0, trials=trials, force=force)
-    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    groups = grouped((problem, 1.0) for problem in SUITES["cpu"])
     name, known = str(DEFAULT), HERE.to_json()
-    stored = {p.bucket: Entry(p, "cpu", name, name, fingerprint=known) for p in CPU_SUITE}
+    stored = {p.bucket: Entry(p, "cpu", name, name, fingerprint=known) for p in SUITES["cpu"]}
     place = Place(CPU, HERE, stored if force else {})
     results = list(tune(groups, place, options, Watch(), bench.now, lambda _: bench))
     first, second = (r for r in results if r.problem == results[0].problem)
@@ -92,7 +91,7 @@ def test_a_final_that_comes_up_late_is_held_all_the_same() -> None:
     bench = SlowStart(bowl(BEST))
     bench.late = 10.0
     options = Options(budget=10.0, trials=2)
-    group = Group((CPU_SUITE[0],), (1.0,))
+    group = Group((SUITES["cpu"][0],), (1.0,))
     (result,) = tune([group], Place(CPU, HERE), options, Watch(), bench.now, lambda _: bench)
     assert not result.starved
     assert 10.0 < bench.clock <= 10.6
@@ -101,7 +100,7 @@ def test_a_final_that_comes_up_late_is_held_all_the_same() -> None:
 def test_the_starved_come_before_all_others_however_little_is_left() -> None:
     bench = SlowStart(bowl(BEST, floor=5e-4))
     bench.late = 6.0
-    groups = grouped((problem, 1.0) for problem in CPU_SUITE[:2])
+    groups = grouped((problem, 1.0) for problem in SUITES["cpu"][:2])
     options = Options(budget=100.0, trials=2)
     # Of the ten seconds that there are, less than a tenth of the budget.
     results = list(
@@ -116,7 +115,7 @@ def uneven(
 ) -> tuple[list[Group], Callable[[Group], SimulatedBench]]:
     """Two problems, and their bench: the first one's tiles take too long to check for its share,
     the second one leaves most of its own."""
-    groups = sorted(grouped((problem, 1.0) for problem in CPU_SUITE[:2]), key=lambda g: g.cost)
+    groups = sorted(grouped((problem, 1.0) for problem in SUITES["cpu"][:2]), key=lambda g: g.cost)
 
     def make_bench(group: Group) -> SimulatedBench:
         bench.prepared.clear()
@@ -148,38 +147,9 @@ def test_no_second_turn_that_its_own_start_would_take(fresh: float, turns: int) 
     assert turns == 3 or bench.clock < 0.9 * options.budget
 
 
-@pytest.mark.parametrize(
-    ("tried", "ended", "winner", "turns"),
-    [
-        ([DEFAULT], "no better tile for long", BEST, [0]),
-        ([DEFAULT], BUDGET_REACHED, BEST, [0]),
-        ([DEFAULT, BEST], "no better tile for long", BEST, []),
-        ([DEFAULT], TRIALS_REACHED, BEST, []),
-        # Not of the space: it would never be tried.
-        ([DEFAULT], BUDGET_REACHED, Tile("cpu", 999, 256), []),
-        # Won nothing.
-        ([GRID[0]], BUDGET_REACHED, DEFAULT, []),
-    ],
-)
-def test_what_won_next_door_later_is_worth_a_second_turn(
-    tried: list[Tile], ended: str, winner: Tile, turns: list[int]
-) -> None:
-    order = sorted(grouped((problem, 1.0) for problem in CPU_SUITE[:2]), key=lambda g: g.cost)
-    early, late = (group.main for group in order)
-    own = Search(tuple(Trial(tile, "ok") for tile in tried), (), "", len(GRID), ended=ended)
-    ratio = {str(winner): 1.0 if winner == DEFAULT else 0.9}
-    found = {
-        early.bucket: Entry(early, "cpu", str(DEFAULT), str(DEFAULT)),
-        late.bucket: Entry(late, "cpu", str(winner), str(DEFAULT), over_default=ratio),
-    }
-    assert _promising(order, {0: own}, found, Place(CPU, HERE), None) == turns
-    # What the database had before counts as well.
-    assert _promising(order, {0: own}, {}, Place(CPU, HERE, found), None) == turns
-
-
 def test_what_pays_for_no_second_turn_is_not_kept_back() -> None:
     bench = SimulatedBench(bowl(DEFAULT), fresh=2.0, prepare_seconds=3.0)
-    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    groups = grouped((problem, 1.0) for problem in SUITES["cpu"])
     options = Options(budget=60.0)
     results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, lambda _: bench))
     assert len(results) == len(groups)
@@ -189,7 +159,7 @@ def test_what_pays_for_no_second_turn_is_not_kept_back() -> None:
 def test_what_is_kept_back_goes_to_searches_that_were_cut_short() -> None:
     # The default wins, which nobody has yet to try.
     bench = SimulatedBench(bowl(DEFAULT), prepare_seconds=3.0)
-    groups = grouped((problem, 1.0) for problem in CPU_SUITE)
+    groups = grouped((problem, 1.0) for problem in SUITES["cpu"])
     # What is left of these eighty seconds in the end is less than a tenth of the budget.
     results = list(
         tune(
@@ -213,7 +183,7 @@ def test_what_is_kept_back_goes_to_searches_that_were_cut_short() -> None:
 
 def test_a_starved_problem_that_is_stored_is_confirmed_in_its_second_turn() -> None:
     bench = SimulatedBench(bowl(BEST))
-    groups = sorted(grouped((p, 1.0) for p in CPU_SUITE[:3]), key=lambda group: group.cost)
+    groups = sorted(grouped((p, 1.0) for p in SUITES["cpu"][:3]), key=lambda group: group.cost)
     stored = {
         p.bucket: Entry(
             p,
@@ -223,7 +193,7 @@ def test_a_starved_problem_that_is_stored_is_confirmed_in_its_second_turn() -> N
             fingerprint=HERE.to_json(),
             search={"tried": 9, "of": 99, "seconds": 5.0, "ended": "no better tile for long"},
         )
-        for p in CPU_SUITE[:3]
+        for p in SUITES["cpu"][:3]
     }
     place, options = Place(CPU, HERE, stored), Options(budget=45.0)
     make_bench = slow_first(bench, 20.0)
@@ -237,7 +207,7 @@ def test_a_starved_problem_that_is_stored_is_confirmed_in_its_second_turn() -> N
 def test_a_second_turn_tries_what_won_next_door_and_tells_both_turns_as_one() -> None:
     bench = SimulatedBench(bowl(BEST))
     groups, make_bench = uneven(bench, seconds=2.0)
-    options = Options(budget=40.0, sampler="random", seed=1)
+    options = Options(budget=40.0, sampler="brute", seed=1)
     results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, make_bench))
     first, other, again = results
     assert other.best is not None

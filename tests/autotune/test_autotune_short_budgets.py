@@ -81,7 +81,7 @@ def test_a_compiler_that_is_stuck_costs_no_more_than_its_tile() -> None:
 def test_tiles_that_want_more_compiling_than_there_is_time_are_chosen_not_walked() -> None:
     (result,) = run(slow_compilers(), 60.0)
     assert result.search is not None
-    assert result.search.sampler == "ModelSampler"
+    assert result.search.sampler == "model"
 
 
 def test_a_search_that_was_cut_short_goes_on_when_there_is_more_time() -> None:

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from api_calls import (
-    assert_gradients,
-    assert_matches,
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_calls import (
+    assert_forward_matches,
+    assert_gradients_of_call,
     cumulative,
     int32,
     packed_call,
     random_terms,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import LAYOUTS, guarded
 
 from flashmoe import _extension, flash_attn_func, flash_attn_varlen_func
@@ -82,7 +82,7 @@ def test_compiled_in_kernels(head_dim, tile, variant, dtype):
             *lengths,
         )
         out, lse = CUDA.bind(problem_of(call, mask), tile)(call)
-        assert_matches(out, lse, clean(call), mask)
+        assert_forward_matches(out, lse, clean(call), mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +98,7 @@ def test_gradients_of_compiled_in_kernels(head_dim, tile, variant, dtype):
         saved = Saved(dout.clone(), out, lse, dlse.masked_fill(lse == -torch.inf, torch.nan))
         saved.dout[sum(lengths[0]) :] = float("nan")
         actual = CUDA.bind_backward(problem_of(call, mask, "bwd"), tile)(call, saved)
-        assert_gradients(actual, (dout, dlse), clean(call), mask)
+        assert_gradients_of_call(actual, dout, dlse, clean(call), mask)
         for x, rows in zip(actual, map(sum, (lengths[0], *lengths[1:] * 2)), strict=True):
             assert not x[rows:].any()
 
@@ -124,11 +124,11 @@ def test_random_batches(terms, data):
         used = int32([data.draw(st.integers(0, n)) for n in lengths[1]])
     call = packed_call(*x, *lengths, random_terms(terms, heads_q), used)
     out, lse = planned(problem_of(call, mask), DEVICE).run(call)
-    assert_matches(out, lse, clean(call), mask)
+    assert_forward_matches(out, lse, clean(call), mask)
     if dtype == torch.bfloat16 and not terms:
         dout, dlse = torch.randn_like(out), torch.zeros_like(lse)
         run = planned(problem_of(call, mask, "bwd"), DEVICE, "cuda").run
-        assert_gradients(run(call, Saved(dout, out, lse)), (dout, dlse), clean(call), mask)
+        assert_gradients_of_call(run(call, Saved(dout, out, lse)), (dout, dlse), clean(call), mask)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -8,7 +8,7 @@ import torch
 from flashmoe.machine import nvml
 from flashmoe.measure.timing import measure
 from flashmoe.ratchet.measuring.slow import delayed
-from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.measuring.suite import SUITES, parse
 from flashmoe.ratchet.measuring.workload import Workload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -36,6 +36,11 @@ def test_the_sdpa_backend_told_is_the_one_that_runs(name: str) -> None:
         torch.cuda.synchronize()
     launched = " ".join(event.key.lower() for event in profiler.key_averages())
     assert any(part in launched for part in KERNELS[workload.sdpa_backend()]), launched
+
+
+@pytest.mark.parametrize("name", SUITES["full"]["cuda"])
+def test_every_case_of_the_suites_is_right(name: str) -> None:
+    assert Workload(parse(name), torch.device("cuda"), seed=0).check().reason == ""
 
 
 def test_the_driver_tells_clocks() -> None:

@@ -29,7 +29,7 @@ from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.decide import decide
 from flashmoe.ratchet.gate.thresholds import DEFAULTS
 from flashmoe.ratchet.measuring import builds, slow, worse
-from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.measuring.suite import SUITES, parse
 from flashmoe.ratchet.results.files import load
 from flashmoe.ratchet.results.values import Results, slowed
 from flashmoe.tiles import Tile
@@ -88,7 +88,7 @@ def test_the_working_tree_is_built_without_touching_it(
         assert not list((site / "flashmoe").iterdir())
         assert not (site.parent / "source").exists()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "libraries", str(tmp_path)]))
-    source = builds.source("base", sites[0])
+    source = builds.source("base", sites[0], cuda=False)
     assert source.folder == str(sites[0])
     # Workers start in another folder, and need what this process was given.
     others = [str(repository / "libraries"), str(tmp_path)]
@@ -355,6 +355,15 @@ def test_the_selftest_slows_one_case_and_says_what_it_sees(
     assert f"selftest: the gate fails on {NAME}, and only there" in out
     assert "with 8 processes, a slowdown is seen 19 times of 20 from" in out
     assert cli.main([*command, "--slowdown", "0"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_selftest_slows_a_backward_and_more(kind: str) -> None:
+    names = selftest._CASES[kind]
+    assert set(names) <= set(SUITES["quick"][kind])
+    slowed_kinds = {parse(name).kind for name in names[::2]}
+    assert "backward" in slowed_kinds
+    assert kind == "cpu" or "decode, paged" in slowed_kinds
 
 
 def test_a_delay_takes_the_share_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,12 @@ def run_worker(*names: str, first: bool = True, **more: Any) -> list[dict[str, A
         "fwd-b1-h2-s40-d16-bfloat16",
         "fwd-b1-h2-s40-d16-float16-causal",
         "fwdbwd-b2-h4k2-s33-d24-float32-causal",
+        "bwd-b2-h4k2-s33x65-d24-float32-causal-softcap-alibi-sink",
+        "bwd-b4-h2-s64-d24-float32-window-7-0-packed",
+        "fwd-b8-h2-s64-d24-float32-sink-packed",
+        "fwd-b2-h4k2-s3x170-d16-float32-causal-softcap-paged",
+        "fwd-b3-h4k2-s1x70-d16-bfloat16-cache",
+        "fwd-b4-h4k2-s16x70-d16-float32-window-20-0-packed-paged",
         "fwdbwd-b1-h2-s40-d16-bfloat16",
     ],
 )
@@ -289,8 +295,7 @@ def test_a_case_is_checked_and_timed(name: str) -> None:
     assert answer["ours"]["status"] == answer["sdpa"]["status"] == "ok", answer
     assert len(answer["ours"]["samples"]) == len(answer["sdpa"]["samples"]) == 2
     assert 0 <= answer["error"] <= 1
-    directions = ["fwd", "bwd"] if name.startswith("fwdbwd") else ["fwd"]
-    assert [plan["direction"] for plan in answer["plans"]] == directions
+    assert [plan["direction"] for plan in answer["plans"]] == list(parse(name).directions)
     assert all(plan["backend"] for plan in answer["plans"])
     assert answer["sdpa_backend"] in ("flash_attention", "math")
     assert answer["telemetry"] is None
@@ -355,30 +360,36 @@ def test_options_choose_what_runs() -> None:
     assert answer["plans"][0]["backend"] == "sdpa"
 
 
-@pytest.mark.parametrize("name", [GOOD, BAD, "fwdbwd-b1-h2-s40-d16-bfloat16"])
-def test_pieces_see_every_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """However the check cuts a case to fit in memory, one wrong element anywhere is found."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(GOOD, BAD, "fwdbwd-b1-h2-s40-d16-bfloat16", "bwd-b4-h4k2-s32-d24-float32-causal-packed"),
+        "fwd-b2-h4k2-s3x170-d16-float32-causal-paged",
+    ],
+)
+def test_a_wrong_result_is_found_and_named(name: str) -> None:
     case = parse(name)
-    monkeypatch.setattr(workload, "_ORDERS", 1)
-    for limit in (1 << 25, 1):
-        monkeypatch.setattr(workload, "_MAX_SCORES", limit)
-        load = workload.Workload(case, torch.device("cpu"), 0)
-        assert load.check().reason == ""
-        right = tuple(x.detach() for x in load.ours())
-        for i, result in enumerate(right):
-            for where in (0, result.numel() - 1):
-                wrong = [x.clone() for x in right]
-                wrong[i].view(-1)[where] += 8.0
-                monkeypatch.setattr(load, "ours", lambda wrong=wrong: wrong, raising=False)
-                assert f"{NAMES[i]} is off by" in load.check().reason
+    load = workload.Workload(case, torch.device("cpu"), 0)
+    assert load.check().reason == ""
+    right = tuple(x.detach() for x in load.ours())
+    for i, result in enumerate(right):
+        for where in (0, result.numel() - 1):
+            wrong = [x.clone() for x in right]
+            wrong[i].view(-1)[where] += 8.0
+            load.__dict__["ours"] = lambda wrong=wrong: wrong
+            assert load.check().reason.startswith(f"{case.kind}: {NAMES[i]} is off by")
 
 
 @pytest.mark.parametrize(
     ("broken", "status", "reason"),
     [
-        (lambda q, *_, **__: q.clone(), "wrong", "out is off by"),
-        (lambda q, *_, **__: torch.full_like(q, float("nan")), "wrong", "out is not finite"),
-        (lambda *_, **__: 1 / 0, "failed", "ZeroDivisionError: division by zero"),
+        (lambda q, *_: q.clone(), "wrong", "out is off by"),
+        (
+            lambda q, *_: torch.full_like(q, float("nan")),
+            "wrong",
+            "out holds values that are not finite",
+        ),
+        (lambda *_: 1 / 0, "failed", "ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_wrong_result_is_never_timed(
@@ -387,8 +398,34 @@ def test_a_wrong_result_is_never_timed(
     monkeypatch.setattr("flashmoe.flash_attn_func", broken)
     (answer,) = run_worker(GOOD)
     assert answer["ours"]["status"] == status
-    assert answer["ours"]["reason"].startswith(reason)
+    assert answer["ours"]["reason"].startswith(f"forward: {reason}")
     assert answer["ours"]["samples"] == answer["sdpa"]["samples"] == []
+
+
+def refuses(*_: object, **given: object) -> None:
+    raise NotImplementedError(f"softcap must be 0.0, got {given['softcap']}")
+
+
+@pytest.mark.parametrize(
+    ("older", "name", "reason"),
+    [
+        (None, "bwd-b2-h2-s32-d16-float32-packed", "flashmoe has no flash_attn_varlen_func"),
+        (lambda q, k, v: q, f"{GOOD}-softcap", "flash_attn_func has no argument softcap"),
+        (lambda q, k, v, softcap: refuses(softcap=softcap), f"{GOOD}-softcap", "softcap must be"),
+    ],
+)
+def test_what_an_older_build_lacks_is_unsupported(
+    monkeypatch: pytest.MonkeyPatch, older: Any, name: str, reason: str
+) -> None:
+    """As `ab` finds it: no failure of that build."""
+    if older is None:
+        monkeypatch.delattr("flashmoe.flash_attn_varlen_func")
+    else:
+        monkeypatch.setattr("flashmoe.flash_attn_func", older)
+    (answer,) = run_worker(name)
+    assert answer["ours"]["status"] == "unsupported"
+    assert answer["ours"]["reason"].startswith(f"{parse(name).kind}: {reason}")
+    assert answer["plans"] == answer["ours"]["samples"] == []
 
 
 def test_a_yardstick_that_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

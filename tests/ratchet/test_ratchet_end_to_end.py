@@ -19,7 +19,7 @@ from test_ratchet_workflows import load as workflow
 
 from flashmoe.ratchet import cli
 from flashmoe.ratchet.ci import github, runner
-from flashmoe.ratchet.results.files import save
+from flashmoe.ratchet.results.files import load, save
 from flashmoe.ratchet.results.values import Results, slowed
 
 NAME = synthetic.NAMES[0]
@@ -52,21 +52,24 @@ def uploaded(folder: Path) -> bytes:
 
 
 class Machine:
-    """A GPU runner: venv and pip only pretend, bench writes `measured`, gate is the real one."""
+    """A GPU runner: venv and pip only pretend, each bench writes the next of `measured`, gate is
+    the real one. `judges`: what was installed to measure and judge."""
 
-    def __init__(self, measured: Results | None, build: tuple[int, str] = (0, "")) -> None:
-        self.measured, self.build = measured, build
+    def __init__(self, *measured: Results, build: tuple[int, str] = (0, "")) -> None:
+        self.measured, self.build = list(measured), build
+        self.judges: list[str] = []
 
     def __call__(self, command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
         if "flashmoe.ratchet" not in command:
+            self.judges += [command[-1]] if "install" in command else []
             return 0, ""
         words = list(command[command.index("flashmoe.ratchet") + 1 :])
         if "--build-only" in words:
             return self.build
         if words[0] == "bench" and "--yardstick" not in words:
             arguments = cli.parser().parse_args(words)
-            assert self.measured is not None
-            save(self.measured, arguments.output)
+            assert arguments.build == "HEAD"
+            save(self.measured.pop(0), arguments.output)
             return 0, ""
         return (0, "") if words[0] == "bench" else (cli.main(words), "")
 
@@ -119,7 +122,10 @@ def test_a_pull_request(
     heading: str,
 ) -> None:
     measured = replace(slowed(synthetic.results(seed=40), NAME, factor), duration=50.0)
-    assert gpu_job(monkeypatch, tmp_path, Machine(measured)) == code
+    machine = Machine(measured)
+    assert gpu_job(monkeypatch, tmp_path, machine) == code
+    # What judges is the checkout that the script lies in: the base's, whoever asks.
+    assert machine.judges == [str(ROOT / runner.REQUIREMENTS), f"{ROOT}[tune]"]
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith(heading)
     assert "took 50 s of the machine: 0.0500 at 3.6 an hour" in summary
@@ -137,16 +143,53 @@ def test_a_pull_request(
     assert heading in data["body"]
 
 
+@pytest.mark.parametrize("owner", ["someone", "forker"])
 def test_a_pull_request_that_does_not_build(
-    hub: FakeGitHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hub: FakeGitHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: str
 ) -> None:
-    machine = Machine(None, (1, "fwd_sm90.cuh(7): error: @someone broke it\n"))
+    machine = Machine(build=(1, "fwd_sm90.cuh(7): error: @someone broke it\n"))
     assert gpu_job(monkeypatch, tmp_path, machine) == 1
-    hub.artifact, hub.pulls = uploaded(tmp_path), [pull(7)]
-    assert comment_job(tmp_path, "someone") == 0
+    hub.artifact, hub.pulls = uploaded(tmp_path), [pull(7, label=f"{owner}:faster")]
+    assert comment_job(tmp_path, owner) == 0
     text = hub.sent[0][2]["body"]
     assert "### 🔴 flashmoe ratchet: the build failed" in text
     assert "error: @\u200bsomeone broke it" in text
+
+
+@pytest.mark.parametrize(("again", "sign"), [(0.2, "⚪"), (1e-4, "✅")])
+def test_what_is_inconclusive_is_measured_again_and_then_a_warning(
+    hub: FakeGitHub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    again: float,
+    sign: str,
+) -> None:
+    noisy = synthetic.results(noise=0.2, seed=40)
+    machine = Machine(noisy, synthetic.results(noise=again, seed=80))
+    assert gpu_job(monkeypatch, tmp_path, machine) == 0
+    assert machine.measured == []
+    assert ("::warning::the ratchet cannot tell" in capsys.readouterr().out) == (sign == "⚪")
+    hub.artifact, hub.pulls = uploaded(tmp_path), [pull(7)]
+    assert comment_job(tmp_path, "someone") == 0
+    assert f"### {sign} flashmoe ratchet" in hub.sent[0][2]["body"]
+
+
+def test_a_baseline_of_another_torch_is_proposed_where_two_runs_agree(
+    hub: FakeGitHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = replace(synthetic.FINGERPRINT, torch="2.14.0")
+    runs = [replace(synthetic.results(seed=seed), fingerprint=other) for seed in (40, 80)]
+    monkeypatch.setattr(runner, "running_in", lambda folder: Machine(*runs))
+    before = tmp_path / "baselines" / "some-gpu.json"
+    save(synthetic.results(), before)
+    hub.files["baselines/some-gpu.json"] = github.blob_hash(before)
+    assert runner.main(words_of("baseline", "runner.py")) == 0
+    assert load(tmp_path / "results" / "baselines" / "some-gpu.json").run == runs[0].run
+    assert github.main(words_of("baseline", "github.py")) == 0
+    (method, path, request) = hub.sent[-1]
+    assert (method, path, request["base"]) == ("POST", "/pulls", "main")
+    assert "torch: '2.14.0' here, '2.13.0' there" in request["body"]
 
 
 def test_a_foreign_baseline_never_passes(

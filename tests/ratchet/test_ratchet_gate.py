@@ -434,11 +434,28 @@ def test_too_few_processes_decide_nothing() -> None:
             gate(current, baseline)
 
 
-def test_a_baseline_without_figures_is_bad_input() -> None:
+def without(run: Results, status: str) -> Results:
+    """`run` with a first case that has no figures."""
+    broken = replace(run.cases[0], ours=Series(status, (), "boom"))
+    return replace(run, cases=(broken, *run.cases[1:]))
+
+
+def test_a_baseline_without_figures_is_compared_with_nothing() -> None:
+    decision = gate(synthetic.results(), without(synthetic.results(), "failed"))
+    assert decision.exit_code == 4
+    assert decision.problems == (f"{NAME}: the baseline has no figures (failed: boom)",)
+
+
+def test_what_the_baselines_build_does_not_support_is_skipped_and_named() -> None:
     full = synthetic.results()
-    broken = replace(full.cases[0], ours=Series("failed", (), "boom"))
-    with pytest.raises(UserError, match=r"baseline case .* has no figures \(failed: boom"):
-        gate(full, replace(full, cases=(broken, *full.cases[1:])))
+    older = without(full, "unsupported")
+    for current in (full, older, slowed(full, NAME, 2.0)):
+        decision = gate(current, older)
+        assert (decision.exit_code, decision.skipped) == (0, (f"{NAME}: boom",))
+        assert NAME not in verdicts(decision)
+    decision = gate(older, full)  # what a change takes away is a failure
+    assert (decision.exit_code, verdicts(decision)[NAME]) == (1, FAIL)
+    assert "unsupported: boom" in decision.named(FAIL)[0].reason
 
 
 @pytest.mark.parametrize("bad", [{"fail": 0.0}, {"fail": 3.0}, {"fail": -100.0}, {"improve": 0.0}])

@@ -103,7 +103,11 @@ def test_two_commits_are_compared(
     pretend(monkeypatch, 0, BASE, HEAD)
     builds = "flashmoe.ratchet.commands.profile.builds"
     monkeypatch.setattr(f"{builds}.resolve", lambda ref: f"commit-{ref}")
-    monkeypatch.setattr(f"{builds}.require_cuda", lambda name, site: None)
+    monkeypatch.setattr(f"{builds}.compiler", lambda extension: "13.0")
+    for ref in ("main", "mine"):
+        package = tmp_path / f"commit-{ref}" / "site" / "flashmoe"
+        package.mkdir(parents=True)
+        (package / "_C.abi3.so").touch()
     monkeypatch.setattr(f"{builds}.build", lambda name, folder, debug: tmp_path / name / "site")
     assert cli.main(["profile", "--case", CASE, "--base", "main", "--head", "mine"]) == 0
     out = capsys.readouterr().out

@@ -34,7 +34,9 @@ def test_regressions_come_first() -> None:
     )
     rows = [line for line in lines if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == [SLOW, FAST, SAME]
-    assert rows[0].startswith(f"| `{SLOW}` | 🔴 FAIL | 1.200 [1.200, 1.200] | 1.091 [1.091, 1.091]")
+    assert rows[0].startswith(f"| `{SLOW}` | 🔴 FAIL | 1.200 [1.198, 1.202] | 1.091 [1.089, 1.092]")
+    kinds = [line.strip("| *") for line in lines if line.startswith("| **")]
+    assert kinds == ["forward", "training"]
     assert "**-10.0 %** | [-10.0, -10.0]" in rows[0]
     assert text.count("<details>") == text.count("</details>") == 2
     assert text.index(SLOW) < text.index("<details>") < text.index(SAME)

@@ -12,7 +12,7 @@ import pytest
 import ratchet_synthetic as synthetic
 
 from flashmoe.ratchet.errors import UserError
-from flashmoe.ratchet.measuring import revision
+from flashmoe.ratchet.measuring import programs
 from flashmoe.ratchet.results import files, schema
 from flashmoe.ratchet.results.values import CaseResult, Origin, Series, Telemetry, slowed
 
@@ -93,7 +93,6 @@ SAMPLES = ("cases", 0, "ours", "samples")
         (_set("cases", 0, "name", value="x"), r"cases\[0\]: case must look like"),
         (_set("cases", 0, "name", value=synthetic.NAMES[1]), "problem is not the one"),
         (_set("cases", 0, "problem", "batch", value=3), "problem is not the one"),
-        (_set("cases", 0, "backward", value=True), "backward is not what the name"),
         (_set("cases", 0, "ours", "status", value="fine"), "ours.status must be one of ok"),
         (_set(*SAMPLES, value=[]), "ours and sdpa need as many rounds"),
         (_set(*SAMPLES, 0, value=[]), "ours and sdpa need as many rounds"),
@@ -182,6 +181,6 @@ def test_the_commit_is_told_where_there_is_no_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FLASHMOE_COMMIT", raising=False)
-    assert revision.commit(tmp_path) == ""
+    assert programs.commit(tmp_path) == ""
     monkeypatch.setenv("FLASHMOE_COMMIT", "a" * 40)
-    assert revision.commit(tmp_path) == "a" * 40
+    assert programs.commit(tmp_path) == "a" * 40

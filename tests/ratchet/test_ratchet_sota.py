@@ -127,7 +127,7 @@ def test_the_command(
     some = tuple(p for p in providers.PROVIDERS if p.name in ("sdpa-flash", "sdpa-math"))
     monkeypatch.setattr(sota, "PROVIDERS", some)
     monkeypatch.setattr(
-        "flashmoe.ratchet.commands.sota.measure_limits", lambda *_: Limits(1e11, 1e10)
+        "flashmoe.ratchet.measuring.worker.measure_limits", lambda *_: Limits(1e11, 1e10)
     )
     document = tmp_path / "docs" / "performance.md"
     command = ["sota", "--device", "cpu", "--case", *CASES, "--rounds", "10"]
@@ -163,9 +163,7 @@ def test_the_committed_document_is_what_its_data_give(
         assert (tmp_path / path).read_bytes() == (committed / path).read_bytes(), path
 
 
-def test_forward_and_training_are_not_averaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kinds_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads((ROOT / "docs/performance/nvidia-h200.json").read_text(encoding="utf-8"))
     cases = {case["name"]: case for case in data["cases"]}
     for name, case in cases.items():
@@ -175,9 +173,11 @@ def test_forward_and_training_are_not_averaged(
     assert cli.main(again) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| flex ")]
     training = sum(name.startswith("fwdbwd") for name in cases)
+    decode = sum("-s1x" in name for name in cases)
     assert [[*line.split(" | ")[2:4], line.split(" | ")[-1]] for line in lines] == [
-        ["forward", str(len(cases) - training), "2.00 |"],
+        ["forward", str(len(cases) - training - decode), "2.00 |"],
         ["training", str(training), "0.50 |"],
+        ["decode", str(decode), "2.00 |"],
     ]
 
 

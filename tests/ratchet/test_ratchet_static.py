@@ -129,6 +129,10 @@ def test_changes(now: Snapshot, verdict: str, code: int, what: str) -> None:
 
 SM80 = "_ZN8flashmoe4sm8024attention_forward_kernelI6__halfNS_8Sm80TileILi96ELi128ELi32ELi2ELi4EEEE"
 SM90 = "_ZN8flashmoe46fwd_sm90_96_192_112_2_1_1_0_0_1_0__nv_bfloat16ENS_10Sm90ParamsE"
+BACKWARD = (
+    "_ZN8flashmoe60bwd_sm90_128_64_128_3_2_2_1_local_packed_attention_backward__half"
+    "ENS_18Sm90BackwardParamsE"
+)
 LOCAL = SM90.replace("46fwd", "52fwd").replace("__nv", "_local__nv")
 
 
@@ -139,6 +143,9 @@ LOCAL = SM90.replace("46fwd", "52fwd").replace("__nv", "_local__nv")
         (SM80, 2 * 96 * (128 + 2 * 2 * 32)),
         (SM90, 512 + 2 * 128 * (192 + 2 * 2 * 112)),
         (LOCAL, 512 + 2 * 128 * (192 + 2 * 2 * 112)),
+        # K and V, three buffers of Q and two of dO and dS, and 256 for what is told in between.
+        (BACKWARD, 256 + 256 * (2 * 128 + 64 * (3 + 2)) + 2 * 64 * 128 * 2 + 8 * 64 * 3),
+        (BACKWARD.replace("attention_backward", "finish"), 0),
         ("_Zfirst", 0),
     ],
 )
@@ -153,9 +160,27 @@ def test_symbols_spell_tiles_as_the_build_does() -> None:
     for kernel, (_, fields) in static._TILES.items():
         assert _extension.load().fields[kernel][: len(fields)] == fields
     names = {key.partition(":")[2] for key in json.loads(COMMITTED.read_text())["kernels"]}
-    # A name of the backward's kernels holds a part of its tile, and what lists blocks has none.
-    tiled = [name for name in names if not ("bwd_sm90" in name or "list_blocks" in name)]
+    # What goes before and after a backward, and what lists blocks, has none of the tile's.
+    others = ("_prepare__", "_finish__", "list_blocks")
+    tiled = [name for name in names if not any(other in name for other in others)]
     assert all(map(static.dynamic_shared, tiled))
+
+
+def test_the_committed_baseline_has_every_kind_of_kernel() -> None:
+    names = json.loads(COMMITTED.read_text())["kernels"]
+    for kind in (
+        *(
+            "fwd_sm90_",
+            "Sm80Tile",
+            "DecodeTile",
+            "list_blocks",
+            "_packed__",
+            "_local__",
+            "_softcap",
+        ),
+        *("_attention_backward__", "_packed_attention_backward__", "_local_attention_backward__"),
+    ):
+        assert any(kind in name for name in names), kind
 
 
 def test_kernels_missing_or_extra_and_other_compilers_are_4() -> None:

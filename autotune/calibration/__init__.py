@@ -1,0 +1,1 @@
+"""Measures the constants of the predictor on the GPU that is here."""

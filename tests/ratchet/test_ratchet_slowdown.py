@@ -1,0 +1,42 @@
+"""Kernels that take three passes, measured for real: the gate fails and names their cases."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from flashmoe.ratchet.gate.decide import EXIT_REGRESSION, FAIL, decide
+from flashmoe.ratchet.gate.thresholds import DEFAULTS
+from flashmoe.ratchet.measuring.processes import Source
+from flashmoe.ratchet.measuring.run import Settings, bench
+from flashmoe.ratchet.measuring.suite import parse
+from flashmoe.ratchet.report.markdown import markdown
+
+SLOWED = ("fwd-b4-h4k2-s1x1024-d64-float32-paged", "bwd-b1-h4-s256-d64-float32-causal")
+NAMES = ("fwd-b1-h4-s256-d64-float32", *SLOWED, "fwd-b4-h2-s128-d64-float32-causal-packed")
+# Few processes, for what takes three times as long is no close call.
+SETTINGS = Settings("cpu", 10, 1, 2, 5, 5, precision=1, budget=1e9, seed=0, suite="")
+
+
+def source(name: str, passes: int) -> Source:
+    script = str(Path(__file__).with_name("ratchet_passes_worker.py"))
+    command = (sys.executable, script, str(passes))
+    return Source(name, command, environment={"OMP_NUM_THREADS": "1"})
+
+
+def test_a_slower_backward_and_a_slower_decode_fail_and_are_named() -> None:
+    base, head = bench(
+        [parse(name) for name in NAMES],
+        SETTINGS,
+        "command",
+        lambda line: None,
+        sources=(source("base", 1), source("head", 3)),
+        commits=("", ""),
+    )
+    decision = decide(head, base, DEFAULTS["cpu"])
+    assert decision.exit_code == EXIT_REGRESSION
+    assert sorted(v.name for v in decision.named(FAIL)) == sorted(SLOWED)
+    report = markdown(decision, head, base, "")
+    failed = report[: report.index("<details>")]
+    for kind, name in zip(("decode, paged", "backward"), SLOWED, strict=True):
+        assert failed.index(f"| **{kind}** |") < failed.index(f"| `{name}` | 🔴 FAIL |")
