@@ -53,7 +53,7 @@ INSTANCE_FIELDS = {
 VARIANT_FIELDS = {
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "packed"),
-    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "packed"),
+    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "whole", "packed"),
     "decode": (),
 }
 # Fields of Variant that a general kernel decides at run time. GENERAL_HEAD_DIMS have one each, of

@@ -667,8 +667,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
       torch::stable::zero_(dk);
       torch::stable::zero_(dv);
     }
-    const Tensor workspace =
-        empty_workspace(sm90_backward::workspace_bytes(kernel->tile, params.attention), q);
+    const Tensor workspace = empty_workspace(
+        sm90_backward::workspace_bytes(kernel->tile, kernel->variant, params.attention), q);
     const cudaError_t error = launch_backward(*kernel, params, dtype, device,
                                               current_stream(device), workspace.data_ptr());
     STD_TORCH_CHECK(error == cudaSuccess,

@@ -29,12 +29,14 @@ cudaError_t launch_backward(const BackwardKernel& kernel, const BackwardParams& 
                             int device, cudaStream_t stream, void* workspace) {
   if (params.attention.head_dim > kernel.tile.head_dim || dtype == DType::float32 ||
       !kernel.variant.covers(params.attention) ||
-      kernel.variant.softcap != (params.attention.terms.softcap > 0)) {
+      kernel.variant.softcap != (params.attention.terms.softcap > 0) ||
+      (kernel.variant.whole && params.attention.seqlen_kv > kernel.tile.block_n)) {
     return cudaErrorInvalidValue;
   }
   const sm90_backward::Entries& entries = kernel.entries[dtype == DType::bfloat16];
   if (entries[0] == nullptr) return cudaErrorInvalidValue;
-  return sm90_backward::launch(kernel.tile, entries, params, dtype, device, stream, workspace);
+  return sm90_backward::launch(kernel.tile, kernel.variant, entries, params, dtype, device, stream,
+                               workspace);
 }
 
 }  // namespace flashmoe

@@ -24,6 +24,27 @@ Encode encoder() {
   return reinterpret_cast<Encode>(function);
 }
 
+// Of `rank` dimensions, in boxes of the first two. Whether the driver took it.
+bool encode_boxes(ptx::TensorMap* map, CUtensorMapDataType type, int rank, const void* data,
+                  const cuuint64_t (&sizes)[5], const cuuint64_t (&strides)[4], int box_columns,
+                  int box_rows, CUtensorMapSwizzle swizzle) {
+  static const Encode encode_tiled = encoder();
+  if (encode_tiled == nullptr) return false;
+  const cuuint32_t box[5] = {cuuint32_t(box_columns), cuuint32_t(box_rows), 1, 1, 1};
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
+  const auto encoded = [&] {
+    return encode_tiled(reinterpret_cast<CUtensorMap*>(map), type, rank, const_cast<void*>(data),
+                        sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  };
+  if (encoded()) return true;
+  // The driver needs a current context, which a thread gets with its first call of the runtime that
+  // does: autograd's threads may come here before.
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess && encoded();
+}
+
 }  // namespace
 
 bool is_fetchable(const TensorView& x) {
@@ -37,8 +58,6 @@ bool is_fetchable(const TensorView& x) {
 }
 
 bool encode(ptx::TensorMap* map, const TensorView& x, int box_rows, DType dtype) {
-  static const Encode encode_tiled = encoder();
-  if (encode_tiled == nullptr) return false;
   // The driver refuses sizes of 0 (nothing is loaded from those) and looks at strides of size 1.
   const auto size = [](int n) { return cuuint64_t(std::max(n, 1)); };
   const auto stride = [](long long elements, int n) {
@@ -49,22 +68,17 @@ bool encode(ptx::TensorMap* map, const TensorView& x, int box_rows, DType dtype)
                                PACKED_ROWS + 1};
   const cuuint64_t strides[4] = {row, stride(x.head_stride, x.heads),
                                  stride(x.batch_stride, x.batch), (1ull << 34) - row};
-  const cuuint32_t box[5] = {64, cuuint32_t(box_rows), 1, 1, 1};
-  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   const auto type =
       dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto encoded = [&] {
-    return encode_tiled(reinterpret_cast<CUtensorMap*>(map), type, x.is_packed() ? 5 : 4,
-                        const_cast<void*>(x.data), sizes, strides, box, element_strides,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-  };
-  if (encoded()) return true;
-  // The driver needs a current context, which a thread gets with its first call of the runtime that
-  // does: autograd's threads may come here before.
-  int device = 0;
-  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess && encoded();
+  return encode_boxes(map, type, x.is_packed() ? 5 : 4, x.data, sizes, strides, 64, box_rows,
+                      CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+bool encode_rows(ptx::TensorMap* map, const float* data, int columns, long long rows) {
+  const cuuint64_t sizes[5] = {cuuint64_t(columns), cuuint64_t(rows), 1, 1};
+  const cuuint64_t strides[4] = {cuuint64_t(columns) * 4, 16, 16};
+  return encode_boxes(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, data, sizes, strides, columns, 1,
+                      CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 const Device& device_properties(int device) {

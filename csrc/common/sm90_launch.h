@@ -73,6 +73,10 @@ bool is_fetchable(const TensorView& x);
 // Whether the driver took it.
 bool encode(ptx::TensorMap* map, const TensorView& x, int box_rows, DType dtype);
 
+// The same for contiguous rows of float32, at most 256 columns, of which a box has one: its second
+// coordinate.
+bool encode_rows(ptx::TensorMap* map, const float* data, int columns, long long rows);
+
 struct Device {
   int sm_count = 0, l2_bytes = 0;
 };

@@ -11,6 +11,8 @@ struct Variant {
   // Of a backward: dQ is the same bits every time.
   bool deterministic = false;
   bool softcap = false, alibi = false, sink = false;  // common/terms.h
+  // Of a backward: a thread block has all keys of a head, so it needs no sums of dQ, and repeats.
+  bool whole = false;
   bool packed = false;  // lengths of sequences are read on the device (common/sequence.h)
 
   // Whether a kernel compiled for it computes the call.

@@ -52,6 +52,13 @@ __device__ __forceinline__ int4 ld_global_cg_v4(const void* src_gmem) {
 }
 
 // Predicated, where the compiler would branch.
+__device__ __forceinline__ void st_global_b32_if(bool condition, void* dst_gmem, unsigned x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}\n" ::"r"(
+                   int(condition)),
+               "l"(dst_gmem), "r"(x)
+               : "memory");
+}
+
 __device__ __forceinline__ void st_global_v2_if(bool condition, void* dst_gmem, unsigned x,
                                                 unsigned y) {
   asm volatile(

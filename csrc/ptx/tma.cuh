@@ -30,16 +30,6 @@ __device__ __forceinline__ void cp_async_bulk_tensor_5d_load(unsigned dst_smem, 
       : "memory");
 }
 
-// Contiguous bytes, a multiple of 16, both sides aligned to 16.
-__device__ __forceinline__ void cp_async_bulk_load(unsigned dst_smem, const void* src_gmem,
-                                                   unsigned bytes, unsigned barrier_smem) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
-          "r"(dst_smem),
-      "l"(src_gmem), "r"(bytes), "r"(barrier_smem)
-      : "memory");
-}
-
 __device__ __forceinline__ void cp_async_bulk_tensor_4d_store(const void* map, unsigned src_smem,
                                                               int c0, int c1, int c2, int c3) {
   asm volatile(

@@ -262,6 +262,17 @@ def _compiled_handle(tile: Tile, head_dim: int, variant: Variant) -> int | None:
     return None if instance is None else handles.get((instance, tile, variant))
 
 
+def _backward_handle(tile: Tile, problem: Problem, deterministic: bool) -> int | None:
+    """Where a thread block has all keys, dQ needs no sums, and no order."""
+    variant = Variant.of(problem)
+    if problem.seqlen_kv <= tile.block_n:
+        whole = _compiled_handle(tile, problem.head_dim, replace(variant, whole=True))
+        if whole is not None:
+            return whole
+    ordered = replace(variant, deterministic=deterministic)
+    return _compiled_handle(tile, problem.head_dim, ordered)
+
+
 def _target(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> jit.Target:
     return jit.Target(tile, _SM90_HEAD_DIMS[tile.kernel](head_dim), dtype, variant)
 

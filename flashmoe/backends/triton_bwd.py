@@ -11,7 +11,7 @@ time.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,7 @@ from flashmoe.backends.triton_fwd import (
     tma_descriptor,
     window_limits,
 )
+from flashmoe.backends.triton_launch import Launch, Repeated, another, are_aligned
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.mask import Mask
 
@@ -340,6 +341,102 @@ def _backward_dq_kernel(
     _store_rows(dq_ptr, dq, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
 
 
+class _Kind(NamedTuple):
+    """All that the backward's launches depend on but the tensors' addresses."""
+
+    q_shape: torch.Size
+    kv_shape: torch.Size
+    q_strides: tuple[int, ...]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    dout_strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    softmax_scale: float
+    softcap: float
+    slopes: int | None  # the stride of a batch; None without
+    has_dlse: bool
+    mask: Mask
+    tile: tuple[int, int, int, int]  # block_m, block_n, num_stages, num_warps
+    use_tma: bool
+
+
+class _Planned(NamedTuple):
+    prepare: Repeated
+    dkdv: Repeated
+    dq: Repeated
+    block_d: int
+    rows: int  # of statistics
+    statistic: TensorDescriptor | None  # of one tile of them
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(kind: _Kind) -> _Planned:
+    batch, seqlen_q, heads_q, head_dim = kind.q_shape
+    seqlen_kv, heads_kv = kind.kv_shape[1:3]
+    block_m, block_n, num_stages, num_warps = kind.tile
+    mask, group, itemsize = kind.mask, heads_q // heads_kv, kind.dtype.itemsize
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    rows_padded = triton.cdiv(seqlen_q, _ROWS_PADDED_TO) * _ROWS_PADDED_TO
+    rows = rows_padded * batch * heads_q
+    use_tma = kind.use_tma and rows < 2**31  # the accelerator takes 32-bit coordinates
+    scales = kind.softmax_scale * LOG2_E.value, kind.softmax_scale, kind.softcap or 1.0
+    strides = (
+        *kind.q_strides[:3],
+        *kind.k_strides[:3],
+        *kind.v_strides[:3],
+        *kind.dout_strides[:3],
+    )
+    common = (*scales, kind.slopes or 0, *strides)
+    lengths = (group, seqlen_q, seqlen_kv)
+    window = window_limits(mask, seqlen_q, seqlen_kv)
+    section_kv, section_q = 1, 1
+    if mask.is_causal:
+        # A program of the first pass reads Q and dO of a group of heads, one of the second K and V.
+        section_kv = heads_per_section(batch * heads_kv, 1, group * seqlen_q, head_dim, itemsize)
+        section_q = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, itemsize)
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    # Triton 3.10 no longer fuses multiply and add unasked.
+    options = {"enable_fp_fusion": True}
+    tile_options = {"num_stages": num_stages, "num_warps": num_warps, **options}
+
+    def constants(block_m: int, block_n: int) -> dict[str, Any]:
+        return {
+            **shape, "BLOCK_M": block_m, "BLOCK_N": block_n,
+            "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local,
+            "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_kv % block_n == 0,
+            "SOFTCAP": kind.softcap > 0, "ALIBI": kind.slopes is not None,
+            "USE_TMA": use_tma, "PRECISION": dot_precision(kind.dtype, kind.device),
+        }  # fmt: skip
+
+    prepare = Launch(
+        _backward_prepare_kernel,
+        rows // _ROWS_PER_PROGRAM,
+        (*kind.dout_strides[:3], heads_q, seqlen_q, rows_padded),
+        {**shape, "BLOCK_M": _ROWS_PER_PROGRAM, "HAS_DLSE": kind.has_dlse},
+        options,
+    )
+    dkdv = Launch(
+        _backward_dkdv_kernel,
+        triton.cdiv(seqlen_kv, block_n) * batch * heads_kv,
+        (*common, batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded, *window),
+        constants(block_m, block_n),
+        tile_options,
+    )
+    dq = Launch(
+        _backward_dq_kernel,
+        triton.cdiv(seqlen_q, block_n) * batch * heads_q,
+        (*common, batch * heads_q, heads_q, *lengths, section_q, rows_padded, *window),
+        constants(block_n, block_m),
+        tile_options,
+    )
+    statistic = None
+    if use_tma:
+        base = torch.empty(0, dtype=torch.float32)
+        statistic = TensorDescriptor(base, [rows], [1], [block_m])
+    return _Planned(Repeated(prepare), Repeated(dkdv), Repeated(dq), block_d, rows, statistic)
+
+
 def attention_backward(
     call: Call,
     saved: Saved,
@@ -361,8 +458,6 @@ def attention_backward(
     """
     q, k, v, softmax_scale = call[:4]
     dout, out, softmax_lse, dlse = saved
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    seqlen_kv, heads_kv = k.shape[1], k.shape[2]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -373,62 +468,35 @@ def attention_backward(
     out = out.contiguous()
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
 
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    group = heads_q // heads_kv
-    rows_padded = triton.cdiv(seqlen_q, _ROWS_PADDED_TO) * _ROWS_PADDED_TO
-    rows = rows_padded * batch * heads_q
-    # The accelerator takes 32-bit coordinates.
-    use_tma = use_tma and rows < 2**31 and can_use_tma(q, k, v, dout)
-    workspace = torch.empty((2, rows), dtype=torch.float32, device=q.device)
-    lse2, delta = workspace[0], workspace[1]
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     softcap, slopes, _ = call.terms  # softmax_lse contains the sinks
-    scales = softmax_scale * LOG2_E.value, softmax_scale, softcap or 1.0
-    common = (lse2 if slopes is None else slopes, *scales, slope_stride(slopes), *strides)
-    lengths = (group, seqlen_q, seqlen_kv)
-    window = window_limits(mask, seqlen_q, seqlen_kv)
-    section_kv, section_q = 1, 1
-    if mask.is_causal:
-        size = q.element_size()
-        # A program of the first pass reads Q and dO of a group of heads, one of the second K and V.
-        section_kv = heads_per_section(batch * heads_kv, 1, group * seqlen_q, head_dim, size)
-        section_q = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, size)
-    # Triton 3.10 no longer fuses multiply and add unasked.
-    shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "enable_fp_fusion": True}
-    options: dict[str, Any] = {
-        **shape, "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local, "USE_TMA": use_tma,
-        "SOFTCAP": softcap > 0, "ALIBI": slopes is not None,
-        "PRECISION": dot_precision(q), "num_stages": num_stages, "num_warps": num_warps,
-    }  # fmt: skip
+    kind = _Kind(
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), q.dtype, q.device,
+        softmax_scale, softcap, None if slopes is None else slope_stride(slopes), dlse is not None,
+        mask, (block_m, block_n, num_stages, num_warps), use_tma and can_use_tma(q, k, v, dout),
+    )  # fmt: skip
+    planned = _planned(kind)
+    workspace = torch.empty((2, planned.rows), dtype=torch.float32, device=q.device)
+    lse2, delta = workspace[0], workspace[1]
+    aligned = are_aligned(q, k, v, dout, out, softmax_lse, dlse, slopes)
+    # Any pointer will do for slopes and dlse that there are not.
+    some_slopes, some_dlse = lse2 if slopes is None else slopes, lse2 if dlse is None else dlse
 
-    def run(kernel: Any, programs: int) -> Any:
-        grid = (programs,)
-        return kernel[grid] if launch else functools.partial(kernel.warmup, grid=grid)
+    def run(launches: Repeated, *tensors: Any) -> None:
+        if launch:
+            launches(aligned, *tensors)
+        else:
+            launches.launch.warm_up(*tensors)
 
     with device_guard(q):
-        run(_backward_prepare_kernel, rows // _ROWS_PER_PROGRAM)(
-            out, dout, softmax_lse, softmax_lse if dlse is None else dlse, lse2, delta,
-            *dout.stride()[:3], heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
-            HAS_DLSE=dlse is not None,
-        )  # fmt: skip
-        run(_backward_dkdv_kernel, triton.cdiv(seqlen_kv, block_n) * batch * heads_kv)(
-            tma_descriptor(q, block_m, block_d) if use_tma else q,
-            k, v,
-            tma_descriptor(dout, block_m, block_d) if use_tma else dout,
-            TensorDescriptor.from_tensor(lse2, [block_m]) if use_tma else lse2,
-            TensorDescriptor.from_tensor(delta, [block_m]) if use_tma else delta,
-            dk, dv,
-            *common, batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded, *window,
-            BLOCK_M=block_m, BLOCK_N=block_n,
-            EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0, **options,
-        )  # fmt: skip
-        run(_backward_dq_kernel, triton.cdiv(seqlen_q, block_n) * batch * heads_q)(
-            q,
-            tma_descriptor(k, block_m, block_d) if use_tma else k,
-            tma_descriptor(v, block_m, block_d) if use_tma else v,
-            dout, lse2, delta, dq,
-            *common, batch * heads_q, heads_q, *lengths, section_q, rows_padded, *window,
-            BLOCK_M=block_n, BLOCK_N=block_m,
-            EVEN_M=seqlen_q % block_n == 0, EVEN_N=seqlen_kv % block_m == 0, **options,
-        )  # fmt: skip
+        run(planned.prepare, out, dout, softmax_lse, some_dlse, lse2, delta)
+        if planned.statistic is None:
+            run(planned.dkdv, q, k, v, dout, lse2, delta, dk, dv, some_slopes)
+            run(planned.dq, q, k, v, dout, lse2, delta, dq, some_slopes)
+            return dq, dk, dv
+        q_tiles, k_tiles, v_tiles, dout_tiles = (
+            tma_descriptor(x, block_m, planned.block_d) for x in (q, k, v, dout)
+        )
+        statistics = another(planned.statistic, lse2), another(planned.statistic, delta)
+        run(planned.dkdv, q_tiles, k, v, dout_tiles, *statistics, dk, dv, some_slopes)
+        run(planned.dq, q, k_tiles, v_tiles, dout, lse2, delta, dq, some_slopes)
     return dq, dk, dv

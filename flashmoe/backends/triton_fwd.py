@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashmoe.backends.triton_launch import Launch, Repeated, another, are_aligned
 from flashmoe.spec.call import Call
 from flashmoe.spec.mask import Mask
 
@@ -365,10 +367,10 @@ def device_guard(x: Tensor) -> AbstractContextManager[object]:
     return _NO_GUARD
 
 
-def dot_precision(x: Tensor) -> str:
-    """How a kernel multiplies tiles of x. float32 is multiplied as float32: tf32 keeps 10 bits.
-    Triton's interpreter would multiply bfloat16 bit patterns as integers."""
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
+def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How a kernel multiplies tiles of such tensors. float32 is multiplied as float32: tf32 keeps
+    10 bits. Triton's interpreter would multiply bfloat16 bit patterns as integers."""
+    if dtype == torch.bfloat16 and device.type != "cuda":
         return "upcast"
     return "ieee"
 
@@ -393,10 +395,19 @@ def heads_per_section(heads: int, group: int, seqlen_kv: int, head_dim: int, ite
 
 def tma_descriptor(x: Tensor, block_rows: int, block_d: int) -> TensorDescriptor:
     """Descriptor of (block_rows, block_d) tiles of a (batch, seqlen, heads, head_dim) tensor."""
+    return another(_descriptor_like(x.shape, x.stride(), x.dtype, block_rows, block_d), x)
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptor_like(
+    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, block_rows: int, block_d: int
+) -> TensorDescriptor:
     # A dimension of size 1 may have any stride; the hardware wants multiples of 16 bytes in all.
-    align = 16 // x.element_size()
-    strides = [s if n > 1 else align for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, block_rows, 1, block_d])
+    align = 16 // dtype.itemsize
+    strides = [s if n > 1 else align for s, n in zip(stride[:3], shape[:3], strict=True)]
+    # Of no memory: only what a descriptor says of its tensor is checked.
+    base = torch.empty(0, dtype=dtype)
+    return TensorDescriptor(base, list(shape), [*strides, 1], [1, block_rows, 1, block_d])
 
 
 @functools.cache
@@ -424,6 +435,60 @@ def can_use_tma(*tensors: Tensor) -> bool:
     return True
 
 
+class _Kind(NamedTuple):
+    """All that the forward's launch depends on but the tensors' addresses."""
+
+    q_shape: torch.Size
+    kv_shape: torch.Size
+    q_strides: tuple[int, ...]
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    softmax_scale: float
+    softcap: float
+    slopes: int | None  # the stride of a batch; None without
+    has_sinks: bool
+    mask: Mask
+    tile: tuple[int, int, int, int]  # block_m, block_n, num_stages, num_warps
+    use_tma: bool
+
+
+class _Planned(NamedTuple):
+    launch: Repeated
+    block_d: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(kind: _Kind) -> _Planned:
+    batch, seqlen_q, heads_q, head_dim = kind.q_shape
+    seqlen_kv, heads_kv = kind.kv_shape[1:3]
+    block_m, block_n, num_stages, num_warps = kind.tile
+    mask, group, itemsize = kind.mask, heads_q // heads_kv, kind.dtype.itemsize
+    section = 1
+    if mask.is_causal:
+        section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, itemsize)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    numbers = (
+        kind.softmax_scale * LOG2_E.value, kind.softcap or 1.0, kind.slopes or 0,
+        *kind.q_strides[:3], *kind.k_strides[:3], *kind.v_strides[:3],
+        batch * heads_q, heads_q, group, seqlen_q, seqlen_kv, section,
+        *window_limits(mask, seqlen_q, seqlen_kv),
+    )  # fmt: skip
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local,
+        "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_kv % block_n == 0,
+        "SOFTCAP": kind.softcap > 0, "ALIBI": kind.slopes is not None, "SINK": kind.has_sinks,
+        "USE_TMA": kind.use_tma, "PRECISION": dot_precision(kind.dtype, kind.device),
+    }  # fmt: skip
+    # Triton 3.10 no longer fuses multiply and add unasked.
+    options = {"num_stages": num_stages, "num_warps": num_warps, "enable_fp_fusion": True}
+    grid = triton.cdiv(seqlen_q, block_m) * batch * heads_q
+    launch = Launch(_attention_forward_kernel, grid, numbers, constants, options)
+    return _Planned(Repeated(launch), block_d)
+
+
 def attention_forward(
     call: Call,
     mask: Mask,
@@ -445,38 +510,34 @@ def attention_forward(
     where that can. Without `launch` the kernel is only compiled, and the results are not computed.
     """
     q, k, v, softmax_scale = call[:4]
-    batch, seqlen_q, heads_q, head_dim = q.shape
-    seqlen_kv, heads_kv = k.shape[1], k.shape[2]
+    batch, seqlen_q, heads_q, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     softcap, slopes, sinks = call.terms
-    if seqlen_kv == 0:
+    if k.shape[1] == 0:
         unseen = torch.full_like(lse, float("-inf"))
         return out.zero_(), unseen if sinks is None else unseen.copy_(sinks[:, None])
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    group = heads_q // heads_kv
     use_tma = use_tma and can_use_tma(k, v)
-    section = 1
-    if mask.is_causal:
-        section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, q.element_size())
-    grid = (triton.cdiv(seqlen_q, block_m) * batch * heads_q,)
-    kernel = _attention_forward_kernel
-    run = kernel[grid] if launch else functools.partial(kernel.warmup, grid=grid)
-    # enable_fp_fusion: Triton 3.10 no longer fuses multiply and add unasked.
+    kind = _Kind(
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, softmax_scale,
+        softcap, None if slopes is None else slope_stride(slopes), sinks is not None, mask,
+        (block_m, block_n, num_stages, num_warps), use_tma,
+    )  # fmt: skip
+    planned = _planned(kind)
+    tensors = (
+        q,
+        tma_descriptor(k, block_n, planned.block_d) if use_tma else k,
+        tma_descriptor(v, block_n, planned.block_d) if use_tma else v,
+        out,
+        lse,
+        lse if slopes is None else slopes,
+        lse if sinks is None else sinks,
+    )
     with device_guard(q):
-        run(
-            q, tma_descriptor(k, block_n, block_d) if use_tma else k, tma_descriptor(v, block_n,
-            block_d) if use_tma else v, out, lse, lse if slopes is None else slopes,
-            lse if sinks is None else sinks, softmax_scale * LOG2_E.value, softcap or 1.0,
-            slope_stride(slopes), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], batch *
-            heads_q, heads_q, group, seqlen_q, seqlen_kv,
-            section, *window_limits(mask, seqlen_q, seqlen_kv), HEAD_DIM=head_dim, BLOCK_D=block_d,
-            BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=mask.is_causal, IS_LOCAL=mask.is_local,
-            EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0,
-            SOFTCAP=softcap > 0, ALIBI=slopes is not None, SINK=sinks is not None,
-            USE_TMA=use_tma, PRECISION=dot_precision(q),
-            num_stages=num_stages, num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        if launch:
+            planned.launch(are_aligned(q, k, v, slopes, sinks), *tensors)
+        else:
+            planned.launch.launch.warm_up(*tensors)
     return out, lse

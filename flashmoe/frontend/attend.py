@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from flashmoe.backends.base import Run
 from flashmoe.backends.sdpa import attend_by_sdpa
 from flashmoe.frontend import ops
-from flashmoe.frontend.eager import EagerAttention
+from flashmoe.frontend.eager import EagerAttention, PlainAttention
 from flashmoe.frontend.gradients import Training, refuse_gradients
 from flashmoe.frontend.lengths import check_lengths
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
@@ -311,10 +311,10 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     problem, scale = Problem.of_call(like, mask), like.softmax_scale
     overrides = asked.backend, asked.tile, bool(asked.deterministic)
     training = Training(problem, like.q.device, *overrides)
-    attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
     if like.terms is NO_TERMS and like.sequences is DENSE and not asked.return_lse:
-        # Each argument takes the autograd Function a tenth of a microsecond.
-        return lambda q, k, v, *_: attend(q, k, v, scale, training)[0]
+        attend_plain: Callable[..., Tensor] = PlainAttention.apply
+        return lambda q, k, v, *_: attend_plain(q, k, v, scale, training)
+    attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
         return attend(q, k, v, scale, training, terms[2], terms, sequences)[0]

@@ -9,7 +9,31 @@ from torch import Tensor
 
 from flashmoe.frontend.gradients import Training, saved_of, sinks_gradient
 from flashmoe.frontend.ops import attention_backward, attention_packed_backward
-from flashmoe.spec.call import DENSE, NO_TERMS, Call, Sequences, Terms
+from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
+
+
+class PlainAttention(torch.autograd.Function):
+    """(q, k, v, softmax_scale, Training) -> out: EagerAttention of calls that have nothing else,
+    whose every argument, result and layer costs host time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, training: Training
+    ) -> Tensor:
+        out, lse = training.forward(Call(q, k, v, softmax_scale))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.others = softmax_scale, training
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        scale, training = ctx.others
+        if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
+            arguments = (out, lse, None, scale, *training.arguments)
+            return *attention_backward(dout, q, k, v, *arguments), None, None
+        gradients = training.gradients(Call(q, k, v, scale), Saved(dout, out, lse))
+        return *gradients, None, None
 
 
 class EagerAttention(torch.autograd.Function):

@@ -12,7 +12,8 @@ from flashmoe.spec.problem import Problem
 @dataclass(frozen=True, slots=True)
 class Variant:
     """local: any window; without, a kernel computes full and causal attention. deterministic: a
-    backward's dQ is the same bits every time. packed: lengths are read on the device. The others:
+    backward's dQ is the same bits every time. whole: a backward's thread block has all keys of a
+    head, and its dQ is, too. packed: lengths are read on the device. The others:
     terms of that name."""
 
     local: bool = False
@@ -20,6 +21,7 @@ class Variant:
     softcap: bool = False
     alibi: bool = False
     sink: bool = False
+    whole: bool = False
     packed: bool = False
 
     @classmethod

@@ -30,7 +30,14 @@ struct Tiles {
     for (size_t i = 0; i < memory.size(); ++i) {
       memory[i] = emulator::to_bfloat16(static_cast<float>(i / (64 * 64) + 1));
     }
-    map = {reinterpret_cast<uint8_t*>(memory.data()), {64, 16 * 64, 1, 1}, {128, 128, 128}, 64, 4};
+    map = {reinterpret_cast<uint8_t*>(memory.data()),
+           {64, 16 * 64, 1, 1},
+           {128, 128, 128},
+           64,
+           4,
+           2,
+           128,
+           true};
   }
 };
 

@@ -71,8 +71,8 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
       start_S(step < steps.count);
       ptx::wgmma_wait_group<2>();  // dQ
       ptx::fence_registers(dQ_rmem);
-      c.add_dQ(dQ_rmem, steps.block, w, c.await_turn(step - 1));
-      c.pass_turn();
+      c.add_dQ(dQ_rmem, steps, w, c.await_turn(step - 1));
+      c.pass_turn(step - 1);
       ptx::wgmma_wait_group<0>();
       ptx::fence_registers(S_rmem);
       c.release(smem.empty_Q + 8 * q_ring.stage());

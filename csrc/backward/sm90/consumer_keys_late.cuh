@@ -36,15 +36,15 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
     }
     c.start_scores(S_rmem, smem.K, smem.Q + q_ring_ahead.stage() * TILE.q_bytes());
   };
-  long long block = 0;  // whose dQ is next
+  Queries next{};  // whose dQ is next
   auto wait_dS = [&] {
     ptx::mbarrier_wait_parity(smem.full_dS + 8 * dq_ring.stage(), dq_ring.parity());
   };
   auto add_dQ = [&](int step) {
     c.release(smem.empty_dS + 8 * dq_ring.stage());
     dq_ring.next();
-    c.add_dQ(dQ_rmem, block, w, c.await_turn(step));
-    c.pass_turn();
+    c.add_dQ(dQ_rmem, next, w, c.await_turn(step));
+    c.pass_turn(step);
   };
   ptx::mbarrier_wait_parity(smem.full_K, 0);
   if (steps.count > 0) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
       ptx::wgmma_wait_group<2>();  // dQ
       ptx::fence_registers(dQ_rmem);
       if (step > 1) add_dQ(step - 2);
-      block = steps.block;
+      next = steps;
       ptx::wgmma_wait_group<0>();
       ptx::fence_registers(S_rmem);
       c.release(smem.empty_Q + 8 * q_ring.stage());
@@ -96,8 +96,8 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
     c.start_dQ(dQ_rmem, smem.dS + dq_ring.stage() * TILE.ds_bytes(), w);
     ptx::wgmma_wait_group<0>();
     ptx::fence_registers(dQ_rmem);
-    c.add_dQ(dQ_rmem, block, w, c.await_turn(steps.count - 1));
-    c.pass_turn();
+    c.add_dQ(dQ_rmem, next, w, c.await_turn(steps.count - 1));
+    c.pass_turn(steps.count - 1);
   }
   ptx::wgmma_wait_group<0>();
   ptx::fence_registers(dK_rmem);

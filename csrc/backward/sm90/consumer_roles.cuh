@@ -109,8 +109,8 @@ struct Roles : Consumer<T, TILE, VARIANT> {
           if (part == 0) this->release(smem.empty_dO + 8 * do_ring.stage());
           ptx::fence_registers(dQ_rmem);
           if (part == 0) adds_first = this->await_turn(step - 1);
-          this->add_dQ(dQ_rmem, steps.block, part, adds_first);
-          if (part == PARTS - 1) this->pass_turn();
+          this->add_dQ(dQ_rmem, steps, part, adds_first);
+          if (part == PARTS - 1) this->pass_turn(step - 1);
         }
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(S_rmem);
@@ -172,8 +172,8 @@ struct Roles : Consumer<T, TILE, VARIANT> {
           }
           ptx::fence_registers(dQ_rmem);
           if (part == 0) adds_first = this->await_turn(step - 1);
-          this->add_dQ(dQ_rmem, steps.block, PARTS + part, adds_first);
-          if (part == PARTS - 1) this->pass_turn();
+          this->add_dQ(dQ_rmem, steps, PARTS + part, adds_first);
+          if (part == PARTS - 1) this->pass_turn(step - 1);
         }
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dP_rmem);

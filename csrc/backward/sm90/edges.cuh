@@ -58,6 +58,20 @@ struct EdgeRows {
   }
 };
 
+__device__ __forceinline__ long long dq_row_stride(const AttentionParams& p) {
+  return static_cast<long long>(p.heads_q) * p.head_dim;
+}
+// The rows of dQ of a block of queries of a head.
+template <typename T, Variant VARIANT>
+__device__ __forceinline__ T* dq_rows(const Sm90BackwardParams& params, const EdgeWork& work) {
+  const AttentionParams& p = params.call.attention;
+  return static_cast<T*>(params.call.dq) +
+         (static_cast<long long>(VARIANT.packed ? 0 : work.batch) * p.seqlen_q + work.m_start) *
+             dq_row_stride(p) +
+         offset<VARIANT>(work.sequence.q_begin, dq_row_stride(p)) +
+         static_cast<long long>(work.head) * p.head_dim;
+}
+
 // delta = rowsum(O dO) - dlse, and softmax_lse as the kernel wants it, of one block of queries of a
 // head. The derivative of softmax_lse by a score is its P: dS = P (dP - rowsum(O dO) + dlse).
 template <typename T, Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
@@ -76,14 +90,14 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   }
   const Sequence& sequence = work.sequence;
   bool needs_zeros = true;
-  if constexpr (VARIANT.deterministic) {
+  if constexpr (VARIANT.deterministic || VARIANT.whole) {
     // Who adds first stores; there are blocks to which nobody does.
     const KeyRange keys = visible(mask_of<VARIANT>(p), work.m_start, work.m_start + TILE.block_m,
                                   seqlen_q<VARIANT>(p, sequence), seqlen_kv<VARIANT>(p, sequence));
     needs_zeros = keys.begin == keys.end;
   }
   // Before the loads, or the compiler keeps these until the loads have come.
-  if (needs_zeros) {
+  if (!VARIANT.whole && needs_zeros) {
     float4* sum = E::sums(params, work);
 #pragma unroll
     for (int i = 0; i < E::SUMS; ++i) sum[i * EDGE_THREADS] = float4{0.f, 0.f, 0.f, 0.f};
@@ -97,6 +111,15 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
                   work.batch * params.call.do_batch_stride +
                   offset<VARIANT>(sequence.q_begin, params.call.do_row_stride) +
                   work.head * params.call.do_head_stride;
+  if (VARIANT.whole && needs_zeros) {
+    T* dq = dq_rows<T, VARIANT>(params, work);
+#pragma unroll
+    for (int i = 0; i < E::COUNT; ++i) {
+      const int row = i * E::ROWS + first;
+      const bool there = work.m_start + row < p.seqlen_q && column < p.head_dim;
+      ptx::st_global_v4_if(there, dq + row * dq_row_stride(p) + column, 0, 0, 0, 0);
+    }
+  }
   // The one of a thread's rows whose statistics it writes, and their inputs.
   const int mine = lane * E::ROWS + first, my_row = work.m_start + mine;
   float lse = -INFINITY, dlse = 0.f;
@@ -194,12 +217,8 @@ __device__ __forceinline__ void finish(const Sm90BackwardParams& params) {
   }
   __syncthreads();
   const int lane = threadIdx.x % E::LANES, first = threadIdx.x / E::LANES;
-  const long long row_stride = static_cast<long long>(p.heads_q) * p.head_dim;
-  T* dq = static_cast<T*>(params.call.dq) +
-          (static_cast<long long>(VARIANT.packed ? 0 : work.batch) * p.seqlen_q + work.m_start) *
-              row_stride +
-          offset<VARIANT>(work.sequence.q_begin, row_stride) +
-          static_cast<long long>(work.head) * p.head_dim;
+  const long long row_stride = dq_row_stride(p);
+  T* dq = dq_rows<T, VARIANT>(params, work);
 #pragma unroll
   for (int i = 0; i < E::COUNT; ++i) {
     const int row = i * E::ROWS + first;

@@ -1,6 +1,7 @@
 #include "backward/sm90/host.h"
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 
 #include "common/sm90_launch.h"
@@ -47,6 +48,16 @@ int section_of(const AttentionParams& a, int l2_bytes) {
   return static_cast<int>((pairs + sections - 1) / sections);
 }
 
+// The same where nothing is masked, for deterministic kernels: so many that thread blocks of
+// neighbouring keys, each of which follows the one before through the queries, begin two steps
+// apart. What they share is in L2 then, however long the sequences are.
+int spread_of(const Sm90BackwardTile& tile, const AttentionParams& a, int sm_count) {
+  const long long pairs = static_cast<long long>(a.batch) * a.heads_kv;
+  const long long m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
+  const long long steps = m_blocks * (a.heads_q / a.heads_kv);
+  return static_cast<int>(std::clamp((2ll * sm_count + steps - 1) / steps, 1ll, pairs));
+}
+
 }  // namespace
 
 bool can_run(const BackwardParams& p) {
@@ -58,21 +69,23 @@ bool can_run(const BackwardParams& p) {
 
 // Statistics, sums of dQ, turns and the ticket, and a packed batch's schedule; a multiple of 16, as
 // each but the turns and the ticket is.
-long long workspace_bytes(const Sm90BackwardTile& tile, const AttentionParams& a) {
+long long workspace_bytes(const Sm90BackwardTile& tile, const Variant& variant,
+                          const AttentionParams& a) {
   const long long blocks = blocks_of_queries(tile, a);
   const long long schedule =
       a.sequences.is_packed() ? sm90::schedule_bytes(a, tile.block_m, tile.block_n) : 0;
-  return stats_bytes(tile, a) + blocks * tile.dq_elements() * 4 + (blocks + 1 + 3) / 4 * 16 +
-         schedule;
+  const long long sum_bytes = variant.whole ? 0 : blocks * tile.dq_elements() * 4;
+  return stats_bytes(tile, a) + sum_bytes + (blocks + 1 + 3) / 4 * 16 + schedule;
 }
 
-cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const BackwardParams& call,
-                   DType dtype, int device, cudaStream_t stream, void* workspace) {
+cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const Entries& entries,
+                   const BackwardParams& call, DType dtype, int device, cudaStream_t stream,
+                   void* workspace) {
   const AttentionParams& a = call.attention;
   const bool packed = a.sequences.is_packed();
   Schedule schedule{};
   if (packed) {
-    char* end = static_cast<char*>(workspace) + workspace_bytes(tile, a);
+    char* end = static_cast<char*>(workspace) + workspace_bytes(tile, variant, a);
     schedule = schedule_of(tile, a, end - sm90::schedule_bytes(a, tile.block_m, tile.block_n));
   }
   const long long n_blocks =
@@ -86,14 +99,16 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
   params.call = call;
   params.stats = static_cast<float*>(workspace);
   params.dq_sum = params.stats + stats_bytes(tile, a) / 4;
-  params.turns = reinterpret_cast<int*>(params.dq_sum + edge_grid * tile.dq_elements());
+  params.turns =
+      reinterpret_cast<int*>(params.dq_sum + (variant.whole ? 0 : edge_grid * tile.dq_elements()));
   params.ticket = params.turns + edge_grid;
+  params.descending_from = INT_MAX;
   const bool capped = a.terms.softcap > 0;
   params.scale_log2 = (capped ? a.terms.softcap : a.softmax_scale) * 1.4426950408889634f;
   params.cap_scale = capped ? a.softmax_scale / a.terms.softcap : 0.f;
   params.m_blocks = packed ? schedule.room_queries : (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   params.n_blocks = static_cast<int>(n_blocks);
-  const int l2_bytes = sm90::device_properties(device).l2_bytes;
+  const auto [sm_count, l2_bytes] = sm90::device_properties(device);
   if (packed) {
     AttentionParams one = a;
     one.batch = 1;
@@ -101,14 +116,23 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
     params.section = a.mask.is_full() ? 1 : section_of(one, l2_bytes);
     params.schedule = schedule;
   } else {
-    params.section = section_of(a, l2_bytes);
+    params.section = a.mask.is_full() ? spread_of(tile, a, sm_count) : section_of(a, l2_bytes);
+    // In the last section the longest come first, so that the end of the grid is even. They all
+    // begin at the last queries: as the thread blocks of the section before end one after the
+    // other, so that they need not wait for each other there. With a group of heads, those of fewer
+    // queries would be at the next head too early.
+    const long long pairs = static_cast<long long>(a.batch) * a.heads_kv;
+    const long long sections = (pairs + params.section - 1) / params.section;
+    const bool evens_out = a.mask.right >= 0 && a.mask.left < 0 && a.heads_q == a.heads_kv;
+    if (evens_out && sections > 1) params.descending_from = static_cast<int>(sections - 1);
   }
   if (!sm90::encode(&params.q, sm90::q_view(a), tile.block_m, dtype) ||
       !sm90::encode(&params.k, sm90::k_view(a), tile.block_n, dtype) ||
       !sm90::encode(&params.v, sm90::v_view(a), tile.block_n, dtype) ||
       !sm90::encode(&params.dout, dout_view(call), tile.block_m, dtype) ||
       !sm90::encode(&params.dk, gradient_view(call.dk, a), 64, dtype) ||
-      !sm90::encode(&params.dv, gradient_view(call.dv, a), 64, dtype)) {
+      !sm90::encode(&params.dv, gradient_view(call.dv, a), 64, dtype) ||
+      !sm90::encode_rows(&params.stats_rows, params.stats, 2 * tile.block_m, edge_grid)) {
     return cudaErrorNotSupported;
   }
   void* arguments[] = {&params};
@@ -132,6 +156,7 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Entries& entries, const B
   }
   if (const cudaError_t error = run(0, edge_grid, EDGE_THREADS, 0)) return error;
   if (const cudaError_t error = run(1, grid, tile.num_threads(), tile.smem_bytes())) return error;
+  if (variant.whole) return cudaSuccess;
   return run(2, edge_grid, EDGE_THREADS, tile.block_m * tile.finish_pitch());
 }
 

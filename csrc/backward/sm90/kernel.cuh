@@ -27,6 +27,7 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
     ptx::prefetch_tensormap(&params.k);
     ptx::prefetch_tensormap(&params.v);
     ptx::prefetch_tensormap(&params.dout);
+    ptx::prefetch_tensormap(&params.stats_rows);
     ptx::mbarrier_init(smem.full_K, 1);
     ptx::mbarrier_init(smem.full_V, 1);
     for (int s = 0; s < TILE.q_stages; ++s) {
@@ -42,8 +43,11 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
       ptx::mbarrier_init(smem.empty_dS + 8 * s, 4 * TILE.CONSUMERS);
     }
     if constexpr (VARIANT.deterministic) {
-      ptx::mbarrier_init(smem.turn, 1);
-      ptx::mbarrier_init(smem.added, 4 * TILE.CONSUMERS);
+      for (int step = 0; step < 2; ++step) {
+        ptx::mbarrier_init(of_step(smem.turn, step), 1);
+        ptx::mbarrier_init(of_step(smem.added, step), 4 * TILE.CONSUMERS);
+        ptx::mbarrier_init(of_step(smem.passed, step), 1);
+      }
       ptx::griddepcontrol_wait();  // for the zeros that tickets and turns are counted from
       ptx::st_shared_b32(smem.ticket, draw_ticket(params));
     }
@@ -63,7 +67,10 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<TILE.PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce<TILE, VARIANT>(params, smem, work);
-    if (VARIANT.deterministic && threadIdx.x == 32) keep_order<TILE, VARIANT>(params, smem, work);
+    if constexpr (VARIANT.deterministic) {
+      if (threadIdx.x == 32) await_turns<TILE, VARIANT>(params, smem, work);
+      if (threadIdx.x == 64) pass_turns<TILE, VARIANT>(params, smem, work);
+    }
   } else {
     ptx::setmaxnreg_inc<TILE.CONSUMER_REGISTERS>();
     if constexpr (TILE.by_roles()) {

@@ -32,7 +32,8 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
   ptx::griddepcontrol_wait();  // for the statistics, and the zeros that dQ is added to
 #pragma unroll 1
   for (int head = work.head_kv * group; head < (work.head_kv + 1) * group; ++head) {
-    const long long row_block = work.row_block<VARIANT>(params, head);
+    // The launch keeps blocks of queries below 2^31.
+    const int row_block = static_cast<int>(work.row_block<VARIANT>(params, head));
 #pragma unroll 1
     for (int i = work.m_first, m = work.m_start; i < work.m_end<VARIANT>(params); ++i) {
       const unsigned full_Q = smem.full_Q + 8 * q_ring.stage();
@@ -40,9 +41,9 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
       ptx::mbarrier_arrive_expect_tx(full_Q, TILE.q_bytes() + TILE.stats_bytes());
       load_panels(smem.Q + q_ring.stage() * TILE.q_bytes(), &params.q, full_Q, TILE.block_m,
                   m * TILE.block_m, head, q_rows);
-      ptx::cp_async_bulk_load(smem.stats + q_ring.stage() * TILE.stats_bytes(),
-                              params.stats + (row_block + m) * (2 * TILE.block_m),
-                              TILE.stats_bytes(), full_Q);
+      // As a tensor: racecheck does not follow the arrival of bulk copies of bytes.
+      ptx::cp_async_bulk_tensor_4d_load(smem.stats + q_ring.stage() * TILE.stats_bytes(),
+                                        &params.stats_rows, full_Q, 0, row_block + m, 0, 0);
       q_ring.next();
       if (first) {
         first = false;
@@ -56,7 +57,8 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
       load_panels(smem.dO + do_ring.stage() * TILE.q_bytes(), &params.dout, full_dO, TILE.block_m,
                   m * TILE.block_m, head, q_rows);
       do_ring.next();
-      if (++m == work.m_end<VARIANT>(params)) m = work.m_first;
+      m += work.direction<VARIANT>();
+      if (m == work.m_end<VARIANT>(params)) m = work.m_first;
     }
   }
   if (first) {

@@ -28,7 +28,7 @@ struct Sm90BackwardTile {
   // Where warpgroups have the same keys, P of one step is handed on in 16 bits.
   constexpr bool by_roles() const { return block_n == 64; }
   constexpr int p_bytes() const { return by_roles() ? block_m * block_n * 2 : 0; }
-  // 256 for the mbarriers.
+  // 256 for the mbarriers, and what deterministic kernels keep beside them.
   constexpr int smem_bytes() const {
     return 256 + 2 * kv_bytes() + (q_stages + do_stages) * q_bytes() + ds_stages * ds_bytes() +
            p_bytes() + q_stages * stats_bytes();
@@ -63,6 +63,7 @@ struct LegalSm90BackwardTile {
 
 struct Sm90BackwardParams {
   ptx::TensorMap q, k, v, dout, dk, dv;
+  ptx::TensorMap stats_rows;  // of `stats`, a block of queries a row
   BackwardParams call;
   // For each (batch, query head) and block of queries: what to add to scaled scores in units of
   // log 2 (minus softmax_lse; -inf where a row sees nothing or does not exist), then delta.
@@ -73,8 +74,9 @@ struct Sm90BackwardParams {
   int *turns, *ticket;
   float scale_log2;  // what scores are scaled by, in units of log 2: softmax_scale, or softcap
   int m_blocks, n_blocks;
-  int section;      // (batch, key head) pairs whose blocks of keys are worked on together
-  float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
+  int section;          // (batch, key head) pairs whose blocks of keys are worked on together
+  int descending_from;  // of deterministic kernels: the section from which on order is reversed
+  float cap_scale;      // with softcap: Q K^T times this is what tanh is taken of
   // Of packed kernels, whose blocks of queries are counted over all sequences: m_blocks and
   // n_blocks are the room for them, and a section has key heads.
   Schedule schedule;

@@ -12,7 +12,7 @@ template <Sm90BackwardTile TILE>
 struct Smem {
   unsigned K, V, Q, dO, dS, P, stats, full_K, full_V, full_Q, empty_Q, full_dO, empty_dO, full_dS,
       empty_dS;
-  unsigned turn, added, first, ticket;  // of deterministic kernels
+  unsigned turn, added, passed, first, ticket;  // of deterministic kernels (order.cuh)
 
   __device__ __forceinline__ explicit Smem(unsigned base) {
     K = base;
@@ -31,9 +31,10 @@ struct Smem {
     full_dS = empty_dO + 8 * TILE.do_stages;
     empty_dS = full_dS + 8 * TILE.ds_stages;
     turn = empty_dS + 8 * TILE.ds_stages;
-    added = turn + 8;
-    first = added + 8;
-    ticket = first + 4;
+    added = turn + 16;
+    passed = added + 16;
+    first = passed + 16;
+    ticket = first + 16;
   }
 };
 
@@ -53,7 +54,13 @@ __device__ __forceinline__ int reach(const AttentionParams& p) {
 struct Work {
   int batch, head_kv, n_start, m_first, m_last, m_start;
   Sequence sequence;
-  int first_block;  // of packed kernels: blocks of queries of sequences before
+  int first_block;             // of packed kernels: blocks of queries of sequences before
+  bool is_descending = false;  // of deterministic kernels: whether it goes down the queries
+
+  template <Variant VARIANT>
+  __device__ __forceinline__ int direction() const {
+    return VARIANT.deterministic && is_descending ? -1 : 1;
+  }
 
   // Plain kernels take the one that they know anyway.
   template <Variant VARIANT>
@@ -81,7 +88,8 @@ struct Work {
     const AttentionParams& p = params.call.attention;
     const Mask mask = mask_of<VARIANT>(p);
     Work work;
-    int pair, n_block, m_blocks, n_blocks;  // of packed kernels, blocks of the sequence
+    int pair = 0, n_block;
+    int m_blocks = params.m_blocks, n_blocks = params.n_blocks;  // of the sequence
     if constexpr (VARIANT.packed) {
       // In sections of heads as well, each of which goes through the list of all sequences' blocks.
       const int per_section = params.section * ptx::ld_global_cg_v4(params.schedule.counts).y;
@@ -98,11 +106,12 @@ struct Work {
       n_blocks = (work.sequence.seqlen_kv + TILE.block_n - 1) / TILE.block_n;
       n_block = block.start / TILE.block_n;
       work.m_last = m_blocks - 1;
-    } else if (!mask.is_full()) {
-      // The longest first, in sections of heads that L2 holds.
+    } else if (VARIANT.deterministic || !mask.is_full()) {
+      // The longest first, in sections of heads that L2 holds. Deterministic: see host.cpp.
       const int per_section = params.section * params.n_blocks;
-      const int first = index / per_section * params.section;
+      const int section = index / per_section, first = section * params.section;
       const int heads = min(params.section, p.batch * p.heads_kv - first);
+      work.is_descending = VARIANT.deterministic && section >= params.descending_from;
       index %= per_section;
       n_block = index / heads;
       pair = first + index - n_block * heads;
@@ -114,8 +123,9 @@ struct Work {
     // more, the last ones where it is the other (-1 hides nothing). Between narrow limits all
     // blocks but those at the ends are as long, and either order does. Deterministic: see
     // order.cuh.
-    if (VARIANT.deterministic || (VARIANT.local && unsigned(mask.left) < unsigned(mask.right))) {
-      n_block = (VARIANT.packed ? n_blocks : params.n_blocks) - 1 - n_block;
+    if (VARIANT.deterministic ? !work.is_descending
+                              : VARIANT.local && unsigned(mask.left) < unsigned(mask.right)) {
+      n_block = n_blocks - 1 - n_block;
     }
     if constexpr (!VARIANT.packed) {
       work.batch = pair / p.heads_kv;
@@ -133,8 +143,8 @@ struct Work {
     }
     if (mask.right >= 0) {
       // Neighbours begin at other queries, a block of keys apart, and stay apart.
-      work.m_first = work.m_start =
-          min(max(first_row, 0) / TILE.block_m, VARIANT.packed ? m_blocks : params.m_blocks);
+      work.m_first = work.m_start = min(max(first_row, 0) / TILE.block_m, m_blocks);
+      if (work.is_descending) work.m_start = work.m_end<VARIANT>(params) - 1;
     } else if (VARIANT.deterministic) {
       // In step behind one another: each waits for the one before it anyway.
       work.m_first = work.m_start = 0;
@@ -142,9 +152,8 @@ struct Work {
       // Each thread block somewhere else, or all would be at the same rows of Q and dQ all the
       // time.
       work.m_first = 0;
-      work.m_start =
-          static_cast<int>(static_cast<long long>(n_block) * work.m_end<VARIANT>(params) /
-                           (VARIANT.packed ? n_blocks : params.n_blocks));
+      work.m_start = static_cast<int>(static_cast<long long>(n_block) *
+                                      work.m_end<VARIANT>(params) / n_blocks);
     }
     return work;
   }

@@ -17,7 +17,7 @@ uint8_t* element(const TensorMap& map, const std::array<int, 5>& at) {
   uint64_t address = reinterpret_cast<uint64_t>(map.data);
   for (uint32_t d = 0; d < map.rank; ++d) {
     if (at[d] < 0 || static_cast<uint64_t>(at[d]) >= map.sizes[d]) return nullptr;
-    address += static_cast<uint64_t>(at[d]) * (d > 0 ? map.strides[d - 1] : 2);
+    address += static_cast<uint64_t>(at[d]) * (d > 0 ? map.strides[d - 1] : map.element_bytes);
   }
   return reinterpret_cast<uint8_t*>(address);
 }
@@ -98,28 +98,24 @@ void multiply(Cta& cta, int warp_index, const Wgmma& op) {
 }  // namespace
 
 void execute(Cta& cta, const Copy& copy) {
-  if (copy.source != nullptr) {
-    std::memcpy(shared_of(cta, copy.smem, static_cast<int>(copy.bytes)), copy.source, copy.bytes);
-    Mbarrier& barrier = cta.mbarriers.at(copy.barrier);
-    barrier.bytes -= copy.bytes;
-    complete_if_due(barrier);
-    return;
-  }
-  for (uint32_t row = 0; row < copy.map.box_rows; ++row) {
-    for (int column = 0; column < 64; ++column) {
-      const uint32_t address = swizzled(copy.smem + row * 128 + column * 2);
-      uint8_t* smem = shared_of(cta, address, 2);
+  const TensorMap& map = copy.map;
+  const uint32_t size = map.element_bytes, columns = map.row_bytes / size;
+  for (uint32_t row = 0; row < map.box_rows; ++row) {
+    for (uint32_t column = 0; column < columns; ++column) {
+      const uint32_t plain = copy.smem + row * map.row_bytes + column * size;
+      uint8_t* smem =
+          shared_of(cta, map.is_swizzled ? swizzled(plain) : plain, static_cast<int>(size));
       auto at = copy.start;
-      at[0] += column, at[1] += static_cast<int>(row);
-      uint8_t* global = element(copy.map, at);
-      if (copy.load && global != nullptr) std::memcpy(smem, global, 2);
-      if (copy.load && global == nullptr) std::memset(smem, 0, 2);
-      if (!copy.load && global != nullptr) std::memcpy(global, smem, 2);
+      at[0] += static_cast<int>(column), at[1] += static_cast<int>(row);
+      uint8_t* global = element(map, at);
+      if (copy.load && global != nullptr) std::memcpy(smem, global, size);
+      if (copy.load && global == nullptr) std::memset(smem, 0, size);
+      if (!copy.load && global != nullptr) std::memcpy(global, smem, size);
     }
   }
   if (copy.load) {
     Mbarrier& barrier = cta.mbarriers.at(copy.barrier);
-    barrier.bytes -= static_cast<int64_t>(copy.map.box_rows) * 128;
+    barrier.bytes -= static_cast<int64_t>(map.box_rows) * map.row_bytes;
     complete_if_due(barrier);
   }
 }
@@ -166,27 +162,17 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier,
   preempt();
   mbarrier_at(barrier);
   if (destination % 128 != 0) fail("a TMA load's destination is not aligned to 128 bytes");
-  uint8_t* memory = shared_of(*gpu->cta, destination, static_cast<int>(map.box_rows) * 128);
-  if (memory == nullptr) fail("a TMA load past shared memory");
-  std::memset(memory, 0xff, map.box_rows * 128);  // NaN in both formats
-  gpu->cta->copies.push_back({true, destination, barrier, map, coordinates(map, start), 0});
-}
-
-void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
-  preempt();
-  mbarrier_at(barrier);
-  if (destination % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0 || bytes % 16 != 0) {
-    fail("a bulk load is not aligned to 16 bytes");
-  }
+  const uint32_t bytes = map.box_rows * map.row_bytes;
   uint8_t* memory = shared_of(*gpu->cta, destination, static_cast<int>(bytes));
-  if (memory == nullptr) fail("a bulk load past shared memory");
-  std::memset(memory, 0xff, bytes);  // NaN
-  gpu->cta->copies.push_back({true, destination, barrier, {}, {}, 0, source, bytes});
+  if (memory == nullptr) fail("a TMA load past shared memory");
+  std::memset(memory, 0xff, bytes);  // NaN in all formats
+  gpu->cta->copies.push_back({true, destination, barrier, map, coordinates(map, start), 0});
 }
 
 void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> start) {
   preempt();
-  if (shared_of(*gpu->cta, source, static_cast<int>(map.box_rows) * 128) == nullptr) {
+  const int bytes = static_cast<int>(map.box_rows * map.row_bytes);
+  if (shared_of(*gpu->cta, source, bytes) == nullptr) {
     fail("a TMA store past shared memory");
   }
   const int thread = gpu->warp_index * 32 + gpu->lane_index;

@@ -17,8 +17,10 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? fake_device.sm_count : 50 << 20;
+// Device 0 has the L2 of a large GPU, others hardly any, so that sections of heads are small.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const int l2_bytes = device == 0 ? 50 << 20 : 1 << 10;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? fake_device.sm_count : l2_bytes;
   return cudaSuccess;
 }
 
@@ -68,13 +70,18 @@ bool is_mapped(const void* data) {
 
 // Refuses what the driver does (CUDA driver API, cuTensorMapEncodeTiled), and a base that is not
 // mapped: it faults on an H200 even if boxes hold none of it.
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
-                                const cuuint64_t* sizes, const cuuint64_t* strides,
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
                                 const cuuint32_t* box, const cuuint32_t* element_strides,
-                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                                CUtensorMapFloatOOBfill) {
+                                CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  const uint32_t element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+  const uint32_t row_bytes = box[0] * element_bytes;
+  const bool is_swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   bool legal = rank >= 4 && rank <= 5 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-               box[0] * 2 == 128 && is_mapped(data);
+               row_bytes % 16 == 0 && is_mapped(data);
+  // As much as the emulator does of what the driver allows.
+  legal = legal && (is_swizzled ? row_bytes == 128 : box[1] == 1);
   for (cuuint32_t d = 0; d < rank; ++d) {
     legal = legal && sizes[d] >= 1 && sizes[d] <= 1ull << 32;
     legal = legal && box[d] >= 1 && box[d] <= 256 && element_strides[d] == 1;
@@ -82,7 +89,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
     if (d > 1) legal = legal && box[d] == 1;
   }
   if (!legal) return CUDA_ERROR_INVALID_VALUE;
-  emulator::TensorMap written{static_cast<uint8_t*>(data), {}, {}, box[1], rank};
+  emulator::TensorMap written{static_cast<uint8_t*>(data), {}, {}, box[1], rank, element_bytes,
+                              row_bytes, is_swizzled};
   std::copy_n(sizes, rank, written.sizes);
   std::copy_n(strides, rank - 1, written.strides);
   static_assert(sizeof written <= sizeof *map);

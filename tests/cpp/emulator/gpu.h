@@ -73,19 +73,19 @@ void cp_async(uint32_t destination, const void* source);
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
 
-// What cuTensorMapEncodeTiled writes: four or five dimensions, boxes of 64 16-bit columns by
-// box_rows. Coordinates are as many.
+// What cuTensorMapEncodeTiled writes: four or five dimensions, boxes of two: 128 swizzled bytes by
+// box_rows, or a row of any width as it is. Coordinates are as many as dimensions.
 struct TensorMap {
   uint8_t* data;
   uint64_t sizes[5];
   uint64_t strides[4];  // bytes, of the dimensions behind the first
   uint32_t box_rows, rank;
+  uint32_t element_bytes, row_bytes;  // of a box
+  bool is_swizzled;
 };
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier,
               std::initializer_list<int> start);
 void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> start);
-// Contiguous bytes.
-void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier);
 void tma_commit_group();
 void tma_wait_group_read();  // all groups of this thread
 

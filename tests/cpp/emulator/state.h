@@ -76,9 +76,6 @@ struct Copy {
   TensorMap map;
   std::array<int, 5> start;
   int thread;
-  // Of a copy of contiguous bytes; null for one of a box.
-  const void* source = nullptr;
-  uint32_t bytes = 0;
 };
 
 struct Cta;

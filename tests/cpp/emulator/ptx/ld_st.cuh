@@ -57,6 +57,10 @@ void st_global_if(bool condition, void* dst_gmem, Registers... registers) {
   std::memcpy(dst_gmem, x, sizeof x);
 }
 
+inline void st_global_b32_if(bool condition, void* dst_gmem, unsigned x) {
+  st_global_if(condition, dst_gmem, x);
+}
+
 inline void st_global_v2_if(bool condition, void* dst_gmem, unsigned x, unsigned y) {
   st_global_if(condition, dst_gmem, x, y);
 }

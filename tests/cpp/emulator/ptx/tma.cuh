@@ -20,11 +20,6 @@ inline void cp_async_bulk_tensor_5d_load(unsigned dst_smem, const void* map, uns
                      {c0, c1, c2, c3, c4});
 }
 
-inline void cp_async_bulk_load(unsigned dst_smem, const void* src_gmem, unsigned bytes,
-                               unsigned barrier_smem) {
-  emulator::bulk_load(dst_smem, src_gmem, bytes, barrier_smem);
-}
-
 inline void cp_async_bulk_tensor_4d_store(const void* map, unsigned src_smem, int c0, int c1,
                                           int c2, int c3) {
   emulator::tma_store(*static_cast<const emulator::TensorMap*>(map), src_smem, {c0, c1, c2, c3});
