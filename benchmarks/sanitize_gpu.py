@@ -25,6 +25,7 @@ DEVICE = torch.device("cuda", 0)
 # seqlen_q, seqlen_kv, mask
 PLAIN_SIZES = ((130, 257, FULL), (257, 200, CAUSAL))
 LOCAL_SIZES = ((130, 257, Mask(40, 3)), (257, 200, Mask(70, 0)))
+WHOLE_SIZES = ((130, 64, FULL), (257, 50, CAUSAL))
 CUDA = BACKENDS["cuda"]
 DECODE = DecodeBackend(CudaBackend())
 
@@ -57,7 +58,7 @@ def run(
         return True
     out, lse = CUDA.bind(forward, CUDA.default_tile(forward, arch(DEVICE)))(call)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    CUDA.bind_backward(problem, tile)(call, Saved(dout, out, lse, dlse))
+    CUDA.bind_backward(problem, tile, variant.deterministic)(call, Saved(dout, out, lse, dlse))
     return True
 
 
@@ -90,6 +91,7 @@ def main() -> None:
             if tile.kernel not in arguments.kernel:
                 continue
             sizes = LOCAL_SIZES if variant.local else PLAIN_SIZES
+            sizes = WHOLE_SIZES if variant.whole else sizes
             calls += sum(run(tile, head_dim - 8, variant, *size) for size in sizes)
     if "decode" in arguments.kernel:
         for head_dim, tile, _ in {

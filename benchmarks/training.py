@@ -1,12 +1,14 @@
-"""Packed against dense calls of equal lengths, and the backward against SDPA, through the API.
+"""Packed against dense calls of equal lengths, the backward against SDPA, and forward and backward
+as one step at short lengths, through the API.
 
     python benchmarks/training.py packed
     python benchmarks/training.py backward
+    python benchmarks/training.py step
 
-Medians of CUDA events around calls, us; bfloat16, heads * head_dim 2048. Packed outputs and
+Medians of device time between CUDA events, the host being ahead, us; bfloat16, heads * head_dim 2048. Packed outputs and
 gradients are compared with the dense ones on the way. `backward` has autograd alone, plain and
-deterministic, and the faster of SDPA's cuDNN and FlashAttention-2 with contiguous heads-first
-tensors.
+deterministic, `step` 16384 tokens; both the faster of SDPA's cuDNN and FlashAttention-2 with
+contiguous heads-first tensors.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def microseconds(call: Callable[[], object]) -> float:
     times = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+        torch.cuda._sleep(1_000_000)  # or what the host takes to launch would count
         start.record()
         call()
         end.record()
@@ -100,10 +103,38 @@ def backward(head_dim: int, batch: int, seqlen: int, causal: bool) -> str:
     )
 
 
+def step(head_dim: int, seqlen: int, causal: bool) -> str:
+    inputs = leaves(16384 // seqlen, seqlen, 2048 // head_dim, head_dim)
+    dout = torch.randn_like(inputs[0])
+    ours = microseconds(
+        lambda: torch.autograd.grad(flash_attn_func(*inputs, causal=causal), inputs, dout)
+    )
+    swapped = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
+    dout = dout.transpose(1, 2).contiguous()
+
+    def by_sdpa() -> tuple[Tensor, ...]:
+        out = F.scaled_dot_product_attention(*swapped, is_causal=causal)
+        return torch.autograd.grad(out, swapped, dout)
+
+    best = float("inf")
+    for backend in SDPA:
+        with sdpa_kernel(backend):
+            best = min(best, microseconds(by_sdpa))
+    return f"ours {ours:.0f}, SDPA {best:.0f} ({best / ours:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("packed", "backward"))
-    if parser.parse_args().what == "packed":
+    parser.add_argument("what", choices=("packed", "backward", "step"))
+    what = parser.parse_args().what
+    if what == "step":
+        for head_dim in (64, 128):
+            for seqlen in (64, 128, 256, 512):
+                for causal in (False, True):
+                    row = step(head_dim, seqlen, causal)
+                    print(f"{head_dim}, {seqlen}{' causal' * causal}: {row}", flush=True)
+        return
+    if what == "packed":
         for head_dim in (64, 128):
             for seqlen in (1024, 4096, 16384):
                 for causal in (False, True):

@@ -475,6 +475,40 @@ def test_without_a_compiler_a_backward_has_what_is_compiled_in(hopper, no_compil
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "deterministic", "handle"),
+    [
+        ({"seqlen_kv": 128}, False, 2),  # all keys in one thread block
+        ({"seqlen_kv": 128}, True, 2),
+        ({"seqlen_kv": 129}, False, 0),
+        ({"seqlen_kv": 129}, True, 1),
+        # Many thread blocks, few of each head: the one that keeps an order is faster.
+        ({"batch": 64, "seqlen_kv": 512}, False, 1),
+        ({"batch": 64, "seqlen_kv": 513}, False, 0),
+        ({"batch": 64, "seqlen_kv": 512, "heads_q": 16}, False, 0),
+        ({"batch": 31, "seqlen_kv": 512}, False, 0),
+        ({"batch": 64, "seqlen_kv": 4096, "mask": CAUSAL}, False, 1),
+        ({"batch": 64, "seqlen_kv": 4097, "mask": CAUSAL}, False, 0),
+    ],
+)
+def test_a_backward_runs_the_kernel_that_is_fastest_for_its_keys(
+    hopper, monkeypatch, changes, deterministic, handle
+):
+    ((tile,),) = hopper.backward_instances.values()
+    others = {"deterministic": 1, "whole": 2}
+    handles = {(128, tile, Variant(**{name: True})): n for name, n in others.items()}
+    info = replace(hopper, backward_handles=hopper.backward_handles | handles)
+    kinds = {("sm90_bwd", 128, Variant(**{name: True})): (tile,) for name in others}
+    info = replace(info, backward_instances=hopper.backward_instances | kinds)
+    monkeypatch.setattr(_extension, "load", lambda: info)
+    monkeypatch.setattr(cuda_backend, "_bwd_dense", lambda *arguments: arguments[-1])
+    shape = {"batch": 1, "heads_q": 8, "heads_kv": 8, "seqlen_q": 512} | changes
+    problem = replace(PROBLEM, direction="bwd", **shape)
+    run = CUDA.bind_backward(problem, tile, deterministic)
+    assert run(Call("q", "k", "v", 0.5), Saved("dout", "out", "lse")) == handle
+    assert CUDA.repeats(tile, problem)
+
+
 def test_the_first_default_that_applies_is_taken():
     a, b, c = (Tile("sm90", 128, n) for n in (32, 64, 96))
     table = [Default(128, a, True, 1000), Default(128, b, min_seqlen_q=2000), Default(256, c)]

@@ -265,12 +265,23 @@ def _compiled_handle(tile: Tile, head_dim: int, variant: Variant) -> int | None:
 def _backward_handle(tile: Tile, problem: Problem, deterministic: bool) -> int | None:
     """Where a thread block has all keys, dQ needs no sums, and no order."""
     variant = Variant.of(problem)
+    wanted = [] if deterministic else [variant]
+    if deterministic or _order_pays(tile, problem):
+        wanted.insert(0, replace(variant, deterministic=True))
     if problem.seqlen_kv <= tile.block_n:
-        whole = _compiled_handle(tile, problem.head_dim, replace(variant, whole=True))
-        if whole is not None:
-            return whole
-    ordered = replace(variant, deterministic=deterministic)
-    return _compiled_handle(tile, problem.head_dim, ordered)
+        wanted.insert(0, replace(variant, whole=True))
+    handles = (_compiled_handle(tile, problem.head_dim, variant) for variant in wanted)
+    return next((handle for handle in handles if handle is not None), None)
+
+
+def _order_pays(tile: Tile, problem: Problem) -> bool:
+    """Whether the deterministic kernel is the faster one: it needs no zeros, and its thread blocks
+    do not all add to the same rows. With few of them they would wait (H200, bfloat16:
+    docs/dev/hopper-backward.md)."""
+    blocks = -(-problem.seqlen_kv // tile.block_n)
+    many = problem.batch * problem.heads_kv * blocks >= 1024
+    few_a_head = blocks <= (32 if problem.mask.is_causal else 4)
+    return many and few_a_head and problem.heads_q == problem.heads_kv
 
 
 def _target(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> jit.Target:

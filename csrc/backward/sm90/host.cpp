@@ -38,24 +38,16 @@ long long stats_bytes(const Sm90BackwardTile& tile, const AttentionParams& a) {
   return blocks_of_queries(tile, a) * tile.stats_bytes();
 }
 
-// How many (batch, key head) pairs of a causal problem are worked on together: as many as L2 holds
-// the queries, gradients and sums of.
+// How many (batch, key head) pairs are worked on together: as many as L2 holds the queries,
+// gradients and sums of. Deterministic kernels need some: thread blocks of neighbouring keys of a
+// head follow one another through its queries, and with others between them they begin some steps
+// apart. More would be too far apart: L2 must hold what is read and added to between two of them.
 int section_of(const AttentionParams& a, int l2_bytes) {
   const long long pairs = static_cast<long long>(a.batch) * a.heads_kv;
   const long long bytes = 8ll * a.seqlen_q * a.head_dim * (a.heads_q / a.heads_kv);
   const long long held = std::clamp(l2_bytes / 2 / std::max(bytes, 1ll), 1ll, pairs);
   const long long sections = (pairs + held - 1) / held;
   return static_cast<int>((pairs + sections - 1) / sections);
-}
-
-// The same where nothing is masked, for deterministic kernels: so many that thread blocks of
-// neighbouring keys, each of which follows the one before through the queries, begin two steps
-// apart. What they share is in L2 then, however long the sequences are.
-int spread_of(const Sm90BackwardTile& tile, const AttentionParams& a, int sm_count) {
-  const long long pairs = static_cast<long long>(a.batch) * a.heads_kv;
-  const long long m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
-  const long long steps = m_blocks * (a.heads_q / a.heads_kv);
-  return static_cast<int>(std::clamp((2ll * sm_count + steps - 1) / steps, 1ll, pairs));
 }
 
 }  // namespace
@@ -108,7 +100,7 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const E
   params.cap_scale = capped ? a.softmax_scale / a.terms.softcap : 0.f;
   params.m_blocks = packed ? schedule.room_queries : (a.seqlen_q + tile.block_m - 1) / tile.block_m;
   params.n_blocks = static_cast<int>(n_blocks);
-  const auto [sm_count, l2_bytes] = sm90::device_properties(device);
+  const int l2_bytes = sm90::device_properties(device).l2_bytes;
   if (packed) {
     AttentionParams one = a;
     one.batch = 1;
@@ -116,7 +108,7 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const E
     params.section = a.mask.is_full() ? 1 : section_of(one, l2_bytes);
     params.schedule = schedule;
   } else {
-    params.section = a.mask.is_full() ? spread_of(tile, a, sm_count) : section_of(a, l2_bytes);
+    params.section = section_of(a, l2_bytes);
     // In the last section the longest come first, so that the end of the grid is even. They all
     // begin at the last queries: as the thread blocks of the section before end one after the
     // other, so that they need not wait for each other there. With a group of heads, those of fewer

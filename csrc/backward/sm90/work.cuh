@@ -107,7 +107,7 @@ struct Work {
       n_block = block.start / TILE.block_n;
       work.m_last = m_blocks - 1;
     } else if (VARIANT.deterministic || !mask.is_full()) {
-      // The longest first, in sections of heads that L2 holds. Deterministic: see host.cpp.
+      // The longest first, in sections of heads that L2 holds.
       const int per_section = params.section * params.n_blocks;
       const int section = index / per_section, first = section * params.section;
       const int heads = min(params.section, p.batch * p.heads_kv - first);
