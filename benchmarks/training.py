@@ -5,10 +5,10 @@ as one step at short lengths, through the API.
     python benchmarks/training.py backward
     python benchmarks/training.py step
 
-Medians of device time between CUDA events, the host being ahead, us; bfloat16, heads * head_dim 2048. Packed outputs and
-gradients are compared with the dense ones on the way. `backward` has autograd alone, plain and
-deterministic, `step` 16384 tokens; both the faster of SDPA's cuDNN and FlashAttention-2 with
-contiguous heads-first tensors.
+Medians of device time between CUDA events, the host being ahead, us; bfloat16, heads * head_dim
+2048. Packed outputs and gradients are compared with the dense ones on the way. `backward` has
+autograd alone, plain and deterministic, `step` 16384 tokens; both the faster of SDPA's cuDNN and
+FlashAttention-2 with contiguous heads-first tensors.
 """
 
 from __future__ import annotations
