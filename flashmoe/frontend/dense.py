@@ -45,8 +45,8 @@ def flash_attn_func(
             and key j gets -slope * |i + seqlen_kv - seqlen_q - j|. They have no gradient.
         deterministic: the same gradients bit by bit every time, as under
             `torch.use_deterministic_algorithms(True)`. Otherwise dQ may be added up in any order on
-            Hopper, which is faster. `backend="sdpa"`, whose gradients are torch's own, refuses it
-            where gradients are asked for.
+            Hopper, where that is faster. `backend="sdpa"`, whose gradients are torch's own,
+            refuses it where gradients are asked for.
         return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
         sinks: (heads_q,), any floating-point dtype: of each head the score of a key without value,
             which joins the softmax's sum (s_aux or learnable_sink elsewhere). Differentiable.
