@@ -715,8 +715,9 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
                                     .softcap = flags[2] != 0,
                                     .alibi = flags[3] != 0,
                                     .sink = flags[4] != 0,
-                                    .packed = flags[5] != 0};
-    if (num_fields != tile_fields + 6) throw std::runtime_error("fields of another version");
+                                    .whole = flags[5] != 0,
+                                    .packed = flags[6] != 0};
+    if (num_fields != tile_fields + 7) throw std::runtime_error("fields of another version");
     if (backward != 0) {
       return flashmoe::load_backward_kernel(
           cubin, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6] != 0},

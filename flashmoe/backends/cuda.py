@@ -152,10 +152,11 @@ class CudaBackend(Backend):
         return f"not compiled in; compiled are {compiled}"
 
     def repeats(self, tile: Tile | None, problem: Problem) -> bool:
-        variant = replace(Variant.of(problem), deterministic=True)
-        return tile is not None and (
-            _compiled_handle(tile, problem.head_dim, variant) is not None or not jit.unavailable()
-        )
+        if tile is None:
+            return False
+        variant = _backward_variant(tile, problem, deterministic=True)
+        compiled = _compiled_handle(tile, problem.head_dim, variant) is not None
+        return compiled or not jit.unavailable()
 
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         assert tile is not None, "the cuda forward needs a tile"
@@ -190,7 +191,7 @@ class CudaBackend(Backend):
         """dK and dV are the same bits every time. Unless deterministic, dQ is added to by atomics,
         in any order."""
         assert tile is not None, "the cuda backward needs a tile"
-        variant = replace(Variant.of(problem), deterministic=deterministic)
+        variant = _backward_variant(tile, problem, deterministic)
         handle = _handle(tile, problem.head_dim, problem.dtype, variant)
         left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
         packed = problem.layout == "packed"
@@ -262,16 +263,18 @@ def _compiled_handle(tile: Tile, head_dim: int, variant: Variant) -> int | None:
     return None if instance is None else handles.get((instance, tile, variant))
 
 
-def _backward_handle(tile: Tile, problem: Problem, deterministic: bool) -> int | None:
-    """Where a thread block has all keys, dQ needs no sums, and no order."""
+def _backward_variant(tile: Tile, problem: Problem, deterministic: bool) -> Variant:
+    """What a backward runs. Where a thread block has all keys, dQ needs no sums, and no order."""
     variant = Variant.of(problem)
-    wanted = [] if deterministic else [variant]
-    if deterministic or _order_pays(tile, problem):
-        wanted.insert(0, replace(variant, deterministic=True))
+    faster = []
     if problem.seqlen_kv <= tile.block_n:
-        wanted.insert(0, replace(variant, whole=True))
-    handles = (_compiled_handle(tile, problem.head_dim, variant) for variant in wanted)
-    return next((handle for handle in handles if handle is not None), None)
+        faster.append(replace(variant, whole=True))
+    if not deterministic and _order_pays(tile, problem):
+        faster.append(replace(variant, deterministic=True))
+    for other in faster:
+        if _compiled_handle(tile, problem.head_dim, other) is not None:
+            return other
+    return replace(variant, deterministic=deterministic)
 
 
 def _order_pays(tile: Tile, problem: Problem) -> bool:

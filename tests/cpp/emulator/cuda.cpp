@@ -89,8 +89,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     if (d > 1) legal = legal && box[d] == 1;
   }
   if (!legal) return CUDA_ERROR_INVALID_VALUE;
-  emulator::TensorMap written{static_cast<uint8_t*>(data), {}, {}, box[1], rank, element_bytes,
-                              row_bytes, is_swizzled};
+  emulator::TensorMap written{
+      static_cast<uint8_t*>(data), {}, {}, box[1], rank, element_bytes, row_bytes, is_swizzled};
   std::copy_n(sizes, rank, written.sizes);
   std::copy_n(strides, rank - 1, written.strides);
   static_assert(sizeof written <= sizeof *map);
