@@ -29,7 +29,8 @@ cudaError_t launch_backward(const BackwardKernel& kernel, const BackwardParams& 
                             int device, cudaStream_t stream, void* workspace) {
   if (params.attention.head_dim > kernel.tile.head_dim || dtype == DType::float32 ||
       !kernel.variant.covers(params.attention) ||
-      kernel.variant.softcap != (params.attention.terms.softcap > 0)) {
+      kernel.variant.softcap != (params.attention.terms.softcap > 0) ||
+      kernel.variant.dropout != (params.attention.terms.rng_state != nullptr)) {
     return cudaErrorInvalidValue;
   }
   const sm90_backward::Entries& entries = kernel.entries[dtype == DType::bfloat16];

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashmoe.backends.triton_dropout import dropout_state, kept_weights
 from flashmoe.backends.triton_fwd import (
     COARSE_MAXIMUM,
     LOG2_E,
@@ -40,6 +41,7 @@ from flashmoe.backends.triton_fwd import (
     window_limits,
 )
 from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.dropout import dropout_limit, dropout_scale
 from flashmoe.spec.mask import Mask
 
 # The workspaces' rows per (batch, head) are a multiple of this, so that no access to them needs a
@@ -99,11 +101,12 @@ def _load_statistic(base, row, start, offs_m, USE_TMA: tl.constexpr):
 def _visit_queries(
     dk, dv, k, v, q_base, dout_base, lse2_base, delta_base,
     stride_qm, stride_dm, batch, head, row, begin, end, start_n, seqlen_q, seqlen_kv,
-    window_left, window_right, scale, softcap, slope,
+    window_left, window_right, scale, softcap, slope, seed, offset, drop_head, drop_limit,
+    drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows begin..end give a tile of keys."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -137,27 +140,35 @@ def _visit_queries(
                 probs_t = tl.where(visible, probs_t, 0.0)
             if not EVEN_N:
                 probs_t = tl.where((keys < seqlen_kv)[:, None], probs_t, 0.0)
+        kept_probs_t = probs_t
+        if DROPOUT:
+            kept = kept_weights(
+                seed, offset, drop_head, drop_limit, start, start_n, BLOCK_M, BLOCK_N, True
+            )
+            kept_probs_t = tl.where(kept, probs_t, 0.0)
+            dprobs_t = tl.where(kept, dprobs_t * drop_scale, 0.0)
         dscores_t = probs_t * (dprobs_t - delta[None, :])
         if SOFTCAP:
             dscores_t *= 1.0 - tanh * tanh
         dscores_t = dscores_t.to(q.dtype)
-        dv = _dot(probs_t.to(dout.dtype), dout, dv, PRECISION)
+        dv = _dot(kept_probs_t.to(dout.dtype), dout, dv, PRECISION)
         dk = _dot(dscores_t, q, dk, PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["batch_heads_kv", "heads_kv", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes"])  # fmt: skip
+                               "stride_slopes", "drop_limit"])  # fmt: skip
 def _backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, slopes_ptr,
-    scale, softmax_scale, softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb,
-    stride_kn, stride_kh, stride_vb,
-    stride_vn, stride_vh, stride_db, stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, slopes_ptr, rng_ptr,
+    scale, softmax_scale, softcap, drop_limit, drop_scale, stride_slopes, stride_qb, stride_qm,
+    stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_db,
+    stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
     seqlen_q, seqlen_kv, section, rows_padded, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     tile, batch_head_kv = _tile_of_program(
@@ -202,6 +213,11 @@ def _backward_dkdv_kernel(
         head = head_kv * group + member
         batch_head = batch * (heads_kv * group) + head
         slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
+        seed = 0
+        offset = 0
+        drop_head = 0
+        if DROPOUT:
+            seed, offset, drop_head = dropout_state(rng_ptr, batch, head)
         # The accelerator takes 32-bit coordinates; attention_backward keeps to pointers past them.
         row = batch_head * rows_padded if USE_TMA else batch_head.to(tl.int64) * rows_padded
         q_base = _head_base(q_ptr, batch, head, stride_qb, stride_qh, USE_TMA)
@@ -210,27 +226,29 @@ def _backward_dkdv_kernel(
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, begin, masked_end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-                USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
+                offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
             )  # fmt: skip
         dk, dv = _visit_queries(
             dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
             stride_qm, stride_dm, batch, head, row, masked_end, full_end, start_n,
-            seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
+            offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL,
+            IS_LOCAL, False, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
         )  # fmt: skip
         if IS_LOCAL:
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, full_end, end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-                USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
+                offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
             )  # fmt: skip
 
     dk = dk * softmax_scale
+    if DROPOUT:
+        dv = dv * drop_scale
     _store_rows(dk_ptr, dk, batch, head_kv, start_n, heads_kv, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D)
     _store_rows(dv_ptr, dv, batch, head_kv, start_n, heads_kv, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D)
 
@@ -238,10 +256,12 @@ def _backward_dkdv_kernel(
 @triton.jit
 def _visit_keys(
     dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-    begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+    begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, start_m,
+    seed, offset, drop_head, drop_limit, drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys begin..end give the dQ of a tile of queries."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -268,6 +288,11 @@ def _visit_keys(
                 probs = tl.where(visible, probs, 0.0)
             if not EVEN_N:
                 probs = tl.where((start + offs_n < seqlen_kv)[None, :], probs, 0.0)
+        if DROPOUT:
+            kept = kept_weights(
+                seed, offset, drop_head, drop_limit, start_m, start, BLOCK_M, BLOCK_N, False
+            )
+            dprobs = tl.where(kept, dprobs * drop_scale, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         if SOFTCAP:
             dscores *= 1.0 - tanh * tanh
@@ -277,16 +302,17 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["batch_heads", "heads_q", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes"])  # fmt: skip
+                               "stride_slopes", "drop_limit"])  # fmt: skip
 def _backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, scale, softmax_scale,
-    softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh, stride_db, stride_dm, stride_dh,
-    batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, rng_ptr, scale,
+    softmax_scale, softcap, drop_limit, drop_scale, stride_slopes, stride_qb, stride_qm, stride_qh,
+    stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_db, stride_dm,
+    stride_dh, batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
     window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(tl.program_id(0), num_tiles, batch_heads, section, CAUSAL)
@@ -309,6 +335,11 @@ def _backward_dq_kernel(
     v_base = _head_base(v_ptr, batch, head_kv, stride_vb, stride_vh, USE_TMA)
 
     slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
+    seed = 0
+    offset = 0
+    drop_head = 0
+    if DROPOUT:
+        seed, offset, drop_head = dropout_state(rng_ptr, batch, head)
     level_key = rows + (seqlen_kv - seqlen_q)
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
@@ -318,23 +349,24 @@ def _backward_dq_kernel(
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-            slope,
+            slope, start_m, seed, offset, drop_head, drop_limit, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            DROPOUT, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = _visit_keys(
         dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
         full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-        slope,
+        slope, start_m, seed, offset, drop_head, drop_limit, drop_scale,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, SOFTCAP, ALIBI,
-        USE_TMA, PRECISION,
+        DROPOUT, USE_TMA, PRECISION,
     )  # fmt: skip
     if CAUSAL or IS_LOCAL or not EVEN_N:
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             full_end, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+            start_m, seed, offset, drop_head, drop_limit, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            DROPOUT, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = dq * softmax_scale
     _store_rows(dq_ptr, dq, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
@@ -382,9 +414,13 @@ def attention_backward(
     workspace = torch.empty((2, rows), dtype=torch.float32, device=q.device)
     lse2, delta = workspace[0], workspace[1]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    softcap, slopes, _ = call.terms  # softmax_lse contains the sinks
+    softcap, slopes, _, dropout_p, rng_state = call.terms  # softmax_lse contains the sinks
     scales = softmax_scale * LOG2_E.value, softmax_scale, softcap or 1.0
-    common = (lse2 if slopes is None else slopes, *scales, slope_stride(slopes), *strides)
+    drops = dropout_limit(dropout_p), dropout_scale(dropout_p)
+    common = (
+        *(lse2 if slopes is None else slopes, lse2 if rng_state is None else rng_state),
+        *(*scales, *drops, slope_stride(slopes), *strides),
+    )
     lengths = (group, seqlen_q, seqlen_kv)
     window = window_limits(mask, seqlen_q, seqlen_kv)
     section_kv, section_q = 1, 1
@@ -398,6 +434,7 @@ def attention_backward(
     options: dict[str, Any] = {
         **shape, "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local, "USE_TMA": use_tma,
         "SOFTCAP": softcap > 0, "ALIBI": slopes is not None,
+        "DROPOUT": rng_state is not None,
         "PRECISION": dot_precision(q), "num_stages": num_stages, "num_warps": num_warps,
     }  # fmt: skip
 
