@@ -422,8 +422,8 @@ std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, 
                                               const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                               int64_t max_seqlen_k) {
   const std::optional<Tensor> none;
-  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none,
-                     cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
+  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, 0,
+                     none, cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
                      max_seqlen_k);
 }
 
@@ -491,7 +491,7 @@ std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k
                                                 int64_t num_splits) {
   const std::optional<Tensor> none;
   return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, none, none, none, none, none, none, 0, 0);
+                        none, none, 0, none, none, none, none, none, none, none, 0, 0);
 }
 
 // Of a cache, or pages, without padding, batch index and terms.
@@ -502,7 +502,7 @@ std::tuple<Tensor, Tensor> decode_cuda_cache_op(
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
   const std::optional<Tensor> none;
   return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, cu_seqlens_q, none, seqused_k, none, none, block_table,
+                        none, none, 0, none, cu_seqlens_q, none, seqused_k, none, none, block_table,
                         max_seqlen_q, 0);
 }
 

@@ -30,12 +30,15 @@ def dropout_scale(dropout_p: float) -> float:
     return 65536 / (dropout_limit(dropout_p) + 1)
 
 
-def rng_state_of_sequence(rng_state: Tensor | None, index: int) -> Tensor | None:
-    """That of a call of one sequence of a batch alone."""
+def rng_state_of_sequence(
+    rng_state: Tensor | None, index: int, first_head: int = 0
+) -> Tensor | None:
+    """That of a call of one sequence of a batch alone, and of its heads from one on."""
     if rng_state is None:
         return None
     state = rng_state.clone()
     state[1] += index
+    state[1] += first_head << 32
     return state
 
 
