@@ -45,7 +45,9 @@ def run(
         return False
     each = torch.full((4,), 0.5, device=DEVICE)
     slopes, sinks = (each if term in terms else None for term in ("alibi", "sink"))
-    call = Call(q, k, v, 0.1, Terms(2.0 if variant.softcap else 0.0, slopes, sinks))
+    state = torch.tensor([1, 2], device=DEVICE)
+    dropout = (0.3, state) if variant.dropout else (0.0, None)
+    call = Call(q, k, v, 0.1, Terms(2.0 if variant.softcap else 0.0, slopes, sinks, *dropout))
     if variant.packed:  # two sequences, and a row behind them
         q_ends, k_ends = (
             torch.tensor([0, n // 2, n - 1], dtype=torch.int32, device=DEVICE)

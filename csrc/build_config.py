@@ -52,14 +52,14 @@ INSTANCE_FIELDS = {
 # columns of a line.
 VARIANT_FIELDS = {
     "sm80": (),
-    "sm90": ("local", "softcap", "alibi", "sink", "packed"),
-    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "whole", "packed"),
+    "sm90": ("local", "softcap", "alibi", "sink", "dropout", "packed"),
+    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "dropout", "whole", "packed"),
     "decode": (),
 }
 # Fields of Variant that a general kernel decides at run time. GENERAL_HEAD_DIMS have one each, of
 # their default tile; all other kernels have the fields that their line names, and no more.
 RUNTIME_FIELDS = {
-    "sm80": ("local", "softcap", "alibi", "sink"),
+    "sm80": ("local", "softcap", "alibi", "sink", "dropout"),
     "sm90": (),
     "sm90_bwd": (),
     "decode": (),  # every kernel of it has them all

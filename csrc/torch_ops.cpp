@@ -43,6 +43,8 @@ bool same_device(const Tensor& a, const Tensor& b) {
 struct Options {
   double softcap = 0;
   const std::optional<Tensor>&alibi_slopes, &sinks;
+  double dropout_p = 0;
+  const std::optional<Tensor>& rng_state;
   const std::optional<Tensor>&cu_seqlens_q, &cu_seqlens_k, &seqused_k, &leftpad_k, &cache_batch_idx,
       &block_table;
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
@@ -173,6 +175,17 @@ Terms terms_of(const Tensor& q, int64_t batch, const Options& options) {
                : data_of<float>(slopes, "alibi_slopes", ScalarType::Float, {heads}, q);
   terms.alibi_batch_stride = by_batch ? heads : 0;
   terms.sinks = data_of<float>(options.sinks, "sinks", ScalarType::Float, {heads}, q);
+  STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p < 1,
+                  "dropout_p must be from 0 to less than 1, got ", options.dropout_p);
+  STD_TORCH_CHECK((options.dropout_p > 0) == options.rng_state.has_value(),
+                  "rng_state must be there with dropout_p, and only with it");
+  if (options.rng_state) {
+    terms.rng_state = reinterpret_cast<const long long*>(
+        data_of<int64_t>(options.rng_state, "rng_state", ScalarType::Long, {2}, q));
+    // As spec/dropout.py rounds it.
+    const double kept = std::floor((1 - options.dropout_p) * 65536 + 0.5);
+    terms.dropout_limit = kept < 1 ? 0 : static_cast<unsigned>(kept) - 1;
+  }
   return terms;
 }
 
@@ -291,15 +304,15 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
 std::tuple<Tensor, Tensor> fwd_cpu_op(
     const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
     int64_t window_right, int64_t block_m, int64_t block_n, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
-    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
+    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
-                        cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
+  const Options options{softcap,      alibi_slopes, sinks,       dropout_p, rng_state,
+                        cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, cache_batch_idx,
                         block_table,  max_seqlen_q, max_seqlen_k};
   Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
   if (call.out.numel() > 0) {
@@ -317,7 +330,7 @@ std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, co
                                             int64_t block_n) {
   const std::optional<Tensor> none;
   return fwd_cpu_op(q, k, v, softmax_scale, window_left, window_right, block_m, block_n, 0, none,
-                    none, none, none, none, none, none, none, 0, 0);
+                    none, 0, none, none, none, none, none, none, none, 0, 0);
 }
 
 #ifdef FLASHMOE_WITH_CUDA
@@ -361,15 +374,16 @@ Tensor empty_workspace(int64_t bytes, const Tensor& like) {
 std::tuple<Tensor, Tensor> fwd_cuda_op(
     const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
     int64_t window_right, int64_t handle, double softcap, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
-    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
-    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& sinks, double dropout_p, const std::optional<Tensor>& rng_state,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
+    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
-                        cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
+  const Options options{softcap,      alibi_slopes, sinks,       dropout_p, rng_state,
+                        cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, cache_batch_idx,
                         block_table,  max_seqlen_q, max_seqlen_k};
   // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel.
   const bool packed = cu_seqlens_q.has_value();
@@ -408,8 +422,8 @@ std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, 
                                               const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                               int64_t max_seqlen_k) {
   const std::optional<Tensor> none;
-  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none,
-                     cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
+  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, 0,
+                     none, cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
                      max_seqlen_k);
 }
 
@@ -427,25 +441,26 @@ std::tuple<Tensor, Tensor> fwd_cuda_dense_op(const Tensor& q, const Tensor& k, c
                                              double softmax_scale, int64_t window_left,
                                              int64_t window_right, int64_t handle) {
   const std::optional<Tensor> none;
-  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, none,
-                     none, none, none, none, none, 0, 0);
+  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, 0,
+                     none, none, none, none, none, none, none, 0, 0);
 }
 
 std::tuple<Tensor, Tensor> decode_cuda_op(
     const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
     int64_t window_right, int64_t handle, int64_t num_splits, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
-    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
+    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const Options options{softcap,      alibi_slopes, sinks,       cu_seqlens_q,
-                        cu_seqlens_k, seqused_k,    leftpad_k,   cache_batch_idx,
+  const Options options{softcap,      alibi_slopes, sinks,       dropout_p, rng_state,
+                        cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, cache_batch_idx,
                         block_table,  max_seqlen_q, max_seqlen_k};
   STD_TORCH_CHECK(num_splits >= -1, "num_splits must be -1 or more, got ", num_splits);
+  STD_TORCH_CHECK(dropout_p == 0, "the decode kernel has no dropout, got dropout_p ", dropout_p);
   Call call = prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
                       softmax_scale, window_left, window_right, options);
   const DecodeKernel* kernel = find_decode_kernel(handle);
@@ -476,7 +491,7 @@ std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k
                                                 int64_t num_splits) {
   const std::optional<Tensor> none;
   return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, none, none, none, none, none, none, 0, 0);
+                        none, none, 0, none, none, none, none, none, none, none, 0, 0);
 }
 
 // Of a cache, or pages, without padding, batch index and terms.
@@ -487,7 +502,7 @@ std::tuple<Tensor, Tensor> decode_cuda_cache_op(
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
   const std::optional<Tensor> none;
   return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, cu_seqlens_q, none, seqused_k, none, none, block_table,
+                        none, none, 0, none, cu_seqlens_q, none, seqused_k, none, none, block_table,
                         max_seqlen_q, 0);
 }
 
@@ -598,15 +613,17 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
     const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
     const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
     double softmax_scale, int64_t window_left, int64_t window_right, int64_t handle, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& alibi_slopes, double dropout_p,
+    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& cu_seqlens_q,
     const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
     int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   const std::optional<Tensor> none;
-  const Options options{softcap, alibi_slopes, none, cu_seqlens_q, cu_seqlens_k, seqused_k,
-                        none,    none,         none, max_seqlen_q, max_seqlen_k};
+  const Options options{softcap,      alibi_slopes, none,        dropout_p, rng_state,
+                        cu_seqlens_q, cu_seqlens_k, seqused_k,   none,      none,
+                        none,         max_seqlen_q, max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const int64_t dims = q_in.dim(), batch_dims = dims - 3;
@@ -685,7 +702,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
                                                      int64_t window_right, int64_t handle) {
   const std::optional<Tensor> none;
   return bwd_cuda_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left,
-                     window_right, handle, 0, none, none, none, none, 0, 0);
+                     window_right, handle, 0, none, 0, none, none, none, none, 0, 0);
 }
 
 #endif  // FLASHMOE_WITH_CUDA
@@ -715,9 +732,10 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
                                     .softcap = flags[2] != 0,
                                     .alibi = flags[3] != 0,
                                     .sink = flags[4] != 0,
-                                    .whole = flags[5] != 0,
-                                    .packed = flags[6] != 0};
-    if (num_fields != tile_fields + 7) throw std::runtime_error("fields of another version");
+                                    .dropout = flags[5] != 0,
+                                    .whole = flags[6] != 0,
+                                    .packed = flags[7] != 0};
+    if (num_fields != tile_fields + 8) throw std::runtime_error("fields of another version");
     if (backward != 0) {
       return flashmoe::load_backward_kernel(
           cubin, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6] != 0},
@@ -738,6 +756,7 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
 
 #define FLASHMOE_OPTIONS                                                             \
   "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "               \
+  "float dropout_p=0.0, Tensor? rng_state=None, "                                    \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "   \
   "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, " \
   "int max_seqlen_q=0, int max_seqlen_k=0"
@@ -783,7 +802,8 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
   m.def(
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
-      "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? cu_seqlens_q=None, "
+      "float softcap=0.0, Tensor? alibi_slopes=None, float dropout_p=0.0, "
+      "Tensor? rng_state=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, int max_seqlen_q=0, "
       "int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

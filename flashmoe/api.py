@@ -14,9 +14,11 @@ from flashmoe.frontend.attend import (
     PLAIN,
     Asked,
     attend,
+    attend_dropping,
     forget_calls,
     functorch_active,
     is_plain,
+    terms_of,
 )
 from flashmoe.frontend.dense import (
     flash_attn_func,
@@ -64,14 +66,14 @@ def scaled_dot_product_attention(
 
     query (batch, heads_q, seqlen_q, head_dim), key and value (batch, heads_kv, seqlen_kv,
     head_dim); is_causal is aligned top-left: query i sees keys j <= i. What our kernels do not
-    compute goes to torch's own: an attn_mask, dropout, a scale that flash_attn_func refuses, other
+    compute goes to torch's own: an attn_mask, a scale that flash_attn_func refuses, other
     ranks, dtypes and head dimensions, value's head_dim differing from query's, a causal query
     longer than its keys, subclasses of Tensor (nested, distributed, fake), and what runs under
     torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
     """
     if (
         attn_mask is not None
-        or dropout_p != 0.0
+        or not 0.0 <= dropout_p < 1.0
         or not _ours(query, key, value, scale, is_causal, enable_gqa)
     ):
         return torch_sdpa(
@@ -87,12 +89,12 @@ def scaled_dot_product_attention(
     if is_causal and query.shape[2] < key.shape[2]:
         # Top-left: no query sees a key past seqlen_q, and over the rest both alignments agree.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    out = attend(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        Asked(None if scale is None else float(scale), is_causal),
-    )
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    asked = Asked(None if scale is None else float(scale), is_causal)
+    if dropout_p == 0.0:
+        out = attend(q, k, v, asked)
+    else:
+        out = attend_dropping(q, k, v, asked, terms_of(0.0, None, None, dropout_p))
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)
 

@@ -12,6 +12,7 @@ from support import DEVICE, LAYOUTS, guarded
 from torch import Tensor
 
 from flashmoe.backends import BACKENDS
+from flashmoe.frontend.attend import new_rng_state
 from flashmoe.machine.device import arch
 from flashmoe.measure.reference import error_bound, sequences_reference
 from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
@@ -80,16 +81,19 @@ def masks() -> st.SearchStrategy[Mask]:
 
 @st.composite
 def terms(draw: st.DrawFn, batch: int, heads: int, least: int) -> Terms:
-    """At least so many of the three."""
+    """At least so many of them."""
     chosen = draw(st.sets(st.sampled_from(TERMS), min_size=least))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = draw(st.sampled_from([(heads,), (batch, heads)]))
     slopes = torch.rand(shape, generator=generator).to(DEVICE)
     sinks = 3 * torch.randn(heads, generator=generator).to(DEVICE)
+    state = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator)
     return Terms(
         draw(st.sampled_from([0.5, 20.0])) if "softcap" in chosen else 0.0,
         slopes if "alibi" in chosen else None,
         sinks if "sink" in chosen else None,
+        draw(st.sampled_from([0.1, 0.5])) if "dropout" in chosen else 0.0,
+        state.to(DEVICE) if "dropout" in chosen else None,
     )
 
 
@@ -204,6 +208,7 @@ def random_terms(names: tuple[str, ...], heads: int, batch: int | None = None) -
         3.0 if "softcap" in names else 0.0,
         slopes if "alibi" in names else None,
         torch.randn(heads, device=DEVICE) * 2 if "sink" in names else None,
+        *((0.25, new_rng_state(DEVICE)) if "dropout" in names else ()),
     )
 
 

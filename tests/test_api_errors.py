@@ -135,11 +135,6 @@ def test_nested_tensors_are_refused(layout):
         flash_attn_func(x, x, x)
 
 
-def test_dropout_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"dropout_p must be 0\.0 .*, got 0\.1"):
-        flash_attn_func(*qkv(), dropout_p=0.1)
-
-
 @pytest.mark.parametrize("grad", [False, True])
 class TestOverrides:
     def tensors(self, grad):

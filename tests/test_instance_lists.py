@@ -48,7 +48,7 @@ def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
     assert sm80.variants == [()]
     general = sm80._replace(is_general=True)  # it decides at run time
     assert general.symbol == sm80.symbol + "_general"
-    assert len(general.variants) == 2**4 - 1
+    assert len(general.variants) == 2**5 - 1
     assert {("local",), ("softcap", "alibi"), general.computes} <= {*general.variants}
     assert plain.variants == [()]
     assert local.variants == [("local",)]
@@ -71,7 +71,7 @@ def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
         (
             "sm90_bwd",
             "64 128 128 3 3 2 1 deterministic local",
-            "expected local, deterministic, softcap, alibi, whole, packed be",
+            "expected local, deterministic, softcap, alibi, dropout, whole, packed be",
         ),
     ],
 )
@@ -97,7 +97,7 @@ def test_kernels_are_registered_with_what_they_can_do(
         "{}",
         "{}",
         "{.local = true}",
-        "{.local = true, .softcap = true, .alibi = true, .sink = true}",
+        "{.local = true, .softcap = true, .alibi = true, .sink = true, .dropout = true}",
     ]
     info = json.loads(re.search(r'R"\((.*)\)"', text)[1])  # type: ignore[index]
     *listed, general = (x["variants"] for x in info["instances"])

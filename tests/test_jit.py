@@ -408,7 +408,7 @@ def test_terms_that_nothing_is_compiled_in_for_are_compiled_at_first_use(
     assert (chosen.backend, chosen.tile) == ("cuda", CUDA.default_tile(capped, H200))
     call = Call("q", "k", "v", 0.5, TERMS)
     called = CUDA.bind(capped, SMALL)(call)
-    assert called == ("q", "k", "v", 0.5, 100, 7, None, 30.0, "slopes", "sinks")
+    assert called == ("q", "k", "v", 0.5, 100, 7, None, 30.0, "slopes", "sinks", 0.0, None)
     variant = Variant(local=True, softcap=True, sink=True)
     assert loaded == [(SMALL, 128, "bfloat16", variant)]
     (text,) = compiler.compiled
@@ -433,7 +433,7 @@ def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler,
     assert CUDA.tiles(capped, H200) == [SM80]
     assert CUDA.default_tile(capped, H200) == SM80
     call = Call("q", "k", "v", 0.5, TERMS)
-    assert CUDA.bind(capped, SM80)(call)[6:] == (5, 30.0, "slopes", "sinks")
+    assert CUDA.bind(capped, SM80)(call)[6:] == (5, 30.0, "slopes", "sinks", 0.0, None)
 
 
 def test_a_backward_has_sinks_for_nothing_and_compiles_other_terms(hopper, compiler, monkeypatch):
@@ -451,7 +451,8 @@ def test_a_backward_has_sinks_for_nothing_and_compiles_other_terms(hopper, compi
     plain = ("dout", "q", "k", "v", "out", "lse", "dlse", 0.5, -1, -1, 0)
     assert CUDA.bind_backward(backward, tile)(call, saved) == plain
     with_sinks = call._replace(terms=Terms(sinks="sinks"))
-    assert CUDA.bind_backward(sinks, tile)(with_sinks, saved) == (*plain, 0.0, None)
+    dropout = (0.0, None)
+    assert CUDA.bind_backward(sinks, tile)(with_sinks, saved) == (*plain, 0.0, None, *dropout)
     assert not loaded
     # The default without terms, compiled for them, and for a sum of dQ in one order.
     capped = replace(backward, terms=("softcap", "alibi"), head_dim=112, dtype="float16")

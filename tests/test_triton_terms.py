@@ -1,4 +1,4 @@
-"""Softcap, ALiBi and sinks in the Triton kernels against float64 mathematics."""
+"""Softcap, ALiBi, sinks and dropout in the Triton kernels against float64 mathematics."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def assert_close(actual: Tensor, expected: Tensor, same_dtype: Tensor) -> None:
     softcap=st.sampled_from((0.0, 5.0, 30.0)),
     slopes=st.sampled_from(("", "heads", "batch")),
     sink=st.booleans(),
+    dropout_p=st.sampled_from((0.0, 0.3)),
     dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
     magnitude=st.sampled_from((1.0, 8.0)),
     seed=st.integers(0, 2**20),
 )
 def test_terms_forward_and_backward(
-    lengths, group, mask, softcap, slopes, sink, dtype, magnitude, seed
+    lengths, group, mask, softcap, slopes, sink, dropout_p, dtype, magnitude, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     batch, heads_kv, head_dim = 2, 2, 24
@@ -64,22 +65,23 @@ def test_terms_forward_and_backward(
     alibi = {"": None, "heads": random(heads), "batch": random(batch, heads)}[slopes]
     alibi = None if alibi is None else alibi.abs().to(DEVICE)
     sinks = (random(heads) * 3).to(DEVICE) if sink else None
-    names = (*("softcap",) * (softcap > 0), *("alibi",) * (alibi is not None), *("sink",) * sink)
+    state = torch.tensor([seed, -seed], device=DEVICE) if dropout_p else None
+    terms = Terms(softcap, alibi, sinks, dropout_p, state)
+    names = terms.names
     problem = Problem.of(q, k, mask)
     problem = Problem(
         *(getattr(problem, n) for n in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv")),
         *(head_dim, problem.dtype, mask),
         terms=names,
     )
-    call = Call(q, k, v, head_dim**-0.5, Terms(softcap, alibi, sinks))
+    call = Call(q, k, v, head_dim**-0.5, terms)
     tile = TRITON.default_tile(problem, arch(DEVICE))
     assert not TRITON.unsupported(problem, arch(DEVICE))
     out, lse = TRITON.bind(problem, tile)(call)
 
     def judge(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        terms = {"softcap": softcap, "alibi_slopes": alibi, "sinks": sinks}
-        out, lse = attention_reference(*leaves, call.softmax_scale, mask, dtype, **terms)
+        out, lse = attention_reference(*leaves, call.softmax_scale, mask, dtype, **terms._asdict())
         gradients = torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)))
         return (out.detach(), *gradients, lse.detach())
 
@@ -108,7 +110,8 @@ def test_packed_and_paged_calls_one_sequence_at_a_time(window):
         torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 5, 5, 11], [0, 6, 9, 13])
     ]
     q[11:], k[13:], v[13:] = torch.nan, torch.nan, torch.nan
-    terms = Terms(softcap=4.0, sinks=torch.zeros(4, device=DEVICE))
+    state = torch.tensor([6, 2**32 - 1], device=DEVICE)
+    terms = Terms(4.0, sinks=torch.zeros(4, device=DEVICE), dropout_p=0.4, rng_state=state)
     call = Call(q, k, v, 0.25, terms, Sequences(*ends, max_seqlen_q=6, max_seqlen_k=6))
     problem = Problem.of_call(call, Mask(*window))
     tile = TRITON.default_tile(problem, arch(DEVICE))

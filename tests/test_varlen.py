@@ -343,7 +343,7 @@ def test_recorded_problems_are_packed(tmp_path):
             r"max_seqlen_k must be an integer or a tensor of one .*\(2,\)",
         ),
         ({"max_seqlen_k": None}, TypeError, "max_seqlen_k must be an integer, got None"),
-        ({"dropout_p": 0.5}, NotImplementedError, "dropout_p must be 0.0"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be from 0 to less than 1, got 1.0"),
         ({"out": torch.randn(7, 4, 8)}, ValueError, r"out must be \(7, 4, 16\) .*\(7, 4, 8\)"),
         (
             {"out": torch.randn(7, 4, 16).half()},

@@ -30,6 +30,7 @@ cudaError_t launch_backward(const BackwardKernel& kernel, const BackwardParams& 
   if (params.attention.head_dim > kernel.tile.head_dim || dtype == DType::float32 ||
       !kernel.variant.covers(params.attention) ||
       kernel.variant.softcap != (params.attention.terms.softcap > 0) ||
+      kernel.variant.dropout != (params.attention.terms.rng_state != nullptr) ||
       (kernel.variant.whole && params.attention.seqlen_kv > kernel.tile.block_n)) {
     return cudaErrorInvalidValue;
   }

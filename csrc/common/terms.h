@@ -14,8 +14,14 @@ struct Terms {
   // Null, or by query head: the score of a key without value. A row that sees no key has out 0 and
   // the sink as its softmax_lse.
   const float* sinks;
+  // Null, or seed and offset of dropout (common/dropout.h): weights, which softmax_lse is of,
+  // become 0 or are divided by the share of those that stay.
+  const long long* rng_state;
+  unsigned dropout_limit;  // the share of weights that stay, times 2^16, minus 1
 
-  constexpr bool any() const { return softcap > 0 || alibi_slopes != nullptr || sinks != nullptr; }
+  constexpr bool any() const {
+    return softcap > 0 || alibi_slopes != nullptr || sinks != nullptr || rng_state != nullptr;
+  }
 };
 
 }  // namespace flashmoe

@@ -49,10 +49,12 @@ long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& p
 
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
                            int device, cudaStream_t stream, void* workspace) {
-  // Hopper's kernels with softcap have no way to do without.
-  const bool uncapped = kernel.launch == nullptr && kernel.variant.softcap;
+  // Hopper's kernels with softcap or dropout have no way to do without.
+  const bool lacks =
+      kernel.launch == nullptr && ((kernel.variant.softcap && params.terms.softcap == 0) ||
+                                   (kernel.variant.dropout && params.terms.rng_state == nullptr));
   if (params.head_dim > kernel.head_dim || dtype == DType::float32 ||
-      !kernel.variant.covers(params) || (uncapped && params.terms.softcap == 0)) {
+      !kernel.variant.covers(params) || lacks) {
     return cudaErrorInvalidValue;
   }
   if (kernel.launch != nullptr) {

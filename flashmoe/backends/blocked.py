@@ -20,6 +20,7 @@ from flashmoe.backends.base import (
 from flashmoe.backends.each import backward_of_each
 from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.dropout import dropout_scale, kept_weights
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
@@ -30,7 +31,7 @@ _BLOCK_M = 256
 class BlockedBackend(Backend):
     name = "blocked"
     features: ClassVar[Features] = {
-        "bwd": frozenset({"window", "softcap", "alibi", "sink", "packed"})
+        "bwd": frozenset({"window", "softcap", "alibi", "sink", "dropout", "packed"})
     }
 
     def unavailable(self, device: torch.device) -> str:
@@ -116,7 +117,15 @@ def _attention_backward(
             p = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
         if not mask.is_full:
             p.masked_fill_(hidden, 0.0)  # a row that sees nothing has no softmax
-        ds = p * (do @ values.transpose(-1, -2))
+        dp = do @ values.transpose(-1, -2)
+        p_dropped = p
+        if terms.rng_state is not None:
+            kept = kept_weights(
+                *(terms.rng_state, terms.dropout_p, batch, heads_q, (start, stop), (first, last))
+            ).reshape(p.shape)
+            factor = kept * dropout_scale(terms.dropout_p)
+            p_dropped, dp = p * factor, dp * factor
+        ds = p * dp
         shift = ds.sum(-1, keepdim=True)
         if dlse is not None:
             shift -= dlse.to(dtype).reshape(*ds.shape[:3], -1, 1)[..., start:stop, :]
@@ -126,7 +135,7 @@ def _attention_backward(
         dq[..., start:stop, :] = ds @ keys
         # Sum over the group: fold it into the contracted dimension.
         dk[..., first:last, :] += _fold(ds).transpose(-1, -2) @ _fold(qb)
-        dv[..., first:last, :] += _fold(p).transpose(-1, -2) @ _fold(do)
+        dv[..., first:last, :] += _fold(p_dropped).transpose(-1, -2) @ _fold(do)
     dq = (dq * softmax_scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
     dk, dv = (dk * softmax_scale).transpose(1, 2), dv.transpose(1, 2)
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()

@@ -30,7 +30,9 @@ class CpuBackend(Backend):
 
     name = "cpu"
     features: ClassVar[Features] = {
-        "fwd": frozenset({"window", "softcap", "alibi", "sink", "packed", "cache", "paged"})
+        "fwd": frozenset(
+            {"window", "softcap", "alibi", "sink", "dropout", "packed", "cache", "paged"}
+        )
     }
 
     def unavailable(self, device: torch.device) -> str:

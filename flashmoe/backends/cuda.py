@@ -205,7 +205,8 @@ class CudaBackend(Backend):
                 result = _bwd_dense(*arguments)
                 return result
             # Sinks are a part of softmax_lse.
-            options: tuple[object, ...] = call.terms[:2]
+            softcap, alibi_slopes, _, *dropout = call.terms
+            options: tuple[object, ...] = (softcap, alibi_slopes, *dropout)
             if packed:
                 s = call.sequences
                 lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashmoe.backends.base import Run, RunBackward
 from flashmoe.spec.call import DENSE, Call, Saved
+from flashmoe.spec.dropout import rng_state_of_sequence
 from flashmoe.spec.sequence import rows_of_keys, sequences_of
 
 
@@ -20,7 +21,7 @@ def forward_of_each(call: Call, attend: Run) -> tuple[Tensor, Tensor]:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     lse = torch.full(shape, float("-inf"), dtype=torch.float32, device=q.device)
-    for index, rows, _, dense in _each(call):
+    for index, rows, _, dense in each_sequence(call):
         one_out, one_lse = attend(dense)
         assert one_lse is not None, "one sequence's softmax_lse"
         if call.sequences.cu_seqlens_q is None:
@@ -37,7 +38,7 @@ def backward_of_each(
     assert call.sequences.cu_seqlens_q is not None, "needs a packed q, too"
     gradients = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call[:3])
     dout, out, lse, dlse = saved
-    for _, rows, keys, dense in _each(call):
+    for _, rows, keys, dense in each_sequence(call):
         of_one = Saved(
             dout[None, rows],
             out[None, rows],
@@ -52,7 +53,7 @@ def backward_of_each(
     return dq, dk, dv
 
 
-def _each(call: Call) -> Iterator[tuple[int, slice, slice | Tensor, Call]]:
+def each_sequence(call: Call) -> Iterator[tuple[int, slice, slice | Tensor, Call]]:
     """Of every sequence: its number, its rows of q, its rows of the batches or pages of k, and the
     call of it alone, a batch of one."""
     slopes, packed = call.terms.alibi_slopes, call.sequences.cu_seqlens_q is not None
@@ -65,6 +66,8 @@ def _each(call: Call) -> Iterator[tuple[int, slice, slice | Tensor, Call]]:
         terms = call.terms
         if slopes is not None and slopes.dim() == 2:
             terms = terms._replace(alibi_slopes=slopes[index])
+        if terms.rng_state is not None:
+            terms = terms._replace(rng_state=rng_state_of_sequence(terms.rng_state, index))
         q = call.q[None, rows] if packed else call.q[index : index + 1]
         dense = call._replace(
             q=q, k=k_rows[None, keys], v=v_rows[None, keys], terms=terms, sequences=DENSE

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashmoe.backends.triton_dropout import dropout_state, kept_weights
 from flashmoe.backends.triton_fwd import (
     COARSE_MAXIMUM,
     LOG2_E,
@@ -41,6 +42,7 @@ from flashmoe.backends.triton_fwd import (
 )
 from flashmoe.backends.triton_launch import Launch, Repeated, another, are_aligned
 from flashmoe.spec.call import Call, Saved
+from flashmoe.spec.dropout import dropout_limit, dropout_scale
 from flashmoe.spec.mask import Mask
 
 # The workspaces' rows per (batch, head) are a multiple of this, so that no access to them needs a
@@ -100,11 +102,12 @@ def _load_statistic(base, row, start, offs_m, USE_TMA: tl.constexpr):
 def _visit_queries(
     dk, dv, k, v, q_base, dout_base, lse2_base, delta_base,
     stride_qm, stride_dm, batch, head, row, begin, end, start_n, seqlen_q, seqlen_kv,
-    window_left, window_right, scale, softcap, slope,
+    window_left, window_right, scale, softcap, slope, seed, offset, drop_head, drop_limit,
+    drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows begin..end give a tile of keys."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -138,27 +141,35 @@ def _visit_queries(
                 probs_t = tl.where(visible, probs_t, 0.0)
             if not EVEN_N:
                 probs_t = tl.where((keys < seqlen_kv)[:, None], probs_t, 0.0)
+        kept_probs_t = probs_t
+        if DROPOUT:
+            kept = kept_weights(
+                seed, offset, drop_head, drop_limit, start, start_n, BLOCK_M, BLOCK_N, True
+            )
+            kept_probs_t = tl.where(kept, probs_t, 0.0)
+            dprobs_t = tl.where(kept, dprobs_t * drop_scale, 0.0)
         dscores_t = probs_t * (dprobs_t - delta[None, :])
         if SOFTCAP:
             dscores_t *= 1.0 - tanh * tanh
         dscores_t = dscores_t.to(q.dtype)
-        dv = _dot(probs_t.to(dout.dtype), dout, dv, PRECISION)
+        dv = _dot(kept_probs_t.to(dout.dtype), dout, dv, PRECISION)
         dk = _dot(dscores_t, q, dk, PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["batch_heads_kv", "heads_kv", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes"])  # fmt: skip
+                               "stride_slopes", "drop_limit"])  # fmt: skip
 def _backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, slopes_ptr,
-    scale, softmax_scale, softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb,
-    stride_kn, stride_kh, stride_vb,
-    stride_vn, stride_vh, stride_db, stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, slopes_ptr, rng_ptr,
+    scale, softmax_scale, softcap, drop_limit, drop_scale, stride_slopes, stride_qb, stride_qm,
+    stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_db,
+    stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
     seqlen_q, seqlen_kv, section, rows_padded, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     tile, batch_head_kv = _tile_of_program(
@@ -203,6 +214,11 @@ def _backward_dkdv_kernel(
         head = head_kv * group + member
         batch_head = batch * (heads_kv * group) + head
         slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
+        seed = 0
+        offset = 0
+        drop_head = 0
+        if DROPOUT:
+            seed, offset, drop_head = dropout_state(rng_ptr, batch, head)
         # The accelerator takes 32-bit coordinates; attention_backward keeps to pointers past them.
         row = batch_head * rows_padded if USE_TMA else batch_head.to(tl.int64) * rows_padded
         q_base = _head_base(q_ptr, batch, head, stride_qb, stride_qh, USE_TMA)
@@ -211,27 +227,29 @@ def _backward_dkdv_kernel(
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, begin, masked_end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-                USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
+                offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
             )  # fmt: skip
         dk, dv = _visit_queries(
             dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
             stride_qm, stride_dm, batch, head, row, masked_end, full_end, start_n,
-            seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
+            offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL,
+            IS_LOCAL, False, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
         )  # fmt: skip
         if IS_LOCAL:
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, full_end, end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-                USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
+                offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
             )  # fmt: skip
 
     dk = dk * softmax_scale
+    if DROPOUT:
+        dv = dv * drop_scale
     _store_rows(dk_ptr, dk, batch, head_kv, start_n, heads_kv, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D)
     _store_rows(dv_ptr, dv, batch, head_kv, start_n, heads_kv, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D)
 
@@ -239,10 +257,12 @@ def _backward_dkdv_kernel(
 @triton.jit
 def _visit_keys(
     dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-    begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+    begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, start_m,
+    seed, offset, drop_head, drop_limit, drop_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys begin..end give the dQ of a tile of queries."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -269,6 +289,11 @@ def _visit_keys(
                 probs = tl.where(visible, probs, 0.0)
             if not EVEN_N:
                 probs = tl.where((start + offs_n < seqlen_kv)[None, :], probs, 0.0)
+        if DROPOUT:
+            kept = kept_weights(
+                seed, offset, drop_head, drop_limit, start_m, start, BLOCK_M, BLOCK_N, False
+            )
+            dprobs = tl.where(kept, dprobs * drop_scale, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         if SOFTCAP:
             dscores *= 1.0 - tanh * tanh
@@ -278,16 +303,17 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["batch_heads", "heads_q", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes"])  # fmt: skip
+                               "stride_slopes", "drop_limit"])  # fmt: skip
 def _backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, scale, softmax_scale,
-    softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh, stride_db, stride_dm, stride_dh,
-    batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, rng_ptr, scale,
+    softmax_scale, softcap, drop_limit, drop_scale, stride_slopes, stride_qb, stride_qm, stride_qh,
+    stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_db, stride_dm,
+    stride_dh, batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
     window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(tl.program_id(0), num_tiles, batch_heads, section, CAUSAL)
@@ -310,6 +336,11 @@ def _backward_dq_kernel(
     v_base = _head_base(v_ptr, batch, head_kv, stride_vb, stride_vh, USE_TMA)
 
     slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
+    seed = 0
+    offset = 0
+    drop_head = 0
+    if DROPOUT:
+        seed, offset, drop_head = dropout_state(rng_ptr, batch, head)
     level_key = rows + (seqlen_kv - seqlen_q)
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
@@ -319,23 +350,24 @@ def _backward_dq_kernel(
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-            slope,
+            slope, start_m, seed, offset, drop_head, drop_limit, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            DROPOUT, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = _visit_keys(
         dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
         full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-        slope,
+        slope, start_m, seed, offset, drop_head, drop_limit, drop_scale,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, SOFTCAP, ALIBI,
-        USE_TMA, PRECISION,
+        DROPOUT, USE_TMA, PRECISION,
     )  # fmt: skip
     if CAUSAL or IS_LOCAL or not EVEN_N:
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             full_end, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+            start_m, seed, offset, drop_head, drop_limit, drop_scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            DROPOUT, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = dq * softmax_scale
     _store_rows(dq_ptr, dq, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
@@ -355,6 +387,7 @@ class _Kind(NamedTuple):
     softmax_scale: float
     softcap: float
     slopes: int | None  # the stride of a batch; None without
+    dropout_p: float
     has_dlse: bool
     mask: Mask
     tile: tuple[int, int, int, int]  # block_m, block_n, num_stages, num_warps
@@ -387,7 +420,8 @@ def _planned(kind: _Kind) -> _Planned:
         *kind.v_strides[:3],
         *kind.dout_strides[:3],
     )
-    common = (*scales, kind.slopes or 0, *strides)
+    drops = dropout_limit(kind.dropout_p), dropout_scale(kind.dropout_p)
+    common = (*scales, *drops, kind.slopes or 0, *strides)
     lengths = (group, seqlen_q, seqlen_kv)
     window = window_limits(mask, seqlen_q, seqlen_kv)
     section_kv, section_q = 1, 1
@@ -406,6 +440,7 @@ def _planned(kind: _Kind) -> _Planned:
             "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local,
             "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_kv % block_n == 0,
             "SOFTCAP": kind.softcap > 0, "ALIBI": kind.slopes is not None,
+            "DROPOUT": kind.dropout_p > 0,
             "USE_TMA": use_tma, "PRECISION": dot_precision(kind.dtype, kind.device),
         }  # fmt: skip
 
@@ -468,18 +503,20 @@ def attention_backward(
     out = out.contiguous()
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
 
-    softcap, slopes, _ = call.terms  # softmax_lse contains the sinks
+    softcap, slopes, _, dropout_p, rng_state = call.terms  # softmax_lse contains the sinks
     kind = _Kind(
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), q.dtype, q.device,
-        softmax_scale, softcap, None if slopes is None else slope_stride(slopes), dlse is not None,
-        mask, (block_m, block_n, num_stages, num_warps), use_tma and can_use_tma(q, k, v, dout),
+        softmax_scale, softcap, None if slopes is None else slope_stride(slopes), dropout_p,
+        dlse is not None, mask, (block_m, block_n, num_stages, num_warps),
+        use_tma and can_use_tma(q, k, v, dout),
     )  # fmt: skip
     planned = _planned(kind)
     workspace = torch.empty((2, planned.rows), dtype=torch.float32, device=q.device)
     lse2, delta = workspace[0], workspace[1]
-    aligned = are_aligned(q, k, v, dout, out, softmax_lse, dlse, slopes)
-    # Any pointer will do for slopes and dlse that there are not.
-    some_slopes, some_dlse = lse2 if slopes is None else slopes, lse2 if dlse is None else dlse
+    aligned = are_aligned(q, k, v, dout, out, softmax_lse, dlse, slopes, rng_state)
+    # Any pointer will do for slopes, a state and dlse that there are not.
+    terms = lse2 if slopes is None else slopes, lse2 if rng_state is None else rng_state
+    some_dlse = lse2 if dlse is None else dlse
 
     def run(launches: Repeated, *tensors: Any) -> None:
         if launch:
@@ -490,13 +527,13 @@ def attention_backward(
     with device_guard(q):
         run(planned.prepare, out, dout, softmax_lse, some_dlse, lse2, delta)
         if planned.statistic is None:
-            run(planned.dkdv, q, k, v, dout, lse2, delta, dk, dv, some_slopes)
-            run(planned.dq, q, k, v, dout, lse2, delta, dq, some_slopes)
+            run(planned.dkdv, q, k, v, dout, lse2, delta, dk, dv, *terms)
+            run(planned.dq, q, k, v, dout, lse2, delta, dq, *terms)
             return dq, dk, dv
         q_tiles, k_tiles, v_tiles, dout_tiles = (
             tma_descriptor(x, block_m, planned.block_d) for x in (q, k, v, dout)
         )
         statistics = another(planned.statistic, lse2), another(planned.statistic, delta)
-        run(planned.dkdv, q_tiles, k, v, dout_tiles, *statistics, dk, dv, some_slopes)
-        run(planned.dq, q, k_tiles, v_tiles, dout, lse2, delta, dq, some_slopes)
+        run(planned.dkdv, q_tiles, k, v, dout_tiles, *statistics, dk, dv, *terms)
+        run(planned.dq, q, k_tiles, v_tiles, dout, lse2, delta, dq, *terms)
     return dq, dk, dv

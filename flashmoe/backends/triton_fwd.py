@@ -4,7 +4,7 @@ The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691)
 block_m x block_n tile never leave the chip, the running maximum and sum rescale the output tile,
 and tiles that no query of a program sees are never visited. A mask of both sides (IS_LOCAL) is a
 kernel of its own: without it the code is what it would be if there were no windows. So are softcap,
-ALiBi and sinks (flashmoe/spec/call.py, Terms).
+ALiBi, sinks and dropout (flashmoe/spec/call.py, Terms).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashmoe.backends.triton_dropout import dropout_state, kept_weights
 from flashmoe.backends.triton_launch import Launch, Repeated, another, are_aligned
 from flashmoe.spec.call import Call
+from flashmoe.spec.dropout import dropout_limit, dropout_scale
 from flashmoe.spec.mask import Mask
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -189,10 +191,12 @@ def _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP: tl.constexpr, ALI
 @triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, end,
-    seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, HEAD_DIM: tl.constexpr,
+    seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, start_m, seed, offset,
+    drop_head, drop_limit, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
 
@@ -235,6 +239,11 @@ def _attend(
             probs = tl.math.exp2(scores * factor - base[:, None])
             rescale = tl.math.exp2(row_max - base)
         row_sum = row_sum * rescale + tl.sum(probs, 1)
+        if DROPOUT:
+            kept = kept_weights(
+                seed, offset, drop_head, drop_limit, start_m, start, BLOCK_M, BLOCK_N, False
+            )
+            probs = tl.where(kept, probs, 0.0)
         row_max = new_max
         acc = acc * rescale[:, None]
         v = _load_tile(
@@ -248,11 +257,12 @@ def _attend(
 @triton.jit
 def _attend_all(
     q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
-    seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, HEAD_DIM:
+    seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, start_m, seed,
+    offset, drop_head, drop_limit, HEAD_DIM:
     tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL:
     tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
-    tl.constexpr, SINK: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL:
-    tl.constexpr,
+    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION:
+    tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The tile's output before normalization, its row sums and maxima, from all keys it sees, and
     from the sink, which they begin with."""
@@ -268,21 +278,24 @@ def _attend_all(
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale,
-            softcap, slope, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N,
-            SOFTCAP, ALIBI, USE_TMA, PRECISION, CAREFUL,
+            softcap, slope, start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA,
+            PRECISION, CAREFUL,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
         full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale,
-        softcap, slope, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N,
-        SOFTCAP, ALIBI, USE_TMA, PRECISION, CAREFUL,
+        softcap, slope, start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D, BLOCK_M,
+        BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
+        CAREFUL,
     )  # fmt: skip
     if CAUSAL or IS_LOCAL or not EVEN_N:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             full_end, end, seqlen_kv, level_key, window_left, window_right, scale,
-            softcap, slope, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N,
-            SOFTCAP, ALIBI, USE_TMA, PRECISION, CAREFUL,
+            softcap, slope, start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA,
+            PRECISION, CAREFUL,
         )  # fmt: skip
     return acc, row_sum, row_max
 
@@ -298,16 +311,19 @@ def _attend_all(
         "window_left",
         "window_right",
         "stride_slopes",
+        "drop_limit",
     ]
 )
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, sinks_ptr, scale, softcap, stride_slopes,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, sinks_ptr, rng_ptr, scale, softcap,
+    drop_limit, drop_scale, stride_slopes,
     stride_qb, stride_qm, stride_qh, stride_kb,
     stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, batch_heads, heads_q, group, seqlen_q,
     seqlen_kv, heads_per_section, window_left, window_right, HEAD_DIM: tl.constexpr, BLOCK_D:
     tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
     tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
-    tl.constexpr, SINK: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION:
+    tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(
@@ -326,15 +342,20 @@ def _attention_forward_kernel(
 
     slope = tl.load(slopes_ptr + batch * stride_slopes + head) if ALIBI else 0.0
     sink = tl.load(sinks_ptr + head) if SINK else 0.0
+    seed = 0
+    offset = 0
+    drop_head = 0
+    if DROPOUT:
+        seed, offset, drop_head = dropout_state(rng_ptr, batch, head)
     level_key = rows + (seqlen_kv - seqlen_q)
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
     )
     acc, row_sum, row_max = _attend_all(
         q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
-        seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, HEAD_DIM,
-        BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK, USE_TMA,
-        PRECISION, False,
+        seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, start_m, seed,
+        offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL,
+        EVEN_N, SOFTCAP, ALIBI, SINK, DROPOUT, USE_TMA, PRECISION, False,
     )  # fmt: skip
     # What overflowed is not finite; a row that has seen no key keeps -inf as its maximum.
     lost = (row_max != float("-inf")) & ~(tl.abs(row_max) < COARSE_MAXIMUM)
@@ -343,8 +364,8 @@ def _attention_forward_kernel(
         acc, row_sum, row_max = _attend_all(
             q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end,
             end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK,
-            USE_TMA, PRECISION, True,
+            start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK, DROPOUT, USE_TMA, PRECISION, True,
         )  # fmt: skip
         row_max = row_max * (1.0 if SOFTCAP or ALIBI else scale)
         row_max += 0.0 if q.dtype == tl.float16 else CAREFUL_SHIFT
@@ -354,6 +375,8 @@ def _attention_forward_kernel(
     row_sum = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN_2)
     acc = acc / row_sum[:, None]
+    if DROPOUT:
+        acc = acc * drop_scale
     _store_rows(out_ptr, acc, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
     lse_pointers = lse_ptr + batch_head.to(tl.int64) * seqlen_q + rows
     tl.store(lse_pointers, lse, mask=rows < seqlen_q)
@@ -449,6 +472,7 @@ class _Kind(NamedTuple):
     softcap: float
     slopes: int | None  # the stride of a batch; None without
     has_sinks: bool
+    dropout_p: float
     mask: Mask
     tile: tuple[int, int, int, int]  # block_m, block_n, num_stages, num_warps
     use_tma: bool
@@ -470,7 +494,8 @@ def _planned(kind: _Kind) -> _Planned:
         section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, itemsize)
     block_d = max(16, triton.next_power_of_2(head_dim))
     numbers = (
-        kind.softmax_scale * LOG2_E.value, kind.softcap or 1.0, kind.slopes or 0,
+        kind.softmax_scale * LOG2_E.value, kind.softcap or 1.0, dropout_limit(kind.dropout_p),
+        dropout_scale(kind.dropout_p), kind.slopes or 0,
         *kind.q_strides[:3], *kind.k_strides[:3], *kind.v_strides[:3],
         batch * heads_q, heads_q, group, seqlen_q, seqlen_kv, section,
         *window_limits(mask, seqlen_q, seqlen_kv),
@@ -480,6 +505,7 @@ def _planned(kind: _Kind) -> _Planned:
         "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local,
         "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_kv % block_n == 0,
         "SOFTCAP": kind.softcap > 0, "ALIBI": kind.slopes is not None, "SINK": kind.has_sinks,
+        "DROPOUT": kind.dropout_p > 0,
         "USE_TMA": kind.use_tma, "PRECISION": dot_precision(kind.dtype, kind.device),
     }  # fmt: skip
     # Triton 3.10 no longer fuses multiply and add unasked.
@@ -515,15 +541,15 @@ def attention_forward(
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    softcap, slopes, sinks = call.terms
+    softcap, slopes, sinks, dropout_p, rng_state = call.terms
     if k.shape[1] == 0:
         unseen = torch.full_like(lse, float("-inf"))
         return out.zero_(), unseen if sinks is None else unseen.copy_(sinks[:, None])
     use_tma = use_tma and can_use_tma(k, v)
     kind = _Kind(
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, softmax_scale,
-        softcap, None if slopes is None else slope_stride(slopes), sinks is not None, mask,
-        (block_m, block_n, num_stages, num_warps), use_tma,
+        softcap, None if slopes is None else slope_stride(slopes), sinks is not None, dropout_p,
+        mask, (block_m, block_n, num_stages, num_warps), use_tma,
     )  # fmt: skip
     planned = _planned(kind)
     tensors = (
@@ -534,10 +560,11 @@ def attention_forward(
         lse,
         lse if slopes is None else slopes,
         lse if sinks is None else sinks,
+        lse if rng_state is None else rng_state,
     )
     with device_guard(q):
         if launch:
-            planned.launch(are_aligned(q, k, v, slopes, sinks), *tensors)
+            planned.launch(are_aligned(q, k, v, slopes, sinks, rng_state), *tensors)
         else:
             planned.launch.launch.warm_up(*tensors)
     return out, lse

@@ -16,6 +16,7 @@ from flashmoe.frontend import ops
 from flashmoe.frontend.eager import EagerAttention, PlainAttention
 from flashmoe.frontend.gradients import Training, refuse_gradients
 from flashmoe.frontend.lengths import check_lengths
+from flashmoe.frontend.probabilities import signed_weights
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.machine.environment import variable
 from flashmoe.planning.plan import planned
@@ -25,7 +26,7 @@ from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
-Result = Tensor | tuple[Tensor, Tensor, None]
+Result = Tensor | tuple[Tensor, Tensor, Tensor | None]
 _Call = Callable[[Tensor, Tensor, Tensor, Terms, Sequences], Result]
 
 # Ready-made calls by everything that a plan and validation depend on. Bounded: a program with
@@ -54,23 +55,35 @@ class Asked(NamedTuple):
     num_splits: int = 0
 
 
-def refuse_dropout(dropout_p: float) -> None:
-    """Raise unless it is 0."""
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"dropout_p must be 0.0 (not supported yet), got {dropout_p}")
-
-
 def window_of(causal: bool, window_size: object) -> tuple[int, int]:
     """A window that has a hash, of whatever users give."""
     mask = mask_of(causal, window_size)
     return mask.left, mask.right
 
 
-def terms_of(softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None) -> Terms:
+def terms_of(
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+) -> Terms:
     """As users give them: not validated, and sinks of any dtype. Without any, NO_TERMS itself."""
-    if softcap == 0.0 and alibi_slopes is None and sinks is None:
+    if (
+        softcap == 0.0
+        and alibi_slopes is None
+        and sinks is None
+        and dropout_p == 0.0
+        and rng_state is None
+    ):
         return NO_TERMS
-    return Terms(softcap, alibi_slopes, sinks)
+    return Terms(softcap, alibi_slopes, sinks, dropout_p, rng_state)
+
+
+def new_rng_state(device: torch.device) -> Tensor:
+    """Terms.rng_state from torch's generator of `device`, drawn as any random number is: a CUDA
+    graph replays with new ones, a checkpoint repeats it, and so does torch.manual_seed."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -99,7 +112,7 @@ def attend(
     by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
     kinds: list[Any] = []
     if not (plain_terms or by_op):
-        for x in (*terms[1:], *sequences[:6]):
+        for x in (*terms.tensors, *sequences[:6]):
             if x is None:
                 kinds.append(None)
             elif type(x) in PLAIN:
@@ -136,7 +149,7 @@ def attend(
             asked,
         )
         if not plain_terms:
-            key = (key, terms[0], sequences[6:], *kinds)
+            key = (key, terms.softcap, terms.dropout_p, sequences[6:], *kinds)
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
         _validated(q, k, v, asked, terms, sequences)
@@ -154,6 +167,24 @@ def attend(
     return call(q, k, v, terms, sequences)
 
 
+def attend_dropping(
+    q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences = DENSE
+) -> Result:
+    """`attend` with dropout, whose state is drawn here unless it is given, and which comes with
+    S_dmask where softmax_lse is asked for."""
+    validate_tensors(q, k, v)
+    if terms.rng_state is None:
+        terms = terms._replace(rng_state=new_rng_state(q.device))
+    result = attend(q, k, v, asked, terms, sequences)
+    if isinstance(result, Tensor):
+        return result
+    scale, mask = _validated(q, k, v, asked, terms, sequences)
+    terms, sequences = _as_kernels_take(terms, sequences)
+    with torch.no_grad():
+        call = Call(q.detach(), k.detach(), v.detach(), scale, terms, sequences)
+        return *result[:2], signed_weights(call, mask)
+
+
 def forget_calls() -> None:
     """Decide anew at the next calls."""
     _calls.clear()
@@ -166,19 +197,21 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or any(x is not None and x.requires_grad for x in terms[1:])
+        or any(x is not None and x.requires_grad for x in terms.tensors)
     )
 
 
 def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequences]:
     """In the dtypes and strides that spec/call.py says. Differentiable in sinks."""
-    softcap, alibi_slopes, sinks = terms
+    softcap, alibi_slopes, sinks, dropout_p, rng_state = terms
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.contiguous()
     if sinks is not None:
         sinks = sinks.float().contiguous()
     if terms is not NO_TERMS:
-        terms = Terms(float(softcap), alibi_slopes, sinks)
+        if rng_state is not None:
+            rng_state = rng_state.contiguous()
+        terms = Terms(float(softcap), alibi_slopes, sinks, float(dropout_p), rng_state)
     if sequences is not DENSE:
         lengths = (None if x is None else x.contiguous() for x in sequences[:6])
         sequences = Sequences._make((*lengths, *sequences[6:]))
@@ -317,12 +350,12 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        return attend(q, k, v, scale, training, terms[2], terms, sequences)[0]
+        return attend(q, k, v, scale, training, terms.sinks, terms, sequences)[0]
 
     def call_with_lse(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
-        out, lse = attend(q, k, v, scale, training, terms[2], terms, sequences)
+        out, lse = attend(q, k, v, scale, training, terms.sinks, terms, sequences)
         return out, lse, None
 
     return call_with_lse if asked.return_lse else call

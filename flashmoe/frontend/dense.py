@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashmoe.frontend.attend import Asked, attend, refuse_dropout, terms_of, window_of
+from flashmoe.frontend.attend import Asked, attend, attend_dropping, terms_of, window_of
 from flashmoe.frontend.validation import unpacked
 from flashmoe.tiles import Tile
 
@@ -23,9 +23,10 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     sinks: Tensor | None = None,
+    rng_state: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """softmax(softmax_scale * Q K^T) V, with flash-attn's signature, layout and meaning.
 
     Args:
@@ -35,6 +36,9 @@ def flash_attn_func(
             must be a multiple of heads_kv, and query head h uses head h // (heads_q // heads_kv).
             Unless head_dim and head_dim_v are one multiple of 8, all three are copied, padded to
             the next one.
+        dropout_p: from 0 to less than 1: the probability that a weight becomes 0; the others are
+            divided by 1 - dropout_p, which is rounded to a multiple of 2**-16. softmax_lse has none
+            of it. Which ones, torch's generator of q's device decides.
         softmax_scale: positive and at most 2.3e38; default 1 / sqrt(head_dim).
         causal: query i sees key j when j <= i + seqlen_kv - seqlen_q (aligned bottom-right).
         window_size: (left, right); query i sees key j when
@@ -47,9 +51,12 @@ def flash_attn_func(
             `torch.use_deterministic_algorithms(True)`. Otherwise dQ may be added up in any order on
             Hopper, where that is faster. `backend="sdpa"`, whose gradients are torch's own,
             refuses it where gradients are asked for.
-        return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
+        return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does, or
+            with dropout (out, softmax_lse, S_dmask), for tests, in quadratic memory.
         sinks: (heads_q,), any floating-point dtype: of each head the score of a key without value,
             which joins the softmax's sum (s_aux or learnable_sink elsewhere). Differentiable.
+        rng_state: (2,), int64: which weights are dropped, a function of this alone, in place of a
+            state from torch's generator.
         backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
 
     Returns:
@@ -59,18 +66,18 @@ def flash_attn_func(
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what is allowed.
-        NotImplementedError: dropout_p; a gradient of alibi_slopes; nested tensors; forward-mode AD,
+        NotImplementedError: a gradient of alibi_slopes; nested tensors; forward-mode AD,
             torch.func.grad and its kin; double backward; what no backend here has.
 
     Source: FlashAttention-2 (arXiv:2307.08691).
     """
-    refuse_dropout(dropout_p)
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
     asked = Asked(
         softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
     )
-    return attend(q, k, v, asked, terms_of(softcap, alibi_slopes, sinks))
+    terms = terms_of(softcap, alibi_slopes, sinks, dropout_p, rng_state)
+    return (attend if dropout_p == 0.0 else attend_dropping)(q, k, v, asked, terms)
 
 
 def flash_attn_qkvpacked_func(
@@ -87,7 +94,7 @@ def flash_attn_qkvpacked_func(
     sinks: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """flash_attn_func of qkv (batch, seqlen, 3, heads, head_dim): its q, k and v.
 
     They are read where they lie, and qkv gets one gradient. Arguments, result and errors are those
@@ -127,7 +134,7 @@ def flash_attn_kvpacked_func(
     sinks: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """flash_attn_func of q and kv (batch, seqlen_kv, 2, heads_kv, head_dim): its k and v.
 
     They are read where they lie, and kv gets one gradient. Arguments, result and errors are those

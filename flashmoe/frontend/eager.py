@@ -58,7 +58,7 @@ class EagerAttention(torch.autograd.Function):
         if terms is NO_TERMS and sequences is DENSE:
             ctx.save_for_backward(q, k, v, out, lse)
         else:  # what is changed in place before the backward is an error
-            ctx.save_for_backward(q, k, v, out, lse, *terms[1:], *sequences[:3])
+            ctx.save_for_backward(q, k, v, out, lse, *terms.tensors, *sequences[:3])
         ctx.others = softmax_scale, training, terms, sequences
         ctx.set_materialize_grads(False)
         return out, lse

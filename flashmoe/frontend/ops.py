@@ -36,7 +36,7 @@ _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-unty
 
 class Arguments(NamedTuple):
     """Those of the ops `attention`, `attention_packed` and `attention_split`, which have the first
-    12, the first 20, and all."""
+    14, the first 22, and all."""
 
     q: Tensor
     k: Tensor
@@ -50,6 +50,8 @@ class Arguments(NamedTuple):
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    rng_state: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
@@ -62,7 +64,7 @@ class Arguments(NamedTuple):
 
     @property
     def call(self) -> Call:
-        return Call(*self[:4], Terms(*self[9:12]), Sequences(*self[12:20]))
+        return Call(*self[:4], Terms(*self[9:14]), Sequences(*self[14:22]))
 
     @property
     def mask(self) -> Mask:
@@ -118,7 +120,8 @@ def _attention_backward(
 
 
 _TERMS = (
-    "bool deterministic=False, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None"
+    "bool deterministic=False, float softcap=0.0, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None, float dropout_p=0.0, Tensor? rng_state=None"
 )
 _SEQUENCES = (
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "
@@ -150,10 +153,10 @@ for _schema in (
 
 attention = torch.ops.flashmoe.attention.default
 """(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False,
-softcap=0.0, alibi_slopes=None, sinks=None) -> out, softmax_lse; differentiable in q, k, v and
-sinks. The plan is made at run time, by the first call for a problem, so a compiled graph follows
-the tuned database. Empty `backend` and `tile` do not override. With `deterministic` the gradients
-are the same bits every time. Slopes and sinks as spec/call.py, Terms, says."""
+softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None) -> out, softmax_lse;
+differentiable in q, k, v and sinks. The plan is made at run time, by the first call for a problem,
+so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override. With
+`deterministic` the gradients are the same bits every time. Terms as spec/call.py says."""
 
 attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
 """out alone, so that backends that do not return softmax_lse may run; `attention` where a gradient
@@ -161,8 +164,9 @@ is asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
 """(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right, backend,
-deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None) -> dq, dk, dv, contiguous, shaped
-and typed as q, k, v. dlse, the gradient of softmax_lse, may be None. Not differentiable."""
+deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None) ->
+dq, dk, dv, contiguous, shaped and typed as q, k, v. dlse, the gradient of softmax_lse, may be None.
+Not differentiable."""
 
 attention_packed = torch.ops.flashmoe.attention_packed.default
 """`attention` of sequences whose lengths are read on the device: the arguments of `attention`, then

@@ -155,14 +155,19 @@ def _validate_dimensions(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) 
 
 
 def _validate_terms(terms: Terms, q: Tensor, batch: int) -> None:
-    softcap, alibi_slopes, sinks = terms
+    softcap, alibi_slopes, sinks, dropout_p, rng_state = terms
     _validate_number("softcap", softcap)
     if softcap != 0 and not is_normal(softcap):
         raise ValueError(
             f"softcap must be 0 for none, or from {_MIN_SCALE:.3g} to {_MAX_SCALE:.3g}, "
             f"got {softcap}"
         )
-    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+    _validate_number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be from 0 to less than 1, got {dropout_p}")
+    if rng_state is not None and dropout_p == 0:
+        raise ValueError("rng_state must be None without dropout_p")
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("rng_state", rng_state)):
         if x is None:
             continue
         if not isinstance(x, Tensor):
@@ -178,6 +183,10 @@ def _validate_terms(terms: Terms, q: Tensor, batch: int) -> None:
                 f"alibi_slopes must be (heads={heads},) or (batch={batch}, heads={heads}), "
                 f"got shape {tuple(alibi_slopes.shape)}"
             )
+    if rng_state is not None and (rng_state.dtype, rng_state.shape) != (torch.int64, (2,)):
+        raise TypeError(
+            f"rng_state must be (2,) int64, got {rng_state.dtype} of shape {tuple(rng_state.shape)}"
+        )
     if sinks is not None:
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must be of a floating-point dtype, got {sinks.dtype}")

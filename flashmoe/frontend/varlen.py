@@ -11,7 +11,7 @@ from flashmoe.frontend.attend import (
     Asked,
     Result,
     attend,
-    refuse_dropout,
+    attend_dropping,
     terms_of,
     window_of,
 )
@@ -39,11 +39,12 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = None,
     *,
     sinks: Tensor | None = None,
+    rng_state: Tensor | None = None,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """flash_attn_func of each sequence of a packed batch, with flash-attn's signature.
 
     The host never waits for lengths: they stay on the device, where what they say is clamped to
@@ -60,8 +61,8 @@ def flash_attn_varlen_func(
             gradients 0. cu_seqlens_k may be None with a block_table and seqused_k.
         max_seqlen_q, max_seqlen_k: no sequence is longer; an int or a tensor of one number. One
             on a GPU is not read: the rows of q or k are taken as the bound instead.
-        softmax_scale, causal, window_size, softcap, alibi_slopes, sinks, deterministic: as in
-            flash_attn_func, of each sequence alone.
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, sinks, rng_state,
+            deterministic: as in flash_attn_func, of each sequence alone.
         return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
         block_table: (batch, pages), int32: which page of k and v holds each page_size keys of a
             sequence. No gradients.
@@ -74,32 +75,17 @@ def flash_attn_varlen_func(
 
     Raises: as flash_attn_func.
     """
-    refuse_dropout(dropout_p)
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
     asked = Asked(
         softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
     )
-    if not isinstance(cu_seqlens_q, Tensor):
-        kind = type(cu_seqlens_q).__name__
-        raise TypeError(f"cu_seqlens_q must be a torch.Tensor, got {kind}")
-    if block_table is None:
-        if not isinstance(cu_seqlens_k, Tensor):
-            kind = type(cu_seqlens_k).__name__
-            raise TypeError(f"cu_seqlens_k must be a torch.Tensor without block_table, got {kind}")
-    elif seqused_k is not None:
-        cu_seqlens_k = None
-    elif not isinstance(cu_seqlens_k, Tensor):
-        raise TypeError("cu_seqlens_k or seqused_k must be a torch.Tensor with block_table")
-    else:
-        seqused_k, cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens_k), None
-    sequences = Sequences(
-        *(cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, block_table),
-        longest_of("max_seqlen_q", max_seqlen_q, q),
-        # Of pages, the table's columns are the bound.
-        0 if cu_seqlens_k is None else longest_of("max_seqlen_k", max_seqlen_k, k),
+    sequences = packed_sequences(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table
     )
-    result = attend(q, k, v, asked, terms_of(softcap, alibi_slopes, sinks), sequences)
+    terms = terms_of(softcap, alibi_slopes, sinks, dropout_p, rng_state)
+    run = attend if dropout_p == 0.0 else attend_dropping
+    result = run(q, k, v, asked, terms, sequences)
     return result if out is None else written_to(out, result)
 
 
@@ -119,7 +105,7 @@ def flash_attn_varlen_qkvpacked_func(
     sinks: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """flash_attn_varlen_func of qkv (total, 3, heads, head_dim): its q, k and v, of lengths alike.
 
     They are read where they lie, and qkv gets one gradient. Arguments, result and errors are those
@@ -167,7 +153,7 @@ def flash_attn_varlen_kvpacked_func(
     sinks: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """flash_attn_varlen_func of q and kv (total_k, 2, heads_kv, head_dim): its k and v.
 
     They are read where they lie, and kv gets one gradient. Arguments, result and errors are those
@@ -193,6 +179,38 @@ def flash_attn_varlen_kvpacked_func(
         sinks=sinks,
         backend=backend,
         tile=tile,
+    )
+
+
+def packed_sequences(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Sequences:
+    """Of flash_attn_varlen_func's arguments. Raises for what is no tensor."""
+    if not isinstance(cu_seqlens_q, Tensor):
+        kind = type(cu_seqlens_q).__name__
+        raise TypeError(f"cu_seqlens_q must be a torch.Tensor, got {kind}")
+    if block_table is None:
+        if not isinstance(cu_seqlens_k, Tensor):
+            kind = type(cu_seqlens_k).__name__
+            raise TypeError(f"cu_seqlens_k must be a torch.Tensor without block_table, got {kind}")
+    elif seqused_k is not None:
+        cu_seqlens_k = None
+    elif not isinstance(cu_seqlens_k, Tensor):
+        raise TypeError("cu_seqlens_k or seqused_k must be a torch.Tensor with block_table")
+    else:
+        seqused_k, cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens_k), None
+    return Sequences(
+        *(cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, block_table),
+        longest_of("max_seqlen_q", max_seqlen_q, q),
+        # Of pages, the table's columns are the bound.
+        0 if cu_seqlens_k is None else longest_of("max_seqlen_k", max_seqlen_k, k),
     )
 
 

@@ -55,6 +55,7 @@ class Terms(NamedTuple):
     softmax_scale: float | None = None
     softcap: float = 0.0
     sinks: Tensor | None = None
+    dropout_p: float = 0.0
 
 
 def of_keys(
@@ -155,6 +156,7 @@ def by_kernel(
     options: dict[str, Any] = terms._asdict() | {"window_size": (left, right)}
     out: Any
     if lengths is not None:
+        assert not options.pop("dropout_p"), "a cache has no dropout"
         seqused_k, leftpad_k = lengths
         options |= {"cache_seqlens": seqused_k, "cache_leftpad": leftpad_k}
         out = flashmoe.flash_attn_with_kvcache(q, k, v, **options)
@@ -183,7 +185,6 @@ def by_torch(
     v: Tensor,
     mask: KeyMask | Tensor,
     position_bias: Tensor | None,
-    dropout: float,
     terms: Terms,
 ) -> Tensor:
     """`by_kernel` with all scores in memory, also of a mask that broadcasts to (batch, heads_q,
@@ -198,13 +199,13 @@ def by_torch(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if position_bias is not None:
         seen = position_bias if seen is None else _added(position_bias, seen)
-    softmax_scale, softcap, sinks = terms
+    softmax_scale, softcap, sinks, dropout_p = terms
     if not softcap and sinks is None:
         if seen is not None and seen.dtype != torch.bool:
             seen = seen.to(q.dtype)
         grouped = q.shape[1] != k.shape[1]
         out = flashmoe.scaled_dot_product_attention(
-            q, k, v, seen, dropout, scale=softmax_scale, enable_gqa=grouped
+            q, k, v, seen, dropout_p, scale=softmax_scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
     group = q.shape[1] // k.shape[1]
@@ -219,7 +220,7 @@ def by_torch(
         column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], 3)
     weights = F.softmax(scores, 3)[..., : k.shape[2]]
-    return (F.dropout(weights, dropout).to(v.dtype) @ v).transpose(1, 2)
+    return (F.dropout(weights, dropout_p).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _added(scores: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.library import Library
 
 import flashmoe
-from flashmoe.frontend.attend import refuse_dropout
 from flashmoe.integrations import pair
 
 NAME = "flashmoe"
@@ -47,7 +46,7 @@ def register() -> None:
     run flashmoe, forward and backward, also under torch.compile and sdpa_kernel.
 
     What torch's own flash backend can do and flashmoe cannot raises NotImplementedError, naming the
-    argument: dropout. Raises NotImplementedError for a torch older than 2.11.
+    argument: return_debug_mask. Raises NotImplementedError for a torch older than 2.11.
     """
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         raise NotImplementedError(
@@ -88,10 +87,7 @@ def _activate() -> _Active:
     return active
 
 
-def _refuse(
-    dropout_p: float, return_debug_mask: bool = False, num_splits: int | None = None
-) -> None:
-    refuse_dropout(dropout_p)
+def _refuse(return_debug_mask: bool, num_splits: int | None) -> None:
     if return_debug_mask:
         raise NotImplementedError("return_debug_mask must be False, got True")
     if num_splits not in (None, 0, 1):
@@ -124,25 +120,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """aten::_flash_attention_forward: (batch, seqlen, heads, head_dim), or (total, heads, head_dim)
     with cum_seq_q."""
-    _refuse(dropout_p, return_debug_mask, num_splits)
+    _refuse(return_debug_mask, num_splits)
     options: dict[str, Any] = {
         "softmax_scale": scale,
         "window_size": _window(window_size_left, window_size_right, is_causal),
         "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
     }
     if cum_seq_q is not None:
         options |= {"seqused_k": seqused_k, "block_table": block_table}
     elif seqused_k is not None or block_table is not None:
         raise NotImplementedError("seqused_k and block_table must be None without cum_seq_q")
     packed = (cum_seq_q, cum_seq_k, max_q, max_k)
-    out, lse = pair.forward(query, key, value, *packed, **options)
-    return _laid_out_as(query, out), lse, *_random_state(query)
-
-
-def _random_state(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rng_state, unused and debug_attn_mask, which say nothing without dropout."""
-    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return seed, torch.zeros((), dtype=torch.uint64, device=query.device), query.new_empty(0)
+    out, lse, _, state = pair.forward(query, key, value, *packed, **options)
+    # rng_state, unused and debug_attn_mask.
+    unused = torch.zeros((), dtype=torch.uint64, device=query.device)
+    return _laid_out_as(query, out), lse, state.view(torch.uint64), unused, query.new_empty(0)
 
 
 def _forward_to(out: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -173,11 +166,13 @@ def _backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten::_flash_attention_backward."""
-    _refuse(dropout_p)
     packed = (cum_seq_q, cum_seq_k, max_q, max_k)
     window = _window(window_size_left, window_size_right, is_causal)
     saved = (grad_out, query, key, value, out, logsumexp)
-    dq, dk, dv = pair.backward(*saved, *packed, softmax_scale=scale, window=window)
+    options: Any = {"softmax_scale": scale, "window": window}
+    if dropout_p:
+        options |= {"dropout_p": dropout_p, "rng_state": rng_state.view(torch.int64)}
+    dq, dk, dv = pair.backward(*saved, *packed, **options)
     return _laid_out_as(query, dq), _laid_out_as(key, dk), _laid_out_as(value, dv)
 
 

@@ -66,7 +66,7 @@ def register() -> None:
     `from_config` and `set_attn_implementation`. Results are those of "eager"; rows of padding,
     which nothing should read, are 0.
 
-    What has no kernel (attention dropout, position biases, masks that are not made of causality,
+    What has no kernel (position biases, masks that are not made of causality,
     windows, padding and packed sequences) is computed by torch, which a warning says once.
     """
     AttentionInterface.register(NAME, attention)
@@ -137,11 +137,11 @@ def attention(
     packing = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if any(x is not None for x in packing):
         mask = _packed(mask, *packing)
-    terms = Terms(scaling, softcap or 0.0, s_aux)
+    terms = Terms(scaling, softcap or 0.0, s_aux, dropout)
     why = _why_by_torch(mask, dropout, position_bias)
     if why or not isinstance(mask, KeyMask):
         warn_of_torch(type(module).__name__, why)
-        return by_torch(q, k, v, mask, position_bias, dropout, terms), None
+        return by_torch(q, k, v, mask, position_bias, terms), None
     return by_kernel(q, k, v, mask, bool(deterministic), terms), None
 
 
@@ -186,12 +186,12 @@ def _packed(
 
 def _why_by_torch(mask: KeyMask | Tensor, dropout: float, position_bias: Tensor | None) -> str:
     """Why no kernel runs this; empty where one does."""
-    if dropout:
-        return f"dropout={dropout}"
     if position_bias is not None:
         return "a position_bias"
     if not isinstance(mask, KeyMask):
         return "a mask of more than causality, a window, padding and packed sequences"
+    if mask.lengths is not None and dropout:
+        return f"dropout={dropout} over lengths of a cache"
     if mask.lengths is not None and torch.is_grad_enabled():
         return "lengths of a cache that were found without gradients"
     return ""

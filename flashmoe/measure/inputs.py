@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashmoe.measure.reference import attention_reference
 from flashmoe.spec.call import Call, Sequences, Terms
+from flashmoe.spec.dropout import rng_state_of_sequence
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.spec.sequence import rows_of_keys, sequences_of
@@ -20,6 +21,7 @@ from flashmoe.spec.sequence import rows_of_keys, sequences_of
 PAGE_SIZE = 64
 # Weak enough to be felt by scores of standard normal data.
 _SOFTCAP = 2.0
+_DROPOUT_P = 0.25
 # Scores that a reference may materialize: 2^22 float64 values are 32 MiB, of which the reference
 # holds about four.
 _MAX_SCORES = 1 << 22
@@ -104,6 +106,8 @@ class Piece:
             softcap=call.terms.softcap,
             alibi_slopes=None if slopes is None else slopes[self.heads],
             sinks=None if sinks is None else sinks[self.heads],
+            dropout_p=call.terms.dropout_p,
+            rng_state=rng_state_of_sequence(call.terms.rng_state, self.sequence, self.heads.start),
             first_row=self.start,
             seqlen_q=self.inputs.sequences[self.sequence][2],
         )
@@ -237,8 +241,10 @@ def _terms(problem: Problem, generator: torch.Generator, device: torch.device) -
     heads = problem.heads_q
     slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
     sinks = torch.randn(heads, generator=generator, device=device)
+    state = torch.tensor([generator.initial_seed(), 0], device=device)
     return Terms(
         _SOFTCAP if "softcap" in problem.terms else 0.0,
         slopes if "alibi" in problem.terms else None,
         sinks if "sink" in problem.terms else None,
+        *((_DROPOUT_P, state) if "dropout" in problem.terms else ()),
     )

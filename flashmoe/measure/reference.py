@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashmoe.spec.call import Call
+from flashmoe.spec.dropout import dropout_scale, kept_weights, rng_state_of_sequence
 from flashmoe.spec.mask import FULL, Mask
 from flashmoe.spec.sequence import rows_of_keys, sequences_of
 
@@ -21,38 +22,32 @@ def attention_reference(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
     first_row: int = 0,
     seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V, materialized, differentiable, computed in `dtype`.
 
     q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim);
-    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,). Where q is only some of the
-    queries, it begins at the first_row of seqlen_q.
+    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,), rng_state (2,), int64. Where q is
+    only some of the queries, it begins at the first_row of seqlen_q.
     Returns out (as q) and softmax_lse (batch, heads_q, seqlen_q), both in `dtype`; a row that sees
     no key has out 0 and its sink, or -inf, as lse. With `dtype` the inputs' own it is the
     same-dtype PyTorch computation that tolerances are measured against; slopes and sinks stay
     float32 there, as those of models are.
     """
-    group = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    qh = q.transpose(1, 2).to(dtype)
-    kh = k.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
-    vh = v.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
-    scores = qh @ kh.transpose(-1, -2) * scale
-    i, j = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
-    i = i.unsqueeze(1) + first_row
     seqlen_q = q.shape[1] if seqlen_q is None else seqlen_q
-    at_least_float32 = torch.promote_types(dtype, torch.float32)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        distance = (i + k.shape[1] - seqlen_q - j).abs()
-        scores = scores - alibi_slopes.to(at_least_float32)[..., None, None] * distance
-    hidden = mask.hides(i, j, seqlen_q, k.shape[1])
-    scores = scores.masked_fill(hidden, float("-inf"))
+    vh = v.transpose(1, 2).to(dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    i = first_row + torch.arange(q.shape[1], device=q.device).unsqueeze(1)
+    scores, hidden = scores_of(q, k, scale, mask, dtype, softcap, alibi_slopes, i, seqlen_q)
     if sinks is not None:
-        sink = sinks.to(at_least_float32).reshape(-1, 1, 1).expand(*scores.shape[:3], 1)
+        sink = (
+            sinks.to(torch.promote_types(dtype, torch.float32))
+            .reshape(-1, 1, 1)
+            .expand(*scores.shape[:3], 1)
+        )
         scores = torch.cat((scores, sink), dim=-1)
     lse = torch.logsumexp(scores, dim=-1).to(dtype)
     empty = hidden.all(-1)
@@ -60,7 +55,38 @@ def attention_reference(
     # large lse is rounded by more than the logarithm of the number of keys.
     empty = empty.unsqueeze(-1)
     weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
-    return (weights[..., : k.shape[1]].to(dtype) @ vh).transpose(1, 2), lse
+    weights = weights[..., : k.shape[1]]
+    if rng_state is not None:
+        sides = (first_row, first_row + q.shape[1]), (0, k.shape[1])
+        kept = kept_weights(rng_state, dropout_p, len(q), q.shape[2], *sides)
+        weights = weights * kept * dropout_scale(dropout_p)
+    return (weights.to(dtype) @ vh).transpose(1, 2), lse
+
+
+def scores_of(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Mask,
+    dtype: torch.dtype,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    i: Tensor,
+    seqlen_q: int,
+) -> tuple[Tensor, Tensor]:
+    """(batch, heads_q, seqlen_q, seqlen_kv), -inf where a query does not see a key; and where that
+    is. Arguments as in attention_reference; i (rows of q, 1) are their numbers among seqlen_q."""
+    kh = k.transpose(1, 2).to(dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    scores = q.transpose(1, 2).to(dtype) @ kh.transpose(-1, -2) * scale
+    j = torch.arange(k.shape[1], device=k.device)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        distance = (i + k.shape[1] - seqlen_q - j).abs()
+        slopes = alibi_slopes.to(torch.promote_types(dtype, torch.float32))
+        scores = scores - slopes[..., None, None] * distance
+    hidden: Tensor = mask.hides(i, j, seqlen_q, k.shape[1])
+    return scores.masked_fill(hidden, float("-inf")), hidden
 
 
 def sequences_reference(
@@ -91,6 +117,8 @@ def sequences_reference(
             softcap=terms.softcap,
             alibi_slopes=slopes[index] if slopes is not None and slopes.dim() == 2 else slopes,
             sinks=terms.sinks,
+            dropout_p=terms.dropout_p,
+            rng_state=rng_state_of_sequence(terms.rng_state, index),
         )
         (out if packed else out[index])[rows] = one_out[0]
         (lse if packed else lse[index])[:, rows] = one_lse[0]

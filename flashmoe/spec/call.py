@@ -14,13 +14,25 @@ class Terms(NamedTuple):
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32, contiguous
     sinks: Tensor | None = None  # (heads_q,), float32, contiguous
+    # The probability that a weight becomes 0; the others are divided by 1 - dropout_p. Which ones,
+    # rng_state says: (2,), int64, contiguous, seed and offset (spec/dropout.py).
+    dropout_p: float = 0.0
+    rng_state: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Those that there are, by their names in spec/problem.py."""
-        present = (self.softcap != 0.0, self.alibi_slopes is not None, self.sinks is not None)
-        names = zip(("softcap", "alibi", "sink"), present, strict=True)
-        return tuple(name for name, is_present in names if is_present)
+        present = {
+            "softcap": self.softcap != 0.0,
+            "alibi": self.alibi_slopes is not None,
+            "sink": self.sinks is not None,
+            "dropout": self.dropout_p != 0.0,
+        }
+        return tuple(name for name, is_present in present.items() if is_present)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.alibi_slopes, self.sinks, self.rng_state
 
 
 class Sequences(NamedTuple):

@@ -21,6 +21,7 @@ class Variant:
     softcap: bool = False
     alibi: bool = False
     sink: bool = False
+    dropout: bool = False
     whole: bool = False
     packed: bool = False
 

@@ -23,6 +23,7 @@ struct Problem {
   Mask mask;
   float softcap;
   bool alibi, sink;
+  float dropout_p = 0;
 
   std::string text() const {
     std::string text;
@@ -31,11 +32,12 @@ struct Problem {
     }
     text += "window " + std::to_string(mask.left) + " " + std::to_string(mask.right);
     if (softcap > 0) text += ", softcap " + std::to_string(softcap);
+    if (dropout_p > 0) text += ", dropout " + std::to_string(dropout_p);
     return text + (alibi ? ", alibi" : "") + (sink ? ", sinks" : "");
   }
 };
 
-// Slopes and sinks of a problem: its last one is the last that may be read.
+// Slopes, sinks and the state of dropout of a problem: its last one is the last that may be read.
 class RandomTerms {
  public:
   RandomTerms(const Problem& x, std::mt19937_64& random)
@@ -49,15 +51,26 @@ class RandomTerms {
                               : kind == 1 ? -0.25f
                                           : std::ldexp(1.f, -static_cast<int>(random() % 9));
                      })),
-        sinks_(fill(x.sink ? x.heads_q : 0, [&] {
-          const float far[] = {-INFINITY, -300, 300};
-          std::normal_distribution<float> normal;
-          return random() % 4 == 0 ? far[random() % 3] : 3 * normal(random);
-        })) {}
+        sinks_(fill(x.sink ? x.heads_q : 0,
+                    [&] {
+                      const float far[] = {-INFINITY, -300, 300};
+                      std::normal_distribution<float> normal;
+                      return random() % 4 == 0 ? far[random() % 3] : 3 * normal(random);
+                    })),
+        dropout_limit_(static_cast<unsigned>((1 - x.dropout_p) * 65536) - 1),
+        rng_state_(x.dropout_p > 0 ? 16 : 0) {
+    // One half of them with an offset whose high half a batch changes.
+    const uint64_t state[] = {random(), random() | (random() % 2 ? 0xffffffff : 0)};
+    std::memcpy(rng_state_.data(), state, rng_state_.size());
+  }
 
   Terms get() const {
-    return {softcap_, reinterpret_cast<const float*>(slopes_.size() ? slopes_.data() : nullptr),
-            by_batch_, reinterpret_cast<const float*>(sinks_.size() ? sinks_.data() : nullptr)};
+    return {softcap_,
+            reinterpret_cast<const float*>(slopes_.size() ? slopes_.data() : nullptr),
+            by_batch_,
+            reinterpret_cast<const float*>(sinks_.size() ? sinks_.data() : nullptr),
+            reinterpret_cast<const long long*>(rng_state_.size() ? rng_state_.data() : nullptr),
+            dropout_limit_};
   }
 
  private:
@@ -73,6 +86,8 @@ class RandomTerms {
   float softcap_;
   long long by_batch_;
   Floats slopes_, sinks_;
+  unsigned dropout_limit_;
+  GuardedBytes rng_state_;
 };
 
 // By how much the tanh of softcap may be off.
@@ -81,7 +96,7 @@ inline double cap_error(const Terms& terms) { return terms.softcap * 0x1p-11; }
 // What is wrong with out and softmax_lse, or nothing.
 inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
                            const std::vector<float>& lse, float scale, Mask mask,
-                           const Terms& terms = {}) {
+                           const Terms& terms = {}, int first_batch = 0) {
   Tensor magnitude(v.dtype, v.batch, v.seqlen, v.heads, v.head_dim, 0, false);
   for (int b = 0; b < v.batch; ++b)
     for (int s = 0; s < v.seqlen; ++s)
@@ -90,10 +105,12 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
           magnitude.set(b, s, h, d, std::fabs(v.get(b, s, h, d)));
   std::vector<int> order(q.head_dim);
   std::iota(order.begin(), order.end(), 0);
-  const auto want = reference<double>(q, k, v, scale, mask, order, terms);
+  const auto want = reference<double>(q, k, v, scale, mask, order, terms, first_batch);
   // P and O are rounded to the dtype: relative to the terms of the sum, not to the sum.
-  const auto summands = reference<double>(q, k, magnitude, scale, mask, order, terms);
+  const auto summands = reference<double>(q, k, magnitude, scale, mask, order, terms, first_batch);
   const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
+  // What the smallest weights are rounded by is multiplied, too.
+  const double rescale = terms.rng_state != nullptr ? dropout_scale(terms.dropout_limit) : 1;
   for (size_t r = 0; r < want.lse.size(); ++r) {
     const int i = r % q.seqlen, h = r / q.seqlen % q.heads, b = r / q.seqlen / q.heads;
     const std::string where =
@@ -108,7 +125,8 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
     for (int d = 0; d < q.head_dim; ++d) {
       const double got = out.get(b, i, h, d), wanted = want.out[r * q.head_dim + d];
       const double summed = summands.out[r * q.head_dim + d];
-      const double allowed = summed == 0 ? 0 : 2 * (unit + cap_error(terms)) * summed + 1e-6;
+      const double allowed =
+          summed == 0 ? 0 : 2 * (unit + cap_error(terms)) * summed + 1e-6 * rescale;
       if (!(std::fabs(got - wanted) <= allowed)) {
         return where + ", column " + std::to_string(d) + ": " + std::to_string(got) + ", not " +
                std::to_string(wanted);
@@ -142,6 +160,10 @@ inline Problem random_problem(int head_dim, int block_m, int block_n, Variant va
   }
   x.alibi = variant.alibi && below(8) > 0;
   x.sink = variant.sink && below(8) > 0;
+  if (variant.dropout) {
+    const float shares[] = {0.0625f, 0.25f, 0.875f};
+    x.dropout_p = shares[below(3)];
+  }
   if (variant.local) {
     // Narrower than a tile, or several; one side may be open, and may hide nothing.
     const auto limit = [&](int seqlen) {
@@ -215,7 +237,15 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
     }
   }
   // Beside the largest scores float32 has no room for a bias.
-  if (random() % 5 == 0 && !x.alibi) make_extreme(q, k, v, scale, random);
+  if (random() % 5 == 0 && !x.alibi) {
+    make_extreme(q, k, v, scale, random);
+    // What dropout multiplies is to stay in the dtype's range.
+    for (int b = 0; b < x.batch; ++b)
+      for (int s = 0; s < x.seqlen_kv; ++s)
+        for (int h = 0; h < x.heads_kv; ++h)
+          for (int d = 0; d < x.head_dim; ++d)
+            v.set(b, s, h, d, v.get(b, s, h, d) * (1 - x.dropout_p));
+  }
   const RandomTerms terms(x, random);
   std::fill(out.bytes.begin(), out.bytes.end(), POISON);
   std::vector<float> lse(static_cast<size_t>(x.batch) * x.heads_q * x.seqlen_q, NAN);

@@ -14,6 +14,7 @@
 #include <limits>
 #include <vector>
 
+#include "../../csrc/common/dropout.h"
 #include "../../csrc/common/params.h"
 
 namespace flashmoe {
@@ -218,11 +219,26 @@ inline std::pair<int, int> seen_keys(Mask mask, int i, int seqlen_q, int seqlen_
   return {first, count};
 }
 
+// What dropout multiplies a weight by, as common/dropout.h says it.
+inline double dropout_factor(const Terms& terms, int batch, int head, int row, int column) {
+  if (terms.rng_state == nullptr) return 1;
+  const auto seed = static_cast<uint64_t>(terms.rng_state[0]);
+  const uint64_t offset = static_cast<uint64_t>(terms.rng_state[1]) + static_cast<uint64_t>(batch);
+  const auto low = [](uint64_t x) { return static_cast<unsigned>(x); };
+  const Philox bits = philox({{low(row / 16 * 8 + row % 8), low(column / 16 * 4 + column % 8 / 2),
+                               low(offset), low((offset >> 32) + static_cast<uint64_t>(head))}},
+                             low(seed), low(seed >> 32));
+  const unsigned word = bits.x[column / 8 % 2 * 2 + row / 8 % 2];
+  const unsigned mine = column % 2 ? word >> 16 : word & 0xffff;
+  return mine <= terms.dropout_limit ? 65536. / (terms.dropout_limit + 1) : 0;
+}
+
 // softmax(scale * Q K^T) V row by row in Float arithmetic, every sum in the order it is written
 // but those over head_dim, which run through `order`.
 template <typename Float>
 Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
-                        const std::vector<int>& order, const Terms& terms = {}) {
+                        const std::vector<int>& order, const Terms& terms = {},
+                        int first_batch = 0) {
   const Values<Float> q_values(q), k_values(k), v_values(v);
   const size_t rows = static_cast<size_t>(q.batch) * q.heads * q.seqlen;
   Result<Float> result{std::vector<Float>(rows * q.head_dim), std::vector<Float>(rows)};
@@ -255,7 +271,9 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
       const Float p = std::exp(scores[n] - max);
       const Float* v_row = v_values.row(b, first + n, kv_head);
       sum += p;
-      for (int d = 0; d < q.head_dim; ++d) out_row[d] += p * v_row[d];
+      const auto factor =
+          static_cast<Float>(dropout_factor(terms, first_batch + b, h, i, first + n));
+      for (int d = 0; d < q.head_dim && factor != 0; ++d) out_row[d] += p * factor * v_row[d];
     }
     result.lse[r] = sum == 0 ? -INFINITY : max + std::log(sum);
     for (int d = 0; d < q.head_dim; ++d) out_row[d] = sum == 0 ? 0 : out_row[d] / sum;

@@ -202,8 +202,8 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
     for (int h = 0; h < x.all.heads_q; ++h)
       for (int s = 0; s < x.seqlen_q(b); ++s)
         mine_lse.push_back(lse[static_cast<size_t>(h) * x.total_q + x.q_begin(b) + s]);
-    wrong =
-        compare(mine.q, mine.k, mine.v, mine_out, mine_lse, scale, x.all.mask, terms_of(terms, b));
+    wrong = compare(mine.q, mine.k, mine.v, mine_out, mine_lse, scale, x.all.mask,
+                    terms_of(terms, b), b);
     if (!wrong.empty()) wrong = "sequence " + std::to_string(b) + ": " + wrong;
   }
   for (int s = x.cu_seqlens_q.back(); s < x.total_q && wrong.empty() && !bad; ++s)

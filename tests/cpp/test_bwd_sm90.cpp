@@ -76,7 +76,8 @@ struct Gradients {
 // change each element.
 void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& dout,
                          const std::vector<float>& lse, const float* dlse, double scale, Mask mask,
-                         const Terms& terms, Gradients& want, Gradients& allowed) {
+                         const Terms& terms, Gradients& want, Gradients& allowed,
+                         int first_batch = 0) {
   const double unit = q.dtype == DType::float16 ? 0x1p-11 : 0x1p-8;
   // A P below 2^-14 is off by this in float16, in which it may be handed on.
   const double tiny = 0x1p-25;
@@ -105,6 +106,8 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
                  std::abs(i + k.seqlen - q.seqlen - j);
           }
           const double p = std::exp(s - row_lse), slope = scale * (1 - tanh * tanh);
+          const double factor = dropout_factor(terms, first_batch + b, h, i, j);
+          dp *= factor;
           // d out / d s = p (v - out), d softmax_lse / d s = p.
           const double dp_centered = dp - delta + row_dlse, ds = p * dp_centered * slope;
           const double capped = terms.softcap > 0 ? cap_error(terms) : 0;
@@ -117,8 +120,8 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
           for (int d = 0; d < dims; ++d) {
             want.dq[q_at + d] += ds * kj[d], allowed.dq[q_at + d] += off * std::fabs(kj[d]);
             want.dk[k_at + d] += ds * qi[d], allowed.dk[k_at + d] += off * std::fabs(qi[d]);
-            want.dv[k_at + d] += p * di[d];
-            allowed.dv[k_at + d] += ((2 * unit + capped) * p + tiny) * std::fabs(di[d]);
+            want.dv[k_at + d] += p * factor * di[d];
+            allowed.dv[k_at + d] += ((2 * unit + capped) * p + tiny) * factor * std::fabs(di[d]);
           }
         }
       }
@@ -246,8 +249,8 @@ struct Instance {
       Tensor mine_out(dtype, 1, seqlen_q, x.all.heads_q, x.all.head_dim, 0, false);
       Tensor mine_dout(dtype, 1, seqlen_q, x.all.heads_q, x.all.head_dim, 0, false);
       copy_rows(dout, x.q_begin(b), mine_dout);
-      const auto forward =
-          reference<double>(mine.q, mine.k, mine.v, scale, x.all.mask, order, terms_of(terms, b));
+      const auto forward = reference<double>(mine.q, mine.k, mine.v, scale, x.all.mask, order,
+                                             terms_of(terms, b), b);
       std::vector<float> mine_lse(forward.lse.begin(), forward.lse.end()), mine_dlse;
       for (size_t r = 0; r < mine_lse.size(); ++r) {
         const int i = static_cast<int>(r) % seqlen_q, h = static_cast<int>(r) / seqlen_q;
@@ -264,7 +267,7 @@ struct Instance {
       expected.push_back({zero, zero});
       reference_gradients(mine.q, mine.k, mine.v, mine_out, mine_dout, mine_lse,
                           has_dlse ? mine_dlse.data() : nullptr, scale, x.all.mask,
-                          terms_of(terms, b), expected.back().want, expected.back().allowed);
+                          terms_of(terms, b), expected.back().want, expected.back().allowed, b);
     }
     if (poisoned < x.batch()) {
       for (Tensor* tensor : {&q, &dout, &k, &v}) {
@@ -423,13 +426,17 @@ Instance instance(const char* name) {
 }
 
 constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true},
-    SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
-    ALL{.local = true, .deterministic = true, .softcap = true, .alibi = true};
+    SOFTCAP{.softcap = true}, ALIBI{.alibi = true}, DROPOUT{.dropout = true},
+    ALL{.local = true, .deterministic = true, .softcap = true, .alibi = true, .dropout = true};
 constexpr Variant WHOLE{.whole = true}, LOCAL_WHOLE{.local = true, .whole = true};
 constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true};
 constexpr Variant DETERMINISTIC_PACKED{.deterministic = true, .packed = true},
-    ALL_PACKED{
-        .local = true, .deterministic = true, .softcap = true, .alibi = true, .packed = true};
+    ALL_PACKED{.local = true,
+               .deterministic = true,
+               .softcap = true,
+               .alibi = true,
+               .dropout = true,
+               .packed = true};
 
 // head_dim, block_m, block_n, q_stages, do_stages, ds_stages, late_dq
 const Instance INSTANCES[] = {
@@ -459,6 +466,10 @@ const Instance INSTANCES[] = {
     instance<{128, 64, 128, 2, 1, 2, true}, ALIBI>("128:64x128-q2-do1-ds2-late-alibi"),
     instance<{96, 64, 128, 3, 2, 1, false}, ALIBI>("96:64x128-q3-do2-ds1-alibi"),
     instance<{256, 64, 64, 2, 2, 1, false}, ALIBI>("256:64x64-q2-do2-ds1-alibi"),
+    instance<{64, 128, 128, 3, 3, 2, true}, DROPOUT>("64:128x128-q3-do3-ds2-late-dropout"),
+    instance<{96, 64, 128, 3, 2, 1, false}, DROPOUT>("96:64x128-q3-do2-ds1-dropout"),
+    instance<{128, 64, 128, 2, 1, 2, true}, DROPOUT>("128:64x128-q2-do1-ds2-late-dropout"),
+    instance<{256, 64, 64, 2, 2, 1, false}, DROPOUT>("256:64x64-q2-do2-ds1-dropout"),
     instance<{64, 128, 128, 2, 2, 2, false}, ALL>("64:128x128-q2-do2-ds2-all"),
     instance<{128, 64, 128, 2, 1, 2, true}, ALL>("128:64x128-q2-do1-ds2-late-all"),
     instance<{256, 64, 64, 2, 2, 1, false}, ALL>("256:64x64-q2-do2-ds1-all"),

@@ -46,16 +46,16 @@ struct Case {
   float scale = 0;  // 0: 1 / sqrt(head_dim)
   CpuIsa isa = CpuIsa::generic;
   float softcap = 0;
-  bool alibi = false, sink = false;
+  bool alibi = false, sink = false, dropout = false;
 
   std::string name() const {
     char text[256];
     std::snprintf(text, sizeof(text),
                   "b%d sq%d skv%d hq%d hkv%d d%d window%d,%d dtype%d tile%dx%d threads%d pad%d "
-                  "heads_first%d isa%d softcap%g alibi%d sink%d",
+                  "heads_first%d isa%d softcap%g alibi%d sink%d dropout%d",
                   batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, mask.left, mask.right,
                   static_cast<int>(dtype), block_m, block_n, threads, pad, heads_first,
-                  static_cast<int>(isa), softcap, alibi, sink);
+                  static_cast<int>(isa), softcap, alibi, sink, dropout);
     return text;
   }
 };
@@ -97,6 +97,7 @@ struct Problem {
   Case c;
   Tensor q, k, v, out;
   std::vector<float> lse, slopes, sinks;
+  long long rng_state[2];
 
   Problem(const Case& c, unsigned seed)
       : c(c),
@@ -111,6 +112,7 @@ struct Problem {
       slopes.push_back(std::ldexp(1.0f, -static_cast<int>(engine() % 9)));
     }
     for (int i = 0; i < c.heads_q; ++i) sinks.push_back(static_cast<float>(3 * normal(engine)));
+    for (long long& x : rng_state) x = static_cast<long long>(engine()) << 32 | engine();
   }
 
   float scale() const {
@@ -118,8 +120,12 @@ struct Problem {
   }
 
   Terms terms() const {
-    return {c.softcap, c.alibi ? slopes.data() : nullptr, c.heads_q,
-            c.sink ? sinks.data() : nullptr};
+    return {c.softcap,
+            c.alibi ? slopes.data() : nullptr,
+            c.heads_q,
+            c.sink ? sinks.data() : nullptr,
+            c.dropout ? rng_state : nullptr,
+            45000};
   }
 
   AttentionParams params() {
@@ -203,12 +209,28 @@ Mask random_mask(Random& random, int seqlen_q, int seqlen_kv) {
   return {limit(seqlen_kv), limit(seqlen_q)};
 }
 
+// Known answers of the authors' library (Random123, kat_vectors).
+void test_philox() {
+  const unsigned f = 0xffffffff;
+  const Philox zeros = philox({{0, 0, 0, 0}}, 0, 0), ones = philox({{f, f, f, f}}, f, f);
+  const Philox pi =
+      philox({{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, 0xa4093822, 0x299f31d0);
+  const unsigned want[3][4] = {{0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48},
+                               {0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662},
+                               {0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a}};
+  for (int i = 0; i < 4; ++i) {
+    CHECK(zeros.x[i] == want[0][i] && ones.x[i] == want[1][i] && pi.x[i] == want[2][i], "word %d",
+          i);
+  }
+}
+
 // Each term in two cases of three.
 void add_random_terms(Random& random, Case& c) {
   const float softcaps[] = {0, 0.5f, 15};
   c.softcap = softcaps[below(random, 3)];
   c.alibi = below(random, 3) > 0;
   c.sink = below(random, 3) > 0;
+  c.dropout = below(random, 3) > 0;
 }
 
 void test_against_reference(CpuIsa isa) {
@@ -373,6 +395,8 @@ struct Batch {
         copy_row(problem.v, 0, key, v, b, s);
       }
       problem.sinks = problems[0]->sinks;
+      problem.rng_state[0] = problems[0]->rng_state[0];
+      problem.rng_state[1] = problems[0]->rng_state[1] + i;
       slopes.insert(slopes.end(), problem.slopes.begin(), problem.slopes.end());
     }
 
@@ -664,6 +688,7 @@ void test_isa_variable() {
 }  // namespace
 
 int main() {
+  test_philox();
   test_isa_variable();
   test_bad_arguments();
   for (CpuIsa isa : available_isas()) {

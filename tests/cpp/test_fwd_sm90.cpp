@@ -56,9 +56,15 @@ Instance instance(const char* name) {
 }
 
 constexpr Variant LOCAL{.local = true}, SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
-    SINK{.sink = true}, ALL{.local = true, .softcap = true, .alibi = true, .sink = true};
+    SINK{.sink = true}, DROPOUT{.dropout = true},
+    ALL{.local = true, .softcap = true, .alibi = true, .sink = true, .dropout = true};
 constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true},
-    ALL_PACKED{.local = true, .softcap = true, .alibi = true, .sink = true, .packed = true};
+    ALL_PACKED{.local = true,
+               .softcap = true,
+               .alibi = true,
+               .sink = true,
+               .dropout = true,
+               .packed = true};
 
 // head_dim, block_m, block_n, num_stages, q_stages, pingpong, q_in_registers, exp2_fma,
 // ctas_per_sm, serial
@@ -100,6 +106,12 @@ const Instance INSTANCES[] = {
     instance<{64, 256, 48, 2, 2, false, false, 0, 1, true}, SINK>(
         "64:256x48-stages2-q2-serial-sink"),
     instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, SINK>("64:128x64-stages2-qreg-sink"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}, DROPOUT>(
+        "64:128x64-stages2-pingpong-dropout"),
+    instance<{64, 256, 48, 2, 2, false, false, 0, 1, true}, DROPOUT>(
+        "64:256x48-stages2-q2-serial-dropout"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, DROPOUT>(
+        "128:64x80-stages2-q2-dropout"),
     instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, ALL>("64:128x64-stages2-qreg-all"),
     instance<{96, 256, 64, 3, 2, true, false, 0, 1, true}, ALL>(
         "96:256x64-stages3-q2-pingpong-serial-all"),

@@ -44,6 +44,7 @@ def terms_of(names, heads_q, batch, softcap=8.0, seed=0):
         softcap if "softcap" in names else 0.0,
         slopes.to(DEVICE) if "alibi" in names else None,
         sinks.to(DEVICE) if "sink" in names else None,
+        *((0.3, torch.tensor([seed, -3], device=DEVICE)) if "dropout" in names else ()),
     )
 
 
@@ -58,9 +59,7 @@ def tensors(batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, dtype, layo
 
 
 def problem_of(call, mask, direction="fwd"):
-    given = (call.terms.softcap > 0, *(x is not None for x in call.terms[1:]))
-    names = tuple(itertools.compress(TERMS, given))
-    return replace(Problem.of(call.q, call.k, mask, direction), terms=names)
+    return replace(Problem.of(call.q, call.k, mask, direction), terms=call.terms.names)
 
 
 def assert_matches(out, lse, call, mask):
@@ -110,7 +109,7 @@ def test_compiled_in_kernels(head_dim, tile, variant, dtype):
         check(call, mask, tile)
 
 
-@pytest.mark.parametrize("names", [("softcap",), ("alibi",), ("sink",), TERMS], ids="-".join)
+@pytest.mark.parametrize("names", [*((term,) for term in TERMS), TERMS], ids="-".join)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_the_planned_kernel_on_random_problems(names, data):
@@ -164,7 +163,14 @@ def test_kernels_refuse_terms_that_they_do_not_have():
     q, k, v = tensors(1, 100, 100, 2, 2, 64, torch.bfloat16, ["packed"] * 3)
     each = torch.zeros(2, device=DEVICE)
     plain = next(handle for key, handle in INFO.handles.items() if key[::2] == (64, PLAIN))
-    for terms in ((30.0, None, None), (0.0, each, None), (0.0, None, each)):
+    state = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    options = (
+        (30.0, None, None),
+        (0.0, each, None),
+        (0.0, None, each),
+        (0.0, None, None, 0.5, state),
+    )
+    for terms in options:
         with pytest.raises(RuntimeError, match="invalid argument"):
             torch.ops.flashmoe.fwd_cuda(q, k, v, 0.1, -1, -1, plain, *terms)
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 import flashmoe
 from flashmoe.integrations import flash_attn as ours
+from flashmoe.measure.reference import attention_reference
+from flashmoe.spec.dropout import kept_weights
+from flashmoe.spec.mask import CAUSAL
 
 if importlib.util.find_spec("flash_attn") is not None:
     pytest.skip("a real flash-attn is installed", allow_module_level=True)
@@ -134,8 +137,40 @@ def test_the_private_pair(packed: bool, window: tuple[int, int]) -> None:
     wanted = torch.autograd.grad(want, (q, k, v), dout)
     for got, expected in zip(gradients, wanted, strict=True):
         _close(got, expected)
-    with pytest.raises(NotImplementedError, match=r"dropout_p must be 0\.0"):
-        fa._flash_attn_forward(q, k, v, 0.1, 0.3, False, -1, -1, 0.0, None, False)
+    with pytest.raises(NotImplementedError, match="return_softmax must be False"):
+        fa._flash_attn_forward(q, k, v, 0.0, 0.3, False, -1, -1, 0.0, None, True)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_pair_with_dropout(packed: bool) -> None:
+    """The backward's mask is the forward's, by its state; S_dmask has it."""
+    import flash_attn.flash_attn_interface as fa
+
+    q, k, v, dout = (torch.randn(2, 13, heads, 16) for heads in (4, 2, 2, 4))
+    rest = (0.4, 0.3, True, -1, -1, 0.0, None)
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    if packed:
+        q, k, v, dout, *gradients = (x.flatten(0, 1) for x in (q, k, v, dout, *gradients))
+        cu_seqlens = torch.tensor([0, 13, 26], dtype=torch.int32)
+        lengths = (cu_seqlens, cu_seqlens, 13, 13)
+        out, lse, weights, state = fa._flash_attn_varlen_forward(q, k, v, *lengths, *rest, True)
+        fa._flash_attn_varlen_backward(
+            *(dout, q, k, v, out, lse, *gradients, *lengths, *rest, False, state)
+        )
+    else:
+        out, lse, weights, state = fa._flash_attn_forward(q, k, v, *rest, True)
+        fa._flash_attn_backward(dout, q, k, v, out, lse, *gradients, *rest, False, state)
+    leaves = [x.unflatten(0, (-1, 13)) if packed else x for x in (q, k, v)]
+    leaves = [x.double().requires_grad_() for x in leaves]
+    want, _ = attention_reference(*leaves, 0.3, CAUSAL, dropout_p=0.4, rng_state=state)
+    _close(out.double(), want.reshape(out.shape))
+    wanted = torch.autograd.grad(want, leaves, dout.double().reshape(want.shape))
+    for got, expected in zip(gradients, wanted, strict=True):
+        _close(got.double(), expected.reshape(got.shape))
+    kept = kept_weights(state, 0.4, 2, 4, (0, 13), (0, 13))
+    seen = torch.ones(13, 13).tril().bool()
+    assert torch.equal((weights > 0)[..., seen], kept[..., seen])
 
 
 @pytest.mark.usefixtures("installed")

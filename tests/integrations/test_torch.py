@@ -12,6 +12,7 @@ from torch import Tensor
 
 import flashmoe
 from flashmoe.integrations import torch as ours
+from flashmoe.measure.reference import attention_reference
 
 TORCH_SDPA = F.scaled_dot_product_attention
 needs_hook = pytest.mark.skipif(
@@ -147,13 +148,28 @@ def test_results_are_laid_out_as_torch_lays_them_out() -> None:
             assert gradient.stride() == q.stride()
 
 
+def test_the_hook_has_dropout() -> None:
+    q, k, v = _qkv()
+    out, lse, *_, state, unused, _ = ours._sdpa(q, k, v, 0.5)
+    lengths = (None, None, q.shape[2], k.shape[2])
+    gradients = ours._sdpa_backward(
+        *(torch.ones_like(out), q, k, v, out, lse, *lengths, 0.5, False, state, unused)
+    )
+    leaves = [x.detach().double().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    state = state.view(torch.int64)
+    expected, _ = attention_reference(*leaves, dropout_p=0.5, rng_state=state)
+    wanted = torch.autograd.grad(expected.sum(), leaves)
+    for x, y in zip((out, *gradients), (expected, *wanted), strict=True):
+        torch.testing.assert_close(x.double(), y.transpose(1, 2), rtol=2e-2, atol=2e-2)
+
+
 def test_the_hook_is_undone() -> None:
     ours.register()
     assert "flashmoe" in torch.nn.attention.list_flash_attention_impls()
     torch.nn.attention.activate_flash_attention_impl("flashmoe")
     assert torch.nn.attention.current_flash_attention_impl() == "flashmoe"
-    with pytest.raises(NotImplementedError, match=r"dropout_p must be 0\.0"):
-        torch.ops.aten._scaled_dot_product_flash_attention(*_qkv(), 0.5)
+    with pytest.raises(NotImplementedError, match="return_debug_mask must be False"):
+        torch.ops.aten._scaled_dot_product_flash_attention(*_qkv(), 0.5, False, True)
     ours.unregister()
     assert torch.nn.attention.current_flash_attention_impl() is None
     with pytest.raises(ValueError, match="Unknown flash attention impl 'flashmoe'"):

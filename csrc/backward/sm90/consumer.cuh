@@ -3,6 +3,7 @@
 
 #include "backward/sm90/order.cuh"
 #include "backward/sm90/work.cuh"
+#include "common/dropout.h"
 #include "ptx/ld_st.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mbarrier.cuh"
@@ -130,17 +131,63 @@ struct Consumer {
     return p.terms.alibi_slopes[work.batch * p.terms.alibi_batch_stride + head] *
            1.4426950408889634f;
   }
+  // Of all heads; the one that a step is of is added to counter3. The shuffles tell the compiler
+  // that a warp agrees on it.
+  __device__ __forceinline__ Dropout dropout() const {
+    if constexpr (!VARIANT.dropout) return {};
+    Dropout dropout = Dropout::of(p.terms, work.batch, 0);
+    for (unsigned* x : {&dropout.key0, &dropout.key1, &dropout.counter2, &dropout.counter3}) {
+      *x = __shfl_sync(0xffffffff, *x, 0);
+    }
+    return dropout;
+  }
+  // Which weights of a warp's 16 keys and the 64 queries from m_start on are dropped: of this
+  // thread's, those of query 2 * (lane % 4) + c of each 8 are bits of dropped[c], as `is_dropped`
+  // finds them. A thread computes those of 16 x 16 tiles that it would have if queries were the
+  // rows, as in the forward; which are others' here.
+  __device__ __forceinline__ void drop(unsigned (&dropped)[2], Dropout dropout, int head,
+                                       int m_start) const {
+    dropout.counter3 += head;
+    unsigned computed = 0;
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+      const Philox bits = dropout.bits(m_start + tile * 16 + lane / 4,
+                                       work.n_start + mine * 64 + warp * 16 + lane % 4 * 2);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int bit = tile * 8 + i * 2;
+        if ((bits.x[i] & 0xffff) > dropout.limit) computed |= 1u << bit;
+        if (bits.x[i] >> 16 > dropout.limit) computed |= 2u << bit;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int owner = (lane % 4 * 2 + c) * 4 + lane / 8;
+      dropped[c] = __shfl_sync(0xffffffff, computed, owner) >> (lane / 4 & 1);
+    }
+  }
+  // The sign bit of what is dropped of an element of S: 8 * i + c is its query, half its key's 8.
+  __device__ __forceinline__ static unsigned sign_of(unsigned dropped, int i, int half) {
+    return dropped << (31 - (i / 2 % 4 * 8 + half * 4 + i % 2 * 2)) & 0x80000000u;
+  }
+  // What gradients are multiplied by in the end, for 1 / (1 - p).
+  __device__ __forceinline__ static float rescale(const AttentionParams& p) {
+    return VARIANT.dropout ? dropout_scale(p.terms.dropout_limit) : 1.f;
+  }
   // P from S, in place and packed. In place it is multiplied by the derivative of softcap, which
-  // only dS has.
+  // only dS has, and what is dropped is negative.
   __device__ __forceinline__ void exponentiate(Scores& S_rmem, Operand& P_rmem, unsigned minus_lse,
-                                               int m_start, float slope) const {
+                                               int m_start, float slope, const Dropout& dropout,
+                                               int head) const {
     // The query that is level with this thread's first key, from its first one on.
     const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
     const Sequence& s = work.sequence;
     const int level =
         key - (seqlen_kv<VARIANT>(p, s) - seqlen_q<VARIANT>(p, s)) - m_start - lane % 4 * 2;
+    unsigned dropped[2];
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 8; ++i) {
+      if (VARIANT.dropout && i % 8 == 0) drop(dropped, dropout, head, m_start + i * 8);
       const float2 l = ptx::ld_shared_v2(minus_lse + i * 32 + lane % 4 * 8);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -156,7 +203,14 @@ struct Consumer {
         }
         s0 = ptx::ex2_approx_ftz(s0);
         s1 = ptx::ex2_approx_ftz(s1);
-        P_rmem[i / 2][i % 2 * 2 + half] = ptx::cvt_rn_x2<T>(s0, s1);
+        if constexpr (VARIANT.dropout) {
+          s0 = __int_as_float(__float_as_int(s0) | sign_of(dropped[0], i, half));
+          s1 = __int_as_float(__float_as_int(s1) | sign_of(dropped[1], i, half));
+          P_rmem[i / 2][i % 2 * 2 + half] = ptx::cvt_rn_x2<T>(__float_as_int(s0) < 0 ? 0.f : s0,
+                                                              __float_as_int(s1) < 0 ? 0.f : s1);
+        } else {
+          P_rmem[i / 2][i % 2 * 2 + half] = ptx::cvt_rn_x2<T>(s0, s1);
+        }
         if constexpr (VARIANT.softcap) {
           // Clamped: a hidden score is -infinity.
           s0 *= ptx::fma_sat(-t0, t0, 1.f);
@@ -167,15 +221,27 @@ struct Consumer {
       if (VARIANT.softcap && i % 2 == 1) ptx::pmevent();
     }
   }
-  // dS = P (dP - delta), packed; P as exponentiate leaves it.
+  // dS = P (dP - delta), packed; P as exponentiate leaves it. With dropout dP of what is dropped is
+  // 0, and 1 - p of dS is computed.
   __device__ __forceinline__ void differentiate(const Scores& P_rmem, const Scores& dP_rmem,
                                                 Operand& dS_rmem, unsigned delta) const {
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 8; ++i) {
-      const float2 d = ptx::ld_shared_v2(delta + i * 32 + lane % 4 * 8);
+      float2 d = ptx::ld_shared_v2(delta + i * 32 + lane % 4 * 8);
+      if constexpr (VARIANT.dropout) {
+        const float kept = static_cast<float>(p.terms.dropout_limit + 1) * 0x1p-16f;
+        d = float2{d.x * kept, d.y * kept};
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int e = 4 * i + 2 * half;
+        if constexpr (VARIANT.dropout) {
+          const float p0 = P_rmem[e], p1 = P_rmem[e + 1];
+          dS_rmem[i / 2][i % 2 * 2 + half] =
+              ptx::cvt_rn_x2<T>(fabsf(p0) * ((p0 < 0.f ? 0.f : dP_rmem[e]) - d.x),
+                                fabsf(p1) * ((p1 < 0.f ? 0.f : dP_rmem[e + 1]) - d.y));
+          continue;
+        }
         dS_rmem[i / 2][i % 2 * 2 + half] = ptx::cvt_rn_x2<T>(
             P_rmem[e] * (dP_rmem[e] - d.x), P_rmem[e + 1] * (dP_rmem[e + 1] - d.y));
       }

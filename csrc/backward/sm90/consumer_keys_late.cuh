@@ -13,6 +13,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
   using C = Consumer<T, TILE, VARIANT>;
   constexpr int BLOCK_M = TILE.block_m;
   const C c{params, smem, work, w};
+  const Dropout dropout = c.dropout();
   typename C::Gradient dK_rmem, dV_rmem;
   typename C::Scores S_rmem, dP_rmem;
   typename C::Operand P_rmem, dS_rmem;
@@ -63,7 +64,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
       c.start_scores(dP_rmem, smem.V, dO);
       c.cap(S_rmem);
       if (steps.masked<TILE, VARIANT>()) c.mask(S_rmem, steps.m * BLOCK_M);
-      c.exponentiate(S_rmem, P_rmem, stats, steps.m * BLOCK_M, slope);
+      c.exponentiate(S_rmem, P_rmem, stats, steps.m * BLOCK_M, slope, dropout, steps.head);
       c.start_gradient(dV_rmem, P_rmem, dO);
       ptx::wgmma_wait_group<1>();  // dP
       ptx::fence_registers(dP_rmem);
@@ -103,9 +104,10 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
   ptx::fence_registers(dK_rmem);
   ptx::fence_registers(dV_rmem);
   ptx::mbarrier_wait_parity(smem.full_V, 0);  // even where no query sees these keys
-  c.stage(dV_rmem, smem.V, 1.f);
+  const float rescale = C::rescale(params.call.attention);
+  c.stage(dV_rmem, smem.V, rescale);
   ptx::bar_sync(C::BARRIER_DS, C::ALL);  // the other warpgroup's dQ has read K
-  c.stage(dK_rmem, smem.K, params.call.attention.softmax_scale);
+  c.stage(dK_rmem, smem.K, params.call.attention.softmax_scale * rescale);
   ptx::fence_proxy_async_shared();
   ptx::bar_sync(C::BARRIER_MINE + w, 128);
   if (threadIdx.x % 128 == 0) {

@@ -64,6 +64,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
     typename C::PartOfDQ dQ_rmem;
     Ring<TILE.q_stages> q_ring;
     Ring<TILE.do_stages> do_ring;
+    const Dropout dropout = this->dropout();
 #pragma unroll
     for (int i = 0; i < TILE.head_dim / 2; ++i) dV_rmem[i] = 0.f;
     ptx::fence_registers(dV_rmem);
@@ -84,7 +85,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         this->cap(S_rmem);
         if (steps.masked<TILE, VARIANT>()) this->mask(S_rmem, steps.m * BLOCK_M);
         this->exponentiate(S_rmem, P_rmem, smem.stats + q_ring.stage() * TILE.stats_bytes(),
-                           steps.m * BLOCK_M, slope);
+                           steps.m * BLOCK_M, slope, dropout, steps.head);
         hand_on(S_rmem);
         ptx::bar_arrive(C::BARRIER_P, C::ALL);
         ptx::mbarrier_wait_parity(smem.full_dO + 8 * do_ring.stage(), do_ring.parity());
@@ -118,7 +119,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         steps.next();
       }
     }
-    store_gradient(dV_rmem, &this->params.dv, smem.V, 1.f);
+    store_gradient(dV_rmem, &this->params.dv, smem.V, C::rescale(this->p));
   }
 
   // dP, dS, dK.
@@ -181,7 +182,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         steps.next();
       }
     }
-    store_gradient(dK_rmem, &this->params.dk, smem.K, this->p.softmax_scale);
+    store_gradient(dK_rmem, &this->params.dk, smem.K, this->p.softmax_scale * C::rescale(this->p));
   }
 };
 

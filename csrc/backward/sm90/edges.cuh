@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward/sm90/work.cuh"
+#include "common/dropout.h"
 #include "ptx/cp_async.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "ptx/ld_st.cuh"
@@ -197,7 +198,8 @@ __device__ __forceinline__ void finish(const Sm90BackwardParams& params) {
     }
   }
   const float4* sum = E::sums(params, work);
-  const float scale = p.softmax_scale;
+  float scale = p.softmax_scale;
+  if constexpr (VARIANT.dropout) scale *= dropout_scale(p.terms.dropout_limit);
   ptx::griddepcontrol_wait();
   float4 x[E::SUMS];  // all under way together
 #pragma unroll

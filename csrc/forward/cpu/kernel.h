@@ -9,6 +9,7 @@
 // task. Rows go through it in panels of PANEL, so that S^T (block_n x PANEL) stays in L1.
 #pragma once
 
+#include "common/dropout.h"
 #include "forward/cpu/task.h"
 #include "forward/cpu/tiles.h"
 
@@ -314,6 +315,44 @@ struct BlockForward {
     return moved;
   }
 
+  // Makes 0 of those of P^T[keys][rows] that dropout drops. Keys are counted from first_key.
+  FLASHMOE_NOINLINE void drop_weights(long long panel_begin, int rows, long long first_key,
+                                      int keys) const {
+    unsigned row_counters[PANEL], heads[PANEL], words[2][PANEL];
+    bool lower[PANEL];  // half of a tile of 16 rows
+    for (int lane = 0; lane < PANEL; ++lane) {
+      const long long row = panel_begin + (lane < rows ? lane : rows - 1);
+      const unsigned position = static_cast<unsigned>(row / group);
+      row_counters[lane] = Dropout::row_counter(position);
+      heads[lane] = static_cast<unsigned>(query_head(row));
+      lower[lane] = position & 8;
+    }
+    const Dropout dropout = Dropout::of(params.terms, task.batch, 0);
+    const unsigned limit = dropout.limit;
+    for (long long tile = first_key & ~15ll; tile < first_key + keys; tile += 16) {
+      for (int pair = 0; pair < 8; pair += 2) {
+        const unsigned column = Dropout::column_counter(static_cast<unsigned>(tile + pair));
+        for (int lane = 0; lane < PANEL; ++lane) {
+          const Philox bits = philox(
+              {{row_counters[lane], column, dropout.counter2, dropout.counter3 + heads[lane]}},
+              dropout.key0, dropout.key1);
+          words[0][lane] = lower[lane] ? bits.x[1] : bits.x[0];
+          words[1][lane] = lower[lane] ? bits.x[3] : bits.x[2];
+        }
+        for (int i = 0; i < 4; ++i) {
+          const int column = i / 2 * 8 + i % 2;
+          const long long n = tile + pair + column - first_key;
+          if (n < 0 || n >= keys) continue;
+          for (int lane = 0; lane < PANEL; ++lane) {
+            float& p = s_t[n * PANEL + lane];
+            const unsigned mine = words[column / 8][lane] >> column % 2 * 16 & 0xffff;
+            p = mine <= limit ? p : 0.0f;
+          }
+        }
+      }
+    }
+  }
+
   // O[rows][NV vectors] += P . V for one column of V.
   template <int NV>
   void pv_panel(int rows, const float* v, Accumulate accumulate, float* o_panel) const {
@@ -390,6 +429,9 @@ struct BlockForward {
     if (common_begin > 0) mask_first<NV>(common_begin);
     const bool moved = softmax_panel<NV>(common_end, keys, row_max + local, row_sum + local);
 
+    if (params.terms.rng_state != nullptr) {
+      drop_weights(panel_begin, rows, n_begin + skipped, keys);
+    }
     const bool first_keys = first.begin >= n_begin;  // of the panel: its O is not yet set
     const Accumulate accumulate = first_keys ? Accumulate::overwrite
                                   : moved    ? Accumulate::rescale
@@ -422,6 +464,7 @@ struct BlockForward {
         lse = top + __builtin_logf(total);
       }
     }
+    if (params.terms.rng_state != nullptr) factor *= dropout_scale(params.terms.dropout_limit);
     T* dst = static_cast<T*>(params.out) +
              q_offset(row, params.o_batch_stride, params.o_row_stride, params.o_head_stride);
     const auto scale = Vec::eight_set1(factor);

@@ -3,6 +3,7 @@
 // each warp owns WARP_M of them from Q to O, so only K and V are shared between warps.
 #pragma once
 
+#include "common/dropout.h"
 #include "common/params.h"
 #include "common/swizzle.cuh"
 #include "forward/sm80/tile.h"
@@ -189,6 +190,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
   if (GENERAL && terms.alibi_slopes != nullptr) {
     slope = terms.alibi_slopes[batch * terms.alibi_batch_stride + head] / scale;
   }
+  const bool drops = GENERAL && terms.rng_state != nullptr;
   int stage = 0;
   bool coarse = false;  // whether the maximum of a row of this warp is
 
@@ -341,6 +343,20 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
       }
     }
 
+    if (drops) {
+      const Dropout dropout = Dropout::of(terms, batch, head);  // else it would take registers
+#pragma unroll
+      for (int m = 0; m < M_TILES; ++m) {
+        const int row = m_start + warp * Tile::WARP_M + m * 16 + lane / 4;
+#pragma unroll
+        for (int k = 0; k < BLOCK_N / 16; ++k) {
+          const Philox bits = dropout.bits(row, n_tile * BLOCK_N + k * 16 + (lane & 3) * 2);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) P_rmem[m][k][i] &= dropout.kept_halves(bits.x[i]);
+        }
+      }
+    }
+
     // V of this tile has arrived, and every warp is done with K of this tile.
     ptx::cp_async_wait_group<2 * (NUM_STAGES - 1)>();
     __syncthreads();
@@ -399,6 +415,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
         inverse *= share / both;
         row_lse = largest + __log2f(both) * LN_2;
       }
+      if (drops) inverse *= dropout_scale(terms.dropout_limit);
       const int row = warp * Tile::WARP_M + m * 16 + half * 8 + lane / 4;
       if ((lane & 3) == 0 && m_start + row < params.seqlen_q) lse[m_start + row] = row_lse;
 #pragma unroll

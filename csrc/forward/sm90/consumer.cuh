@@ -196,6 +196,16 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if constexpr (LEFT_ONLY) ptx::fence_registers(S_rmem);
   };
 
+  // P from S; with dropout without the weights that it drops, which stay in the sums.
+  auto exponentiate = [&] {
+    softmax.exponentiate(S_rmem, P_rmem);
+    if constexpr (VARIANT.dropout) {
+      const Work work = read_work<VARIANT>(smem, work_ring.stage());
+      drop_weights(P_rmem, warp_dropout(p.terms, work.batch, work.head),
+                   work.m_start + w * 64 + warp * 16, (n_first + n_tile) * BLOCK_N);
+    }
+  };
+
   auto is_suspicious = [&] { return is_suspect<T>(softmax.minus_max, softmax.row_sum); };
   // At the end of a block of rows that is suspicious: computes again what was lost. P of its last
   // tile may not have been multiplied by V yet, which then adds nothing any more.
@@ -353,7 +363,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
           }
         }
         trace(12);
-        softmax.exponentiate(S_rmem, P_rmem);
+        exponentiate();
         trace(5);
         wait_V(V_there);
         start_O(V_desc);
@@ -428,7 +438,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   finish_S(IntConstant<0>{}, true, n_tile == 0);
   if (VARIANT.local || n_tile >= n_unmasked) mask(IntConstant<false>{});
   softmax.template update<true>(S_rmem, rescale);
-  softmax.exponentiate(S_rmem, P_rmem);
+  exponentiate();
   int staged = -1;  // buffer that the TMA may still read
   while (true) {
     if (n_tile > 0) wait_K();
@@ -462,7 +472,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         trace(7);
         if (grew) rescale_O<HEAD_DIM>(O_rmem, rescale);
       }
-      softmax.exponentiate(S_rmem, P_rmem);
+      exponentiate();
       trace(5);
       if (n_tile > 0) wait_K(K_there);
       trace(6);
@@ -514,7 +524,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       skip_V();
       if (VARIANT.local || n_tile >= n_unmasked) mask(IntConstant<false>{});
       softmax.template update<true>(S_rmem, rescale);
-      softmax.exponentiate(S_rmem, P_rmem);
+      exponentiate();
       continue;
     }
     // The last O of this block of rows runs beside the first S of the next.
@@ -540,7 +550,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     output.store(O_rmem, done, done_buffer, done_max, done_sum);
     staged = done_buffer;
     trace(10);
-    softmax.exponentiate(S_rmem, P_rmem);
+    exponentiate();
     trace(5);
   }
 }

@@ -54,6 +54,7 @@ struct Output {
       const bool empty = minus == NO_MAXIMUM;
       scale[half] = empty ? 0.f : ptx::rcp_approx_ftz(sum);
       if constexpr (VARIANT.sink) scale[half] *= share;
+      if constexpr (VARIANT.dropout) scale[half] *= dropout_scale(p.terms.dropout_limit);
       const int row = row_of(work, half);
       if ((lane & 3) == 0 && row < seqlen_q<VARIANT>(p, work.sequence)) {
         // About 1 without the shift, where lg2.approx is at its best.

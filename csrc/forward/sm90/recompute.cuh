@@ -118,7 +118,8 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const W
   const KeyRange keys = VisibleKeys<VARIANT>{p, sequence}(row, row + 15);
   // Told that a warp agrees on them: ptxas would take the fast path for divergent, too.
   const int n_end = __shfl_sync(0xffffffff, keys.end, 0);
-  const int n_begin = VARIANT.local ? __shfl_sync(0xffffffff, keys.begin, 0) : 0;
+  int n_begin = VARIANT.local ? __shfl_sync(0xffffffff, keys.begin, 0) : 0;
+  if (VARIANT.dropout) n_begin &= ~7;  // as its bits are grouped
 #pragma unroll 1
   for (auto& columns : rows.O) {
     for (float& x : columns) x = 0.f;
@@ -158,6 +159,14 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const W
         rows.row_sum[half] += x[i];
       }
       P[half] = ptx::cvt_rn_x2<T>(x[0], x[1]);
+    }
+    if constexpr (VARIANT.dropout) {
+      const Dropout dropout = Dropout::of(p.terms, batch, head);
+      const Philox bits = dropout.bits(row + lane / 4, n + lane % 4 * 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        P[half] &= dropout.kept_halves(n & 8 ? bits.x[2 + half] : bits.x[half]);
+      }
     }
     const int key = n + lane % 4 * 2;
 #pragma unroll 1

@@ -1,6 +1,7 @@
 // Softmax of the rows that a thread of a consumer warpgroup holds, and S, P and O in its registers.
 #pragma once
 
+#include "common/dropout.h"
 #include "forward/sm90/work.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/registers.cuh"
@@ -257,6 +258,28 @@ __device__ __forceinline__ void mask_S(float (&S_rmem)[BLOCK_N / 2],
         s = bits >> n & 1 ? s : -INFINITY;
       }
     }
+  }
+}
+
+// Of a head that a warp agrees on, which the shuffles tell the compiler.
+__device__ __forceinline__ Dropout warp_dropout(const Terms& terms, int batch, int head) {
+  Dropout dropout = Dropout::of(terms, batch, head);
+  for (unsigned* x : {&dropout.key0, &dropout.key1, &dropout.counter2, &dropout.counter3}) {
+    *x = __shfl_sync(0xffffffff, *x, 0);
+  }
+  return dropout;
+}
+// 0 for the weights of P that dropout drops, of a warp's 16 rows from `row` on and the columns from
+// `column` on.
+template <int TILES>
+__device__ __forceinline__ void drop_weights(unsigned (&P_rmem)[TILES][4], const Dropout& dropout,
+                                             int row, int column) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < TILES; ++k) {
+    const Philox bits = dropout.bits(row + lane / 4, column + k * 16 + lane % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) P_rmem[k][i] &= dropout.kept_halves(bits.x[i]);
   }
 }
 

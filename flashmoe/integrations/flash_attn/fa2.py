@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import flashmoe
-from flashmoe.frontend.attend import refuse_dropout
 from flashmoe.integrations import pair
 
 __all__ = [
@@ -37,7 +36,7 @@ __all__ = [
 USE_TRITON_ROCM = False
 
 # flash-attn has none of these.
-_OURS_ALONE = ("backend", "tile")
+_OURS_ALONE = ("backend", "tile", "rng_state")
 
 
 def _by_its_name(name: str) -> Callable[..., Any]:
@@ -105,7 +104,7 @@ flash_attn_varlen_kvpacked_func = _by_its_name("flash_attn_varlen_kvpacked_func"
 flash_attn_varlen_qkvpacked_func = _by_its_name("flash_attn_varlen_qkvpacked_func")
 flash_attn_with_kvcache = _by_its_name("flash_attn_with_kvcache")
 
-_Forward = tuple[Tensor, Tensor, None, Tensor]
+_Forward = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
@@ -113,8 +112,7 @@ def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: b
     return 2**31
 
 
-def _refuse(dropout_p: float, **others: Any) -> None:
-    refuse_dropout(dropout_p)
+def _refuse(**others: Any) -> None:
     for name, value in others.items():
         if value is not None and value is not False:
             allowed, got = ("False", "True") if value is True else ("None", type(value).__name__)
@@ -134,19 +132,20 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None = None,
     return_softmax: bool = False,
 ) -> _Forward:
-    """out, softmax_lse, None, and a random state that says nothing."""
-    _refuse(dropout_p, return_softmax=return_softmax)
-    out, lse = pair.forward(
+    """out, softmax_lse, S_dmask where return_softmax asks for it, and the state of dropout."""
+    _refuse(return_softmax=return_softmax and not dropout_p)
+    return pair.forward(
         q,
         k,
         v,
+        dropout_p=dropout_p,
+        return_weights=return_softmax,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=(window_size_left, window_size_right),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
     )
-    return out, lse, None, _random_state(q)
 
 
 def _flash_attn_varlen_forward(
@@ -172,10 +171,10 @@ def _flash_attn_varlen_forward(
     num_splits: int = 0,
 ) -> _Forward:
     """As _flash_attn_forward, of packed sequences. Rows outside of them are 0 in any case."""
-    _refuse(dropout_p, return_softmax=return_softmax, leftpad_k=leftpad_k)
+    _refuse(return_softmax=return_softmax and not dropout_p, leftpad_k=leftpad_k)
     if num_splits > 1:
         raise NotImplementedError(f"num_splits > 1 is not supported, got {num_splits}")
-    out, lse = pair.forward(
+    return pair.forward(
         q,
         k,
         v,
@@ -183,6 +182,8 @@ def _flash_attn_varlen_forward(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
+        dropout_p=dropout_p,
+        return_weights=return_softmax,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=(window_size_left, window_size_right),
@@ -191,11 +192,6 @@ def _flash_attn_varlen_forward(
         block_table=block_table,
         seqused_k=seqused_k,
     )
-    return out, lse, None, _random_state(q)
-
-
-def _random_state(q: Tensor) -> Tensor:
-    return torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
 def _flash_attn_backward(
@@ -219,7 +215,6 @@ def _flash_attn_backward(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """Writes dq, dk and dv; returns the rows' sums of dout * out (batch, heads, seqlen)."""
-    _refuse(dropout_p)
     found = pair.backward(
         dout,
         q,
@@ -232,6 +227,8 @@ def _flash_attn_backward(
         deterministic=deterministic,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
     )
     return _written(found, (dq, dk, dv), dout, out)
 
@@ -262,7 +259,6 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """As _flash_attn_backward, of packed sequences; returns (heads, total)."""
-    _refuse(dropout_p)
     found = pair.backward(
         dout,
         q,
@@ -279,6 +275,8 @@ def _flash_attn_varlen_backward(
         deterministic=deterministic,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
     )
     return _written(found, (dq, dk, dv), dout, out)
 
