@@ -95,7 +95,9 @@ def _flash_attn_forward(
             seqused_q,
             seqused_k,
         )
-        out, lse = fa3.flash_attn_varlen_func(q, k, v, *lengths, return_attn_probs=True, **how)
+        out, lse = fa3.flash_attn_varlen_func(
+            q, k, v, *lengths, **how | {"return_attn_probs": True}
+        )
     nothing = out.new_empty(0)
     return (out if out_ is None else out_.copy_(out)), lse, nothing, nothing
 
