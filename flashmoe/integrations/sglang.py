@@ -1,4 +1,4 @@
-"""SGLang: `register()`, or its plugin by that name, then `--attention-backend flashmoe`.
+"""SGLang's attention backend "flashmoe", by name from plugins.py.
 
 Written by SGLang 0.5.23. Its pools keep the cache; slots of page_size tokens are pages.
 """
@@ -9,23 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.server_args import add_attention_backend_choices
 from torch import Tensor
 
 from flashmoe.integrations.pages import attend_to_pages
-
-NAME = "flashmoe"
-
-
-def register() -> None:
-    """Make "flashmoe" known to SGLang, in this process; an installed flashmoe does so by itself in
-    all of SGLang's, as the plugin "flashmoe" (SGLANG_PLUGINS can leave it out)."""
-    register_attention_backend(NAME)(FlashmoeAttnBackend)
-    add_attention_backend_choices([NAME])
 
 
 class _Metadata(NamedTuple):

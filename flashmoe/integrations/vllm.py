@@ -1,4 +1,4 @@
-"""vLLM: `register()`, or its plugin by that name, then `attention_backend="FLASHMOE"`.
+"""vLLM's attention backend "FLASHMOE", by name from plugins.py.
 
 Written by vLLM 0.33: its FlashAttention backend with another forward. The cache, its layout, what
 is written to it and the metadata of a batch stay vLLM's.
@@ -16,19 +16,10 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import flashmoe
 from flashmoe.integrations.pages import attend_to_pages
-
-NAME = "FLASHMOE"
-
-
-def register() -> None:
-    """Make "FLASHMOE" known to vLLM, in this process; an installed flashmoe does so by itself in
-    all of vLLM's, as the plugin "flashmoe" (VLLM_PLUGINS can leave it out)."""
-    if NAME not in AttentionBackendEnum.__members__:
-        register_backend(NAME, f"{__name__}.{FlashmoeBackend.__qualname__}")
+from flashmoe.integrations.plugins import VLLM_NAME
 
 
 class FlashmoeBackend(FlashAttentionBackend):
@@ -38,7 +29,7 @@ class FlashmoeBackend(FlashAttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return NAME
+        return VLLM_NAME
 
     @staticmethod
     def get_impl_cls() -> type[FlashmoeImpl]:

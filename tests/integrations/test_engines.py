@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from support import DEVICE
 from torch import Tensor
 
 import flashmoe
+from flashmoe.integrations import plugins
 from flashmoe.integrations.pages import attend_to_pages
 
 HEADS, HEADS_KV, HEAD_DIM, PAGE_SIZE = 4, 2, 16, 16
@@ -74,6 +76,18 @@ def batch(request: pytest.FixtureRequest) -> Batch:
 def _close(got: Tensor, want: Tensor) -> None:
     tolerance = 1e-5 if torch.float32 == DTYPE else 2e-2
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_the_engines_find_the_plugins() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    found = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
+    names = {group: names["flashmoe"] for group, names in found.items()}
+    for group, name in {
+        "vllm.general_plugins": plugins.register_vllm,
+        "sglang.srt.plugins": plugins.register_sglang,
+    }.items():
+        assert names[group] == f"{name.__module__}:{name.__name__}"
 
 
 def test_pages(batch: Batch) -> None:
@@ -163,9 +177,10 @@ def _vllm_metadata(batch: Batch, **fields: Any) -> Any:
 
 
 def test_vllm_registers(vllm: Any) -> None:
-    vllm.ours.register()
-    vllm.ours.register()
+    plugins.register_vllm()
+    plugins.register_vllm()
     assert vllm.registered == {"FLASHMOE": "flashmoe.integrations.vllm.FlashmoeBackend"}
+    assert vllm.registered["FLASHMOE"] == f"{vllm.ours.__name__}.FlashmoeBackend"
     backend = vllm.ours.FlashmoeBackend
     assert backend.get_name() == "FLASHMOE"
     assert backend.get_impl_cls() is vllm.ours.FlashmoeImpl
@@ -256,11 +271,11 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     _module(monkeypatch, f"{root}.mem_cache.memory_pool", KVWriteLoc=lambda loc, swa: loc)
     choices: list[str] = []
     _module(monkeypatch, f"{root}.server_args", add_attention_backend_choices=choices.extend)
-    module = importlib.import_module("flashmoe.integrations.sglang")
-    module.register()
+    plugins.register_sglang()
     assert choices == ["flashmoe"]
+    assert "flashmoe.integrations.sglang" not in sys.modules
     yield SimpleNamespace(make=registered["flashmoe"], kinds=kinds)
-    del sys.modules[module.__name__]
+    sys.modules.pop("flashmoe.integrations.sglang", None)
 
 
 class Pool:

@@ -374,6 +374,67 @@ def test_flash_attention_3() -> None:
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_attention_3s_private_pair(packed: bool) -> None:
+    from flash_attn_3 import flash_attn_interface as fa3  # as TransformerEngine imports it
+
+    q, k, v = _qkv()
+    how: dict[str, Any] = {"softmax_scale": 0.3, "softcap": 2.0}
+    want, want_lse, _ = flashmoe.flash_attn_func(
+        q, k, v, window_size=(4, 0), return_attn_probs=True, **how
+    )
+    dout = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, (q, k, v), dout)
+    lengths: dict[str, Any] = {}
+    if packed:
+        ends = torch.tensor([0, 13, 26], dtype=torch.int32, device=DEVICE)
+        lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        lengths |= {"max_seqlen_q": 13, "max_seqlen_k": 13}
+        q, k, v, dout, want = (x.detach().flatten(0, 1) for x in (q, k, v, dout, want))
+        want_lse = want_lse.transpose(0, 1).flatten(1)
+        wanted = tuple(x.flatten(0, 1) for x in wanted)
+    given = torch.empty_like(q)
+    out, lse, *_ = fa3._flash_attn_forward(
+        q, k, v, out_=given, causal=True, window_size_left=4, **how, **lengths
+    )
+    assert out is given
+    assert not lse.requires_grad
+    _close(out, want)
+    _close(lse, want_lse)
+    gradients = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    places = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    sums = fa3._flash_attn_backward(
+        *(dout, q, k, v, out, lse), is_causal=True, window_size_left=4, **how, **lengths, **places
+    )
+    assert sums.shape == lse.shape
+    for got, expected in zip(gradients, wanted, strict=True):
+        _close(got, expected)
+    with pytest.raises(NotImplementedError, match="sequed_k must be None"):
+        fa3._flash_attn_backward(dout, q, k, v, out, lse, sequed_k=lse)
+
+
+@pytest.mark.usefixtures("installed")
+def test_flash_attention_3s_forward_of_a_cache() -> None:
+    import flash_attn_interface as fa3
+
+    q, k, v = (x.detach()[:, :1] for x in _qkv())
+    pages = [torch.randn(4, 8, 2, 16, device=DEVICE, dtype=DTYPE) for _ in "kv"]
+    table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([9, 0], dtype=torch.int32, device=DEVICE)
+    want, want_lse = flashmoe.flash_attn_with_kvcache(
+        *(q, *(x.clone() for x in pages), k, v),
+        cache_seqlens=lengths,
+        block_table=table,
+        return_softmax_lse=True,
+    )
+    out, lse, *_ = fa3._flash_attn_forward(q, *pages, k, v, seqused_k=lengths, page_table=table)
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+    with pytest.raises(NotImplementedError, match="seqused_q must be None with a cache"):
+        fa3._flash_attn_forward(q, *pages, seqused_k=lengths, seqused_q=lengths, page_table=table)
+
+
+@pytest.mark.usefixtures("installed")
 def test_queries_that_are_not_used() -> None:
     """FlashAttention-3's seqused_q: of each sequence's rows so many count, the first ones."""
     import flash_attn_interface as fa3

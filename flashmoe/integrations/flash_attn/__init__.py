@@ -19,18 +19,21 @@ VERSIONS = {"flash_attn": "2.8.3", "flash_attn_interface": "3.0.0"}
 _DISTRIBUTIONS = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}
 
 _HERE = __name__
-# Whose names each module has; None: a package of others.
-_MODULES: dict[str, str | None] = {
-    "flash_attn": f"{_HERE}.fa2",
-    "flash_attn.flash_attn_interface": f"{_HERE}.fa2",
-    "flash_attn.bert_padding": f"{_HERE}.bert_padding",
-    "flash_attn.layers": None,
-    "flash_attn.layers.rotary": f"{_HERE}.rotary",
-    "flash_attn.ops": None,
-    "flash_attn.ops.triton": None,
-    "flash_attn.ops.triton.rotary": f"{_HERE}.rotary",
-    "flash_attn_2_cuda": f"{_HERE}.raw",
-    "flash_attn_interface": f"{_HERE}.fa3",
+_FA3 = (f"{_HERE}.fa3", f"{_HERE}.fa3_pair")
+# Whose names each module has; nobody's: a package of others.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "flash_attn": (f"{_HERE}.fa2",),
+    "flash_attn.flash_attn_interface": (f"{_HERE}.fa2",),
+    "flash_attn.bert_padding": (f"{_HERE}.bert_padding",),
+    "flash_attn.layers": (),
+    "flash_attn.layers.rotary": (f"{_HERE}.rotary",),
+    "flash_attn.ops": (),
+    "flash_attn.ops.triton": (),
+    "flash_attn.ops.triton.rotary": (f"{_HERE}.rotary",),
+    "flash_attn_2_cuda": (f"{_HERE}.raw",),
+    "flash_attn_interface": _FA3,
+    "flash_attn_3": (),
+    "flash_attn_3.flash_attn_interface": _FA3,
 }
 _EXTENSION = "flash_attn_2_cuda"
 _PACKAGES = {name.rpartition(".")[0] for name in _MODULES} - {""}
@@ -39,7 +42,8 @@ _PACKAGES = {name.rpartition(".")[0] for name in _MODULES} - {""}
 def install(replace: bool = False) -> tuple[str, ...]:
     """Make `flash_attn` (FlashAttention-2's names, with bert_padding and rotary embeddings) and
     `flash_attn_interface` (FlashAttention-3's) importable and, for importlib.metadata, installed;
-    flash_attn_2_cuda, the compiled extension's functions, with the former.
+    flash_attn_2_cuda, the compiled extension's functions, with the former, the package flash_attn_3
+    with the latter.
 
     One that is really installed stays as it is unless `replace`. Call it before the libraries that
     look for flash-attn are imported, as many look once. Returns the names that flashmoe answers to.
@@ -70,7 +74,8 @@ _hidden: dict[str, ModuleType] = {}
 
 def _distributed_as(name: str) -> str:
     """The top-level module that module `name` comes with."""
-    return "flash_attn" if name == _EXTENSION else name.partition(".")[0]
+    top = name.partition(".")[0]
+    return {_EXTENSION: "flash_attn", "flash_attn_3": "flash_attn_interface"}.get(top, top)
 
 
 def _is_ours(module: ModuleType) -> bool:
@@ -88,8 +93,7 @@ def _is_installed(name: str) -> bool:
 class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
-        source = _MODULES[name]
-        if source is not None:
+        for source in _MODULES[name]:
             ours = importlib.import_module(source)
             for exported in ours.__all__:
                 setattr(module, exported, getattr(ours, exported))
