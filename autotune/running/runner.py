@@ -114,6 +114,10 @@ class Bench(Protocol):
         ...
 
 
+# out and softmax_lse (None where a backend does not return it), or dq, dk and dv.
+_Results = Callable[[], tuple[Tensor | None, ...]]
+
+
 class _Data:
     """Inputs of one problem, what runs on them, and what results are compared with."""
 
@@ -139,20 +143,18 @@ class _Data:
         assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
         return Saved(self._inputs.dout, out, lse)
 
-    def call_of(self, candidate: Candidate) -> Callable[[], tuple[Tensor | None, ...]]:
-        """out and softmax_lse (None where a backend does not return it), or dq, dk and dv."""
+    def bound(self, candidate: Candidate) -> _Results:
         backend, tile, call = BACKENDS[candidate.backend], candidate.tile, self._inputs.call
         if self.saved is None:
             return functools.partial(backend.bind(self._problem, tile), call)
         return functools.partial(backend.bind_backward(self._problem, tile), call, self.saved)
 
-    def error(self, candidate: Candidate) -> str:
+    def error(self, call: _Results) -> str:
         """What is wrong with its results, empty when nothing is. Raises what it raises."""
-        call = self.call_of(candidate)
         names = ("out", "softmax_lse") if self.saved is None else ("dq", "dk", "dv")
         # The allocator hands freed memory out again: without this, rows that a kernel forgets to
         # write could hold the right results of the previous candidate instead of NaN.
-        for x in self._inputs.call[: len(names)]:
+        for x in self._inputs.call[:3]:
             torch.full_like(x, float("nan"))
         return self.checker.check(dict(zip(names, call(), strict=True))).reason
 
@@ -195,7 +197,7 @@ class DeviceRunner:
     ) -> dict[str, Measurement]:
         self._looks += 1
         measured, _ = measure_quietly(
-            {name: self._timed.call_of(candidate) for name, candidate in candidates.items()},
+            {name: self._call(self._timed, candidate) for name, candidate in candidates.items()},
             self._device,
             rounds=rounds,
             warmup=warmup,
@@ -205,10 +207,16 @@ class DeviceRunner:
         )
         return measured
 
-    def _checked(self, candidate: Candidate, data: str) -> Measurement:
+    def _call(self, data: _Data, candidate: Candidate) -> _Results:
+        """What runs a candidate, bound by its first call: where that fails, the candidate does."""
+        bound = functools.cache(data.bound)
+        return lambda: bound(candidate)()
+
+    def _checked(self, candidate: Candidate, name: str) -> Measurement:
         start = time.perf_counter()
         try:
-            reason = getattr(self, data).error(candidate)
+            data: _Data = getattr(self, name)
+            reason = data.error(self._call(data, candidate))
             status = "wrong" if reason else "ok"
         except timing.DeviceLost:
             raise
