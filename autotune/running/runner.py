@@ -114,6 +114,10 @@ class Bench(Protocol):
         ...
 
 
+# out and softmax_lse (None where a backend does not return it), or dq, dk and dv.
+_Results = Callable[[], tuple[Tensor | None, ...]]
+
+
 class _Data:
     """Inputs of one problem, what runs on them, and what results are compared with."""
 
@@ -121,7 +125,7 @@ class _Data:
         self._problem = problem
         self._device = device
         self._inputs = make_inputs(problem, device, seed, guard)
-        self.checker = Checker(self._inputs, seed)
+        self._checker = Checker(self._inputs, seed)
 
     @functools.cached_property
     def saved(self) -> Saved | None:
@@ -131,30 +135,34 @@ class _Data:
         forward = replace(self._problem, direction="fwd")
         plan = heuristic(forward, self._device, need_lse=True)
         out, lse = BACKENDS[plan.backend].bind(forward, plan.tile)(self._inputs.call)
-        found = self.checker.check({"out": out, "softmax_lse": lse})
-        if found.reason:
-            raise RuntimeError(
-                f"the forward, {plan.tile or plan.backend}, is wrong: {found.reason}"
-            )
         assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
         return Saved(self._inputs.dout, out, lse)
 
-    def call_of(self, candidate: Candidate) -> Callable[[], tuple[Tensor | None, ...]]:
-        """out and softmax_lse (None where a backend does not return it), or dq, dk and dv."""
+    @functools.cached_property
+    def expected(self) -> Checker:
+        """What judges results, once it has judged what a backward is given."""
+        assert self._checker.expected
+        if self.saved is not None:
+            _, out, lse, _ = self.saved
+            if reason := self._checker.check({"out": out, "softmax_lse": lse}).reason:
+                raise RuntimeError(f"the forward that runs untuned is wrong: {reason}")
+        return self._checker
+
+    def bound(self, candidate: Candidate) -> _Results:
         backend, tile, call = BACKENDS[candidate.backend], candidate.tile, self._inputs.call
         if self.saved is None:
             return functools.partial(backend.bind(self._problem, tile), call)
         return functools.partial(backend.bind_backward(self._problem, tile), call, self.saved)
 
-    def error(self, candidate: Candidate) -> str:
+    def error(self, call: _Results) -> str:
         """What is wrong with its results, empty when nothing is. Raises what it raises."""
-        call = self.call_of(candidate)
+        expected = self.expected
         names = ("out", "softmax_lse") if self.saved is None else ("dq", "dk", "dv")
         # The allocator hands freed memory out again: without this, rows that a kernel forgets to
         # write could hold the right results of the previous candidate instead of NaN.
-        for x in self._inputs.call[: len(names)]:
+        for x in self._inputs.call[:3]:
             torch.full_like(x, float("nan"))
-        return self.checker.check(dict(zip(names, call(), strict=True))).reason
+        return expected.check(dict(zip(names, call(), strict=True))).reason
 
 
 class DeviceRunner:
@@ -173,8 +181,7 @@ class DeviceRunner:
         return _Data(ragged(self._problem), self._device, self._seed + 1, GUARD_ROWS)
 
     def reference(self) -> None:
-        assert self._timed.checker.expected
-        assert self._timed.saved or self._problem.direction == "fwd"
+        assert self._timed.expected
 
     def prepare(self, candidate: Candidate) -> Measurement:
         if candidate not in self._prepared:
@@ -195,7 +202,7 @@ class DeviceRunner:
     ) -> dict[str, Measurement]:
         self._looks += 1
         measured, _ = measure_quietly(
-            {name: self._timed.call_of(candidate) for name, candidate in candidates.items()},
+            {name: self._call(self._timed, candidate) for name, candidate in candidates.items()},
             self._device,
             rounds=rounds,
             warmup=warmup,
@@ -205,10 +212,16 @@ class DeviceRunner:
         )
         return measured
 
-    def _checked(self, candidate: Candidate, data: str) -> Measurement:
+    def _call(self, data: _Data, candidate: Candidate) -> _Results:
+        """What runs a candidate, bound by its first call: where that fails, the candidate does."""
+        bound = functools.cache(data.bound)
+        return lambda: bound(candidate)()
+
+    def _checked(self, candidate: Candidate, name: str) -> Measurement:
         start = time.perf_counter()
         try:
-            reason = getattr(self, data).error(candidate)
+            data: _Data = getattr(self, name)
+            reason = data.error(self._call(data, candidate))
             status = "wrong" if reason else "ok"
         except timing.DeviceLost:
             raise

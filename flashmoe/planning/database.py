@@ -188,7 +188,9 @@ def nearest(entries: Mapping[str, Entry], problem: Problem) -> list[Entry]:
         sizes = sum(abs(math.log2(max(here[a], 1) / max(there[a], 1))) for a in here)
         other = entry.problem
         group = problem.heads_q * other.heads_kv != other.heads_q * problem.heads_kv
-        kind = sum(getattr(problem, x) != getattr(other, x) for x in ("mask", "terms", "layout"))
+        kind: int = sum(
+            getattr(problem, x) != getattr(other, x) for x in ("mask", "terms", "layout")
+        )
         return sizes + kind + group
 
     related = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.running.isolated import Session
-from flashmoe.autotune.running.runner import DeviceRunner, Runner
+from flashmoe.autotune.running.runner import DeviceRunner, Runner, _Data
 from flashmoe.measure.timing import DeviceLost
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
@@ -25,20 +26,23 @@ CRASHES_LATER = Tile("cpu", 256, 64)
 
 
 class FaultyRunner(DeviceRunner):
-    def _forward(
-        self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        out, lse = super()._forward(candidate, q, k, v)
-        tile = candidate.tile
-        if tile == WRONG:
-            return out + 1e-2, lse
-        if tile == CRASHES or (tile == CRASHES_LATER and self._looks > self._order):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if tile == HANGS:
-            threading.Event().wait()
-        if tile == LOSES:
-            raise DeviceLost(str(candidate), "RuntimeError: an illegal memory access")
-        return out, lse
+    def _call(self, data: _Data, candidate: Candidate) -> Callable[[], tuple[Tensor | None, ...]]:
+        right, tile = super()._call(data, candidate), candidate.tile
+
+        def call() -> tuple[Tensor | None, ...]:
+            out, lse = right()
+            assert out is not None
+            if tile == WRONG:
+                return out + 1e-2, lse
+            if tile == CRASHES or (tile == CRASHES_LATER and self._looks > self._order):
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if tile == HANGS:
+                threading.Event().wait()
+            if tile == LOSES:
+                raise DeviceLost(str(candidate), "RuntimeError: an illegal memory access")
+            return out, lse
+
+        return call
 
 
 class FaultySession(Session):
