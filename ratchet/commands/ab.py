@@ -47,11 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for base.json and head.json (default: %(default)s)",
     )
-    common.add_build_folder(parser)
-    common.add_build_only(parser)
-    common.add_price(parser)
-    common.add_device(parser)
-    common.add_debug(parser)
+    common.add(parser, "build-folder", "build-only", "price-per-hour", "device", "seed")
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:

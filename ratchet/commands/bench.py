@@ -86,12 +86,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="REASON",
         help="measure SDPA alone, once, and note for every case that ours did not run for REASON",
     )
-    common.add_build_folder(parser)
-    common.add_build_only(parser)
     add_budget(parser)
-    common.add_price(parser)
-    common.add_device(parser)
-    common.add_debug(parser)
+    common.add(parser, "build-folder", "build-only", "price-per-hour", "device", "seed")
 
 
 def add_budget(parser: argparse.ArgumentParser, **budget: float) -> None:

@@ -38,40 +38,33 @@ def add_cases(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--seed", type=int, default=0, help="of inputs and orders (default: %(default)s)")
+# Options of more than one command.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "device": {"help": "cpu, cuda or cuda:N (default: cuda where there is one)"},
+    "seed": {"type": int, "default": 0, "help": "of inputs and orders (default: %(default)s)"},
+    "price-per-hour": {"type": float, "metavar": "PRICE", "help": "of the machine: tells the cost"},
+    "build-folder": {
+        "type": Path,
+        "default": Path("build/ab"),
+        "metavar": "FOLDER",
+        "help": "builds, kept by commit and tools (default: %(default)s)",
+    },
+    "build-only": {
+        "action": "store_true",
+        "help": "build, and tell the builds' names: where there is no compiler or repository, a "
+        "name stands for its REF, with a copy of the build folder",
+    },
+    "debug": {
+        "action": "store_true",
+        "help": "show tracebacks, and what compilers and workers say",
+    },
+}
 
 
-def add_build_folder(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--build-folder",
-        type=Path,
-        default=Path("build/ab"),
-        metavar="FOLDER",
-        help="builds, kept by commit and tools (default: %(default)s)",
-    )
-
-
-def add_build_only(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--build-only",
-        action="store_true",
-        help="build, and tell the builds' names: where there is no compiler or repository, a name "
-        "stands for its REF, with a copy of the build folder",
-    )
-
-
-def add_debug(parser: argparse.ArgumentParser) -> None:
-    help = "show tracebacks, and what compilers and workers say"
-    parser.add_argument("--debug", action="store_true", help=help)
-
-
-def add_price(parser: argparse.ArgumentParser) -> None:
-    help = "of the machine: tells the cost"
-    parser.add_argument("--price-per-hour", type=float, metavar="PRICE", help=help)
+def add(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Some of _OPTIONS, and --debug, which every command has."""
+    for name in (*names, "debug"):
+        parser.add_argument(f"--{name}", **_OPTIONS[name])
 
 
 def add_thresholds(parser: argparse.ArgumentParser) -> None:

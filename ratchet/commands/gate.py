@@ -49,8 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what a second bench of the same source wrote",
     )
-    common.add_price(parser)
-    common.add_debug(parser)
+    common.add(parser, "price-per-hour")
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:

@@ -33,9 +33,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="REF",
         help="what to profile (default: with --base the working tree, else what is installed)",
     )
-    common.add_build_folder(parser)
     add("--report", type=Path, metavar="FILE", help="add the findings to this Markdown report")
-    common.add_debug(parser)
+    common.add(parser, "build-folder")
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:

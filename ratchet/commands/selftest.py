@@ -72,9 +72,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="PERCENT",
         help=f"to inject (default: {_INJECTED:g} times the fail threshold)",
     )
-    common.add_price(parser)
-    common.add_device(parser)
-    common.add_debug(parser)
+    common.add(parser, "price-per-hour", "device", "seed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="measure nothing: write the document anew from the JSON of an earlier run",
     )
-    common.add_device(parser)
-    common.add_debug(parser)
+    common.add(parser, "device", "seed")
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:

@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     add("--report", type=Path, metavar="FILE", help="write a Markdown report here")
     add("--update", action="store_true", help="write the baseline anew; without one, create it")
-    common.add_debug(parser)
+    common.add(parser)
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:

@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--append", type=Path, metavar="FILE", help="add this result of bench, once")
     add("--html", type=Path, metavar="FILE", help="write a page here")
     add("--svg", type=Path, metavar="FILE", help="write a picture for a README here")
-    common.add_debug(parser)
+    common.add(parser)
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:

@@ -22,8 +22,8 @@ PASSES = int(sys.argv[1])
 
 
 def repeated(bind: Bind) -> Bind:
-    def slower(problem: Problem, *more: Any) -> Callable[..., Any]:
-        run = bind(problem, *more)
+    def slower(problem: Problem, *more: Any, **options: Any) -> Callable[..., Any]:
+        run = bind(problem, *more, **options)
         if problem.direction == "fwd" and problem.seqlen_q >= 16:
             return run
         return lambda *arguments: [run(*arguments) for _ in range(PASSES)][-1]
