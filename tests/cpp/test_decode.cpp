@@ -270,6 +270,7 @@ struct Instance {
 
     params.num_splits = x.num_splits;
     params.batch_invariant = x.batch_invariant;
+    params.evict_first = n(2);
     params.tag = 1 + random() % ((1ull << (64 - COUNT_BITS)) - 1);
     const Workspace space(p, shape[1], shape[0], x.num_splits);
     const GuardedBytes workspace(static_cast<size_t>(space.bytes() + 15) / 16 * 16);
