@@ -20,8 +20,8 @@ __all__ = [
 
 _Window = tuple[int | None, int | None]
 
-# pack_gqa, sm_margin and scheduler_metadata say how to compute, not what: the plan is flashmoe's own.
-# So does num_splits without a cache.
+# pack_gqa, sm_margin, scheduler_metadata and, without a cache, num_splits say how to compute, not
+# what: the plan is flashmoe's own.
 
 
 def _refuse(attention_chunk: int = 0, **others: Tensor | None) -> None:
