@@ -174,8 +174,20 @@ def test_the_default_holds_the_rows(gpu, problem, block_m):
     assert tile is not None
     assert tile.block_m == block_m
     assert DECODE.rejects(tile, problem, H200) == ""
-    # The same whatever the batch is: results may have to be.
-    assert DECODE.default_tile(replace(problem, batch=1), H200) == tile
+
+
+@pytest.mark.parametrize(
+    ("batch", "head_dim", "tile"),
+    [
+        (16, 128, "decode:16x128-stages3-warps8-ctas1"),
+        (17, 128, "decode:16x64-stages3-warps4-ctas2"),
+        (1, 64, "decode:16x128-stages3-warps4-ctas2"),
+        (1, 256, "decode:16x64-stages3-warps4-ctas1"),
+    ],
+)
+def test_few_blocks_have_an_sm_each(gpu, batch, head_dim, tile):
+    problem = replace(PROBLEM, batch=batch, head_dim=head_dim)
+    assert str(DECODE.default_tile(problem, H200)) == tile
 
 
 def test_few_queries_are_planned_for_it(gpu):

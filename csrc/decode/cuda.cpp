@@ -42,6 +42,8 @@ decoding::DecodeParams prepare_decode(const DecodeKernel& kernel, const Attentio
   decoding::DecodeParams decode{};
   decode.attention = params;
   decode.batch_invariant = num_splits < 0;
+  decode.evict_first = decoding::should_evict_first(params, kernel.block_m,
+                                                    sm90::device_properties(device).l2_bytes);
   if (num_splits < 0) {
     decode.num_splits = decoding::invariant_splits(params.seqlen_kv, kernel.block_n);
   } else if (num_splits == 0) {

@@ -38,7 +38,8 @@ struct RowEnd {
   }
 };
 
-template <typename T, typename Tile>
+// PLAIN: for calls of which is_plain says so.
+template <typename T, typename Tile, bool PLAIN>
 __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     attention_decode_kernel(const __grid_constant__ DecodeParams params) {
   constexpr int HEAD_DIM = Tile::HEAD_DIM;
@@ -75,12 +76,14 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
       (static_cast<long long>(batch) * m_blocks + m_block) * p.heads_kv + head_kv;
 
   const Sequences& s = p.sequences;
-  const Sequence sequence = sequence_at(s, batch, p.seqlen_q, p.seqlen_kv);
+  const Sequence sequence = PLAIN ? Sequence{0, 0, p.seqlen_q, p.seqlen_kv}
+                                  : sequence_at(s, batch, p.seqlen_q, p.seqlen_kv);
   const int m_start = m_block * Tile::BLOCK_M;
   const int rows = min(Tile::BLOCK_M, sequence.seqlen_q * group - m_start);
   if (rows <= 0) return;
   const auto keys_of = [&](int first, int last) {
-    return visible(p.mask, first, last + 1, sequence.seqlen_q, sequence.seqlen_kv);
+    const Mask mask{PLAIN ? -1 : p.mask.left, p.mask.right};
+    return visible(mask, first, last + 1, sequence.seqlen_q, sequence.seqlen_kv);
   };
 
   // Positions are those of keys in their packed tensor, dense cache or pages. Of [begin, end),
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
 
   // Pages of a multiple of 16 keys are looked up once for 16 keys, by one lane for the next 32
   // times; others for each key.
-  const bool paged = s.block_table != nullptr;
+  const bool paged = !PLAIN && s.block_table != nullptr;
   const bool by_key = paged && s.page_size % 16 != 0, by_16 = paged && !by_key;
   const int* table = paged ? s.block_table + batch * s.block_table_stride : nullptr;
   const auto page_of = [&](int page, bool exists) {
@@ -120,11 +123,13 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     fetched_page = page_of(page, position < end);
     fetched_row = position - page * s.page_size;
   };
-  const int kv_batch = s.cu_seqlens_k != nullptr ? 0
-                       : s.cache_batch_idx != nullptr
-                           ? clamped(s.cache_batch_idx[batch], 0, s.num_pages - 1)
-                           : batch;
+  int kv_batch = batch;
+  if (!PLAIN && s.cu_seqlens_k != nullptr) kv_batch = 0;
+  if (!PLAIN && s.cache_batch_idx != nullptr) {
+    kv_batch = clamped(s.cache_batch_idx[batch], 0, s.num_pages - 1);
+  }
 
+  const unsigned long long policy = ptx::create_policy(params.evict_first);
   // Tile t of K or V of this warp to its ring, zeros for keys that no row sees; a group of its own,
   // also where there is nothing left to load.
   const auto load = [&](bool is_v, int t) {
@@ -158,18 +163,20 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
         for (int c = 0; c < HEAD_DIM / 8 / ROW_LANES; ++c) {
           const int chunk = lane % ROW_LANES + c * ROW_LANES;
           ptx::cp_async_cg_16_zfill(dst_smem + swizzle<HEAD_DIM>(i * 16 + key, chunk),
-                                    row_src + chunk * 8, seen && chunk * 8 < p.head_dim);
+                                    row_src + chunk * 8, seen && chunk * 8 < p.head_dim, policy);
         }
       }
     }
     ptx::cp_async_commit_group();
   };
 
-  // Groups are committed in the order Q K V K V .. , so that "at most 2 * NUM_STAGES - 1 pending"
-  // always means that the one needed now has arrived. Loops that run once a thread block stay
-  // loops: it would take longer to fetch their code than to run it.
-  const long long q_first =
-      s.cu_seqlens_q != nullptr ? sequence.q_begin * p.q_row_stride : batch * p.q_batch_stride;
+  // Groups are committed in the order K V Q K V .. , so that "at most 2 * NUM_STAGES - 1 pending"
+  // always means that the one needed now has arrived, once Q has. Loops that run once a thread
+  // block stay loops: it would take longer to fetch their code than to run it.
+  load(false, 0);
+  load(true, 0);
+  const bool packed = !PLAIN && s.cu_seqlens_q != nullptr;
+  const long long q_first = packed ? sequence.q_begin * p.q_row_stride : batch * p.q_batch_stride;
 #pragma unroll 1
   for (int i = threadIdx.x; i < Tile::BLOCK_M * D_TILES; i += Tile::NUM_THREADS) {
     const int row = i / D_TILES, chunk = i % D_TILES;
@@ -182,7 +189,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
   }
   ptx::cp_async_commit_group();
 #pragma unroll 1
-  for (int i = 0; i < 2 * NUM_STAGES; ++i) load(i % 2 != 0, i / 2);
+  for (int i = 2; i < 2 * NUM_STAGES; ++i) load(i % 2 != 0, i / 2);
   const int parts = max(ceil_div(steps, each), 1);
   const TreeMemory<Tile> memory(params, tree);
   if (parts > 1) memory.begin(part, parts);
@@ -212,7 +219,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     ptx::ldmatrix_x4(fragment,
                      Q_smem + swizzle<HEAD_DIM>(m * 16 + row_fast, k * 2 + row_fast_chunk));
   };
-  ptx::cp_async_wait_group<2 * NUM_STAGES>();
+  ptx::cp_async_wait_group<2 * NUM_STAGES - 2>();
   __syncthreads();
   unsigned Q_rmem[Tile::Q_IN_REGISTERS ? M_TILES : 1][Tile::Q_IN_REGISTERS ? HEAD_DIM / 16 : 1][4];
   if constexpr (Tile::Q_IN_REGISTERS) {
@@ -406,7 +413,6 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     const int head = head_kv * group + m_start + row - query * group;
     const float sink = p.terms.sinks == nullptr ? -INFINITY : p.terms.sinks[head] * LOG2_E;
     const RowEnd row_end(total, exponent, sink);
-    const bool packed = s.cu_seqlens_q != nullptr;
     T* out = static_cast<T*>(p.out) + head * p.o_head_stride +
              (packed ? (sequence.q_begin + query) * p.o_row_stride
                      : batch * p.o_batch_stride + query * p.o_row_stride);
@@ -425,8 +431,10 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     return [&, result, is_last](int row, int column, float4 sum, float2 total) {
       if (is_last) return finish(row, column, sum, total);
       const float inverse = total.y == 0.f ? 0.f : 1.f / total.y;
-      *reinterpret_cast<float4*>(memory.out_of(result, row) + column) = {
-          sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+      // nvcc makes four stores of an assignment.
+      ptx::st_global_v4_if(true, memory.out_of(result, row) + column,
+                           __float_as_int(sum.x * inverse), __float_as_int(sum.y * inverse),
+                           __float_as_int(sum.z * inverse), __float_as_int(sum.w * inverse));
       if (column == 0) *memory.stats_of(result, row) = total;
     };
   };
@@ -441,7 +449,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     return float4{__int_as_float(x.x), __int_as_float(x.y), __int_as_float(x.z),
                   __int_as_float(x.w)};
   };
-  merger.sum(NUM_WARPS, of_warp, put(part, parts == 1));
+  merger.template sum<0>(NUM_WARPS, of_warp, put(part, parts == 1), nullptr);
 
   int count = parts, first_result = 0, own = part;
   unsigned long long* counters = memory.counters;
@@ -449,15 +457,19 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     const int node = node_of(own, count), first = first_result + node * MERGE_EACH;
     const int members = count <= MERGE_ALL ? count : min(MERGE_EACH, count - node * MERGE_EACH);
     if (!memory.last_of(counters + node, members, merger.flag_smem())) return;
+    const auto of_part = [&](int i, int row, int column) {
+      const float* out = memory.out_of(first, row) + column;
+      return *reinterpret_cast<const float4*>(out + i * (memory.rows * HEAD_DIM));
+    };
+    // As many as registers hold are under way while the weights are.
+    float4 ahead[AHEAD];
+    merger.fetch(ahead, members, of_part);
     merger.weigh(members, [&](int i, int row) { return *memory.stats_of(first + i, row); });
     first_result += count;
     count = nodes_of(count);
     counters += count;
     own = node;
-    const auto of_part = [&](int i, int row, int column) {
-      return *reinterpret_cast<const float4*>(memory.out_of(first + i, row) + column);
-    };
-    merger.sum(members, of_part, put(first_result + node, count == 1));
+    merger.template sum<AHEAD>(members, of_part, put(first_result + node, count == 1), ahead);
   }
 }
 

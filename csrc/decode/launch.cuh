@@ -9,9 +9,9 @@
 
 namespace flashmoe::decoding {
 
-template <typename T, typename Tile>
+template <typename T, typename Tile, bool PLAIN>
 cudaError_t launch(const DecodeParams& params, int device, cudaStream_t stream) {
-  const auto kernel = attention_decode_kernel<T, Tile>;
+  const auto kernel = attention_decode_kernel<T, Tile, PLAIN>;
   // The opt-in to more than 48 KiB is per device and kernel, and costs a driver call: once only.
   static std::atomic<unsigned long long> opted_in{0};
   const unsigned long long bit = 1ull << (device & 63);
@@ -36,6 +36,14 @@ cudaError_t launch(const DecodeParams& params, int device, cudaStream_t stream) 
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
                           dim3(static_cast<unsigned>(blocks)), dim3(Tile::NUM_THREADS), arguments,
                           Tile::SMEM_BYTES, stream);
+}
+
+template <typename T, typename Tile>
+cudaError_t launch(const DecodeParams& params, int device, cudaStream_t stream) {
+  if constexpr (Tile::HAS_PLAIN) {
+    if (is_plain(params.attention)) return launch<T, Tile, true>(params, device, stream);
+  }
+  return launch<T, Tile, false>(params, device, stream);
 }
 
 template <typename Tile>

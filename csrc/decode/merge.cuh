@@ -15,6 +15,9 @@ __device__ __forceinline__ float finite_max(float row_max) {
   return row_max == -INFINITY ? 0.f : row_max;
 }
 
+// Results of which a thread fetches O before it knows their weights: one wait for L2 less.
+constexpr int AHEAD = 16;
+
 // What the merges of a thread block share. `exponent` is what a difference of scores is multiplied
 // with to become one of exponents of 2.
 template <typename Tile>
@@ -58,22 +61,43 @@ struct Merger {
     __syncthreads();
   }
 
+  // Of the first results what `sum` needs of this thread's first item. `values` as there.
+  template <typename Values>
+  __device__ __forceinline__ void fetch(float4 (&ahead)[AHEAD], int count, Values values) const {
+    const int item = static_cast<int>(threadIdx.x);
+    if (item >= rows * COLUMNS) return;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      if (i < count) ahead[i] = values(i, item / COLUMNS, item % COLUMNS * 4);
+    }
+  }
+
   // After `weigh`: hands `store` for each row and fourth column the weighted sum of O, four
-  // columns of it, and (maximum, sum) of the row. `values` gives O of result i there.
-  template <typename Values, typename Store>
-  __device__ __forceinline__ void sum(int count, Values values, Store store) const {
+  // columns of it, and (maximum, sum) of the row. `values` gives O of result i there, unless it was
+  // fetched: all or none.
+  template <int FETCHED, typename Values, typename Store>
+  __device__ __forceinline__ void sum(int count, Values values, Store store,
+                                      const float4* ahead) const {
     for (int item = threadIdx.x; item < rows * COLUMNS; item += Tile::NUM_THREADS) {
       const int row = item / COLUMNS, column = item % COLUMNS * 4;
       float4 sum{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
-      for (int i = 0; i < count; ++i) {
+      const auto add = [&](int i, const float4& x) {
         const float weight = __int_as_float(ptx::ld_shared_b32(weight_smem(row, i)));
-        const float4 x = values(i, row, column);
         sum.x += weight * x.x;
         sum.y += weight * x.y;
         sum.z += weight * x.z;
         sum.w += weight * x.w;
+      };
+      int first = 0;
+      if (FETCHED > 0 && item == static_cast<int>(threadIdx.x)) {
+#pragma unroll
+        for (int i = 0; i < FETCHED; ++i) {
+          if (i < count) add(i, ahead[i]);
+        }
+        first = FETCHED;
       }
+#pragma unroll 8
+      for (int i = first; i < count; ++i) add(i, values(i, row, column));
       store(row, column, sum, ptx::ld_shared_v2(total_smem(row)));
     }
   }
@@ -86,13 +110,13 @@ struct TreeMemory {
   float* out;     // [result][row][HEAD_DIM]
   float2* stats;  // [result][row]
   unsigned long long tag;
-  long long rows;
+  int rows;
 
   __device__ __forceinline__ TreeMemory(const DecodeParams& params, long long tree)
       : tag(params.tag << COUNT_BITS) {
     const Workspace space(params.attention, Tile::BLOCK_M, Tile::HEAD_DIM, params.num_splits);
     auto* bytes = static_cast<unsigned char*>(params.workspace);
-    rows = space.rows;
+    rows = static_cast<int>(space.rows);
     counters = reinterpret_cast<unsigned long long*>(bytes) + tree * space.tree.groups;
     out = reinterpret_cast<float*>(bytes + space.out_offset()) +
           tree * space.tree.results * rows * Tile::HEAD_DIM;
@@ -101,7 +125,7 @@ struct TreeMemory {
   }
 
   __device__ __forceinline__ float* out_of(int result, int row) const {
-    return out + (result * rows + row) * Tile::HEAD_DIM;
+    return out + static_cast<long long>(result * rows + row) * Tile::HEAD_DIM;
   }
   __device__ __forceinline__ float2* stats_of(int result, int row) const {
     return stats + result * rows + row;

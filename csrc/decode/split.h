@@ -45,6 +45,7 @@ struct DecodeParams {
   unsigned long long tag;  // of this launch, positive, at most 64 - COUNT_BITS bits
   int num_splits;          // thread blocks for a sequence's keys: 1 to MAX_SPLITS
   bool batch_invariant;
+  bool evict_first;  // whether K and V leave L2 before anything else
   // Which the launch fills in.
   FastDivisor heads_kv, group, m_blocks, splits, page_size;
 };
@@ -93,6 +94,22 @@ struct Workspace {
   constexpr long long stats_offset() const { return out_offset() + results * rows * head_dim * 4; }
   constexpr long long bytes() const { return stats_offset() + results * rows * 8; }
 };
+
+// Whether all sequences are as long as the tensors, and no key lies too far back to be seen: what a
+// kernel takes that is compiled for no more.
+constexpr bool is_plain(const AttentionParams& p) {
+  const Sequences& s = p.sequences;
+  return p.mask.left < 0 && s.cu_seqlens_q == nullptr && s.cu_seqlens_k == nullptr &&
+         s.seqused_k == nullptr && s.leftpad_k == nullptr && s.cache_batch_idx == nullptr &&
+         s.block_table == nullptr;
+}
+
+// Whether K and V should leave L2 before anything else. Each block of rows reads them, so only
+// where there is one. Beyond four times L2 it is slower, by 4 % on an H200 (docs/dev/decode.md).
+constexpr bool should_evict_first(const AttentionParams& p, int block_m, long long l2_bytes) {
+  const long long bytes = 4ll * p.batch * p.heads_kv * p.seqlen_kv * p.head_dim;
+  return num_m_blocks(p, block_m) == 1 && bytes <= 4 * l2_bytes;
+}
 
 // The most keys that a block of rows sees of a sequence.
 constexpr int most_keys(const AttentionParams& p) {

@@ -22,6 +22,9 @@ struct DecodeTile {
   static constexpr int NUM_THREADS = NUM_WARPS * 32;
   static constexpr int WARP_N = BLOCK_N / NUM_WARPS;
   static constexpr int M_TILES = BLOCK_M / 16;
+  // Whether it is compiled for plain calls, too (is_plain): that is faster from the launch to the
+  // first load, which is what few queries wait for.
+  static constexpr bool HAS_PLAIN = BLOCK_M == 16 && NUM_WARPS >= 4 && CTAS_PER_SM <= 2;
 
   // Q stays in registers where S and O leave room; otherwise it is read from shared memory again
   // for every tile of K.

@@ -271,6 +271,7 @@ struct Instance {
 
     params.num_splits = x.num_splits;
     params.batch_invariant = x.batch_invariant;
+    params.evict_first = n(2);
     params.tag = 1 + random() % ((1ull << (64 - COUNT_BITS)) - 1);
     const Workspace space(p, shape[1], shape[0], x.num_splits);
     const GuardedBytes workspace(static_cast<size_t>(space.bytes() + 15) / 16 * 16);
@@ -317,6 +318,58 @@ const Instance INSTANCES[] = {
     instance<DecodeTile<256, 16, 32, 2, 2, 1>>("256:16x32-stages2-warps2"),
 };
 
+// Batch invariance: each sequence alone, with a bound of its own, has the bits that it has among
+// others.
+template <typename Tile>
+int check_invariance(uint64_t seed) {
+  Random random(seed);
+  const auto n = [&](int count) { return below(random, count); };
+  const int batch = 2 + n(3), heads = 2, group = 2, seqlen_q = 1 + n(3), D = Tile::HEAD_DIM;
+  std::vector<int> lengths;
+  for (int b = 0; b < batch; ++b) lengths.push_back(1 + n(n(2) ? 200 : 3 * INVARIANT_KEYS));
+  const int seqlen_kv = *std::max_element(lengths.begin(), lengths.end()) + n(100);
+  Tensor q(DType::float16, batch, seqlen_q, heads * group, D, 0, false);
+  Tensor k(DType::float16, batch, seqlen_kv, heads, D, 0, false),
+      v = {DType::float16, batch, seqlen_kv, heads, D, 0, false};
+  std::normal_distribution<double> normal;
+  for (Tensor* x : {&q, &k, &v}) x->fill([&] { return normal(random); });
+  const auto run = [&](int first, int count, int bound) {
+    Tensor out(DType::float16, batch, seqlen_q, heads * group, D, 0, false);
+    std::vector<float> lse(static_cast<size_t>(batch) * heads * group * seqlen_q);
+    DecodeParams params{};
+    AttentionParams& p = params.attention;
+    p = forward_params(q, k, v, out, lse, 0.1f, {-1, 0});
+    p.q = q.at(first, 0, 0, 0), p.k = k.at(first, 0, 0, 0), p.v = v.at(first, 0, 0, 0);
+    p.batch = count, p.seqlen_kv = bound;
+    p.sequences.seqused_k = lengths.data() + first;
+    params.batch_invariant = true;
+    params.num_splits = invariant_splits(bound, Tile::BLOCK_N);
+    params.tag = 1 + random() % 1000;
+    const Workspace space(p, Tile::BLOCK_M, D, params.num_splits);
+    const GuardedBytes workspace(static_cast<size_t>(space.bytes() + 15) / 16 * 16);
+    params.workspace = workspace.data();
+    fake_device.call = [](const void* kernel, void** arguments) {
+      const auto entry = reinterpret_cast<void (*)(DecodeParams)>(kernel);
+      entry(*static_cast<DecodeParams*>(arguments[0]));
+    };
+    fake_device.sm_count = 1 + n(3), fake_device.seed = random();
+    const std::string wrong = launch_error(launch_dtype<Tile>(params, DType::float16, 0, nullptr));
+    if (!wrong.empty()) std::printf("invariance: %s\n", wrong.c_str());
+    const auto end = out.bytes.begin() + out.batch_stride * count * 2;
+    return std::vector<uint8_t>(out.bytes.begin(), end);
+  };
+  const auto all = run(0, batch, seqlen_kv);
+  const size_t each = all.size() / static_cast<size_t>(batch);
+  int failures = 0;
+  for (int b = 0; b < batch; ++b) {
+    const auto alone = run(b, 1, lengths[b]);
+    const bool same = std::equal(alone.begin(), alone.end(), all.begin() + each * b);
+    if (!same) std::printf("invariance: sequence %d of %d keys has other bits\n", b, lengths[b]);
+    failures += !same;
+  }
+  return failures;
+}
+
 // What the host promises: a choice that fills the slots, and never more parts than steps.
 int check_choices() {
   int failures = 0;
@@ -354,6 +407,7 @@ int main(int argc, char** argv) {
       failures += !instance.check(random());
       ++runs;
     }
+    if (only.empty()) failures += check_invariance<DecodeTile<64, 16, 64, 2, 2, 2>>(random());
   }
   std::printf("%d runs, %d failures\n", runs, failures);
   return failures != 0 || runs == 0;

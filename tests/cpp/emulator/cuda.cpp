@@ -24,34 +24,23 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int bytes) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
-                             size_t smem_bytes, cudaStream_t stream) {
-  const cudaLaunchConfig_t config{grid, block, smem_bytes, stream, nullptr, 0};
-  return cudaLaunchKernelExC(&config, kernel, arguments);
+                             size_t smem_bytes, cudaStream_t) {
+  const emulator::Launch launch{static_cast<int>(grid.x), static_cast<int>(block.x),
+                                static_cast<int>(smem_bytes), 2 * fake_device.sm_count,
+                                [&] { fake_device.call(kernel, arguments); }};
+  fake_device.failure = emulator::run(launch, fake_device.seed);
+  return fake_device.failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
                                 void** arguments) {
-  int cluster = 1;
-  for (unsigned i = 0; i < config->numAttrs; ++i) {
-    const cudaLaunchAttribute& x = config->attrs[i];
-    if (x.id == cudaLaunchAttributeClusterDimension) cluster = static_cast<int>(x.val.clusterDim.x);
-  }
-  const int grid = static_cast<int>(config->gridDim.x);
-  if (cluster < 1 || cluster > 16 || grid % cluster != 0) return cudaErrorInvalidConfiguration;
-  const emulator::Launch launch{grid,
-                                static_cast<int>(config->blockDim.x),
-                                static_cast<int>(config->dynamicSmemBytes),
-                                2 * fake_device.sm_count,
-                                [&] { fake_device.call(kernel, arguments); },
-                                cluster};
-  fake_device.failure = emulator::run(launch, fake_device.seed);
-  return fake_device.failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  return cudaLaunchKernel(kernel, config->gridDim, config->blockDim, arguments,
+                          config->dynamicSmemBytes, config->stream);
 }
 
 namespace {

@@ -45,8 +45,6 @@ bool passed(const Cta& cta, const Warp& warp, const Wait& wait) {
       return (cta.mbarriers.at(wait.where).phase & 1) != wait.generation;
     case Wait::DEVICE_MEMORY:
       return *wait.address == wait.value;
-    case Wait::CLUSTER:
-      return cta.cluster->generation != wait.generation;
   }
   return true;
 }
@@ -66,13 +64,6 @@ void take(Items& items, const Act& act) {
   act(item);
 }
 
-// A thread that has ended counts as arrived.
-void pass_cluster_if_due(Cluster& cluster) {
-  if (cluster.arrived == 0 || cluster.arrived + cluster.ended < cluster.threads) return;
-  cluster.arrived = 0;
-  ++cluster.generation;
-}
-
 void enter() {
   gpu->launch->kernel();
   const Warp& warp = *gpu->warp;
@@ -83,8 +74,6 @@ void enter() {
     if (!copy.load && copy.thread == thread) fail("ends before a TMA store has read its source");
   }
   gpu->lane->done = true;
-  ++gpu->cta->cluster->ended;
-  pass_cluster_if_due(*gpu->cta->cluster);
   yield();
 }
 
@@ -182,9 +171,6 @@ std::string deadlock() {
             text += ": device memory, which holds " + std::to_string(*lane.wait.address) +
                     ", to hold " + std::to_string(lane.wait.value);
             break;
-          case Wait::CLUSTER:
-            text += ": the barrier of the cluster";
-            break;
           default:
             text += std::string(": other lanes, for ") + cta.warps[w].what;
         }
@@ -215,30 +201,16 @@ void begin(Cta& cta, int index, size_t stacks) {
   }
 }
 
-// The thread blocks of a cluster, in order.
-void begin_cluster(int index, size_t stacks) {
-  const Launch& launch = *gpu->launch;
-  const auto cluster = std::make_shared<Cluster>();
-  cluster->threads = launch.cluster * launch.threads;
-  for (int i = 0; i < launch.cluster; ++i) {
-    Cta& cta = gpu->ctas.emplace_back();
-    cta.cluster = cluster;
-    cluster->ctas.push_back(&cta);
-    begin(cta, index * launch.cluster + i, stacks + static_cast<size_t>(i * launch.threads));
-  }
-}
-
 void schedule() {
   const Launch& launch = *gpu->launch;
   int begun = 0;
   size_t stacks = 0;
-  const int clusters = launch.grid / launch.cluster;
-  std::vector<int> order(static_cast<size_t>(clusters));
+  std::vector<int> order(static_cast<size_t>(launch.grid));
   std::iota(order.begin(), order.end(), 0);
   if (gpu->policy.shuffled) std::shuffle(order.begin(), order.end(), gpu->random);
-  for (; begun < std::min(clusters, std::max(launch.resident / launch.cluster, 1)); ++begun) {
-    begin_cluster(order[begun], stacks);
-    stacks += static_cast<size_t>(launch.cluster * launch.threads);
+  for (; begun < std::min(launch.grid, launch.resident); ++begun) {
+    begin(gpu->ctas.emplace_back(), order[begun], stacks);
+    stacks += static_cast<size_t>(launch.threads);
   }
   std::vector<std::pair<Cta*, int>> ready;
   for (uint64_t step = 0; gpu->failure.empty(); ++step) {
@@ -269,11 +241,9 @@ void schedule() {
     for (const Copy& copy : cta.copies) {
       if (copy.load) gpu->failure = "a thread block ends before a TMA load has come";
     }
-    const std::shared_ptr<Cluster> cluster = cta.cluster;
-    if (++cluster->ended_ctas < launch.cluster) continue;
-    const size_t its_stacks = cluster->ctas[0]->stacks;
-    gpu->ctas.remove_if([&](const Cta& other) { return other.cluster == cluster; });
-    if (begun < clusters) begin_cluster(order[begun++], its_stacks);
+    const size_t its_stacks = cta.stacks;
+    gpu->ctas.remove_if([&](const Cta& other) { return &other == &cta; });
+    if (begun < launch.grid) begin(gpu->ctas.emplace_back(), order[begun++], its_stacks);
     if (gpu->ctas.empty()) return;
   }
 }
@@ -400,35 +370,6 @@ void bar(int id, int threads, bool waits) {
     ++barrier.generation;
   }
   if (waits) wait({Wait::NAMED, static_cast<uint32_t>(id), generation});
-}
-
-void cluster_arrive() {
-  preempt();
-  if (gpu->lane->arrived_at_cluster) fail("arrives at the cluster's barrier twice");
-  Cluster& cluster = *gpu->cta->cluster;
-  gpu->lane->arrived_at_cluster = true;
-  gpu->lane->cluster_generation = cluster.generation;
-  ++cluster.arrived;
-  pass_cluster_if_due(cluster);
-}
-
-void cluster_wait() {
-  preempt();
-  if (!gpu->lane->arrived_at_cluster) fail("waits at the cluster's barrier without arriving");
-  gpu->lane->arrived_at_cluster = false;
-  wait({Wait::CLUSTER, 0, gpu->lane->cluster_generation});
-}
-
-const uint8_t* shared_of_rank(uint32_t address, int size, int rank) {
-  const auto& ctas = gpu->cta->cluster->ctas;
-  if (rank < 0 || rank >= static_cast<int>(ctas.size())) fail("no such rank in the cluster");
-  Cta& cta = *ctas[static_cast<size_t>(rank)];
-  if (done(cta)) fail("reads the shared memory of a thread block that has ended");
-  const uint8_t* memory = shared_of(cta, address, size);
-  if (memory == nullptr || address % size != 0) {
-    fail("access past shared memory, or misaligned, at " + std::to_string(address));
-  }
-  return memory;
 }
 
 void syncthreads() { bar(0, gpu->launch->threads, true); }

@@ -8,7 +8,7 @@
 //   data later, after or before others that started earlier. A TMA store reads its source later.
 // - A wgmma reads its operands, registers too, and writes its accumulators later, in order with the
 //   others of its warp. Lanes of a warp run in step, warps of a warpgroup do not.
-// - Thread blocks, or clusters of them, begin in the order of their numbers, or in any.
+// - Thread blocks begin in the order of their numbers, or in any.
 // - Threads that wait for one another for ever are reported, with what each waits for.
 //
 // Not modelled: the order of memory (an access happens when it is executed; fences do nothing),
@@ -35,7 +35,6 @@ struct Launch {
   int grid, threads, smem_bytes;
   int resident;  // thread blocks at once; the others begin as these end
   std::function<void()> kernel;
-  int cluster = 1;  // thread blocks of a cluster, which `grid` is a multiple of
 };
 
 // Runs a grid. Returns what went wrong, or nothing.
@@ -63,10 +62,6 @@ void mbarrier_wait(uint32_t address, uint32_t parity);
 void device_memory_wait(const int* address, int value);
 void bar(int id, int threads, bool wait);
 void syncthreads();
-void cluster_arrive();
-void cluster_wait();
-// `size` bytes of the thread block of that rank in this one's cluster.
-const uint8_t* shared_of_rank(uint32_t address, int size, int rank);
 
 // 16 bytes to shared memory, or zeros for `source` null.
 void cp_async(uint32_t destination, const void* source);

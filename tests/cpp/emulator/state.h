@@ -8,7 +8,6 @@
 #include <deque>
 #include <list>
 #include <map>
-#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -18,7 +17,7 @@
 namespace emulator {
 
 struct Wait {
-  enum Kind { NOTHING, COLLECTIVE, NAMED, MBARRIER, DEVICE_MEMORY, CLUSTER } kind = NOTHING;
+  enum Kind { NOTHING, COLLECTIVE, NAMED, MBARRIER, DEVICE_MEMORY } kind = NOTHING;
   uint32_t where = 0;            // address of the mbarrier, or number of the barrier
   uint64_t generation = 0;       // what must have passed; of an mbarrier the parity
   const int* address = nullptr;  // in device memory, and what must be there
@@ -38,8 +37,6 @@ struct Lane {
   int uncommitted_stores = 0;  // of TMA
   std::deque<CpAsync> cp_asyncs;
   int cp_async_groups = 0;
-  bool arrived_at_cluster = false;  // and has not waited since
-  uint64_t cluster_generation = 0;  // that it arrived in
 };
 
 struct Mbarrier {
@@ -78,19 +75,8 @@ struct Copy {
   int thread;
 };
 
-struct Cta;
-
-// Thread blocks that begin together, and stay until the last one has ended.
-struct Cluster {
-  std::vector<Cta*> ctas;
-  int threads = 0, arrived = 0, ended = 0;  // threads in all, at the barrier, and that have ended
-  int ended_ctas = 0;
-  uint64_t generation = 0;
-};
-
 struct Cta {
   int index = 0;
-  std::shared_ptr<Cluster> cluster;
   size_t stacks = 0;  // the first of its threads' stacks
   std::vector<uint8_t> memory;
   std::map<uint32_t, Mbarrier> mbarriers;
