@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
     kv_batch = clamped(s.cache_batch_idx[batch], 0, s.num_pages - 1);
   }
 
-  const unsigned long long policy = ptx::create_policy(params.evict_first);
+  [[maybe_unused]] const unsigned long long policy =
+      PLAIN ? ptx::create_policy(params.evict_first) : 0;
   // Tile t of K or V of this warp to its ring, zeros for keys that no row sees; a group of its own,
   // also where there is nothing left to load.
   const auto load = [&](bool is_v, int t) {
@@ -162,8 +163,13 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
 #pragma unroll
         for (int c = 0; c < HEAD_DIM / 8 / ROW_LANES; ++c) {
           const int chunk = lane % ROW_LANES + c * ROW_LANES;
-          ptx::cp_async_cg_16_zfill(dst_smem + swizzle<HEAD_DIM>(i * 16 + key, chunk),
-                                    row_src + chunk * 8, seen && chunk * 8 < p.head_dim, policy);
+          const unsigned dst = dst_smem + swizzle<HEAD_DIM>(i * 16 + key, chunk);
+          const bool exists = seen && chunk * 8 < p.head_dim;
+          if constexpr (PLAIN) {
+            ptx::cp_async_cg_16_zfill(dst, row_src + chunk * 8, exists, policy);
+          } else {
+            ptx::cp_async_cg_16_zfill(dst, row_src + chunk * 8, exists);
+          }
         }
       }
     }
@@ -173,23 +179,27 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
   // Groups are committed in the order K V Q K V .. , so that "at most 2 * NUM_STAGES - 1 pending"
   // always means that the one needed now has arrived, once Q has. Loops that run once a thread
   // block stay loops: it would take longer to fetch their code than to run it.
-  load(false, 0);
-  load(true, 0);
   const bool packed = !PLAIN && s.cu_seqlens_q != nullptr;
   const long long q_first = packed ? sequence.q_begin * p.q_row_stride : batch * p.q_batch_stride;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Tile::BLOCK_M * D_TILES; i += Tile::NUM_THREADS) {
-    const int row = i / D_TILES, chunk = i % D_TILES;
-    const int query = params.group.divide(m_start + row);
-    const int head = head_kv * group + m_start + row - query * group;
-    ptx::cp_async_cg_16_zfill(Q_smem + swizzle<HEAD_DIM>(row, chunk),
-                              static_cast<const T*>(p.q) + q_first + query * p.q_row_stride +
-                                  head * p.q_head_stride + chunk * 8,
-                              row < rows && chunk * 8 < p.head_dim);
-  }
-  ptx::cp_async_commit_group();
+  for (int group_index = 0; group_index <= 2 * NUM_STAGES; ++group_index) {
+    if (group_index != 2) {
+      const int n = group_index - (group_index > 2);
+      load(n % 2 != 0, n / 2);
+      continue;
+    }
 #pragma unroll 1
-  for (int i = 2; i < 2 * NUM_STAGES; ++i) load(i % 2 != 0, i / 2);
+    for (int i = threadIdx.x; i < Tile::BLOCK_M * D_TILES; i += Tile::NUM_THREADS) {
+      const int row = i / D_TILES, chunk = i % D_TILES;
+      const int query = params.group.divide(m_start + row);
+      const int head = head_kv * group + m_start + row - query * group;
+      ptx::cp_async_cg_16_zfill(Q_smem + swizzle<HEAD_DIM>(row, chunk),
+                                static_cast<const T*>(p.q) + q_first + query * p.q_row_stride +
+                                    head * p.q_head_stride + chunk * 8,
+                                row < rows && chunk * 8 < p.head_dim);
+    }
+    ptx::cp_async_commit_group();
+  }
   const int parts = max(ceil_div(steps, each), 1);
   const TreeMemory<Tile> memory(params, tree);
   if (parts > 1) memory.begin(part, parts);
@@ -462,14 +472,15 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::CTAS_PER_SM)
       return *reinterpret_cast<const float4*>(out + i * (memory.rows * HEAD_DIM));
     };
     // As many as registers hold are under way while the weights are.
-    float4 ahead[AHEAD];
+    float4 ahead[merger.AHEAD] = {};
     merger.fetch(ahead, members, of_part);
     merger.weigh(members, [&](int i, int row) { return *memory.stats_of(first + i, row); });
     first_result += count;
     count = nodes_of(count);
     counters += count;
     own = node;
-    merger.template sum<AHEAD>(members, of_part, put(first_result + node, count == 1), ahead);
+    merger.template sum<merger.AHEAD>(members, of_part, put(first_result + node, count == 1),
+                                      ahead);
   }
 }
 

@@ -15,14 +15,14 @@ __device__ __forceinline__ float finite_max(float row_max) {
   return row_max == -INFINITY ? 0.f : row_max;
 }
 
-// Results of which a thread fetches O before it knows their weights: one wait for L2 less.
-constexpr int AHEAD = 16;
-
 // What the merges of a thread block share. `exponent` is what a difference of scores is multiplied
 // with to become one of exponents of 2.
 template <typename Tile>
 struct Merger {
   static constexpr int COLUMNS = Tile::HEAD_DIM / 4;
+  // Results of which a thread fetches O before it knows their weights, which saves one wait for L2.
+  // Wider tiles have no registers left.
+  static constexpr int AHEAD = Tile::BLOCK_M == 16 ? 16 : 1;
 
   unsigned smem;  // of MERGE_BYTES: the weights of each row, (maximum, sum) of each row, a flag
   int rows;

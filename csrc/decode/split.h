@@ -45,7 +45,7 @@ struct DecodeParams {
   unsigned long long tag;  // of this launch, positive, at most 64 - COUNT_BITS bits
   int num_splits;          // thread blocks for a sequence's keys: 1 to MAX_SPLITS
   bool batch_invariant;
-  bool evict_first;  // whether K and V leave L2 before anything else
+  bool evict_first;  // of plain calls: whether K and V leave L2 before anything else
   // Which the launch fills in.
   FastDivisor heads_kv, group, m_blocks, splits, page_size;
 };
