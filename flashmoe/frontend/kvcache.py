@@ -135,20 +135,27 @@ def flash_attn_with_kvcache(
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
         asked = asked._replace(softmax_scale=scale)
-        validate_new(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
+        k, v = validate_new(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
         if rotary_cos is not None or rotary_sin is not None:
             validate_rotary(rotary_cos, rotary_sin, q, k_cache, block_table)
-        places = (lengths, cu_seqlens_q, cu_seqlens_k_new, cache_batch_idx, block_table)
-        rotary = rotary_cos, rotary_sin, bool(rotary_interleaved)
-        by_row = not mask_of(causal, window_size).is_full
         by_op = torch.compiler.is_compiling() or not (
             is_plain(q, k_cache, v_cache) and is_plain(q, k, v)
         )
         rotated, lengths = (ops.append if by_op else append)(
-            *(q, k, v, k_cache, v_cache),
-            *(None if x is None else x.contiguous() for x in places),
-            *rotary,
-            by_row,
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            lengths.contiguous(),
+            _contiguous(cu_seqlens_q),
+            _contiguous(cu_seqlens_k_new),
+            _contiguous(cache_batch_idx),
+            _contiguous(block_table),
+            rotary_cos,
+            rotary_sin,
+            bool(rotary_interleaved),
+            not mask_of(causal, window_size).is_full,
         )
         q = q if rotary_cos is None else rotated
         sequences = sequences._replace(seqused_k=lengths)
@@ -162,6 +169,10 @@ def _only(name: str, value: object, other: str, alias: Tensor) -> Tensor:
     if value is not None:
         raise ValueError(f"{name} and {other} are two names of one argument, got both")
     return alias
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _integer(name: str, value: object) -> int:
