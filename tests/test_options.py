@@ -10,7 +10,7 @@ from test_main import run
 
 from flashmoe.spec import options
 from flashmoe.spec.mask import CAUSAL, Mask
-from flashmoe.spec.problem import Problem
+from flashmoe.spec.problem import TERMS, Problem
 
 
 def problems(line: str, kind: str = "cpu") -> tuple[Problem, ...]:
@@ -30,10 +30,10 @@ SIZES |= {"head_dim": 64, "dtype": "float32"}
         ("--seqlen 9 --causal", {"seqlen_q": 9, "seqlen_kv": 9, "mask": CAUSAL}),
         ("--seqlen 9 --no-causal --seqlen-kv 7", {"seqlen_q": 9, "seqlen_kv": 7}),
         (
-            "--seqlen 99 --causal --window=5,3 --kv-heads 2 --softcap --alibi --sinks",
+            "--seqlen 99 --causal --window=5,3 --kv-heads 2 --softcap --alibi --sinks --dropout",
             {
                 **{"seqlen_q": 99, "seqlen_kv": 99, "heads_kv": 2, "mask": Mask(5, 0)},
-                "terms": ("softcap", "alibi", "sink"),
+                "terms": TERMS,
             },
         ),
         (

@@ -169,6 +169,7 @@ class TritonBackend(Backend):
             float("softcap" in problem.terms),
             of_heads if "alibi" in problem.terms else None,
             of_heads if "sink" in problem.terms else None,
+            *((0.5, empty(2, dtype=torch.int64)) if "dropout" in problem.terms else ()),
         )
         call = Call(q, k, v, float(problem.head_dim**-0.5), terms)
         if problem.direction == "fwd":

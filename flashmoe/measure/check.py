@@ -16,6 +16,8 @@ from flashmoe.measure.reference import error_bound
 
 # Below so many elements of q the same-dtype computation is made in so many orders.
 _FEW, _ORDERS = 1 << 20, 8
+# By so many roundings to float32 all orders of few elements may be luckier than a kernel's.
+_LUCK = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class Checker:
         expected, error = self.expected[name], 0.0
         bound = error_bound(q.dtype, expected.same_dtype_error, expected.scale)
         # Kernels keep scores in float32, whose rounding is the weight's relative error.
-        bound += torch.finfo(torch.float32).eps * self._largest_score * expected.scale
+        roundings = max(self._largest_score, _LUCK)
+        bound += torch.finfo(torch.float32).eps * roundings * expected.scale
         for piece, exact in expected.exact:
             actual = piece.of(name, result).double()
             infinite = torch.isinf(exact)

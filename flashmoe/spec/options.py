@@ -20,7 +20,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 BOTH = "both"
 # Options that are terms of spec/problem.py, by its names.
-_TERMS = {"softcap": "softcap", "alibi": "alibi", "sinks": "sink"}
+_TERMS = {"softcap": "softcap", "alibi": "alibi", "sinks": "sink", "dropout": "dropout"}
 
 Lengths = tuple[tuple[int, int, int], ...]
 
@@ -80,6 +80,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {**_FLAG, "help": "scores are capped"},
     "alibi": {**_FLAG, "help": "scores are less for keys that are further away"},
     "sinks": {**_FLAG, "help": "each head has a sink"},
+    "dropout": {**_FLAG, "help": "weights are dropped at random"},
     "layout": {"choices": LAYOUTS, "help": "how sequences lie in memory (default: dense)"},
     "lengths": {"type": parse_lengths, "metavar": "LENGTHS", "help": _LENGTHS_HELP},
     "direction": {"choices": (*DIRECTIONS, BOTH), "help": "default: fwd"},

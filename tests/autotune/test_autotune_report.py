@@ -140,7 +140,8 @@ def test_the_line_that_compiles_winners_in_does_so(
         (
             {"layout": "packed", "terms": TERMS},
             "flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, "
-            "max_seqlen_k, causal=True, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks",
+            "max_seqlen_k, causal=True, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, "
+            "dropout_p=dropout_p",
         ),
         ({"layout": "paged"}, "flash_attn_with_kvcache(q, k_cache, v_cache, ..., causal=True"),
     ],
