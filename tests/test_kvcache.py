@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import flashmoe
 from flashmoe import flash_attn_with_kvcache
 from flashmoe.planning import plan
-from flashmoe.spec.call import Call, Sequences
+from flashmoe.spec.call import Call, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import TERMS
 
@@ -327,7 +327,7 @@ def test_the_ops_of_a_cache():
     arguments = used, lengths, lengths, None, table, cos, sin, True, True
     torch.library.opcheck(op, (*packed, k_cache, v_cache, *arguments))
     sequences = Sequences(seqused_k=used, block_table=table)
-    arguments = 0.2, -1, -1, "", "", True, 0.0, None, None, *sequences, 3
+    arguments = 0.2, -1, -1, "", "", True, *Terms(), *sequences, 3
     op = flashmoe.frontend.ops.attention_split
     torch.library.opcheck(op, (q, k_cache, v_cache, *arguments))
 
