@@ -97,7 +97,7 @@ def problem(words: str) -> Problem:
 SMALL = "--heads 4 --kv-heads 2 --head-dim 16"
 CASES = {
     "backward": "--seqlen 96 --causal --direction bwd",
-    "packed backward": "--layout packed --lengths 60,30*2,9x20 --direction bwd --softcap --alibi --dropout",
+    "packed backward": "--layout packed --lengths 60,9 --direction bwd --softcap --alibi --dropout",
     "packed": "--layout packed --lengths 60,30*2,9x20 --window 20,0 --sinks",
     "cache": "--batch 3 --seqlen 1 --seqlen-kv 200 --layout cache",
     "pages": "--layout paged --lengths 2x200,2x70*2 --causal --sinks",
