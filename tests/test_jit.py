@@ -406,6 +406,11 @@ def test_terms_that_nothing_is_compiled_in_for_are_compiled_at_first_use(
     assert CUDA.default_tile(capped, H200) == CUDA.default_tile(causal, H200)
     chosen = plan.make_plan(capped, DEVICE)
     assert (chosen.backend, chosen.tile) == ("cuda", CUDA.default_tile(capped, H200))
+    # One that cannot be compiled here is not the default, however fast it is without terms.
+    with monkeypatch.context() as patch:
+        patch.setattr(CUDA, "predicted", lambda tile, *_: 1.0 if tile == SM80 else 2.0)
+        assert CUDA.default_tile(causal, H200) == SM80
+        assert CUDA.default_tile(capped, H200).kernel == "sm90"
     call = Call("q", "k", "v", 0.5, TERMS)
     called = CUDA.bind(capped, SMALL)(call)
     assert called == ("q", "k", "v", 0.5, 100, 7, None, 30.0, "slopes", "sinks", 0.0, None)

@@ -25,8 +25,12 @@ struct Format<float> {
   __device__ __forceinline__ static float round(float x) { return x; }
 };
 
+// Of one or two elements, which are all that PAIRS 1 moves, it is aligned as one: rows may begin
+// anywhere.
 template <typename Bits, int N>
-struct alignas(sizeof(Bits) * N < 16 ? sizeof(Bits) * N : 16) Vector {
+struct alignas(N <= 2                  ? sizeof(Bits)
+               : sizeof(Bits) * N < 16 ? sizeof(Bits) * N
+                                       : 16) Vector {
   Bits x[N];
 };
 template <int N, typename Bits>

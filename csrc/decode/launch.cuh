@@ -41,7 +41,10 @@ cudaError_t launch(const DecodeParams& params, int device, cudaStream_t stream) 
 template <typename T, typename Tile>
 cudaError_t launch(const DecodeParams& params, int device, cudaStream_t stream) {
   if constexpr (Tile::HAS_PLAIN) {
-    if (is_plain(params.attention)) return launch<T, Tile, true>(params, device, stream);
+    // Where K and V are many the general kernel is as fast, or faster (docs/dev/decode.md).
+    if (params.evict_first && is_plain(params.attention)) {
+      return launch<T, Tile, true>(params, device, stream);
+    }
   }
   return launch<T, Tile, false>(params, device, stream);
 }

@@ -82,14 +82,15 @@ class CudaBackend(Backend):
         kernel is compiled in without the problem's terms, window or lengths alone: what is the
         default without them, to be compiled when it is first used."""
         compiled = _compiled_in(problem, arch)
-        if not _has_sm90(compiled) and _compiles(problem, arch):
+        while not _has_sm90(compiled) and _compiles(problem, arch):
             if problem.terms:
-                less = replace(problem, terms=())
+                problem = replace(problem, terms=())
             elif problem.mask.is_local:
-                less = replace(problem, mask=causal_if(problem.mask.right >= 0))
+                problem = replace(problem, mask=causal_if(problem.mask.right >= 0))
             else:
-                less = replace(problem, layout="dense")
-            return self.default_tile(less, arch)
+                problem = replace(problem, layout="dense")
+            found = _compiled_in(problem, arch)
+            compiled = [tile for tile in found if tile.kernel in _SM90_HEAD_DIMS]
         times = {tile: self.predicted(tile, problem, arch) for tile in compiled}
         known = {tile: time for tile, time in times.items() if time is not None}
         return min(known, key=known.__getitem__) if known else compiled[0]

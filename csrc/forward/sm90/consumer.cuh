@@ -335,6 +335,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         K_desc = K_descriptor();
       };
       look_at_K();
+      // Where steps are long it is looked for while O is computed, in the last one.
+      constexpr bool LOOKS_EARLY = HEAD_DIM >= 128;
       bool suspicious = false;
       // Loops of their own for masked tiles and for others: a branch costs where all that follows
       // waits for it.
@@ -368,7 +370,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         wait_V(V_there);
         start_O(V_desc);
         look_at_K();
-        if (n_tile == 0) suspicious = is_suspicious();  // while O is computed
+        if (LOOKS_EARLY && n_tile == 0) suspicious = is_suspicious();
         finish_O();
         trace(7);
       };
@@ -381,7 +383,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         if constexpr (VARIANT.local) {
           for (; n_tile >= 0; --n_tile) step(no, yes, yes);
         }
-        if (suspicious) mend(false);
+        if (LOOKS_EARLY ? suspicious : is_suspicious()) mend(false);
         output.store(O_rmem, work, q_buffer(), softmax.minus_max, softmax.row_sum);
         staged = q_buffer();
       }
