@@ -52,7 +52,7 @@ INSTANCE_FIELDS = {
 # columns of a line.
 VARIANT_FIELDS = {
     "sm80": (),
-    "sm90": ("local", "softcap", "alibi", "sink", "packed"),
+    "sm90": ("local", "softcap", "alibi", "sink", "mask", "packed"),
     "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "packed"),
     "decode": (),
 }

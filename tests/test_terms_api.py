@@ -136,7 +136,7 @@ def test_terms_compile_without_graph_breaks(names, requires_grad):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_with_terms(requires_grad):
     q, k, v = qkv(requires_grad=requires_grad)
-    softcap, slopes, sinks = random_terms(TERMS, 4, 2)
+    softcap, slopes, sinks, _ = random_terms(TERMS, 4, 2)
     sinks.requires_grad_(requires_grad)
     terms = (False, softcap, slopes, sinks)
     for op in (ops.attention, ops.attention_without_lse):

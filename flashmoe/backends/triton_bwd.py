@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flashmoe.backends.triton_fwd import (
     COARSE_MAXIMUM,
     LOG2_E,
+    MaskArguments,
     _dot,
     _head_base,
     _load_rows,
@@ -30,7 +31,9 @@ from flashmoe.backends.triton_fwd import (
     _store_rows,
     _tile_of_program,
     _visible_keys,
+    _with_mask,
     _with_terms,
+    _within_bounds,
     can_use_tma,
     device_guard,
     dot_precision,
@@ -99,11 +102,11 @@ def _load_statistic(base, row, start, offs_m, USE_TMA: tl.constexpr):
 def _visit_queries(
     dk, dv, k, v, q_base, dout_base, lse2_base, delta_base,
     stride_qm, stride_dm, batch, head, row, begin, end, start_n, seqlen_q, seqlen_kv,
-    window_left, window_right, scale, softcap, slope,
+    window_left, window_right, scale, softcap, slope, mask_base, stride_mm, stride_mn,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows begin..end give a tile of keys."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -127,6 +130,11 @@ def _visit_queries(
         dprobs_t = _dot(v, tl.trans(dout), zeros, PRECISION)
         ahead = keys[:, None] - (start + offs_m + (seqlen_kv - seqlen_q))[None, :]
         scores_t, tanh = _with_terms(scores_t, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
+        if MASK != "":
+            scores_t = _with_mask(
+                scores_t, mask_base, start + offs_m, seqlen_q, stride_mm, keys, seqlen_kv,
+                stride_mn, MASK, MASK_ROWS, True,
+            )  # fmt: skip
         probs_t = tl.math.exp2(scores_t - lse2[None, :])
         if MASKED:
             if CAUSAL or IS_LOCAL:
@@ -148,16 +156,19 @@ def _visit_queries(
 
 @triton.jit(do_not_specialize=["batch_heads_kv", "heads_kv", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes"])  # fmt: skip
+                               "stride_slopes", "bounds_b", "bounds_h",
+                               "bounds_m"])  # fmt: skip
 def _backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, slopes_ptr,
-    scale, softmax_scale, softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, bounds_ptr, bounds_b,
+    bounds_h, bounds_m, slopes_ptr, mask_ptr, scale, softmax_scale, softcap, stride_slopes,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_qb, stride_qm, stride_qh, stride_kb,
     stride_kn, stride_kh, stride_vb,
     stride_vn, stride_vh, stride_db, stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
     seqlen_q, seqlen_kv, section, rows_padded, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     tile, batch_head_kv = _tile_of_program(
@@ -206,28 +217,35 @@ def _backward_dkdv_kernel(
         row = batch_head * rows_padded if USE_TMA else batch_head.to(tl.int64) * rows_padded
         q_base = _head_base(q_ptr, batch, head, stride_qb, stride_qh, USE_TMA)
         dout_base = _head_base(dout_ptr, batch, head, stride_db, stride_dh, USE_TMA)
-        if CAUSAL or IS_LOCAL or not EVEN_N:
+        mask_base = _head_base(mask_ptr, batch, head, stride_mb, stride_mh, MASK == "")
+        first = masked_end
+        last = full_end
+        if MASK != "":  # one range, which is masked
+            first, last = _within_bounds(
+                begin, end, bounds_ptr, batch, head, tile, bounds_b, bounds_h, bounds_m
+            )
+        if (CAUSAL or IS_LOCAL or not EVEN_N) and MASK == "":
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, begin, masked_end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-                USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, mask_base,
+                stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
+                EVEN_M, EVEN_N, SOFTCAP, ALIBI, MASK, MASK_ROWS, USE_TMA, PRECISION,
             )  # fmt: skip
         dk, dv = _visit_queries(
             dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
-            stride_qm, stride_dm, batch, head, row, masked_end, full_end, start_n,
-            seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            stride_qm, stride_dm, batch, head, row, first, last, start_n,
+            seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, mask_base,
+            stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, MASK != "",
+            EVEN_M, EVEN_N, SOFTCAP, ALIBI, MASK, MASK_ROWS, USE_TMA, PRECISION,
         )  # fmt: skip
-        if IS_LOCAL:
+        if IS_LOCAL and MASK == "":
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, full_end, end, start_n,
-                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI,
-                USE_TMA, PRECISION,
+                seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, mask_base,
+                stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
+                EVEN_M, EVEN_N, SOFTCAP, ALIBI, MASK, MASK_ROWS, USE_TMA, PRECISION,
             )  # fmt: skip
 
     dk = dk * softmax_scale
@@ -238,10 +256,12 @@ def _backward_dkdv_kernel(
 @triton.jit
 def _visit_keys(
     dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-    begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+    begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, mask_base,
+    seqlen_q, stride_mm, stride_mn,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys begin..end give the dQ of a tile of queries."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -260,6 +280,11 @@ def _visit_keys(
         dprobs = _dot(dout, tl.trans(v), zeros, PRECISION)
         ahead = (start + offs_n)[None, :] - level_key[:, None]
         scores, tanh = _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
+        if MASK != "":
+            scores = _with_mask(
+                scores, mask_base, level_key - (seqlen_kv - seqlen_q), seqlen_q, stride_mm,
+                start + offs_n, seqlen_kv, stride_mn, MASK, MASK_ROWS, False,
+            )  # fmt: skip
         probs = tl.math.exp2(scores - lse2[:, None])
         if MASKED:
             if CAUSAL or IS_LOCAL:
@@ -277,16 +302,19 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["batch_heads", "heads_q", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes"])  # fmt: skip
+                               "stride_slopes", "bounds_b", "bounds_h",
+                               "bounds_m"])  # fmt: skip
 def _backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, scale, softmax_scale,
-    softcap, stride_slopes, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh, stride_db, stride_dm, stride_dh,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, bounds_ptr, bounds_b, bounds_h,
+    bounds_m, slopes_ptr, mask_ptr, scale, softmax_scale, softcap, stride_slopes, stride_mb,
+    stride_mh, stride_mm, stride_mn, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn,
+    stride_kh, stride_vb, stride_vn, stride_vh, stride_db, stride_dm, stride_dh,
     batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
     window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(tl.program_id(0), num_tiles, batch_heads, section, CAUSAL)
@@ -313,28 +341,34 @@ def _backward_dq_kernel(
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
     )
+    mask_base = _head_base(mask_ptr, batch, head, stride_mb, stride_mh, MASK == "")
+    if MASK != "":  # one range, which is masked
+        full_begin, full_end = _within_bounds(
+            begin, end, bounds_ptr, batch, head, tile, bounds_b, bounds_h, bounds_m
+        )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if IS_LOCAL:
+    if IS_LOCAL and MASK == "":
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-            slope,
+            slope, mask_base, seqlen_q, stride_mm, stride_mn,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            MASK, MASK_ROWS, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = _visit_keys(
         dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
         full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-        slope,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, SOFTCAP, ALIBI,
-        USE_TMA, PRECISION,
+        slope, mask_base, seqlen_q, stride_mm, stride_mn,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, MASK != "", EVEN_N, SOFTCAP, ALIBI,
+        MASK, MASK_ROWS, USE_TMA, PRECISION,
     )  # fmt: skip
-    if CAUSAL or IS_LOCAL or not EVEN_N:
+    if (CAUSAL or IS_LOCAL or not EVEN_N) and MASK == "":
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             full_end, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+            mask_base, seqlen_q, stride_mm, stride_mn,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            USE_TMA, PRECISION,
+            MASK, MASK_ROWS, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = dq * softmax_scale
     _store_rows(dq_ptr, dq, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
@@ -382,9 +416,14 @@ def attention_backward(
     workspace = torch.empty((2, rows), dtype=torch.float32, device=q.device)
     lse2, delta = workspace[0], workspace[1]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    softcap, slopes, _ = call.terms  # softmax_lse contains the sinks
+    softcap, slopes, _, _ = call.terms  # softmax_lse contains the sinks
     scales = softmax_scale * LOG2_E.value, softmax_scale, softcap or 1.0
-    common = (lse2 if slopes is None else slopes, *scales, slope_stride(slopes), *strides)
+    attn_mask = MaskArguments.of(call, lse2)
+    common = (
+        *(lse2 if slopes is None else slopes, attn_mask.data, *scales, slope_stride(slopes)),
+        *attn_mask.strides,
+        *strides,
+    )
     lengths = (group, seqlen_q, seqlen_kv)
     window = window_limits(mask, seqlen_q, seqlen_kv)
     section_kv, section_q = 1, 1
@@ -397,7 +436,7 @@ def attention_backward(
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "enable_fp_fusion": True}
     options: dict[str, Any] = {
         **shape, "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local, "USE_TMA": use_tma,
-        "SOFTCAP": softcap > 0, "ALIBI": slopes is not None,
+        "SOFTCAP": softcap > 0, "ALIBI": slopes is not None, **attn_mask.options,
         "PRECISION": dot_precision(q), "num_stages": num_stages, "num_warps": num_warps,
     }  # fmt: skip
 
@@ -411,13 +450,15 @@ def attention_backward(
             *dout.stride()[:3], heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
             HAS_DLSE=dlse is not None,
         )  # fmt: skip
+        seen_by = attn_mask.bounds(block_n, block_m, of_keys=True)
+        seen = attn_mask.bounds(block_n, block_m)
         run(_backward_dkdv_kernel, triton.cdiv(seqlen_kv, block_n) * batch * heads_kv)(
             tma_descriptor(q, block_m, block_d) if use_tma else q,
             k, v,
             tma_descriptor(dout, block_m, block_d) if use_tma else dout,
             TensorDescriptor.from_tensor(lse2, [block_m]) if use_tma else lse2,
             TensorDescriptor.from_tensor(delta, [block_m]) if use_tma else delta,
-            dk, dv,
+            dk, dv, seen_by.data, *seen_by.strides,
             *common, batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded, *window,
             BLOCK_M=block_m, BLOCK_N=block_n,
             EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_kv % block_n == 0, **options,
@@ -426,7 +467,7 @@ def attention_backward(
             q,
             tma_descriptor(k, block_m, block_d) if use_tma else k,
             tma_descriptor(v, block_m, block_d) if use_tma else v,
-            dout, lse2, delta, dq,
+            dout, lse2, delta, dq, seen.data, *seen.strides,
             *common, batch * heads_q, heads_q, *lengths, section_q, rows_padded, *window,
             BLOCK_M=block_n, BLOCK_N=block_m,
             EVEN_M=seqlen_q % block_n == 0, EVEN_N=seqlen_kv % block_m == 0, **options,

@@ -36,6 +36,8 @@ _MAX_CALLS = 4096
 # What holds numbers in memory of its own. A subclass may be anything else.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
+_AUTOCAST_DTYPES = frozenset({torch.float16, torch.bfloat16})
+
 # Looked up once: every call needs them.
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -66,11 +68,16 @@ def window_of(causal: bool, window_size: object) -> tuple[int, int]:
     return mask.left, mask.right
 
 
-def terms_of(softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None) -> Terms:
+def terms_of(
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    attn_mask: Tensor | None = None,
+) -> Terms:
     """As users give them: not validated, and sinks of any dtype. Without any, NO_TERMS itself."""
-    if softcap == 0.0 and alibi_slopes is None and sinks is None:
+    if softcap == 0.0 and alibi_slopes is None and sinks is None and attn_mask is None:
         return NO_TERMS
-    return Terms(softcap, alibi_slopes, sinks)
+    return Terms(softcap, alibi_slopes, sinks, attn_mask)
 
 
 def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -118,6 +125,8 @@ def attend(
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (q, k, v)
         )
+        if terms.attn_mask is not None and terms.attn_mask.dtype in _AUTOCAST_DTYPES:
+            terms = terms._replace(attn_mask=terms.attn_mask.to(q.dtype))
     if by_op:
         return _attend_op(q, k, v, asked, terms, sequences)
     try:
@@ -171,14 +180,16 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
 
 
 def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequences]:
-    """In the dtypes and strides that spec/call.py says. Differentiable in sinks."""
-    softcap, alibi_slopes, sinks = terms
+    """In the dtypes and strides that spec/call.py says. Differentiable in sinks and attn_mask."""
+    softcap, alibi_slopes, sinks, attn_mask = terms
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.contiguous()
     if sinks is not None:
         sinks = sinks.float().contiguous()
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     if terms is not NO_TERMS:
-        terms = Terms(float(softcap), alibi_slopes, sinks)
+        terms = Terms(float(softcap), alibi_slopes, sinks, attn_mask)
     if sequences is not DENSE:
         lengths = (None if x is None else x.contiguous() for x in sequences[:6])
         sequences = Sequences._make((*lengths, *sequences[6:]))
@@ -317,12 +328,12 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
         return lambda q, k, v, *_: attend(q, k, v, scale, training)[0]
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        return attend(q, k, v, scale, training, terms[2], terms, sequences)[0]
+        return attend(q, k, v, scale, training, *terms[2:], terms, sequences)[0]
 
     def call_with_lse(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
-        out, lse = attend(q, k, v, scale, training, terms[2], terms, sequences)
+        out, lse = attend(q, k, v, scale, training, *terms[2:], terms, sequences)
         return out, lse, None
 
     return call_with_lse if asked.return_lse else call

@@ -23,6 +23,7 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
@@ -50,12 +51,18 @@ def flash_attn_func(
         return_attn_probs: also return softmax_lse; (out, softmax_lse, None) as flash-attn does.
         sinks: (heads_q,), any floating-point dtype: of each head the score of a key without value,
             which joins the softmax's sum (s_aux or learnable_sink elsewhere). Differentiable.
+        attn_mask: broadcastable to (batch, heads_q, seqlen_q, seqlen_kv), with any strides, and
+            read where it lies: bool, True where a query sees a key, or float32 or of q's dtype,
+            which is added to the scores last, -inf for a key that is not seen. Beside `causal` and
+            `window_size`, which count all keys. Differentiable, where it is added; its gradient
+            takes the time of another backward.
         backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim_v), typed as q, contiguous. softmax_lse is (batch,
         heads_q, seqlen_q) float32, natural logarithm, differentiable; sinks are in it. A row that
-        sees no key has out 0 and softmax_lse -inf, or its head's sink.
+        sees no key has out 0 and softmax_lse -inf, or its head's sink. Keys and values that are
+        hidden by attn_mask should be finite: they may be read, and 0 * NaN is NaN.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what is allowed.
@@ -70,7 +77,7 @@ def flash_attn_func(
     asked = Asked(
         softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
     )
-    return attend(q, k, v, asked, terms_of(softcap, alibi_slopes, sinks))
+    return attend(q, k, v, asked, terms_of(softcap, alibi_slopes, sinks, attn_mask))
 
 
 def flash_attn_qkvpacked_func(
@@ -85,6 +92,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
@@ -107,6 +115,7 @@ def flash_attn_qkvpacked_func(
         deterministic,
         return_attn_probs,
         sinks=sinks,
+        attn_mask=attn_mask,
         backend=backend,
         tile=tile,
     )
@@ -125,6 +134,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     *,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
@@ -147,6 +157,7 @@ def flash_attn_kvpacked_func(
         deterministic,
         return_attn_probs,
         sinks=sinks,
+        attn_mask=attn_mask,
         backend=backend,
         tile=tile,
     )

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from flashmoe.backends.base import Run, RunBackward
+from flashmoe.backends.blocked import attention_backward
 from flashmoe.planning.plan import planned
 from flashmoe.spec import shapes
 from flashmoe.spec.call import Call, Saved, Sequences, Terms
+from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -59,10 +61,13 @@ class Training:
             return self.backward()(call, saved)
 
     @property
+    def mask(self) -> Mask:
+        return self._problem.mask
+
+    @property
     def arguments(self) -> tuple[int, int, str, bool]:
         """Those of the op `attention_backward` after the scale."""
-        mask = self._problem.mask
-        return mask.left, mask.right, self._backend or "", self._deterministic
+        return self.mask.left, self.mask.right, self._backend or "", self._deterministic
 
 
 def refuse_gradients(terms: Terms, sequences: Sequences) -> None:
@@ -99,6 +104,16 @@ def sinks_gradient(call: Call, saved: Saved) -> Tensor:
     each = (gain * torch.exp(sinks.unsqueeze(-1) - lse)).masked_fill(hidden, 0.0)
     gradient: Tensor = -each.transpose(-1, -2).flatten(0, -2).sum(0)
     return gradient
+
+
+def mask_gradient(call: Call, saved: Saved, mask: Mask) -> Tensor:
+    """Of attn_mask, shaped and typed as it is: the gradients of the scores, added up over what it
+    is broadcast to. In torch operations, one block of rows at a time, so beside the gradient itself
+    memory is linear in seqlen; time is that of another backward."""
+    attn_mask = call.terms.attn_mask
+    assert attn_mask is not None
+    with without_autocast(call.q):
+        return attention_backward(call, saved.dout, saved.dlse, mask, of_mask=True)[3]
 
 
 def without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from flashmoe.backends.base import Run
 from flashmoe.frontend.append import append as append_keys
 from flashmoe.frontend.gradients import (
     Training,
+    mask_gradient,
     refuse_gradients,
     saved_of,
     sinks_gradient,
@@ -36,7 +37,7 @@ _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-unty
 
 class Arguments(NamedTuple):
     """Those of the ops `attention`, `attention_packed` and `attention_split`, which have the first
-    12, the first 20, and all."""
+    13, the first 21, and all."""
 
     q: Tensor
     k: Tensor
@@ -50,6 +51,7 @@ class Arguments(NamedTuple):
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    attn_mask: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
@@ -62,7 +64,7 @@ class Arguments(NamedTuple):
 
     @property
     def call(self) -> Call:
-        return Call(*self[:4], Terms(*self[9:12]), Sequences(*self[12:20]))
+        return Call(*self[:4], Terms(*self[9:13]), Sequences(*self[13:21]))
 
     @property
     def mask(self) -> Mask:
@@ -71,6 +73,7 @@ class Arguments(NamedTuple):
 
 # Where the op's arguments have what gets a gradient beside q, k and v.
 _SINKS = Arguments._fields.index("sinks")
+_MASK = Arguments._fields.index("attn_mask")
 # From here on they are those of the backward's op, too.
 _SHARED = Arguments._fields.index("deterministic")
 
@@ -117,8 +120,27 @@ def _attention_backward(
     return training.gradients(call, Saved(dout, out, softmax_lse, dlse))
 
 
+def _attention_mask_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dlse: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    backend: str,
+    *shared: Any,
+) -> Tensor:
+    arguments = Arguments(q, k, v, softmax_scale, window_left, window_right, backend, "", *shared)
+    return mask_gradient(arguments.call, Saved(dout, out, softmax_lse, dlse), arguments.mask)
+
+
 _TERMS = (
-    "bool deterministic=False, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None"
+    "bool deterministic=False, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+    "Tensor? attn_mask=None"
 )
 _SEQUENCES = (
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "
@@ -137,6 +159,7 @@ for _schema in (
     f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_without_lse({_FORWARD}) -> Tensor",
     f"attention_backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"attention_mask_backward({_BACKWARD}) -> Tensor",
     f"attention_packed({_FORWARD}, {_SEQUENCES}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_split({_FORWARD}, {_SEQUENCES}, int num_splits=0) -> "
     "(Tensor out, Tensor softmax_lse)",
@@ -150,10 +173,11 @@ for _schema in (
 
 attention = torch.ops.flashmoe.attention.default
 """(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False,
-softcap=0.0, alibi_slopes=None, sinks=None) -> out, softmax_lse; differentiable in q, k, v and
-sinks. The plan is made at run time, by the first call for a problem, so a compiled graph follows
-the tuned database. Empty `backend` and `tile` do not override. With `deterministic` the gradients
-are the same bits every time. Slopes and sinks as spec/call.py, Terms, says."""
+softcap=0.0, alibi_slopes=None, sinks=None, attn_mask=None) -> out, softmax_lse; differentiable in
+q, k, v, sinks and attn_mask. The plan is made at run time, by the first call for a problem, so a
+compiled graph follows the tuned database. Empty `backend` and `tile` do not override. With
+`deterministic` the gradients are the same bits every time. Slopes, sinks and mask as spec/call.py,
+Terms, says."""
 
 attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
 """out alone, so that backends that do not return softmax_lse may run; `attention` where a gradient
@@ -161,8 +185,12 @@ is asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
 """(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right, backend,
-deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None) -> dq, dk, dv, contiguous, shaped
-and typed as q, k, v. dlse, the gradient of softmax_lse, may be None. Not differentiable."""
+deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None, attn_mask=None) -> dq, dk, dv,
+contiguous, shaped and typed as q, k, v. dlse, the gradient of softmax_lse, may be None. Not
+differentiable."""
+
+attention_mask_backward = torch.ops.flashmoe.attention_mask_backward.default
+"""Of the same arguments the gradient of attn_mask, shaped and typed as it is."""
 
 attention_packed = torch.ops.flashmoe.attention_packed.default
 """`attention` of sequences whose lengths are read on the device: the arguments of `attention`, then
@@ -194,6 +222,12 @@ def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_attention_without_lse(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _fake_attention_mask_backward(*arguments: Any) -> Tensor:
+    mask = arguments[-1]
+    assert isinstance(mask, Tensor), "attn_mask"
+    return mask.new_empty(mask.shape)
 
 
 def _fake_attention_backward(
@@ -257,20 +291,22 @@ class _Attention(torch.autograd.Function):
                 )
             )
             saved = saved_of(dout, out, lse, dlse)
-            gradients[:3] = ctx.op(
+            of_op = (
                 *(saved.dout, *arguments[:3], *saved[1:], *arguments[3:7]),
                 *arguments[_SHARED : len(ctx.others)],
             )
+            gradients[:3] = ctx.op(*of_op)
             if len(gradients) > _SINKS and ctx.needs_input_grad[3 + _SINKS]:
                 gradients[_SINKS] = sinks_gradient(arguments.call, saved)
+            if len(gradients) > _MASK and ctx.needs_input_grad[3 + _MASK]:
+                gradients[_MASK] = attention_mask_backward(*of_op)
         return None, None, None, *gradients
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _below_autograd(op, keyset, *arguments)
-        return dq, dk, dv
+    def forward(ctx: Any, op: Any, keyset: Any, *arguments: Any) -> Any:
+        return _below_autograd(op, keyset, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -344,6 +380,12 @@ for _op, _kernel, _fake, _autograd in (
         _attention_backward,
         _fake_attention_backward,
         _backward_autograd(attention_backward),
+    ),
+    (
+        attention_mask_backward,
+        _attention_mask_backward,
+        _fake_attention_mask_backward,
+        _backward_autograd(attention_mask_backward),
     ),
     (
         attention_packed_backward,

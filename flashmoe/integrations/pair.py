@@ -69,7 +69,7 @@ def backward(
     wide = -(-max(sizes) // 8) * 8
     dout, q, k, v, out = (F.pad(x, (0, wide - x.shape[-1])) for x in (dout, q, k, v, out))
     saved = (dout, q, k, v, out, softmax_lse.contiguous(), None)
-    how = (scale, *window, "", deterministic, softcap, alibi_slopes, None)
+    how = (scale, *window, "", deterministic, softcap, alibi_slopes, None, None)
     if cu_seqlens_q is None:
         found = ops.attention_backward(*saved, *how)
     else:

@@ -21,14 +21,15 @@ def attention_reference(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     first_row: int = 0,
     seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V, materialized, differentiable, computed in `dtype`.
 
     q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim);
-    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,). Where q is only some of the
-    queries, it begins at the first_row of seqlen_q.
+    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,), attn_mask as SDPA's. Where q is
+    only some of the queries, it begins at the first_row of seqlen_q, and so do attn_mask's rows.
     Returns out (as q) and softmax_lse (batch, heads_q, seqlen_q), both in `dtype`; a row that sees
     no key has out 0 and its sink, or -inf, as lse. With `dtype` the inputs' own it is the
     same-dtype PyTorch computation that tolerances are measured against; slopes and sinks stay
@@ -50,6 +51,11 @@ def attention_reference(
         distance = (i + k.shape[1] - seqlen_q - j).abs()
         scores = scores - alibi_slopes.to(at_least_float32)[..., None, None] * distance
     hidden = mask.hides(i, j, seqlen_q, k.shape[1])
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = hidden | ~attn_mask
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+        hidden = hidden | (attn_mask == float("-inf"))
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         sink = sinks.to(at_least_float32).reshape(-1, 1, 1).expand(*scores.shape[:3], 1)
@@ -91,10 +97,17 @@ def sequences_reference(
             softcap=terms.softcap,
             alibi_slopes=slopes[index] if slopes is not None and slopes.dim() == 2 else slopes,
             sinks=terms.sinks,
+            attn_mask=_of_batch(terms.attn_mask, index),
         )
         (out if packed else out[index])[rows] = one_out[0]
         (lse if packed else lse[index])[:, rows] = one_lse[0]
     return out, lse
+
+
+def _of_batch(attn_mask: Tensor | None, index: int) -> Tensor | None:
+    if attn_mask is None or attn_mask.dim() < 4 or attn_mask.shape[0] == 1:
+        return attn_mask
+    return attn_mask[index : index + 1]
 
 
 def error_bound(actual_dtype: torch.dtype, same_dtype_error: float, scale: float) -> float:

@@ -14,12 +14,15 @@ class Terms(NamedTuple):
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32, contiguous
     sinks: Tensor | None = None  # (heads_q,), float32, contiguous
+    # (batch, heads_q, seqlen_q, seqlen_kv) or 1 in the place of any of them, with any strides:
+    # bool, True where a query sees a key, or float32 or of q's dtype, which is added to scores.
+    attn_mask: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Those that there are, by their names in spec/problem.py."""
-        present = (self.softcap != 0.0, self.alibi_slopes is not None, self.sinks is not None)
-        names = zip(("softcap", "alibi", "sink"), present, strict=True)
+        present = (self.softcap != 0.0, *(x is not None for x in self[1:]))
+        names = zip(("softcap", "alibi", "sink", "mask"), present, strict=True)
         return tuple(name for name, is_present in names if is_present)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DIRECTIONS = ("fwd", "bwd")
 # What may be done to scores besides scaling and masking (spec/call.py, Terms).
-TERMS = ("softcap", "alibi", "sink")
+TERMS = ("softcap", "alibi", "sink", "mask")
 # How sequences lie in memory: one by one; one behind the other; or keys in a cache, whose lengths
 # are read on the device, dense or in pages, and queries either way.
 LAYOUTS = ("dense", "packed", "cache", "paged", "packed-cache", "packed-paged")

@@ -20,6 +20,7 @@ class Variant:
     softcap: bool = False
     alibi: bool = False
     sink: bool = False
+    mask: bool = False
     packed: bool = False
 
     @classmethod
