@@ -29,6 +29,7 @@ _TERMS = {
     "softcap": ", softcap=softcap",
     "alibi": ", alibi_slopes=alibi_slopes",
     "sink": ", sinks=sinks",
+    "mask": ", attn_mask=attn_mask",
 }
 
 

@@ -450,8 +450,8 @@ def attention_backward(
             *dout.stride()[:3], heads_q, seqlen_q, rows_padded, **shape, BLOCK_M=_ROWS_PER_PROGRAM,
             HAS_DLSE=dlse is not None,
         )  # fmt: skip
-        seen_by = attn_mask.bounds(block_n, block_m, of_keys=True)
-        seen = attn_mask.bounds(block_n, block_m)
+        seen_by = attn_mask.bounds(block_n, block_m, launch, of_keys=True)
+        seen = attn_mask.bounds(block_n, block_m, launch)
         run(_backward_dkdv_kernel, triton.cdiv(seqlen_kv, block_n) * batch * heads_kv)(
             tma_descriptor(q, block_m, block_d) if use_tma else q,
             k, v,

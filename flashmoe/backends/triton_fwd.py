@@ -550,8 +550,11 @@ class MaskArguments(NamedTuple):
     def options(self) -> dict[str, object]:
         return {"MASK": self.kind, "MASK_ROWS": self.strides[2] != 0}
 
-    def bounds(self, block_rows: int, block_keys: int, of_keys: bool = False) -> MaskBounds:
-        """Which keys tiles of rows see, or with `of_keys` which rows tiles of keys."""
+    def bounds(
+        self, block_rows: int, block_keys: int, launch: bool, of_keys: bool = False
+    ) -> MaskBounds:
+        """Which keys tiles of rows see, or with `of_keys` which rows tiles of keys. Without `launch`
+        what finds it is only compiled."""
         if not self.kind:
             return MaskBounds(self.data)
         of_batch, of_head, *by = self.strides
@@ -566,7 +569,10 @@ class MaskArguments(NamedTuple):
         )
         # Those that are alike are looked at once.
         rows = lengths[0] if by[0] else 1
-        _mask_bounds_kernel[(batches * heads * tiles,)](
+        grid = (batches * heads * tiles,)
+        kernel = _mask_bounds_kernel
+        run = kernel[grid] if launch else functools.partial(kernel.warmup, grid=grid)
+        run(
             self.data, found, of_batch, of_head, *by, heads, tiles, rows, lengths[1],
             BLOCK_M=block_rows if by[0] else 1, BLOCK_N=block_keys, MASK=self.kind,
         )  # fmt: skip
@@ -617,7 +623,7 @@ def attention_forward(
     run = kernel[grid] if launch else functools.partial(kernel.warmup, grid=grid)
     # enable_fp_fusion: Triton 3.10 no longer fuses multiply and add unasked.
     with device_guard(q):
-        bounds = attn_mask.bounds(block_m, block_n)
+        bounds = attn_mask.bounds(block_m, block_n, launch)
         run(
             q, tma_descriptor(k, block_n, block_d) if use_tma else k, tma_descriptor(v, block_n,
             block_d) if use_tma else v, out, lse, lse if slopes is None else slopes,

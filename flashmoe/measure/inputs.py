@@ -91,7 +91,7 @@ class Piece:
         call, dout = self.inputs.call, self.inputs.dout
         q = call.q.flatten(0, -3)[None, self.rows, self.heads]
         k, v = (x.flatten(0, -3)[None, self.keys, self.head : self.head + 1] for x in call[1:3])
-        slopes, sinks = call.terms.alibi_slopes, call.terms.sinks
+        _, slopes, sinks, attn_mask = call.terms
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[self.sequence]
         leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
@@ -104,6 +104,8 @@ class Piece:
             softcap=call.terms.softcap,
             alibi_slopes=None if slopes is None else slopes[self.heads],
             sinks=None if sinks is None else sinks[self.heads],
+            # One of keys, of each sequence.
+            attn_mask=None if attn_mask is None else attn_mask[self.sequence],
             first_row=self.start,
             seqlen_q=self.inputs.sequences[self.sequence][2],
         )
@@ -241,4 +243,13 @@ def _terms(problem: Problem, generator: torch.Generator, device: torch.device) -
         _SOFTCAP if "softcap" in problem.terms else 0.0,
         slopes if "alibi" in problem.terms else None,
         sinks if "sink" in problem.terms else None,
+        _padding(problem, device) if "mask" in problem.terms else None,
     )
+
+
+def _padding(problem: Problem, device: torch.device) -> Tensor:
+    """A mask of keys (batch, 1, 1, seqlen_kv), which leaves a sequence the first half of its keys to
+    all of them."""
+    batch, seqlen_kv = problem.batch, problem.seqlen_kv
+    kept = seqlen_kv - torch.arange(batch, device=device) * (seqlen_kv // 2) // max(batch - 1, 1)
+    return (torch.arange(seqlen_kv, device=device) < kept.unsqueeze(1))[:, None, None]

@@ -87,6 +87,10 @@ class Problem:
             raise ValueError(f"terms must be some of {', '.join(TERMS)}, got {self.terms!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if "mask" in self.terms and self.layout != "dense":
+            raise ValueError(
+                f"terms must not have mask unless layout is dense, got {self.layout!r}"
+            )
         # One problem has one spelling.
         object.__setattr__(self, "terms", tuple(t for t in TERMS if t in self.terms))
         if self.layout.startswith("packed"):
