@@ -85,6 +85,17 @@ def test_dropout_and_a_mask(shape, is_added):
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
 
 
+def test_torchs_function_has_dropout_under_a_mask():
+    q, k, v = qkv()
+    mask = added((5, 7))
+    torch.manual_seed(0)
+    expected = flash_attn_func(q, k, v, 0.4, attn_mask=mask)
+    swapped = (x.transpose(1, 2) for x in (q, k, v))
+    torch.manual_seed(0)
+    out = flashmoe.scaled_dot_product_attention(*swapped, mask, 0.4, enable_gqa=True)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
 def test_signed_weights_of_dropout_know_a_mask():
     q, k, v = qkv()
     mask = added((2, 1, 5, 7))
