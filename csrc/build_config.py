@@ -52,7 +52,7 @@ INSTANCE_FIELDS = {
 # columns of a line.
 VARIANT_FIELDS = {
     "sm80": (),
-    "sm90": ("local", "softcap", "alibi", "sink", "dropout", "packed"),
+    "sm90": ("local", "softcap", "alibi", "sink", "dropout", "mask", "packed"),
     "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "dropout", "whole", "packed"),
     "decode": (),
 }

@@ -44,7 +44,7 @@ struct Options {
   double softcap = 0;
   const std::optional<Tensor>&alibi_slopes, &sinks;
   double dropout_p = 0;
-  const std::optional<Tensor>& rng_state;
+  const std::optional<Tensor>&rng_state, &attn_mask;
   const std::optional<Tensor>&cu_seqlens_q, &cu_seqlens_k, &seqused_k, &leftpad_k, &cache_batch_idx,
       &block_table;
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
@@ -163,7 +163,37 @@ std::array<int64_t, 3> strides_of(const Tensor& x) {
   return {strides[0], strides[1], strides[2]};
 }
 
-Terms terms_of(const Tensor& q, int64_t batch, const Options& options) {
+// `keys`: how many there are.
+AttnMask attn_mask_of(const Tensor& q, int64_t batch, int64_t keys,
+                      const std::optional<Tensor>& x) {
+  AttnMask mask{};
+  if (!x) return mask;
+  const int64_t sizes[] = {batch, heads_of(q), rows_of(q), keys};
+  const bool fits = x->dim() == 4 && same_device(*x, q);
+  STD_TORCH_CHECK(fits, "attn_mask must have 4 dimensions and be on q's device");
+  long long strides[4];
+  for (int i = 0; i < 4; ++i) {
+    const int64_t size = x->sizes()[i];
+    STD_TORCH_CHECK(size == sizes[i] || size == 1, "attn_mask must have ", sizes[i],
+                    " elements or 1 in dimension ", i, ", got ", size);
+    strides[i] = size == 1 ? 0 : x->strides()[i];
+  }
+  const ScalarType type = x->scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Float || type == q.scalar_type(),
+                  "attn_mask must be bool, float32 or of q's dtype");
+  mask.data = x->data_ptr();
+  mask.batch_stride = strides[0];
+  mask.head_stride = strides[1];
+  mask.row_stride = strides[2];
+  mask.key_stride = strides[3];
+  mask.kind = type == ScalarType::Bool    ? AttnMask::Kind::boolean
+              : type == ScalarType::Float ? AttnMask::Kind::float32
+              : type == ScalarType::Half  ? AttnMask::Kind::float16
+                                          : AttnMask::Kind::bfloat16;
+  return mask;
+}
+
+Terms terms_of(const Tensor& q, int64_t batch, int64_t keys, const Options& options) {
   STD_TORCH_CHECK(options.softcap >= 0, "softcap must be 0 or positive, got ", options.softcap);
   const int64_t heads = heads_of(q);
   const auto& slopes = options.alibi_slopes;
@@ -186,6 +216,11 @@ Terms terms_of(const Tensor& q, int64_t batch, const Options& options) {
     const double kept = std::floor((1 - options.dropout_p) * 65536 + 0.5);
     terms.dropout_limit = kept < 1 ? 0 : static_cast<unsigned>(kept) - 1;
   }
+  STD_TORCH_CHECK(
+      !options.attn_mask || !(options.cu_seqlens_q || options.cu_seqlens_k || options.seqused_k ||
+                              options.leftpad_k || options.cache_batch_idx || options.block_table),
+      "attn_mask is of dense batches");
+  terms.attn_mask = attn_mask_of(q, batch, keys, options.attn_mask);
   return terms;
 }
 
@@ -252,7 +287,7 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, int6
   params.heads_kv = static_cast<int>(heads_of(k));
   params.head_dim = static_cast<int>(head_dim_of(q));
   describe_sequences(params, q, k, options, window_left, window_right);
-  params.terms = terms_of(q, params.batch, options);
+  params.terms = terms_of(q, params.batch, params.seqlen_kv, options);
   return params;
 }
 
@@ -305,15 +340,16 @@ std::tuple<Tensor, Tensor> fwd_cpu_op(
     const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
     int64_t window_right, int64_t block_m, int64_t block_n, double softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
-    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
-    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
+    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  const Options options{softcap,      alibi_slopes, sinks,       dropout_p, rng_state,
-                        cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, cache_batch_idx,
-                        block_table,  max_seqlen_q, max_seqlen_k};
+  const Options options{softcap,         alibi_slopes, sinks,        dropout_p,   rng_state,
+                        attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k,
+                        cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k};
   Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
   if (call.out.numel() > 0) {
     fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
@@ -330,7 +366,7 @@ std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, co
                                             int64_t block_n) {
   const std::optional<Tensor> none;
   return fwd_cpu_op(q, k, v, softmax_scale, window_left, window_right, block_m, block_n, 0, none,
-                    none, 0, none, none, none, none, none, none, none, 0, 0);
+                    none, 0, none, none, none, none, none, none, none, none, 0, 0);
 }
 
 #ifdef FLASHMOE_WITH_CUDA
@@ -375,19 +411,21 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
     const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
     int64_t window_right, int64_t handle, double softcap, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sinks, double dropout_p, const std::optional<Tensor>& rng_state,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
-    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const Options options{softcap,      alibi_slopes, sinks,       dropout_p, rng_state,
-                        cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, cache_batch_idx,
-                        block_table,  max_seqlen_q, max_seqlen_k};
-  // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel.
+  const Options options{softcap,         alibi_slopes, sinks,        dropout_p,   rng_state,
+                        attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k,
+                        cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k};
+  // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel, unless
+  // there is a mask.
   const bool packed = cu_seqlens_q.has_value();
-  Call call = packed ? prepare(fetchable(q), fetchable(k), fetchable(v), softmax_scale, window_left,
+  const bool copies = packed || attn_mask.has_value();
+  Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), softmax_scale, window_left,
                                window_right, options)
                      : prepare(q, k, v, softmax_scale, window_left, window_right, options);
   const Kernel* kernel = find_kernel(handle);
@@ -423,7 +461,7 @@ std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, 
                                               int64_t max_seqlen_k) {
   const std::optional<Tensor> none;
   return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, 0,
-                     none, cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
+                     none, none, cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
                      max_seqlen_k);
 }
 
@@ -442,25 +480,27 @@ std::tuple<Tensor, Tensor> fwd_cuda_dense_op(const Tensor& q, const Tensor& k, c
                                              int64_t window_right, int64_t handle) {
   const std::optional<Tensor> none;
   return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, 0,
-                     none, none, none, none, none, none, none, 0, 0);
+                     none, none, none, none, none, none, none, none, 0, 0);
 }
 
 std::tuple<Tensor, Tensor> decode_cuda_op(
     const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
     int64_t window_right, int64_t handle, int64_t num_splits, double softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
-    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
-    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
+    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const Options options{softcap,      alibi_slopes, sinks,       dropout_p, rng_state,
-                        cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, cache_batch_idx,
-                        block_table,  max_seqlen_q, max_seqlen_k};
+  const Options options{softcap,         alibi_slopes, sinks,        dropout_p,   rng_state,
+                        attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k,
+                        cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k};
   STD_TORCH_CHECK(num_splits >= -1, "num_splits must be -1 or more, got ", num_splits);
   STD_TORCH_CHECK(dropout_p == 0, "the decode kernel has no dropout, got dropout_p ", dropout_p);
+  STD_TORCH_CHECK(!attn_mask, "the decode kernel has no attn_mask");
   Call call = prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
                       softmax_scale, window_left, window_right, options);
   const DecodeKernel* kernel = find_decode_kernel(handle);
@@ -491,7 +531,7 @@ std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k
                                                 int64_t num_splits) {
   const std::optional<Tensor> none;
   return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, 0, none, none, none, none, none, none, none, 0, 0);
+                        none, none, 0, none, none, none, none, none, none, none, none, 0, 0);
 }
 
 // Of a cache, or pages, without padding, batch index and terms.
@@ -502,8 +542,8 @@ std::tuple<Tensor, Tensor> decode_cuda_cache_op(
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
   const std::optional<Tensor> none;
   return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, 0, none, cu_seqlens_q, none, seqused_k, none, none, block_table,
-                        max_seqlen_q, 0);
+                        none, none, 0, none, none, cu_seqlens_q, none, seqused_k, none, none,
+                        block_table, max_seqlen_q, 0);
 }
 
 NewRows new_rows(const Tensor& x, const int* cu_seqlens) {
@@ -621,9 +661,9 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   const std::optional<Tensor> none;
-  const Options options{softcap,      alibi_slopes, none,        dropout_p, rng_state,
-                        cu_seqlens_q, cu_seqlens_k, seqused_k,   none,      none,
-                        none,         max_seqlen_q, max_seqlen_k};
+  const Options options{softcap, alibi_slopes, none,         dropout_p,   rng_state,
+                        none,    cu_seqlens_q, cu_seqlens_k, seqused_k,   none,
+                        none,    none,         max_seqlen_q, max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const int64_t dims = q_in.dim(), batch_dims = dims - 3;
@@ -733,9 +773,10 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
                                     .alibi = flags[3] != 0,
                                     .sink = flags[4] != 0,
                                     .dropout = flags[5] != 0,
-                                    .whole = flags[6] != 0,
-                                    .packed = flags[7] != 0};
-    if (num_fields != tile_fields + 8) throw std::runtime_error("fields of another version");
+                                    .mask = flags[6] != 0,
+                                    .whole = flags[7] != 0,
+                                    .packed = flags[8] != 0};
+    if (num_fields != tile_fields + 9) throw std::runtime_error("fields of another version");
     if (backward != 0) {
       return flashmoe::load_backward_kernel(
           cubin, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6] != 0},
@@ -756,7 +797,7 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
 
 #define FLASHMOE_OPTIONS                                                             \
   "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "               \
-  "float dropout_p=0.0, Tensor? rng_state=None, "                                    \
+  "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "            \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "   \
   "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, " \
   "int max_seqlen_q=0, int max_seqlen_k=0"

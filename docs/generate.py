@@ -23,6 +23,7 @@ FEATURES = (
     ("softcap", "`softcap`", "2, 3, 4", "no"),
     ("alibi", "`alibi_slopes`", "2", "as a mask"),
     ("sink", "attention sinks", "4", "no"),
+    ("mask", "`attn_mask`", "no", "yes"),
     ("dropout", "`dropout_p`", "2", "yes"),
     ("packed", "packed sequences", "2, 3, 4", "`varlen_attn`"),
     ("cache", "KV cache with lengths", "2, 3, 4", "no"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from flashmoe.backends import BACKENDS
 from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.frontend.attend import (
     PLAIN,
@@ -65,16 +67,20 @@ def scaled_dot_product_attention(
     its place there.
 
     query (batch, heads_q, seqlen_q, head_dim), key and value (batch, heads_kv, seqlen_kv,
-    head_dim); is_causal is aligned top-left: query i sees keys j <= i. What our kernels do not
-    compute goes to torch's own: an attn_mask, a scale that flash_attn_func refuses, other
-    ranks, dtypes and head dimensions, value's head_dim differing from query's, a causal query
-    longer than its keys, subclasses of Tensor (nested, distributed, fake), and what runs under
-    torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
+    head_dim); is_causal is aligned top-left: query i sees keys j <= i. attn_mask broadcasts to
+    (batch, heads_q, seqlen_q, seqlen_kv): bool, True where a query sees a key, or added to scores.
+    A row that sees no key is 0, where torch's kernels differ: 0 or NaN.
+
+    What our kernels do not compute goes to torch's own: an attn_mask beside is_causal (an error
+    there) or of a dtype that is neither bool nor float32 nor query's, a scale that flash_attn_func
+    refuses, other ranks, dtypes and head dimensions, value's head_dim differing from query's, a
+    causal query longer than its keys, subclasses of Tensor (nested, distributed, fake), and what
+    runs under torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
     """
     if (
-        attn_mask is not None
-        or not 0.0 <= dropout_p < 1.0
+        not 0.0 <= dropout_p < 1.0
         or not _ours(query, key, value, scale, is_causal, enable_gqa)
+        or not (attn_mask is None or _is_our_mask(attn_mask, query, key, is_causal))
     ):
         return torch_sdpa(
             query,
@@ -91,10 +97,8 @@ def scaled_dot_product_attention(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     asked = Asked(None if scale is None else float(scale), is_causal)
-    if dropout_p == 0.0:
-        out = attend(q, k, v, asked)
-    else:
-        out = attend_dropping(q, k, v, asked, terms_of(0.0, None, None, dropout_p))
+    terms = terms_of(0.0, None, None, dropout_p, attn_mask=attn_mask)
+    out = (attend if dropout_p == 0.0 else attend_dropping)(q, k, v, asked, terms)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)
 
@@ -135,6 +139,26 @@ def _ours(
         and query.device == key.device == value.device
         and query.device.type in ("cpu", "cuda")
     )
+
+
+def _is_our_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> bool:
+    if is_causal or type(attn_mask) not in _TRACED:
+        return False
+    if attn_mask.is_nested or attn_mask.layout != torch.strided or attn_mask.dim() > 4:
+        return False
+    if query.is_cuda and not _gpu_has_masks(query.device):
+        return False
+    full = (*query.shape[:3], key.shape[2])
+    return (
+        attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
+        and attn_mask.device == query.device
+        and all(n in (1, m) for n, m in zip(attn_mask.shape[::-1], full[::-1], strict=False))
+    )
+
+
+@functools.cache
+def _gpu_has_masks(device: torch.device) -> bool:
+    return not BACKENDS["triton"].unavailable(device)
 
 
 def _is_our_scale(scale: object) -> bool:

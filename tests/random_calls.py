@@ -80,9 +80,12 @@ def masks() -> st.SearchStrategy[Mask]:
 
 
 @st.composite
-def terms(draw: st.DrawFn, batch: int, heads: int, least: int) -> Terms:
-    """At least so many of them."""
-    chosen = draw(st.sets(st.sampled_from(TERMS), min_size=least))
+def terms(
+    draw: st.DrawFn, batch: int, heads: int, dense: tuple[int, int] | None, dtype: torch.dtype
+) -> Terms:
+    """Of a dense call, of (seqlen_q, seqlen_kv), at least one: what plain kernels do not have."""
+    known = TERMS if dense else tuple(term for term in TERMS if term != "mask")
+    chosen = draw(st.sets(st.sampled_from(known), min_size=1 if dense else 0))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = draw(st.sampled_from([(heads,), (batch, heads)]))
     slopes = torch.rand(shape, generator=generator).to(DEVICE)
@@ -94,7 +97,44 @@ def terms(draw: st.DrawFn, batch: int, heads: int, least: int) -> Terms:
         sinks if "sink" in chosen else None,
         draw(st.sampled_from([0.1, 0.5])) if "dropout" in chosen else 0.0,
         state.to(DEVICE) if "dropout" in chosen else None,
+        draw(attn_masks((batch, heads, *dense), dtype)) if dense and "mask" in chosen else None,
     )
+
+
+@st.composite
+def attn_masks(draw: st.DrawFn, full: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Broadcast along any dimensions, of any strides, with NaN, or True, between its rows."""
+    shape = tuple(n if draw(st.booleans()) else 1 for n in full)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from((torch.bool, torch.float32, dtype)))
+    pattern = draw(st.sampled_from(("random", "padding", "staircase")))
+    if pattern == "random":
+        share = draw(st.sampled_from((0.0, 0.1, 0.6, 1.0)))
+        seen = torch.rand(shape, generator=generator) < share
+    elif pattern == "padding":
+        first, last = sorted(draw(st.tuples(*2 * [st.integers(0, full[3])])))
+        place = torch.arange(shape[3])
+        seen = ((place >= first) & (place < last)).expand(shape)
+    else:
+        place = torch.arange(shape[3]) - torch.arange(shape[2]).unsqueeze(1)
+        seen = (place % 40 < 20).expand(shape)
+    mask = seen
+    if kind != torch.bool:
+        lowest = draw(st.sampled_from((-torch.inf, torch.finfo(kind).min)))
+        size = draw(st.sampled_from((0.0, 2.0)))
+        mask = torch.randn(shape, generator=generator).to(kind) * size
+        mask = mask.masked_fill(~seen, lowest)
+    layout = draw(st.sampled_from(("contiguous", "transposed", "padded", "expanded")))
+    if layout == "expanded":
+        return mask.to(DEVICE).expand(full)
+    if layout == "contiguous":
+        return mask.contiguous().to(DEVICE)
+    rows, keys = shape[2:] if layout == "padded" else shape[:1:-1]
+    buffer = torch.full((*shape[:2], rows + 1, keys + 3), torch.nan).to(kind).to(DEVICE)
+    found = buffer[..., :rows, :keys]
+    if layout == "transposed":
+        found = found.transpose(2, 3)
+    return found.copy_(mask.to(DEVICE))
 
 
 class Drawn:
@@ -116,8 +156,9 @@ class Drawn:
     def call(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, batch: int) -> Call:
         """With terms, and NaN in every row that is in no sequence."""
         scale = self.draw(st.sampled_from([self.head_dim**-0.5, 1.5]))
-        least = 1 if sequences is DENSE else 0  # something that plain kernels do not have
-        call = Call(q, k, v, scale, self.draw(terms(batch, self.heads_q, least)), sequences)
+        dense = (q.shape[1], k.shape[1]) if sequences is DENSE else None
+        of_call = self.draw(terms(batch, self.heads_q, dense, self.dtype))
+        call = Call(q, k, v, scale, of_call, sequences)
         used_q, used_k = used_rows(call)
         for x, used in ((q, used_q), (k, used_k), (v, used_k)):
             x.masked_fill_(~used[..., None, None], torch.nan)
@@ -214,7 +255,7 @@ def random_terms(names: tuple[str, ...], heads: int, batch: int | None = None) -
 
 def keywords(terms: Terms) -> dict[str, Any]:
     """The terms as our functions take them."""
-    return terms._asdict()
+    return {name: x for name, x in terms._asdict().items() if name != "attn_mask" or x is not None}
 
 
 def dense_call(q: Tensor, k: Tensor, v: Tensor, terms: Terms = NO_TERMS) -> Call:
@@ -321,9 +362,14 @@ def _largest(x: Tensor) -> float:
 
 
 def _largest_score(call: Call) -> float:
-    """At least that of any query and key, before ALiBi."""
+    """At least that of any query and key, before ALiBi, and of a mask, beside whose lowest values
+    others drown, in float64, too, or are rounded."""
     q, k = (_largest(x.double().nan_to_num().norm(dim=-1)) for x in call[:2])
-    return min(q * k * call.softmax_scale, call.terms.softcap or torch.inf)
+    mask, added = call.terms.attn_mask, 0.0
+    if mask is not None and mask.dtype != torch.bool:
+        finite = mask.double().nan_to_num(0.0, 0.0, 0.0).abs()
+        added = _largest(finite.masked_fill(finite > 1e30, 0.0))
+    return min(q * k * call.softmax_scale, call.terms.softcap or torch.inf) + added
 
 
 def _orders(call: Call) -> list[Tensor]:

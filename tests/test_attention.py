@@ -302,7 +302,7 @@ class TestScaledDotProductAttention:
         expected = F.scaled_dot_product_attention(q, k, v, **options)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
-    def test_masks_and_odd_shapes_go_to_torch(self):
+    def test_odd_shapes_go_to_torch_and_a_mask_is_as_there(self):
         q, k, v = (torch.randn(2, 4, 9, 32, device=DEVICE) for _ in range(3))
         mask = torch.rand(9, 9, device=DEVICE) > 0.3
         for arguments, options in (
@@ -319,11 +319,6 @@ class TestScaledDotProductAttention:
             actual = flashmoe.scaled_dot_product_attention(*arguments, **options)
             expected = F.scaled_dot_product_attention(*arguments, **options)
             torch.testing.assert_close(actual, expected)
-        torch.manual_seed(0)
-        dropped = flashmoe.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.5)
-        torch.manual_seed(0)
-        expected = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.5)
-        torch.testing.assert_close(dropped, expected)
 
     @pytest.mark.parametrize("scale", [2, np.float32(0.3), np.float64(0.3), torch.tensor(0.3)])
     def test_scale_may_be_any_number(self, scale):

@@ -386,7 +386,7 @@ def test_a_window_runs_on_kernels_of_its_variant(hopper, compiler, monkeypatch):
     assert "VARIANT{.local = true}" in text
 
 
-TERMS = Terms(30.0, "slopes", "sinks")
+TERMS = Terms(30.0, "slopes", "sinks", attn_mask="mask")
 
 
 def test_terms_that_nothing_is_compiled_in_for_are_compiled_at_first_use(
@@ -413,13 +413,25 @@ def test_terms_that_nothing_is_compiled_in_for_are_compiled_at_first_use(
         assert CUDA.default_tile(capped, H200).kernel == "sm90"
     call = Call("q", "k", "v", 0.5, TERMS)
     called = CUDA.bind(capped, SMALL)(call)
-    assert called == ("q", "k", "v", 0.5, 100, 7, None, 30.0, "slopes", "sinks", 0.0, None)
+    terms = (30.0, "slopes", "sinks", 0.0, None, "mask")
+    assert called == ("q", "k", "v", 0.5, 100, 7, None, *terms)
     variant = Variant(local=True, softcap=True, sink=True)
     assert loaded == [(SMALL, 128, "bfloat16", variant)]
     (text,) = compiler.compiled
     assert "VARIANT{.local = true, .softcap = true, .sink = true}" in text
     assert "compiling sm90:64x48" in caplog.text
     assert "bfloat16 local softcap sink" in caplog.text
+
+
+def test_masks_are_compiled_at_first_use_and_have_no_backward(hopper, compiler):
+    masked = replace(PROBLEM, terms=("mask",))
+    assert CUDA.unsupported(masked, H200) == ""
+    assert CUDA.compiled_in(masked, H200) == []
+    assert CUDA.default_tile(masked, H200) == CUDA.default_tile(PROBLEM, H200)
+    assert Variant.of(masked) == Variant(mask=True)
+    assert CUDA.unsupported(replace(masked, seqlen_kv=0), H200) == "has no mask of no keys"
+    backward = replace(masked, direction="bwd")
+    assert CUDA.unsupported(backward, H200) == "has no mask in this direction"
 
 
 def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler, monkeypatch):
@@ -438,7 +450,7 @@ def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler,
     assert CUDA.tiles(capped, H200) == [SM80]
     assert CUDA.default_tile(capped, H200) == SM80
     call = Call("q", "k", "v", 0.5, TERMS)
-    assert CUDA.bind(capped, SM80)(call)[6:] == (5, 30.0, "slopes", "sinks", 0.0, None)
+    assert CUDA.bind(capped, SM80)(call)[6:] == (5, 30.0, "slopes", "sinks", 0.0, None, "mask")
 
 
 def test_a_backward_has_sinks_for_nothing_and_compiles_other_terms(hopper, compiler, monkeypatch):

@@ -33,7 +33,7 @@ SIZES |= {"head_dim": 64, "dtype": "float32"}
             "--seqlen 99 --causal --window=5,3 --kv-heads 2 --softcap --alibi --sinks --dropout",
             {
                 **{"seqlen_q": 99, "seqlen_kv": 99, "heads_kv": 2, "mask": Mask(5, 0)},
-                "terms": TERMS,
+                "terms": tuple(term for term in TERMS if term != "mask"),
             },
         ),
         (

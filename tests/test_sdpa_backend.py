@@ -49,7 +49,7 @@ class TestInTorchsPlace:
 
     @pytest.mark.parametrize("compiled", [False, True])
     @pytest.mark.parametrize("masked", [False, True])
-    def test_a_mask_goes_to_torch(self, theirs, masked, compiled):
+    def test_a_mask_or_none(self, theirs, masked, compiled):
         q, k, v = (torch.randn(2, 4, 9, 32, device=DEVICE) for _ in "qkv")
         mask = torch.rand(9, 9, device=DEVICE) > 0.3 if masked else None
 
@@ -59,14 +59,10 @@ class TestInTorchsPlace:
         out = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(q, k, v)
         torch.testing.assert_close(out, theirs(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("dropout_p", [0.5, 1.0])
-    def test_dropout_of_a_mask_and_of_everything_goes_to_torch(self, theirs, dropout_p):
+    def test_dropout_of_everything_goes_to_torch(self, theirs):
         q, k, v = (torch.randn(2, 4, 9, 32, device=DEVICE) for _ in "qkv")
-        mask = torch.rand(9, 9, device=DEVICE) > 0.3 if dropout_p < 1 else None
-        torch.manual_seed(0)
-        dropped = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p)
-        torch.manual_seed(0)
-        torch.testing.assert_close(dropped, theirs(q, k, v, mask, dropout_p=dropout_p))
+        dropped = F.scaled_dot_product_attention(q, k, v, dropout_p=1.0)
+        torch.testing.assert_close(dropped, theirs(q, k, v, dropout_p=1.0))
 
     @pytest.mark.parametrize("requires_grad", [False, True])
     def test_the_backend_runs_torchs(self, theirs, requires_grad):

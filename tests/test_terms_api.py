@@ -136,9 +136,9 @@ def test_terms_compile_without_graph_breaks(names, requires_grad):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_with_terms(requires_grad):
     q, k, v = qkv(requires_grad=requires_grad)
-    softcap, slopes, sinks, *dropout = random_terms(TERMS, 4, 2)
+    softcap, slopes, sinks, *others = random_terms(TERMS, 4, 2)
     sinks.requires_grad_(requires_grad)
-    terms = (False, softcap, slopes, sinks, *dropout)
+    terms = (False, softcap, slopes, sinks, *others)
     for op in (ops.attention, ops.attention_without_lse):
         torch.library.opcheck(op, (q, k, v, 0.2, -1, 0, "", "", *terms))
     out, lse = (x.detach() for x in ops.attention(q, k, v, 0.2, -1, 0, "", "", *terms))

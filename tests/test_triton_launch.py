@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashmoe.backends import triton_bwd, triton_fwd, triton_launch
+from flashmoe.backends.triton_fwd import MaskKind
 from flashmoe.backends.triton_launch import Launch, Repeated, another, are_aligned, is_known
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 
@@ -105,7 +106,10 @@ def test_releases_whose_launchers_are_known(version: str, expected: bool) -> Non
 
 @pytest.mark.parametrize("mask", [FULL, CAUSAL, Mask(9, 3)], ids=str)
 @pytest.mark.parametrize("use_tma", [False, True])
-def test_arguments_are_in_the_order_of_the_signatures(mask: Mask, use_tma: bool) -> None:
+@pytest.mark.parametrize("attn_mask", [None, torch.bool, torch.float32], ids=str)
+def test_arguments_are_in_the_order_of_the_signatures(
+    mask: Mask, use_tma: bool, attn_mask: torch.dtype | None
+) -> None:
     strides = (12288, 256, 64, 1)
     kind = {
         **dict.fromkeys(("q_shape", "kv_shape"), torch.Size((2, 48, 4, 64))),
@@ -116,13 +120,17 @@ def test_arguments_are_in_the_order_of_the_signatures(mask: Mask, use_tma: bool)
         "softcap": 0.0,
         "slopes": None,
         "dropout_p": 0.0,
+        "attn_mask": None if attn_mask is None else MaskKind(attn_mask, (0, 0, 48, 1)),
         "mask": mask,
         "tile": (32, 64, 2, 4),
         "use_tma": use_tma,
     }
     forward = triton_fwd._planned(triton_fwd._Kind(has_sinks=False, **kind))
     backward = triton_bwd._planned(triton_bwd._Kind(dout_strides=strides, has_dlse=True, **kind))
-    for repeated_launch in (forward.launch, backward.prepare, backward.dkdv, backward.dq):
+    launches = [forward.launch, backward.prepare, backward.dkdv, backward.dq]
+    bounds = [x for x in (forward.bounds, backward.seen_by, backward.seen) if x is not None]
+    assert len(bounds) == (0 if attn_mask is None else 3)
+    for repeated_launch in (*launches, *(x.launch for x in bounds)):
         launch = repeated_launch.launch
         names = list(inspect.signature(launch.kernel.fn).parameters)
         tensors = [name for name in names if name.endswith("_ptr")]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_calls import attn_masks
 from torch import Tensor
 
 from flashmoe.measure.reference import attention_reference, sequences_reference
@@ -140,3 +141,41 @@ def test_packed_and_paged_calls_one_sequence_at_a_time(window):
     expected, expected_lse = sequences_reference(paged, Mask(*window))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_attn_masks_forward_and_backward(data):
+    draw = data.draw
+    group, lengths = draw(st.integers(1, 2)), draw(st.tuples(*2 * [st.integers(1, 70)]))
+    dtype = draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
+    window = draw(st.sampled_from((Mask(), Mask(-1, 0), Mask(20, 3))))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    q = torch.randn(2, lengths[0], 2 * group, 24, generator=generator).to(DEVICE, dtype)
+    k, v = (torch.randn(2, lengths[1], 2, 24, generator=generator).to(DEVICE, dtype) for _ in "kv")
+    mask = draw(attn_masks((2, 2 * group, *lengths), dtype))
+    call = Call(q, k, v, 0.2, Terms(draw(st.sampled_from((0.0, 5.0))), attn_mask=mask))
+    problem = Problem.of_call(call, window)
+    out, lse = TRITON.bind(problem, TRITON.default_tile(problem, arch(DEVICE)))(call)
+
+    def judge(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        exact = attention_reference(
+            *leaves, 0.2, window, dtype, softcap=call.terms.softcap, attn_mask=mask
+        )
+        return *exact, *torch.autograd.grad(exact[0].sin().sum(), leaves)
+
+    expected, same = judge(torch.float64), judge(dtype)
+    assert_close(out, expected[0], same[0].nan_to_num())
+    # Of rows that see only a mask's lowest values less is kept of softmax_lse, and so of gradients.
+    kept = expected[1].nan_to_num(0.0, 0.0, 0.0) > -1e4
+    torch.testing.assert_close(lse.double()[kept], expected[1][kept], rtol=2e-6, atol=1e-2)
+    if not kept.all():
+        return
+    dout = expected[0].detach().cos().to(dtype)
+    saved = Saved(dout, out, lse)
+    problem = replace(problem, direction="bwd")
+    tile = TRITON.default_tile(problem, arch(DEVICE))
+    gradients = TRITON.bind_backward(problem, tile)(call, saved)
+    for actual, exact, rounded in zip(gradients, expected[2:], same[2:], strict=True):
+        assert_close(actual, exact, rounded.nan_to_num())

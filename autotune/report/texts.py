@@ -30,6 +30,7 @@ _TERMS = {
     "alibi": ", alibi_slopes=alibi_slopes",
     "sink": ", sinks=sinks",
     "dropout": ", dropout_p=dropout_p",
+    "mask": ", attn_mask=attn_mask",
 }
 
 

@@ -72,7 +72,7 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
   if (entry == nullptr) return cudaErrorInvalidValue;
   // Only blocks of rows that differ in length are drawn from a counter. Packed batches have one in
   // their workspace.
-  const bool draws = !packed && !params.mask.is_full();
+  const bool draws = !packed && (!params.mask.is_full() || params.terms.attn_mask.is_given());
   unsigned* counter = draws ? sm90::next_counter(device, stream) : nullptr;
   return sm90::launch(kernel.tile, entry, params, dtype, device, stream, counter, workspace);
 }

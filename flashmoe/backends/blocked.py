@@ -22,7 +22,7 @@ from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.dropout import dropout_scale, kept_weights
 from flashmoe.spec.mask import Mask
-from flashmoe.spec.problem import Problem
+from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile
 
 _BLOCK_M = 256
@@ -30,9 +30,7 @@ _BLOCK_M = 256
 
 class BlockedBackend(Backend):
     name = "blocked"
-    features: ClassVar[Features] = {
-        "bwd": frozenset({"window", "softcap", "alibi", "sink", "dropout", "packed"})
-    }
+    features: ClassVar[Features] = {"bwd": frozenset({"window", *TERMS, "packed"})}
 
     def unavailable(self, device: torch.device) -> str:
         return ""
@@ -53,7 +51,8 @@ class BlockedBackend(Backend):
 
         def run(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             # A block has whole rows, so it needs neither out nor softmax_lse.
-            return _attention_backward(call, saved.dout, saved.dlse, mask)
+            dq, dk, dv = attention_backward(call, saved.dout, saved.dlse, mask)[:3]
+            return dq, dk, dv
 
         def run_packed(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             return backward_of_each(call, saved, run)
@@ -61,17 +60,22 @@ class BlockedBackend(Backend):
         return run_packed if problem.layout == "packed" else run
 
 
-def _attention_backward(
-    call: Call, dout: Tensor, dlse: Tensor | None, mask: Mask
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the inputs' dtype, computed in float32. Deterministic.
+def attention_backward(
+    call: Call, dout: Tensor, dlse: Tensor | None, mask: Mask, of_mask: bool = False
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv in the inputs' dtype, computed in float32; then attn_mask's gradient with
+    `of_mask`. Deterministic.
 
     P is the softmax of the row and not exp(scores - softmax_lse), and delta the sum of P * dP and
     not of out * dout: of scores beyond 2**24, softmax_lse keeps too few digits for an exponent.
     """
     q, k, v, softmax_scale, terms, _ = call
+    attn_mask, dmask = terms.attn_mask, None
+    if of_mask:
+        assert attn_mask is not None
+        dmask = torch.zeros(attn_mask.shape, dtype=torch.float32, device=q.device)
     if not (q.numel() and k.numel()):
-        return _zeros(q), _zeros(k), _zeros(v)
+        return _results(call, _zeros(q), _zeros(k), _zeros(v), dmask)
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
     dtype = matmul_dtype(q)
@@ -79,6 +83,9 @@ def _attention_backward(
     grouped = (batch, seqlen_q, heads_kv, heads_q // heads_kv, head_dim)
     qh, doh = (x.to(dtype).reshape(grouped).permute(0, 2, 3, 1, 4) for x in (q, dout))
     kh, vh = (x.to(dtype).permute(0, 2, 1, 3).unsqueeze(2) for x in (k, v))
+    if attn_mask is not None:  # (batch, heads_kv, group, seqlen_q, seqlen_kv)
+        attn_mask = attn_mask.expand(batch, heads_q, seqlen_q, seqlen_kv)
+        attn_mask = attn_mask.view(batch, heads_kv, -1, seqlen_q, seqlen_kv)
     dq = _zeros(qh)
     dk, dv = (x.new_zeros(batch, heads_kv, seqlen_kv, head_dim) for x in (kh, vh))
     # (heads_kv, group, 1, 1), or with a batch in front.
@@ -104,8 +111,18 @@ def _attention_backward(
             if scale < 1:  # otherwise the product may be more than float32 holds
                 scores, scale = scores.mul_(scale), 1.0
             scores -= slopes / scale * (i + seqlen_kv - seqlen_q - j).abs()
-        if not mask.is_full:
-            hidden = mask.hides(i, j, seqlen_q, seqlen_kv)
+        hidden = None if mask.is_full else mask.hides(i, j, seqlen_q, seqlen_kv)
+        if attn_mask is not None:
+            bias = attn_mask[..., start:stop, first:last]
+            if bias.dtype == torch.bool:
+                unseen = ~bias
+            else:
+                unseen = bias == float("-inf")
+                if scale < 1:
+                    scores, scale = scores.mul_(scale), 1.0
+                scores += bias / scale
+            hidden = unseen if hidden is None else hidden | unseen
+        if hidden is not None:
             scores.masked_fill_(hidden, float("-inf"))
         # Less the maximum before they are scaled: scaled, they may be more than float32 holds.
         top = scores.amax(-1, keepdim=True)
@@ -115,7 +132,7 @@ def _attention_backward(
         else:
             sink = (sinks - top * scale).clamp(max=torch.finfo(torch.float32).max)
             p = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
-        if not mask.is_full:
+        if hidden is not None:
             p.masked_fill_(hidden, 0.0)  # a row that sees nothing has no softmax
         dp = do @ values.transpose(-1, -2)
         p_dropped = p
@@ -130,6 +147,8 @@ def _attention_backward(
         if dlse is not None:
             shift -= dlse.to(dtype).reshape(*ds.shape[:3], -1, 1)[..., start:stop, :]
         ds -= p * shift
+        if dmask is not None:
+            _add_reduced(dmask, ds.flatten(1, 2), slice(start, stop), slice(first, last))
         if terms.softcap:
             ds *= 1 - capped.square()
         dq[..., start:stop, :] = ds @ keys
@@ -138,11 +157,29 @@ def _attention_backward(
         dv[..., first:last, :] += _fold(p_dropped).transpose(-1, -2) @ _fold(do)
     dq = (dq * softmax_scale).permute(0, 3, 1, 2, 4).reshape(q.shape)
     dk, dv = (dk * softmax_scale).transpose(1, 2), dv.transpose(1, 2)
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+    return _results(call, dq, dk, dv, dmask)
+
+
+def _results(
+    call: Call, dq: Tensor, dk: Tensor, dv: Tensor, dmask: Tensor | None
+) -> tuple[Tensor, ...]:
+    gradients = tuple(
+        x.to(like.dtype).contiguous() for x, like in zip((dq, dk, dv), call[:3], strict=True)
+    )
+    if dmask is None or call.terms.attn_mask is None:
+        return gradients
+    return *gradients, dmask.to(call.terms.attn_mask.dtype)
 
 
 def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
+def _add_reduced(sums: Tensor, x: Tensor, rows: slice, keys: slice) -> None:
+    """Adds x (batch, heads, rows, keys) to what stands for it in `sums`, which broadcasts."""
+    all_rows, all_keys = (size == 1 for size in sums.shape[2:])
+    place = sums[:, :, slice(None) if all_rows else rows, slice(None) if all_keys else keys]
+    place += x.sum_to_size(place.shape)
 
 
 def _fold(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from flashmoe import _extension, tiles
 from flashmoe.backends.base import Backend, Features, Run, reasons_of, reject_illegal
 from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call
-from flashmoe.spec.problem import Problem
+from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile
 
 _BLOCK_M = (64, 128, 256, 512, 1024)
@@ -30,9 +30,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     features: ClassVar[Features] = {
-        "fwd": frozenset(
-            {"window", "softcap", "alibi", "sink", "dropout", "packed", "cache", "paged"}
-        )
+        "fwd": frozenset({"window", *TERMS, "packed", "cache", "paged"})
     }
 
     def unavailable(self, device: torch.device) -> str:

@@ -23,6 +23,8 @@ from flashmoe.backends.triton_dropout import dropout_state, kept_weights
 from flashmoe.backends.triton_fwd import (
     COARSE_MAXIMUM,
     LOG2_E,
+    MaskBounds,
+    MaskKind,
     _dot,
     _head_base,
     _load_rows,
@@ -31,11 +33,17 @@ from flashmoe.backends.triton_fwd import (
     _store_rows,
     _tile_of_program,
     _visible_keys,
+    _with_mask,
     _with_terms,
+    _within_bounds,
     can_use_tma,
     device_guard,
     dot_precision,
     heads_per_section,
+    mask_bounds,
+    mask_constants,
+    mask_data,
+    mask_numbers,
     slope_stride,
     tma_descriptor,
     window_limits,
@@ -103,11 +111,11 @@ def _visit_queries(
     dk, dv, k, v, q_base, dout_base, lse2_base, delta_base,
     stride_qm, stride_dm, batch, head, row, begin, end, start_n, seqlen_q, seqlen_kv,
     window_left, window_right, scale, softcap, slope, seed, offset, drop_head, drop_limit,
-    drop_scale,
+    drop_scale, mask_base, stride_mm, stride_mn,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows begin..end give a tile of keys."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -131,6 +139,11 @@ def _visit_queries(
         dprobs_t = _dot(v, tl.trans(dout), zeros, PRECISION)
         ahead = keys[:, None] - (start + offs_m + (seqlen_kv - seqlen_q))[None, :]
         scores_t, tanh = _with_terms(scores_t, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
+        if MASK != "":
+            scores_t = _with_mask(
+                scores_t, mask_base, start + offs_m, seqlen_q, stride_mm, keys, seqlen_kv,
+                stride_mn, MASK, MASK_ROWS, True,
+            )  # fmt: skip
         probs_t = tl.math.exp2(scores_t - lse2[None, :])
         if MASKED:
             if CAUSAL or IS_LOCAL:
@@ -159,17 +172,19 @@ def _visit_queries(
 
 @triton.jit(do_not_specialize=["batch_heads_kv", "heads_kv", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes", "drop_limit"])  # fmt: skip
+                               "stride_slopes", "drop_limit", "bounds_b", "bounds_h",
+                               "bounds_m"])  # fmt: skip
 def _backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, slopes_ptr, rng_ptr,
-    scale, softmax_scale, softcap, drop_limit, drop_scale, stride_slopes, stride_qb, stride_qm,
+    mask_ptr, bounds_ptr, scale, softmax_scale, softcap, drop_limit, drop_scale, stride_slopes,
+    stride_mb, stride_mh, stride_mm, stride_mn, bounds_b, bounds_h, bounds_m, stride_qb, stride_qm,
     stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_db,
     stride_dm, stride_dh, batch_heads_kv, heads_kv, group,
     seqlen_q, seqlen_kv, section, rows_padded, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_kv, BLOCK_N)
     tile, batch_head_kv = _tile_of_program(
@@ -223,28 +238,38 @@ def _backward_dkdv_kernel(
         row = batch_head * rows_padded if USE_TMA else batch_head.to(tl.int64) * rows_padded
         q_base = _head_base(q_ptr, batch, head, stride_qb, stride_qh, USE_TMA)
         dout_base = _head_base(dout_ptr, batch, head, stride_db, stride_dh, USE_TMA)
-        if CAUSAL or IS_LOCAL or not EVEN_N:
+        mask_base = _head_base(mask_ptr, batch, head, stride_mb, stride_mh, MASK == "")
+        first = masked_end
+        last = full_end
+        if MASK != "":  # one range, which is masked
+            first, last = _within_bounds(
+                begin, end, bounds_ptr, batch, head, tile, bounds_b, bounds_h, bounds_m
+            )
+        if (CAUSAL or IS_LOCAL or not EVEN_N) and MASK == "":
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, begin, masked_end, start_n,
                 seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
-                offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
+                offset, drop_head, drop_limit, drop_scale, mask_base, stride_mm, stride_mn,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N,
+                SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION,
             )  # fmt: skip
         dk, dv = _visit_queries(
             dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
-            stride_qm, stride_dm, batch, head, row, masked_end, full_end, start_n,
+            stride_qm, stride_dm, batch, head, row, first, last, start_n,
             seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
-            offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL,
-            IS_LOCAL, False, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
+            offset, drop_head, drop_limit, drop_scale, mask_base, stride_mm, stride_mn, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, MASK != "", EVEN_M, EVEN_N, SOFTCAP, ALIBI,
+            DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION,
         )  # fmt: skip
-        if IS_LOCAL:
+        if IS_LOCAL and MASK == "":
             dk, dv = _visit_queries(
                 dk, dv, k, v, q_base, dout_base, lse2_ptr, delta_ptr,
                 stride_qm, stride_dm, batch, head, row, full_end, end, start_n,
                 seqlen_q, seqlen_kv, window_left, window_right, scale, softcap, slope, seed,
-                offset, drop_head, drop_limit, drop_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
+                offset, drop_head, drop_limit, drop_scale, mask_base, stride_mm, stride_mn,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_M, EVEN_N,
+                SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION,
             )  # fmt: skip
 
     dk = dk * softmax_scale
@@ -258,11 +283,11 @@ def _backward_dkdv_kernel(
 def _visit_keys(
     dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
     begin, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, start_m,
-    seed, offset, drop_head, drop_limit, drop_scale,
+    seed, offset, drop_head, drop_limit, drop_scale, mask_base, seqlen_q, stride_mm, stride_mn,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys begin..end give the dQ of a tile of queries."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -281,6 +306,11 @@ def _visit_keys(
         dprobs = _dot(dout, tl.trans(v), zeros, PRECISION)
         ahead = (start + offs_n)[None, :] - level_key[:, None]
         scores, tanh = _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
+        if MASK != "":
+            scores = _with_mask(
+                scores, mask_base, level_key - (seqlen_kv - seqlen_q), seqlen_q, stride_mm,
+                start + offs_n, seqlen_kv, stride_mn, MASK, MASK_ROWS, False,
+            )  # fmt: skip
         probs = tl.math.exp2(scores - lse2[:, None])
         if MASKED:
             if CAUSAL or IS_LOCAL:
@@ -303,17 +333,19 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["batch_heads", "heads_q", "group", "seqlen_q", "seqlen_kv",
                                "section", "rows_padded", "window_left", "window_right",
-                               "stride_slopes", "drop_limit"])  # fmt: skip
+                               "stride_slopes", "drop_limit", "bounds_b", "bounds_h",
+                               "bounds_m"])  # fmt: skip
 def _backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, rng_ptr, scale,
-    softmax_scale, softcap, drop_limit, drop_scale, stride_slopes, stride_qb, stride_qm, stride_qh,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, slopes_ptr, rng_ptr, mask_ptr,
+    bounds_ptr, scale, softmax_scale, softcap, drop_limit, drop_scale, stride_slopes, stride_mb,
+    stride_mh, stride_mm, stride_mn, bounds_b, bounds_h, bounds_m, stride_qb, stride_qm, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_db, stride_dm,
     stride_dh, batch_heads, heads_q, group, seqlen_q, seqlen_kv, section, rows_padded, window_left,
     window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(tl.program_id(0), num_tiles, batch_heads, section, CAUSAL)
@@ -345,29 +377,37 @@ def _backward_dq_kernel(
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
     )
+    mask_base = _head_base(mask_ptr, batch, head, stride_mb, stride_mh, MASK == "")
+    if MASK != "":  # one range, which is masked
+        full_begin, full_end = _within_bounds(
+            begin, end, bounds_ptr, batch, head, tile, bounds_b, bounds_h, bounds_m
+        )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if IS_LOCAL:
+    if IS_LOCAL and MASK == "":
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-            slope, start_m, seed, offset, drop_head, drop_limit, drop_scale,
+            slope, start_m, seed, offset, drop_head, drop_limit, drop_scale, mask_base, seqlen_q,
+            stride_mm, stride_mn,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            DROPOUT, USE_TMA, PRECISION,
+            DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = _visit_keys(
         dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
         full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale, softcap,
-        slope, start_m, seed, offset, drop_head, drop_limit, drop_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, SOFTCAP, ALIBI,
-        DROPOUT, USE_TMA, PRECISION,
+        slope, start_m, seed, offset, drop_head, drop_limit, drop_scale, mask_base, seqlen_q,
+        stride_mm, stride_mn,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, MASK != "", EVEN_N, SOFTCAP, ALIBI,
+        DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION,
     )  # fmt: skip
-    if CAUSAL or IS_LOCAL or not EVEN_N:
+    if (CAUSAL or IS_LOCAL or not EVEN_N) and MASK == "":
         dq = _visit_keys(
             dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             full_end, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
-            start_m, seed, offset, drop_head, drop_limit, drop_scale,
+            start_m, seed, offset, drop_head, drop_limit, drop_scale, mask_base, seqlen_q,
+            stride_mm, stride_mn,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI,
-            DROPOUT, USE_TMA, PRECISION,
+            DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION,
         )  # fmt: skip
     dq = dq * softmax_scale
     _store_rows(dq_ptr, dq, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
@@ -388,6 +428,7 @@ class _Kind(NamedTuple):
     softcap: float
     slopes: int | None  # the stride of a batch; None without
     dropout_p: float
+    attn_mask: MaskKind | None
     has_dlse: bool
     mask: Mask
     tile: tuple[int, int, int, int]  # block_m, block_n, num_stages, num_warps
@@ -401,6 +442,8 @@ class _Planned(NamedTuple):
     block_d: int
     rows: int  # of statistics
     statistic: TensorDescriptor | None  # of one tile of them
+    seen_by: MaskBounds | None  # the rows that see tiles of keys
+    seen: MaskBounds | None  # the keys that tiles of rows see
 
 
 @functools.lru_cache(maxsize=4096)
@@ -421,7 +464,14 @@ def _planned(kind: _Kind) -> _Planned:
         *kind.dout_strides[:3],
     )
     drops = dropout_limit(kind.dropout_p), dropout_scale(kind.dropout_p)
-    common = (*scales, *drops, kind.slopes or 0, *strides)
+    sizes = (batch, heads_q, seqlen_q, seqlen_kv)
+    seen_by = mask_bounds(kind.attn_mask, sizes, block_n, block_m, of_keys=True)
+    seen = mask_bounds(kind.attn_mask, sizes, block_n, block_m)
+
+    def common(bounds: MaskBounds | None) -> tuple[int | float, ...]:
+        masks = mask_numbers(kind.attn_mask, bounds)
+        return *scales, *drops, kind.slopes or 0, *masks, *strides
+
     lengths = (group, seqlen_q, seqlen_kv)
     window = window_limits(mask, seqlen_q, seqlen_kv)
     section_kv, section_q = 1, 1
@@ -440,7 +490,7 @@ def _planned(kind: _Kind) -> _Planned:
             "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local,
             "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_kv % block_n == 0,
             "SOFTCAP": kind.softcap > 0, "ALIBI": kind.slopes is not None,
-            "DROPOUT": kind.dropout_p > 0,
+            "DROPOUT": kind.dropout_p > 0, **mask_constants(kind.attn_mask),
             "USE_TMA": use_tma, "PRECISION": dot_precision(kind.dtype, kind.device),
         }  # fmt: skip
 
@@ -454,14 +504,14 @@ def _planned(kind: _Kind) -> _Planned:
     dkdv = Launch(
         _backward_dkdv_kernel,
         triton.cdiv(seqlen_kv, block_n) * batch * heads_kv,
-        (*common, batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded, *window),
+        (*common(seen_by), batch * heads_kv, heads_kv, *lengths, section_kv, rows_padded, *window),
         constants(block_m, block_n),
         tile_options,
     )
     dq = Launch(
         _backward_dq_kernel,
         triton.cdiv(seqlen_q, block_n) * batch * heads_q,
-        (*common, batch * heads_q, heads_q, *lengths, section_q, rows_padded, *window),
+        (*common(seen), batch * heads_q, heads_q, *lengths, section_q, rows_padded, *window),
         constants(block_n, block_m),
         tile_options,
     )
@@ -469,7 +519,8 @@ def _planned(kind: _Kind) -> _Planned:
     if use_tma:
         base = torch.empty(0, dtype=torch.float32)
         statistic = TensorDescriptor(base, [rows], [1], [block_m])
-    return _Planned(Repeated(prepare), Repeated(dkdv), Repeated(dq), block_d, rows, statistic)
+    repeated = Repeated(prepare), Repeated(dkdv), Repeated(dq)
+    return _Planned(*repeated, block_d, rows, statistic, seen_by, seen)
 
 
 def attention_backward(
@@ -503,18 +554,20 @@ def attention_backward(
     out = out.contiguous()
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
 
-    softcap, slopes, _, dropout_p, rng_state = call.terms  # softmax_lse contains the sinks
+    softcap, slopes, _, dropout_p, rng_state, attn_mask = (
+        call.terms
+    )  # softmax_lse contains the sinks
     kind = _Kind(
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), q.dtype, q.device,
         softmax_scale, softcap, None if slopes is None else slope_stride(slopes), dropout_p,
-        dlse is not None, mask, (block_m, block_n, num_stages, num_warps),
+        MaskKind.of(attn_mask), dlse is not None, mask, (block_m, block_n, num_stages, num_warps),
         use_tma and can_use_tma(q, k, v, dout),
     )  # fmt: skip
     planned = _planned(kind)
     workspace = torch.empty((2, planned.rows), dtype=torch.float32, device=q.device)
     lse2, delta = workspace[0], workspace[1]
-    aligned = are_aligned(q, k, v, dout, out, softmax_lse, dlse, slopes, rng_state)
-    # Any pointer will do for slopes, a state and dlse that there are not.
+    aligned = are_aligned(q, k, v, dout, out, softmax_lse, dlse, slopes, rng_state, attn_mask)
+    # Any pointer will do for slopes, a state, a mask and dlse that there are not.
     terms = lse2 if slopes is None else slopes, lse2 if rng_state is None else rng_state
     some_dlse = lse2 if dlse is None else dlse
 
@@ -526,14 +579,22 @@ def attention_backward(
 
     with device_guard(q):
         run(planned.prepare, out, dout, softmax_lse, some_dlse, lse2, delta)
+        of_keys = of_rows = (*terms, lse2, lse2)
+        if attn_mask is not None:
+            assert planned.seen_by is not None, "bounds of a mask"
+            assert planned.seen is not None, "bounds of a mask"
+            data = mask_data(attn_mask)
+            is_aligned = are_aligned(data)
+            of_keys = (*terms, data, planned.seen_by.find(data, is_aligned, launch))
+            of_rows = (*terms, data, planned.seen.find(data, is_aligned, launch))
         if planned.statistic is None:
-            run(planned.dkdv, q, k, v, dout, lse2, delta, dk, dv, *terms)
-            run(planned.dq, q, k, v, dout, lse2, delta, dq, *terms)
+            run(planned.dkdv, q, k, v, dout, lse2, delta, dk, dv, *of_keys)
+            run(planned.dq, q, k, v, dout, lse2, delta, dq, *of_rows)
             return dq, dk, dv
         q_tiles, k_tiles, v_tiles, dout_tiles = (
             tma_descriptor(x, block_m, planned.block_d) for x in (q, k, v, dout)
         )
         statistics = another(planned.statistic, lse2), another(planned.statistic, delta)
-        run(planned.dkdv, q_tiles, k, v, dout_tiles, *statistics, dk, dv, *terms)
-        run(planned.dq, q, k_tiles, v_tiles, dout, lse2, delta, dq, *terms)
+        run(planned.dkdv, q_tiles, k, v, dout_tiles, *statistics, dk, dv, *of_keys)
+        run(planned.dq, q, k_tiles, v_tiles, dout, lse2, delta, dq, *of_rows)
     return dq, dk, dv

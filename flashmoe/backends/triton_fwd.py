@@ -4,14 +4,14 @@ The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691)
 block_m x block_n tile never leave the chip, the running maximum and sum rescale the output tile,
 and tiles that no query of a program sees are never visited. A mask of both sides (IS_LOCAL) is a
 kernel of its own: without it the code is what it would be if there were no windows. So are softcap,
-ALiBi, sinks and dropout (flashmoe/spec/call.py, Terms).
+ALiBi, sinks, dropout and attention masks (flashmoe/spec/call.py, Terms).
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -189,14 +189,83 @@ def _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP: tl.constexpr, ALI
 
 
 @triton.jit
+def _with_mask(
+    scores, base, rows, seqlen_q, stride_m, keys, seqlen_kv, stride_n, MASK: tl.constexpr, HAS_ROWS:
+    tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """scores, by rows and keys or TRANSPOSED, with attn_mask, of which `base` is the head's: MASK
+    is "bool", or "added" to scores in units of log2. Without HAS_ROWS all rows have the same.
+
+    Finite ones that float32 does not hold in these units are the lowest that P can be computed
+    from.
+    """
+    key_pointers = base + keys.to(tl.int64) * stride_n
+    there = keys < seqlen_kv
+    if HAS_ROWS:
+        offsets = rows.to(tl.int64) * stride_m
+        if TRANSPOSED:
+            both = there[:, None] & (rows < seqlen_q)[None, :]
+            mask = tl.load(key_pointers[:, None] + offsets[None, :], mask=both, other=0)
+        else:
+            both = there[None, :] & (rows < seqlen_q)[:, None]
+            mask = tl.load(key_pointers[None, :] + offsets[:, None], mask=both, other=0)
+    else:
+        of_keys = tl.load(key_pointers, mask=there, other=0)
+        mask = of_keys[:, None] if TRANSPOSED else of_keys[None, :]
+    if MASK == "bool":
+        scores = tl.where(mask != 0, scores, float("-inf"))
+    else:
+        added = mask.to(tl.float32)
+        low = tl.maximum(added * LOG2_E, -1e38)
+        scores = tl.where(added == float("-inf"), float("-inf"), scores + low)
+    return scores
+
+
+@triton.jit(do_not_specialize=["heads", "tiles", "seqlen_q", "seqlen_kv"])
+def _mask_bounds_kernel(
+    mask_ptr, bounds_ptr, stride_b, stride_h, stride_m, stride_n, heads, tiles, seqlen_q, seqlen_kv,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of rows the first key that attn_mask lets one of them see, rounded down to BLOCK_N,
+    and the last, rounded up; the second is 0 where there is none. With rows and keys swapped, which
+    rows see a tile of keys."""
+    batch_head = tl.program_id(0) // tiles
+    rows = (tl.program_id(0) - batch_head * tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    base = mask_ptr + (batch_head // heads).to(tl.int64) * stride_b
+    base += (batch_head % heads).to(tl.int64) * stride_h
+    pointers = base + rows.to(tl.int64)[:, None] * stride_m
+    begin = seqlen_kv
+    end = 0
+    for start in range(0, seqlen_kv, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        there = (rows < seqlen_q)[:, None] & (keys < seqlen_kv)[None, :]
+        mask = tl.load(pointers + keys.to(tl.int64)[None, :] * stride_n, mask=there, other=0)
+        seen = (mask != 0) if MASK == "bool" else mask.to(tl.float32) != float("-inf")
+        any_seen = tl.max(tl.max((seen & there).to(tl.int32), 1), 0) > 0
+        begin = tl.where(any_seen, tl.minimum(begin, start), begin)
+        end = tl.where(any_seen, start + BLOCK_N, end)
+    tl.store(bounds_ptr + 2 * tl.program_id(0), begin // BLOCK_N * BLOCK_N)
+    tl.store(bounds_ptr + 2 * tl.program_id(0) + 1, end)
+
+
+@triton.jit
+def _within_bounds(
+    begin, end, bounds_ptr, batch, head, tile, bounds_b, bounds_h, bounds_m
+):  # fmt: skip
+    """What of begin..end _mask_bounds_kernel left."""
+    at = bounds_ptr + 2 * (batch * bounds_b + head * bounds_h + tile * bounds_m)
+    return tl.maximum(begin, tl.load(at)), tl.minimum(end, tl.load(at + 1))
+
+
+@triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, end,
     seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, start_m, seed, offset,
-    drop_head, drop_limit, HEAD_DIM: tl.constexpr,
+    drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
 
@@ -214,9 +283,14 @@ def _attend(
         )  # fmt: skip
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = _dot(q, tl.trans(k), scores, PRECISION)
-        if SOFTCAP or ALIBI:
+        if SOFTCAP or ALIBI or MASK == "added":
             ahead = (start + offs_n)[None, :] - level_key[:, None]
             scores, _ = _with_terms(scores, scale, softcap, slope, ahead, SOFTCAP, ALIBI)
+        if MASK != "":
+            scores = _with_mask(
+                scores, mask_base, level_key - (seqlen_kv - seqlen_q), seqlen_q, stride_mm,
+                start + offs_n, seqlen_kv, stride_mn, MASK, MASK_ROWS, False,
+            )  # fmt: skip
         if MASKED:
             if CAUSAL or IS_LOCAL:
                 keys = (start + offs_n)[None, :]
@@ -225,7 +299,7 @@ def _attend(
             if not EVEN_N:
                 scores = tl.where((start + offs_n < seqlen_kv)[None, :], scores, float("-inf"))
         # The maximum is taken before scaling, which is positive.
-        factor = 1.0 if SOFTCAP or ALIBI else scale
+        factor = 1.0 if SOFTCAP or ALIBI or MASK == "added" else scale
         tile_max = tl.max(scores, 1)
         new_max = tl.maximum(row_max, tile_max if CAREFUL else tile_max * factor)
         # A row that has seen no key yet keeps -inf as its maximum; -inf - (-inf) would be NaN.
@@ -258,11 +332,11 @@ def _attend(
 def _attend_all(
     q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
     seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, start_m, seed,
-    offset, drop_head, drop_limit, HEAD_DIM:
+    offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn, HEAD_DIM:
     tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL:
     tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
-    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION:
-    tl.constexpr, CAREFUL: tl.constexpr,
+    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, MASK_ROWS:
+    tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The tile's output before normalization, its row sums and maxima, from all keys it sees, and
     from the sink, which they begin with."""
@@ -270,32 +344,32 @@ def _attend_all(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if SINK:
         shift = 0.0 if q.dtype == tl.float16 or not CAREFUL else CAREFUL_SHIFT
-        unit = scale if CAREFUL and not (SOFTCAP or ALIBI) else 1.0
+        unit = scale if CAREFUL and not (SOFTCAP or ALIBI or MASK == "added") else 1.0
         row_max = tl.zeros([BLOCK_M], tl.float32) + sink * LOG2_E / unit
         row_sum += tl.math.exp2(-shift)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if IS_LOCAL:
+    if IS_LOCAL and MASK == "":
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale,
-            softcap, slope, start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA,
-            PRECISION, CAREFUL,
+            softcap, slope, start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q,
+            stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
+            EVEN_N, SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, CAREFUL,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
         full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale,
-        softcap, slope, start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D, BLOCK_M,
-        BLOCK_N, CAUSAL, IS_LOCAL, False, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA, PRECISION,
-        CAREFUL,
+        softcap, slope, start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q,
+        stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, MASK != "",
+        EVEN_N, SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, CAREFUL,
     )  # fmt: skip
-    if CAUSAL or IS_LOCAL or not EVEN_N:
+    if (CAUSAL or IS_LOCAL or not EVEN_N) and MASK == "":
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
             full_end, end, seqlen_kv, level_key, window_left, window_right, scale,
-            softcap, slope, start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True, EVEN_N, SOFTCAP, ALIBI, DROPOUT, USE_TMA,
-            PRECISION, CAREFUL,
+            softcap, slope, start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q,
+            stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
+            EVEN_N, SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, CAREFUL,
         )  # fmt: skip
     return acc, row_sum, row_max
 
@@ -312,18 +386,22 @@ def _attend_all(
         "window_right",
         "stride_slopes",
         "drop_limit",
+        "bounds_b",
+        "bounds_h",
+        "bounds_m",
     ]
 )
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, sinks_ptr, rng_ptr, scale, softcap,
-    drop_limit, drop_scale, stride_slopes,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, sinks_ptr, rng_ptr, mask_ptr, bounds_ptr,
+    scale, softcap, drop_limit, drop_scale, stride_slopes, stride_mb, stride_mh, stride_mm,
+    stride_mn, bounds_b, bounds_h, bounds_m,
     stride_qb, stride_qm, stride_qh, stride_kb,
     stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, batch_heads, heads_q, group, seqlen_q,
     seqlen_kv, heads_per_section, window_left, window_right, HEAD_DIM: tl.constexpr, BLOCK_D:
     tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
     tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
-    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, USE_TMA: tl.constexpr, PRECISION:
-    tl.constexpr,
+    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, MASK_ROWS:
+    tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(
@@ -351,11 +429,17 @@ def _attention_forward_kernel(
     begin, full_begin, full_end, end = _visible_keys(
         start_m, seqlen_q, seqlen_kv, window_left, window_right, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL
     )
+    mask_base = _head_base(mask_ptr, batch, head, stride_mb, stride_mh, MASK == "")
+    if MASK != "":  # one range, which is masked
+        full_begin, full_end = _within_bounds(
+            begin, end, bounds_ptr, batch, head, tile, bounds_b, bounds_h, bounds_m
+        )
     acc, row_sum, row_max = _attend_all(
         q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
         seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, start_m, seed,
-        offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL,
-        EVEN_N, SOFTCAP, ALIBI, SINK, DROPOUT, USE_TMA, PRECISION, False,
+        offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn, HEAD_DIM, BLOCK_D,
+        BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK, DROPOUT, MASK, MASK_ROWS,
+        USE_TMA, PRECISION, False,
     )  # fmt: skip
     # What overflowed is not finite; a row that has seen no key keeps -inf as its maximum.
     lost = (row_max != float("-inf")) & ~(tl.abs(row_max) < COARSE_MAXIMUM)
@@ -364,10 +448,11 @@ def _attention_forward_kernel(
         acc, row_sum, row_max = _attend_all(
             q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end,
             end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink,
-            start_m, seed, offset, drop_head, drop_limit, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK, DROPOUT, USE_TMA, PRECISION, True,
+            start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK,
+            DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, True,
         )  # fmt: skip
-        row_max = row_max * (1.0 if SOFTCAP or ALIBI else scale)
+        row_max = row_max * (1.0 if SOFTCAP or ALIBI or MASK == "added" else scale)
         row_max += 0.0 if q.dtype == tl.float16 else CAREFUL_SHIFT
 
     # A row that saw no key has sum 0: its output is 0 and its log-sum-exp -inf.
@@ -458,6 +543,95 @@ def can_use_tma(*tensors: Tensor) -> bool:
     return True
 
 
+class MaskKind(NamedTuple):
+    """What launches depend on of attn_mask but its address. There are none of a call without."""
+
+    dtype: torch.dtype
+    strides: tuple[int, ...]  # 0 where the mask is the same for all
+
+    @classmethod
+    def of(cls, attn_mask: Tensor | None) -> MaskKind | None:
+        if attn_mask is None:
+            return None
+        sizes = zip(attn_mask.shape, attn_mask.stride(), strict=True)
+        return cls(attn_mask.dtype, tuple(0 if n == 1 else stride for n, stride in sizes))
+
+    @property
+    def name(self) -> str:
+        """Of the constant MASK, which is "" without."""
+        return "bool" if self.dtype == torch.bool else "added"
+
+
+class MaskBounds(NamedTuple):
+    """A launch of _mask_bounds_kernel, how many tiles it looks at, and how far apart batches, heads
+    and tiles have their bounds."""
+
+    launch: Repeated
+    num_tiles: int
+    strides: tuple[int, int, int]
+
+    def find(self, data: Tensor, is_aligned: bool, launch: bool) -> Tensor:
+        """Without `launch` the kernel is only compiled."""
+        found = torch.empty((self.num_tiles, 2), dtype=torch.int32, device=data.device)
+        if launch:
+            self.launch(is_aligned, data, found)
+        else:
+            self.launch.launch.warm_up(data, found)
+        return found
+
+
+def mask_numbers(mask: MaskKind | None, bounds: MaskBounds | None) -> tuple[int, ...]:
+    """From stride_mb to bounds_m."""
+    if mask is None or bounds is None:
+        return (0,) * 7
+    return *mask.strides, *bounds.strides
+
+
+def mask_constants(mask: MaskKind | None) -> dict[str, Any]:
+    if mask is None:
+        return {"MASK": "", "MASK_ROWS": False}
+    return {"MASK": mask.name, "MASK_ROWS": mask.strides[2] != 0}
+
+
+def mask_bounds(
+    mask: MaskKind | None,
+    sizes: tuple[int, int, int, int],
+    block_rows: int,
+    block_keys: int,
+    of_keys: bool = False,
+) -> MaskBounds | None:
+    """What finds which keys tiles of rows see, or with `of_keys` which rows tiles of keys; `sizes`
+    are those of (batch, heads_q, seqlen_q, seqlen_kv) scores."""
+    if mask is None:
+        return None
+    of_batch, of_head, *by = mask.strides
+    lengths = list(sizes[2:])
+    if of_keys:
+        by, lengths = by[::-1], lengths[::-1]
+    batches = sizes[0] if of_batch else 1
+    heads = sizes[1] if of_head else 1
+    tiles = triton.cdiv(lengths[0], block_rows) if by[0] else 1
+    # Those that are alike are looked at once.
+    rows = lengths[0] if by[0] else 1
+    num_tiles = batches * heads * tiles
+    launch = Launch(
+        _mask_bounds_kernel,
+        num_tiles,
+        (of_batch, of_head, *by, heads, tiles, rows, lengths[1]),
+        {"BLOCK_M": block_rows if by[0] else 1, "BLOCK_N": block_keys, "MASK": mask.name},
+        {},
+    )
+    strides = (heads * tiles if of_batch else 0, tiles if of_head else 0, 1 if by[0] else 0)
+    return MaskBounds(Repeated(launch), num_tiles, strides)
+
+
+def mask_data(attn_mask: Tensor) -> Tensor:
+    """As kernels take it."""
+    if attn_mask.dtype == torch.bool:
+        return attn_mask.view(torch.uint8)
+    return attn_mask.detach()
+
+
 class _Kind(NamedTuple):
     """All that the forward's launch depends on but the tensors' addresses."""
 
@@ -473,6 +647,7 @@ class _Kind(NamedTuple):
     slopes: int | None  # the stride of a batch; None without
     has_sinks: bool
     dropout_p: float
+    attn_mask: MaskKind | None
     mask: Mask
     tile: tuple[int, int, int, int]  # block_m, block_n, num_stages, num_warps
     use_tma: bool
@@ -481,6 +656,7 @@ class _Kind(NamedTuple):
 class _Planned(NamedTuple):
     launch: Repeated
     block_d: int
+    bounds: MaskBounds | None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -493,9 +669,11 @@ def _planned(kind: _Kind) -> _Planned:
     if mask.is_causal:
         section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, itemsize)
     block_d = max(16, triton.next_power_of_2(head_dim))
+    sizes = (batch, heads_q, seqlen_q, seqlen_kv)
+    bounds = mask_bounds(kind.attn_mask, sizes, block_m, block_n)
     numbers = (
         kind.softmax_scale * LOG2_E.value, kind.softcap or 1.0, dropout_limit(kind.dropout_p),
-        dropout_scale(kind.dropout_p), kind.slopes or 0,
+        dropout_scale(kind.dropout_p), kind.slopes or 0, *mask_numbers(kind.attn_mask, bounds),
         *kind.q_strides[:3], *kind.k_strides[:3], *kind.v_strides[:3],
         batch * heads_q, heads_q, group, seqlen_q, seqlen_kv, section,
         *window_limits(mask, seqlen_q, seqlen_kv),
@@ -505,14 +683,14 @@ def _planned(kind: _Kind) -> _Planned:
         "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local,
         "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_kv % block_n == 0,
         "SOFTCAP": kind.softcap > 0, "ALIBI": kind.slopes is not None, "SINK": kind.has_sinks,
-        "DROPOUT": kind.dropout_p > 0,
+        "DROPOUT": kind.dropout_p > 0, **mask_constants(kind.attn_mask),
         "USE_TMA": kind.use_tma, "PRECISION": dot_precision(kind.dtype, kind.device),
     }  # fmt: skip
     # Triton 3.10 no longer fuses multiply and add unasked.
     options = {"num_stages": num_stages, "num_warps": num_warps, "enable_fp_fusion": True}
     grid = triton.cdiv(seqlen_q, block_m) * batch * heads_q
     launch = Launch(_attention_forward_kernel, grid, numbers, constants, options)
-    return _Planned(Repeated(launch), block_d)
+    return _Planned(Repeated(launch), block_d, bounds)
 
 
 def attention_forward(
@@ -541,7 +719,7 @@ def attention_forward(
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    softcap, slopes, sinks, dropout_p, rng_state = call.terms
+    softcap, slopes, sinks, dropout_p, rng_state, attn_mask = call.terms
     if k.shape[1] == 0:
         unseen = torch.full_like(lse, float("-inf"))
         return out.zero_(), unseen if sinks is None else unseen.copy_(sinks[:, None])
@@ -549,7 +727,7 @@ def attention_forward(
     kind = _Kind(
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, softmax_scale,
         softcap, None if slopes is None else slope_stride(slopes), sinks is not None, dropout_p,
-        mask, (block_m, block_n, num_stages, num_warps), use_tma,
+        MaskKind.of(attn_mask), mask, (block_m, block_n, num_stages, num_warps), use_tma,
     )  # fmt: skip
     planned = _planned(kind)
     tensors = (
@@ -563,8 +741,13 @@ def attention_forward(
         lse if rng_state is None else rng_state,
     )
     with device_guard(q):
+        masks = lse, lse
+        if attn_mask is not None and planned.bounds is not None:
+            data = mask_data(attn_mask)
+            masks = data, planned.bounds.find(data, are_aligned(data), launch)
         if launch:
-            planned.launch(are_aligned(q, k, v, slopes, sinks, rng_state), *tensors)
+            aligned = are_aligned(q, k, v, slopes, sinks, rng_state, attn_mask)
+            planned.launch(aligned, *tensors, *masks)
         else:
-            planned.launch.launch.warm_up(*tensors)
+            planned.launch.launch.warm_up(*tensors, *masks)
     return out, lse

@@ -37,6 +37,8 @@ _MAX_CALLS = 4096
 # What holds numbers in memory of its own. A subclass may be anything else.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
+_AUTOCAST_DTYPES = frozenset({torch.float16, torch.bfloat16})
+
 # Looked up once: every call needs them.
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -67,6 +69,7 @@ def terms_of(
     sinks: Tensor | None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Terms:
     """As users give them: not validated, and sinks of any dtype. Without any, NO_TERMS itself."""
     if (
@@ -75,9 +78,10 @@ def terms_of(
         and sinks is None
         and dropout_p == 0.0
         and rng_state is None
+        and attn_mask is None
     ):
         return NO_TERMS
-    return Terms(softcap, alibi_slopes, sinks, dropout_p, rng_state)
+    return Terms(softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask)
 
 
 def new_rng_state(device: torch.device) -> Tensor:
@@ -131,6 +135,8 @@ def attend(
             x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (q, k, v)
         )
+        if terms.attn_mask is not None and terms.attn_mask.dtype in _AUTOCAST_DTYPES:
+            terms = terms._replace(attn_mask=terms.attn_mask.to(q.dtype))
     if by_op:
         return _attend_op(q, k, v, asked, terms, sequences)
     try:
@@ -202,16 +208,18 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
 
 
 def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequences]:
-    """In the dtypes and strides that spec/call.py says. Differentiable in sinks."""
-    softcap, alibi_slopes, sinks, dropout_p, rng_state = terms
+    """In the dtypes and strides that spec/call.py says. Differentiable in sinks and attn_mask."""
+    softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask = terms
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.contiguous()
     if sinks is not None:
         sinks = sinks.float().contiguous()
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     if terms is not NO_TERMS:
         if rng_state is not None:
             rng_state = rng_state.contiguous()
-        terms = Terms(float(softcap), alibi_slopes, sinks, float(dropout_p), rng_state)
+        terms = Terms(float(softcap), alibi_slopes, sinks, float(dropout_p), rng_state, attn_mask)
     if sequences is not DENSE:
         lengths = (None if x is None else x.contiguous() for x in sequences[:6])
         sequences = Sequences._make((*lengths, *sequences[6:]))
@@ -350,12 +358,14 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        return attend(q, k, v, scale, training, terms.sinks, terms, sequences)[0]
+        given = terms.sinks, terms.attn_mask
+        return attend(q, k, v, scale, training, *given, terms, sequences)[0]
 
     def call_with_lse(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
-        out, lse = attend(q, k, v, scale, training, terms.sinks, terms, sequences)
+        given = terms.sinks, terms.attn_mask
+        out, lse = attend(q, k, v, scale, training, *given, terms, sequences)
         return out, lse, None
 
     return call_with_lse if asked.return_lse else call

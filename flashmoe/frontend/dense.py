@@ -24,6 +24,7 @@ def flash_attn_func(
     *,
     sinks: Tensor | None = None,
     rng_state: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
@@ -57,12 +58,18 @@ def flash_attn_func(
             which joins the softmax's sum (s_aux or learnable_sink elsewhere). Differentiable.
         rng_state: (2,), int64: which weights are dropped, a function of this alone, in place of a
             state from torch's generator.
+        attn_mask: broadcastable to (batch, heads_q, seqlen_q, seqlen_kv), with any strides, and
+            read where it lies: bool, True where a query sees a key, or float32 or of q's dtype,
+            which is added to the scores last, -inf for a key that is not seen. Beside `causal` and
+            `window_size`, which count all keys. Differentiable, where it is added; its gradient
+            takes the time of another backward.
         backend, tile: run these instead of the planned ones (see `python -m flashmoe`).
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim_v), typed as q, contiguous. softmax_lse is (batch,
         heads_q, seqlen_q) float32, natural logarithm, differentiable; sinks are in it. A row that
-        sees no key has out 0 and softmax_lse -inf, or its head's sink.
+        sees no key has out 0 and softmax_lse -inf, or its head's sink. Keys and values that are
+        hidden by attn_mask should be finite: they may be read, and 0 * NaN is NaN.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what is allowed.
@@ -76,7 +83,7 @@ def flash_attn_func(
     asked = Asked(
         softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
     )
-    terms = terms_of(softcap, alibi_slopes, sinks, dropout_p, rng_state)
+    terms = terms_of(softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask)
     return (attend if dropout_p == 0.0 else attend_dropping)(q, k, v, asked, terms)
 
 
@@ -92,6 +99,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
@@ -114,6 +122,7 @@ def flash_attn_qkvpacked_func(
         deterministic,
         return_attn_probs,
         sinks=sinks,
+        attn_mask=attn_mask,
         backend=backend,
         tile=tile,
     )
@@ -132,6 +141,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     *,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     backend: str | None = None,
     tile: Tile | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
@@ -154,6 +164,7 @@ def flash_attn_kvpacked_func(
         deterministic,
         return_attn_probs,
         sinks=sinks,
+        attn_mask=attn_mask,
         backend=backend,
         tile=tile,
     )

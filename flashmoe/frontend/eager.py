@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmoe.frontend.gradients import Training, saved_of, sinks_gradient
+from flashmoe.frontend.gradients import Training, mask_gradient, saved_of, sinks_gradient
 from flashmoe.frontend.ops import attention_backward, attention_packed_backward
 from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
 
@@ -37,9 +37,10 @@ class PlainAttention(torch.autograd.Function):
 
 
 class EagerAttention(torch.autograd.Function):
-    """(q, k, v, softmax_scale, Training, sinks, Terms, Sequences) -> out, softmax_lse: what the op
-    `attention` computes, without the dispatcher, which takes longer than a small problem. For
-    ordinary tensors, where nothing is traced or transformed. `sinks` are those of the Terms."""
+    """(q, k, v, softmax_scale, Training, sinks, attn_mask, Terms, Sequences) -> out, softmax_lse:
+    what the op `attention` computes, without the dispatcher, which takes longer than a small
+    problem. For ordinary tensors, where nothing is traced or transformed. `sinks` and `attn_mask`
+    are those of the Terms."""
 
     @staticmethod
     def forward(
@@ -50,6 +51,7 @@ class EagerAttention(torch.autograd.Function):
         softmax_scale: float,
         training: Training,
         sinks: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         terms: Terms = NO_TERMS,
         sequences: Sequences = DENSE,
     ) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,7 @@ class EagerAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         if dout is None and dlse is None:
-            return (None,) * 8
+            return (None,) * 9
         q, k, v, out, lse, *_ = ctx.saved_tensors
         scale, training, terms, sequences = ctx.others
         saved = saved_of(dout, out, lse, dlse)
@@ -79,7 +81,9 @@ class EagerAttention(torch.autograd.Function):
                 gradients = attention_packed_backward(saved.dout, q, k, v, *arguments, *sequences)
         else:
             gradients = training.gradients(call, saved)
-        dsinks = None
+        dsinks = dmask = None
         if terms.sinks is not None and ctx.needs_input_grad[5]:
             dsinks = sinks_gradient(call, saved)
-        return *gradients, None, None, dsinks, None, None
+        if terms.attn_mask is not None and ctx.needs_input_grad[6]:
+            dmask = mask_gradient(call, saved, training.mask)
+        return *gradients, None, None, dsinks, dmask, None, None

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from flashmoe.backends.base import Run, RunBackward
+from flashmoe.backends.blocked import attention_backward
 from flashmoe.planning.plan import planned
 from flashmoe.spec import shapes
 from flashmoe.spec.call import Call, Saved, Sequences, Terms
+from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -61,10 +63,13 @@ class Training:
             return self.backward()(call, saved)
 
     @property
+    def mask(self) -> Mask:
+        return self._problem.mask
+
+    @property
     def arguments(self) -> tuple[int, int, str, bool]:
         """Those of the op `attention_backward` after the scale."""
-        mask = self._problem.mask
-        return mask.left, mask.right, self._backend or "", self._deterministic
+        return self.mask.left, self.mask.right, self._backend or "", self._deterministic
 
 
 def refuse_gradients(terms: Terms, sequences: Sequences) -> None:
@@ -106,6 +111,16 @@ def sinks_gradient(call: Call, saved: Saved) -> Tensor:
 def is_autocast(q: Tensor) -> bool:
     """Whether autocast is on for q's device. is_cuda, because q.device.type costs a microsecond."""
     return torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu")
+
+
+def mask_gradient(call: Call, saved: Saved, mask: Mask) -> Tensor:
+    """Of attn_mask, shaped and typed as it is: the gradients of the scores, added up over what it
+    is broadcast to. In torch operations, one block of rows at a time, so beside the gradient itself
+    memory is linear in seqlen; time is that of another backward."""
+    attn_mask = call.terms.attn_mask
+    assert attn_mask is not None
+    with without_autocast(call.q):
+        return attention_backward(call, saved.dout, saved.dlse, mask, of_mask=True)[3]
 
 
 def without_autocast(q: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from flashmoe.backends.base import Run
 from flashmoe.frontend.append import append as append_keys
 from flashmoe.frontend.gradients import (
     Training,
+    mask_gradient,
     refuse_gradients,
     saved_of,
     sinks_gradient,
@@ -36,7 +37,7 @@ _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-unty
 
 class Arguments(NamedTuple):
     """Those of the ops `attention`, `attention_packed` and `attention_split`, which have the first
-    14, the first 22, and all."""
+    15, the first 23, and all."""
 
     q: Tensor
     k: Tensor
@@ -52,6 +53,7 @@ class Arguments(NamedTuple):
     sinks: Tensor | None = None
     dropout_p: float = 0.0
     rng_state: Tensor | None = None
+    attn_mask: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
@@ -64,7 +66,7 @@ class Arguments(NamedTuple):
 
     @property
     def call(self) -> Call:
-        return Call(*self[:4], Terms(*self[9:14]), Sequences(*self[14:22]))
+        return Call(*self[:4], Terms(*self[9:15]), Sequences(*self[15:23]))
 
     @property
     def mask(self) -> Mask:
@@ -73,6 +75,7 @@ class Arguments(NamedTuple):
 
 # Where the op's arguments have what gets a gradient beside q, k and v.
 _SINKS = Arguments._fields.index("sinks")
+_MASK = Arguments._fields.index("attn_mask")
 # From here on they are those of the backward's op, too.
 _SHARED = Arguments._fields.index("deterministic")
 
@@ -119,9 +122,27 @@ def _attention_backward(
     return training.gradients(call, Saved(dout, out, softmax_lse, dlse))
 
 
+def _attention_mask_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dlse: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    backend: str,
+    *shared: Any,
+) -> Tensor:
+    arguments = Arguments(q, k, v, softmax_scale, window_left, window_right, backend, "", *shared)
+    return mask_gradient(arguments.call, Saved(dout, out, softmax_lse, dlse), arguments.mask)
+
+
 _TERMS = (
     "bool deterministic=False, float softcap=0.0, Tensor? alibi_slopes=None, "
-    "Tensor? sinks=None, float dropout_p=0.0, Tensor? rng_state=None"
+    "Tensor? sinks=None, float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None"
 )
 _SEQUENCES = (
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "
@@ -140,6 +161,7 @@ for _schema in (
     f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_without_lse({_FORWARD}) -> Tensor",
     f"attention_backward({_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"attention_mask_backward({_BACKWARD}) -> Tensor",
     f"attention_packed({_FORWARD}, {_SEQUENCES}) -> (Tensor out, Tensor softmax_lse)",
     f"attention_split({_FORWARD}, {_SEQUENCES}, int num_splits=0) -> "
     "(Tensor out, Tensor softmax_lse)",
@@ -153,10 +175,11 @@ for _schema in (
 
 attention = torch.ops.flashmoe.attention.default
 """(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False,
-softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None) -> out, softmax_lse;
-differentiable in q, k, v and sinks. The plan is made at run time, by the first call for a problem,
-so a compiled graph follows the tuned database. Empty `backend` and `tile` do not override. With
-`deterministic` the gradients are the same bits every time. Terms as spec/call.py says."""
+softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None, attn_mask=None) -> out,
+softmax_lse; differentiable in q, k, v, sinks and attn_mask. The plan is made at run time, by the
+first call for a problem, so a compiled graph follows the tuned database. Empty `backend` and `tile`
+do not override. With `deterministic` the gradients are the same bits every time. Terms as
+spec/call.py says."""
 
 attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
 """out alone, so that backends that do not return softmax_lse may run; `attention` where a gradient
@@ -164,9 +187,12 @@ is asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
 """(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right, backend,
-deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None) ->
-dq, dk, dv, contiguous, shaped and typed as q, k, v. dlse, the gradient of softmax_lse, may be None.
-Not differentiable."""
+deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None,
+attn_mask=None) -> dq, dk, dv, contiguous, shaped and typed as q, k, v. dlse, the gradient of
+softmax_lse, may be None. Not differentiable."""
+
+attention_mask_backward = torch.ops.flashmoe.attention_mask_backward.default
+"""Of the same arguments the gradient of attn_mask, shaped and typed as it is."""
 
 attention_packed = torch.ops.flashmoe.attention_packed.default
 """`attention` of sequences whose lengths are read on the device: the arguments of `attention`, then
@@ -198,6 +224,12 @@ def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_attention_without_lse(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _fake_attention_mask_backward(*arguments: Any) -> Tensor:
+    mask = arguments[-1]
+    assert isinstance(mask, Tensor), "attn_mask"
+    return mask.new_empty(mask.shape)
 
 
 def _fake_attention_backward(
@@ -261,20 +293,22 @@ class _Attention(torch.autograd.Function):
                 )
             )
             saved = saved_of(dout, out, lse, dlse)
-            gradients[:3] = ctx.op(
+            of_op = (
                 *(saved.dout, *arguments[:3], *saved[1:], *arguments[3:7]),
                 *arguments[_SHARED : len(ctx.others)],
             )
+            gradients[:3] = ctx.op(*of_op)
             if len(gradients) > _SINKS and ctx.needs_input_grad[3 + _SINKS]:
                 gradients[_SINKS] = sinks_gradient(arguments.call, saved)
+            if len(gradients) > _MASK and ctx.needs_input_grad[3 + _MASK]:
+                gradients[_MASK] = attention_mask_backward(*of_op)
         return None, None, None, *gradients
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: Any, keyset: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _below_autograd(op, keyset, *arguments)
-        return dq, dk, dv
+    def forward(ctx: Any, op: Any, keyset: Any, *arguments: Any) -> Any:
+        return _below_autograd(op, keyset, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -348,6 +382,12 @@ for _op, _kernel, _fake, _autograd in (
         _attention_backward,
         _fake_attention_backward,
         _backward_autograd(attention_backward),
+    ),
+    (
+        attention_mask_backward,
+        _attention_mask_backward,
+        _fake_attention_mask_backward,
+        _backward_autograd(attention_mask_backward),
     ),
     (
         attention_packed_backward,

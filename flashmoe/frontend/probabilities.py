@@ -34,7 +34,7 @@ def _of_dense(call: Call, mask: Mask) -> Tensor:
     q, k, _, scale, terms, _ = call
     assert terms.rng_state is not None, "of a call with dropout"
     rows = torch.arange(q.shape[1], device=q.device).unsqueeze(1)
-    options = (terms.softcap, terms.alibi_slopes, rows, q.shape[1])
+    options = (terms.softcap, terms.alibi_slopes, terms.attn_mask, rows, q.shape[1])
     scores, _ = scores_of(q, k, scale, mask, torch.float32, *options)
     largest = scores.amax(-1, keepdim=True) if k.shape[1] else scores
     weights = (scores - largest.masked_fill(largest == -torch.inf, 0.0)).exp()

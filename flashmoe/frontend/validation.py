@@ -127,6 +127,8 @@ def validate(
     if terms is not NO_TERMS:
         cu_seqlens_q = sequences.cu_seqlens_q
         _validate_terms(terms, q, q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
+        if terms.attn_mask is not None:
+            _validate_mask(terms.attn_mask, q, k, sequences)
     if softmax_scale is None:
         return float(head_dim**-0.5)
     _validate_number("softmax_scale", softmax_scale)
@@ -155,7 +157,7 @@ def _validate_dimensions(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) 
 
 
 def _validate_terms(terms: Terms, q: Tensor, batch: int) -> None:
-    softcap, alibi_slopes, sinks, dropout_p, rng_state = terms
+    softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask = terms
     _validate_number("softcap", softcap)
     if softcap != 0 and not is_normal(softcap):
         raise ValueError(
@@ -167,7 +169,13 @@ def _validate_terms(terms: Terms, q: Tensor, batch: int) -> None:
         raise ValueError(f"dropout_p must be from 0 to less than 1, got {dropout_p}")
     if rng_state is not None and dropout_p == 0:
         raise ValueError("rng_state must be None without dropout_p")
-    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("rng_state", rng_state)):
+    tensors = (
+        ("alibi_slopes", alibi_slopes),
+        ("sinks", sinks),
+        ("rng_state", rng_state),
+        ("attn_mask", attn_mask),
+    )
+    for name, x in tensors:
         if x is None:
             continue
         if not isinstance(x, Tensor):
@@ -192,6 +200,24 @@ def _validate_terms(terms: Terms, q: Tensor, batch: int) -> None:
             raise TypeError(f"sinks must be of a floating-point dtype, got {sinks.dtype}")
         if tuple(sinks.shape) != (heads,):
             raise ValueError(f"sinks must be (heads={heads},), got shape {tuple(sinks.shape)}")
+
+
+def _validate_mask(attn_mask: Tensor, q: Tensor, k: Tensor, sequences: Sequences) -> None:
+    if sequences is not DENSE:
+        raise NotImplementedError("attn_mask must be None for packed sequences and caches")
+    if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(
+            f"attn_mask must be bool, float32 or of q's dtype {q.dtype}, got {attn_mask.dtype}"
+        )
+    batch, seqlen_q, heads, _ = q.shape
+    full = (batch, heads, seqlen_q, k.shape[1])
+    shape = tuple(attn_mask.shape)
+    wanted = full[4 - len(shape) :] if len(shape) <= 4 else ()
+    if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, wanted, strict=True)):
+        raise ValueError(
+            "attn_mask must broadcast to (batch, heads_q, seqlen_q, seqlen_kv), here "
+            f"{full}, got shape {shape}"
+        )
 
 
 def _validate_number(name: str, value: object) -> None:

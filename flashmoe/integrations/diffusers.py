@@ -9,7 +9,7 @@ from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor
 
 import flashmoe
-from flashmoe.integrations.keys import KeyMask, Terms, by_kernel, of_keys, warn_of_torch
+from flashmoe.integrations.keys import KeyMask, Terms, by_kernel, of_keys
 
 NAME = "flashmoe"
 _MEMBER = NAME.upper()
@@ -30,9 +30,9 @@ def register() -> None:
     """Make "flashmoe" known to diffusers, for `set_attention_backend` and `attention_backend`.
     Results are those of the "native" backend.
 
-    Masks of keys, boolean and the same for all queries, become lengths; others are computed by
-    torch, which a warning says once. Models whose processors do not ask diffusers' dispatcher
-    but torch (Stable Diffusion 3 and older) are reached by
+    Masks of keys, boolean and the same for all queries, become lengths; others are what
+    flashmoe.scaled_dot_product_attention makes of them. Models whose processors do not ask
+    diffusers' dispatcher but torch (Stable Diffusion 3 and older) are reached by
     flashmoe.integrations.torch.patch_sdpa().
     """
     if _MEMBER not in _Names.__members__:
@@ -88,10 +88,8 @@ def attention(
         if keys is not None:
             mask = _key_mask(keys, query.shape[1])
             return by_kernel(query, key, value, mask, False, Terms(scale))
-    if attn_mask is not None:
-        warn_of_torch("diffusers", "a mask that differs between queries, or is additive")
-        if attn_mask.shape == (query.shape[0], key.shape[1]):
-            attn_mask = attn_mask[:, None, None, :]
+    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = flashmoe.scaled_dot_product_attention(
         q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa

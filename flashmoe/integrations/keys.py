@@ -179,6 +179,44 @@ def by_kernel(
     return out
 
 
+def by_masked_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyMask | Tensor,
+    position_bias: Tensor | None,
+    deterministic: bool,
+    terms: Terms,
+) -> Tensor:
+    """`by_kernel` of a mask that broadcasts to (batch, heads_q, seqlen_q, seqlen_kv), boolean or
+    additive, and a position_bias, which is added."""
+    attn_mask = _tensor_of(q, k, mask, position_bias)
+    options: dict[str, Any] = terms._asdict()
+    out = flashmoe.flash_attn_func(
+        q, k, v, attn_mask=attn_mask, deterministic=deterministic, **options
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _tensor_of(
+    q: Tensor, k: Tensor, mask: KeyMask | Tensor, position_bias: Tensor | None
+) -> Tensor | None:
+    """Both in one, boolean, float32 or of q's dtype."""
+    seen: Tensor | None
+    if isinstance(mask, Tensor):
+        seen = mask
+    elif mask == KeyMask():
+        seen = None
+    else:
+        seen = visible(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
+    if position_bias is not None:
+        seen = position_bias if seen is None else _added(position_bias, seen)
+    if seen is None or seen.dtype in (torch.bool, torch.float32):
+        return seen
+    return seen.to(q.dtype)
+
+
 def by_torch(
     q: Tensor,
     k: Tensor,
@@ -189,16 +227,8 @@ def by_torch(
 ) -> Tensor:
     """`by_kernel` with all scores in memory, also of a mask that broadcasts to (batch, heads_q,
     seqlen_q, seqlen_kv), boolean or additive, and a position_bias, which is added."""
-    seen: Tensor | None
-    if isinstance(mask, Tensor):
-        seen = mask
-    elif mask == KeyMask():
-        seen = None
-    else:
-        seen = visible(mask, q.shape[0], q.shape[1], k.shape[1], q.device)
+    seen = _tensor_of(q, k, mask, position_bias)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if position_bias is not None:
-        seen = position_bias if seen is None else _added(position_bias, seen)
     softmax_scale, softcap, sinks, dropout_p = terms
     if not softcap and sinks is None:
         if seen is not None and seen.dtype != torch.bool:

@@ -83,7 +83,7 @@ def backward(
     dout, q, k, v, out = (F.pad(x, (0, wide - x.shape[-1])) for x in (dout, q, k, v, out))
     saved = (dout, q, k, v, out, softmax_lse.contiguous(), None)
     dropout = (dropout_p, rng_state if dropout_p else None)
-    how = (scale, *window, "", deterministic, softcap, alibi_slopes, None, *dropout)
+    how = (scale, *window, "", deterministic, softcap, alibi_slopes, None, *dropout, None)
     if cu_seqlens_q is None:
         found = ops.attention_backward(*saved, *how)
     else:

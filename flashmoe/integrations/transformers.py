@@ -15,6 +15,7 @@ from flashmoe.integrations.keys import (
     Packing,
     Terms,
     by_kernel,
+    by_masked_kernel,
     by_torch,
     of_keys,
     visible,
@@ -66,8 +67,9 @@ def register() -> None:
     `from_config` and `set_attn_implementation`. Results are those of "eager"; rows of padding,
     which nothing should read, are 0.
 
-    What has no kernel (position biases, masks that are not made of causality,
-    windows, padding and packed sequences) is computed by torch, which a warning says once.
+    Masks that are not made of causality, windows, padding and packed sequences run as they are, and
+    so do position biases. What has no kernel (attention dropout over the lengths of a cache) is
+    computed by torch, which a warning says once.
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, key_mask)
@@ -138,10 +140,13 @@ def attention(
     if any(x is not None for x in packing):
         mask = _packed(mask, *packing)
     terms = Terms(scaling, softcap or 0.0, s_aux, dropout)
-    why = _why_by_torch(mask, dropout, position_bias)
-    if why or not isinstance(mask, KeyMask):
+    why = _why_by_torch(mask, dropout)
+    if why:
         warn_of_torch(type(module).__name__, why)
         return by_torch(q, k, v, mask, position_bias, terms), None
+    if position_bias is not None or not isinstance(mask, KeyMask):
+        found = by_masked_kernel(q, k, v, mask, position_bias, bool(deterministic), terms)
+        return found, None
     return by_kernel(q, k, v, mask, bool(deterministic), terms), None
 
 
@@ -184,14 +189,12 @@ def _packed(
     return mask._replace(packing=packing)
 
 
-def _why_by_torch(mask: KeyMask | Tensor, dropout: float, position_bias: Tensor | None) -> str:
+def _why_by_torch(mask: KeyMask | Tensor, dropout: float) -> str:
     """Why no kernel runs this; empty where one does."""
-    if position_bias is not None:
-        return "a position_bias"
-    if not isinstance(mask, KeyMask):
-        return "a mask of more than causality, a window, padding and packed sequences"
-    if mask.lengths is not None and dropout:
+    if not isinstance(mask, KeyMask) or mask.lengths is None:
+        return ""
+    if dropout:
         return f"dropout={dropout} over lengths of a cache"
-    if mask.lengths is not None and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return "lengths of a cache that were found without gradients"
     return ""

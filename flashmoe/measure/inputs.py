@@ -93,7 +93,8 @@ class Piece:
         call, dout = self.inputs.call, self.inputs.dout
         q = call.q.flatten(0, -3)[None, self.rows, self.heads]
         k, v = (x.flatten(0, -3)[None, self.keys, self.head : self.head + 1] for x in call[1:3])
-        slopes, sinks = call.terms.alibi_slopes, call.terms.sinks
+        terms = call.terms
+        slopes, sinks, attn_mask = terms.alibi_slopes, terms.sinks, terms.attn_mask
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[self.sequence]
         leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in (q, k, v)]
@@ -108,6 +109,8 @@ class Piece:
             sinks=None if sinks is None else sinks[self.heads],
             dropout_p=call.terms.dropout_p,
             rng_state=rng_state_of_sequence(call.terms.rng_state, self.sequence, self.heads.start),
+            # One of keys, of each sequence.
+            attn_mask=None if attn_mask is None else attn_mask[self.sequence],
             first_row=self.start,
             seqlen_q=self.inputs.sequences[self.sequence][2],
         )
@@ -246,5 +249,15 @@ def _terms(problem: Problem, generator: torch.Generator, device: torch.device) -
         _SOFTCAP if "softcap" in problem.terms else 0.0,
         slopes if "alibi" in problem.terms else None,
         sinks if "sink" in problem.terms else None,
-        *((_DROPOUT_P, state) if "dropout" in problem.terms else ()),
+        _DROPOUT_P if "dropout" in problem.terms else 0.0,
+        state if "dropout" in problem.terms else None,
+        _padding(problem, device) if "mask" in problem.terms else None,
     )
+
+
+def _padding(problem: Problem, device: torch.device) -> Tensor:
+    """A mask of keys (batch, 1, 1, seqlen_kv), which leaves a sequence the first half of its keys,
+    or more, up to all of them."""
+    batch, seqlen_kv = problem.batch, problem.seqlen_kv
+    kept = seqlen_kv - torch.arange(batch, device=device) * (seqlen_kv // 2) // max(batch - 1, 1)
+    return (torch.arange(seqlen_kv, device=device) < kept.unsqueeze(1))[:, None, None]

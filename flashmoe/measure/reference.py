@@ -24,14 +24,16 @@ def attention_reference(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     first_row: int = 0,
     seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V, materialized, differentiable, computed in `dtype`.
 
     q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim);
-    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,), rng_state (2,), int64. Where q is
-    only some of the queries, it begins at the first_row of seqlen_q.
+    alibi_slopes (heads_q,) or (batch, heads_q), sinks (heads_q,), rng_state (2,), int64, attn_mask
+    as SDPA's. Where q is only some of the queries, it begins at the first_row of seqlen_q, and so
+    do attn_mask's rows.
     Returns out (as q) and softmax_lse (batch, heads_q, seqlen_q), both in `dtype`; a row that sees
     no key has out 0 and its sink, or -inf, as lse. With `dtype` the inputs' own it is the
     same-dtype PyTorch computation that tolerances are measured against; slopes and sinks stay
@@ -41,7 +43,8 @@ def attention_reference(
     seqlen_q = q.shape[1] if seqlen_q is None else seqlen_q
     vh = v.transpose(1, 2).to(dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     i = first_row + torch.arange(q.shape[1], device=q.device).unsqueeze(1)
-    scores, hidden = scores_of(q, k, scale, mask, dtype, softcap, alibi_slopes, i, seqlen_q)
+    terms = softcap, alibi_slopes, attn_mask
+    scores, hidden = scores_of(q, k, scale, mask, dtype, *terms, i, seqlen_q)
     if sinks is not None:
         sink = (
             sinks.to(torch.promote_types(dtype, torch.float32))
@@ -71,6 +74,7 @@ def scores_of(
     dtype: torch.dtype,
     softcap: float,
     alibi_slopes: Tensor | None,
+    attn_mask: Tensor | None,
     i: Tensor,
     seqlen_q: int,
 ) -> tuple[Tensor, Tensor]:
@@ -86,6 +90,11 @@ def scores_of(
         slopes = alibi_slopes.to(torch.promote_types(dtype, torch.float32))
         scores = scores - slopes[..., None, None] * distance
     hidden: Tensor = mask.hides(i, j, seqlen_q, k.shape[1])
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = hidden | ~attn_mask
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+        hidden = hidden | (attn_mask == float("-inf"))
     return scores.masked_fill(hidden, float("-inf")), hidden
 
 
@@ -119,10 +128,17 @@ def sequences_reference(
             sinks=terms.sinks,
             dropout_p=terms.dropout_p,
             rng_state=rng_state_of_sequence(terms.rng_state, index),
+            attn_mask=_of_batch(terms.attn_mask, index),
         )
         (out if packed else out[index])[rows] = one_out[0]
         (lse if packed else lse[index])[:, rows] = one_lse[0]
     return out, lse
+
+
+def _of_batch(attn_mask: Tensor | None, index: int) -> Tensor | None:
+    if attn_mask is None or attn_mask.dim() < 4 or attn_mask.shape[0] == 1:
+        return attn_mask
+    return attn_mask[index : index + 1]
 
 
 def error_bound(actual_dtype: torch.dtype, same_dtype_error: float, scale: float) -> float:

@@ -18,6 +18,9 @@ class Terms(NamedTuple):
     # rng_state says: (2,), int64, contiguous, seed and offset (spec/dropout.py).
     dropout_p: float = 0.0
     rng_state: Tensor | None = None
+    # (batch, heads_q, seqlen_q, seqlen_kv) or 1 in the place of any of them, with any strides:
+    # bool, True where a query sees a key, or float32 or of q's dtype, which is added to scores.
+    attn_mask: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -27,12 +30,13 @@ class Terms(NamedTuple):
             "alibi": self.alibi_slopes is not None,
             "sink": self.sinks is not None,
             "dropout": self.dropout_p != 0.0,
+            "mask": self.attn_mask is not None,
         }
         return tuple(name for name, is_present in present.items() if is_present)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.alibi_slopes, self.sinks, self.rng_state
+        return self.alibi_slopes, self.sinks, self.rng_state, self.attn_mask
 
 
 class Sequences(NamedTuple):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DIRECTIONS = ("fwd", "bwd")
 # What may be done to scores besides scaling and masking (spec/call.py, Terms).
-TERMS = ("softcap", "alibi", "sink", "dropout")
+TERMS = ("softcap", "alibi", "sink", "dropout", "mask")
 # How sequences lie in memory: one by one; one behind the other; or keys in a cache, whose lengths
 # are read on the device, dense or in pages, and queries either way.
 LAYOUTS = ("dense", "packed", "cache", "paged", "packed-cache", "packed-paged")
@@ -87,6 +87,10 @@ class Problem:
             raise ValueError(f"terms must be some of {', '.join(TERMS)}, got {self.terms!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if "mask" in self.terms and self.layout != "dense":
+            raise ValueError(
+                f"terms must not have mask unless layout is dense, got {self.layout!r}"
+            )
         # One problem has one spelling.
         object.__setattr__(self, "terms", tuple(t for t in TERMS if t in self.terms))
         if self.layout.startswith("packed"):

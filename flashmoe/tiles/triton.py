@@ -24,13 +24,15 @@ def triton_smem_bytes(tile: Tile, problem: Problem) -> int:
     """Shared memory of the triton kernels, at least what Triton 3.6 and 3.9 report for sm_80 and
     sm_90: forward Q and num_stages buffers of K and V; backward K and V (in the pass over queries
     Q and dO) and num_stages buffers of the other two with their statistics, unpipelined with one
-    more where there is no wgmma; and scratch."""
+    more where there is no wgmma; of a mask num_stages buffers, as if it were float32; and
+    scratch."""
     row = DTYPE_BYTES[problem.dtype] * triton_head_dim(problem.head_dim)
     m, n, stages = tile.block_m, tile.block_n, tile.num_stages
+    mask = 4 * m * n * stages if "mask" in problem.terms else 0
     if problem.direction == "fwd":
-        return row * (m + 2 * stages * n) + 1024
+        return row * (m + 2 * stages * n) + mask + 1024
     buffers = 2 * stages + (stages == 1)
-    return row * (2 * n + buffers * m) + 8 * stages * m + 1024
+    return row * (2 * n + buffers * m) + 8 * stages * m + mask + 1024
 
 
 def triton_registers(tile: Tile, problem: Problem) -> float:

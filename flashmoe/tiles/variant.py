@@ -22,6 +22,7 @@ class Variant:
     alibi: bool = False
     sink: bool = False
     dropout: bool = False
+    mask: bool = False
     whole: bool = False
     packed: bool = False
 

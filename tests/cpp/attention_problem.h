@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -22,7 +23,7 @@ struct Problem {
   int batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim;
   Mask mask;
   float softcap;
-  bool alibi, sink;
+  bool alibi, sink, masked;
   float dropout_p = 0;
 
   std::string text() const {
@@ -33,11 +34,77 @@ struct Problem {
     text += "window " + std::to_string(mask.left) + " " + std::to_string(mask.right);
     if (softcap > 0) text += ", softcap " + std::to_string(softcap);
     if (dropout_p > 0) text += ", dropout " + std::to_string(dropout_p);
-    return text + (alibi ? ", alibi" : "") + (sink ? ", sinks" : "");
+    return text + (alibi ? ", alibi" : "") + (sink ? ", sinks" : "") + (masked ? ", mask" : "");
   }
 };
 
-// Slopes, sinks and the state of dropout of a problem: its last one is the last that may be read.
+// A mask that broadcasts to (batch, heads_q, seqlen_q, seqlen_kv), of any strides: its last element
+// is the last that may be read.
+class RandomMask {
+ public:
+  RandomMask(const Problem& x, DType dtype, std::mt19937_64& random) : mask_() {
+    if (!x.masked) return;
+    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+    const bool is_padding = below(3) == 0;  // of keys
+    int sizes[4] = {x.batch, x.heads_q, x.seqlen_q, x.seqlen_kv};
+    for (int d = 0; d < 4; ++d) {
+      if (d < 3 && (is_padding ? d > 0 : below(3) == 0)) sizes[d] = 1;
+    }
+    if (below(8) == 0) sizes[3] = 1;
+    using Kind = AttnMask::Kind;
+    const Kind own = dtype == DType::float16 ? Kind::float16 : Kind::bfloat16;
+    mask_.kind = below(2) ? Kind::boolean : below(2) ? own : Kind::float32;
+    const DType stored = mask_.kind == Kind::float32 ? DType::float32 : dtype;
+    const int bytes = mask_.is_boolean() ? 1 : size_of(stored);
+    // Keys side by side or rows, and a gap behind them.
+    const int slow = below(4) == 0 ? 3 : 2;
+    long long stride = 1, strides[4] = {};
+    for (const int d : {5 - slow, slow, 1, 0}) {
+      strides[d] = sizes[d] > 1 ? stride : 0;
+      stride *= sizes[d];
+      if (d == 5 - slow) stride += below(2) * below(3);
+    }
+    mask_.batch_stride = strides[0], mask_.head_stride = strides[1];
+    mask_.row_stride = strides[2], mask_.key_stride = strides[3];
+    bytes_.emplace(static_cast<size_t>(
+        bytes * (1 + at(sizes[0] - 1, sizes[1] - 1, sizes[2] - 1, sizes[3] - 1))));
+    std::fill(bytes_->begin(), bytes_->end(), uint8_t{0xff});  // a NaN, between the rows
+    mask_.data = bytes_->data();
+    const double density[] = {0, 0.03, 0.5, 0.97, 1};
+    const double dense = density[below(5)];
+    const int block_m = 1 << below(8), block_n = 1 << below(8), pattern = below(3);
+    const int begin = below(x.seqlen_kv + 1), end = below(4) ? x.seqlen_kv : below(x.seqlen_kv + 1);
+    const bool lowest = below(2);
+    std::uniform_real_distribution<double> uniform;
+    std::normal_distribution<double> normal;
+    for (int b = 0; b < sizes[0]; ++b)
+      for (int h = 0; h < sizes[1]; ++h)
+        for (int i = 0; i < sizes[2]; ++i)
+          for (int j = 0; j < sizes[3]; ++j) {
+            const bool seen = pattern == 0   ? uniform(random) < dense
+                              : pattern == 1 ? (i / block_m + j / block_n + h + b) % 3 == 0
+                                             : j >= begin / (1 + b) && j < end;
+            uint8_t* element = &(*bytes_)[static_cast<size_t>(bytes * at(b, h, i, j))];
+            if (mask_.is_boolean()) {
+              *element = seen;
+            } else {
+              const double low = lowest ? -format_of(stored).max : -INFINITY;
+              encode(stored, seen ? (dense == 1 ? 0 : normal(random)) : low, element);
+            }
+          }
+  }
+  const AttnMask& get() const { return mask_; }
+
+ private:
+  long long at(int b, int h, int i, int j) const {
+    return b * mask_.batch_stride + h * mask_.head_stride + i * mask_.row_stride +
+           j * mask_.key_stride;
+  }
+  AttnMask mask_;
+  std::optional<GuardedBytes> bytes_;
+};
+
+// Slopes and sinks of a problem: its last one is the last that may be read.
 class RandomTerms {
  public:
   RandomTerms(const Problem& x, std::mt19937_64& random)
@@ -70,7 +137,8 @@ class RandomTerms {
             by_batch_,
             reinterpret_cast<const float*>(sinks_.size() ? sinks_.data() : nullptr),
             reinterpret_cast<const long long*>(rng_state_.size() ? rng_state_.data() : nullptr),
-            dropout_limit_};
+            dropout_limit_,
+            {}};
   }
 
  private:
@@ -116,17 +184,21 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
     const std::string where =
         "batch " + std::to_string(b) + ", head " + std::to_string(h) + ", row " + std::to_string(i);
     const bool empty = want.lse[r] == -INFINITY;
-    if (!(empty ? lse[r] == want.lse[r]
-                : std::fabs(lse[r] - want.lse[r]) <=
-                      std::max(1e-4, 1e-6 * std::fabs(want.lse[r])) + cap_error(terms))) {
+    // Of a row that sees only what a mask makes as low as can be a kernel may keep less.
+    const bool low = want.lse[r] < -1e30 && lse[r] < -1e30 && !empty && lse[r] != -INFINITY;
+    if (!low && !(empty ? lse[r] == want.lse[r]
+                        : std::fabs(lse[r] - want.lse[r]) <=
+                              std::max(1e-4, 1e-6 * std::fabs(want.lse[r])) + cap_error(terms))) {
       return where + ": softmax_lse " + std::to_string(lse[r]) + ", not " +
              std::to_string(want.lse[r]);
     }
     for (int d = 0; d < q.head_dim; ++d) {
       const double got = out.get(b, i, h, d), wanted = want.out[r * q.head_dim + d];
       const double summed = summands.out[r * q.head_dim + d];
-      const double allowed =
-          summed == 0 ? 0 : 2 * (unit + cap_error(terms)) * summed + 1e-6 * rescale;
+      // Scores as low as a mask may make them are rounded by their magnitude.
+      const double rounding = terms.attn_mask.is_given() ? std::fabs(want.lse[r]) * 0x1p-23 : 0;
+      const double error = unit + cap_error(terms) + std::min(rounding, 1e-2);
+      const double allowed = summed == 0 ? 0 : 2 * error * summed + 1e-6 * rescale;
       if (!(std::fabs(got - wanted) <= allowed)) {
         return where + ", column " + std::to_string(d) + ": " + std::to_string(got) + ", not " +
                std::to_string(wanted);
@@ -164,6 +236,7 @@ inline Problem random_problem(int head_dim, int block_m, int block_n, Variant va
     const float shares[] = {0.0625f, 0.25f, 0.875f};
     x.dropout_p = shares[below(3)];
   }
+  x.masked = variant.mask;
   if (variant.local) {
     // Narrower than a tile, or several; one side may be open, and may hide nothing.
     const auto limit = [&](int seqlen) {
@@ -237,7 +310,7 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
     }
   }
   // Beside the largest scores float32 has no room for a bias.
-  if (random() % 5 == 0 && !x.alibi) {
+  if (random() % 5 == 0 && !x.alibi && !x.masked) {
     make_extreme(q, k, v, scale, random);
     // What dropout multiplies is to stay in the dtype's range.
     for (int b = 0; b < x.batch; ++b)
@@ -246,16 +319,19 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
           for (int d = 0; d < x.head_dim; ++d)
             v.set(b, s, h, d, v.get(b, s, h, d) * (1 - x.dropout_p));
   }
-  const RandomTerms terms(x, random);
+  const RandomTerms terms_but_mask(x, random);
+  const RandomMask attn_mask(x, dtype, random);
+  Terms terms = terms_but_mask.get();
+  terms.attn_mask = attn_mask.get();
   std::fill(out.bytes.begin(), out.bytes.end(), POISON);
   std::vector<float> lse(static_cast<size_t>(x.batch) * x.heads_q * x.seqlen_q, NAN);
 
   fake_device.sm_count = 1 + static_cast<int>(random() % 3);
   fake_device.seed = random();
   AttentionParams params = forward_params(q, k, v, out, lse, scale, x.mask);
-  params.terms = terms.get();
+  params.terms = terms;
   std::string wrong = launch(params, dtype, random);
-  if (wrong.empty()) wrong = compare(q, k, v, out, lse, scale, x.mask, terms.get());
+  if (wrong.empty()) wrong = compare(q, k, v, out, lse, scale, x.mask, terms);
   if (wrong.empty()) return true;
   std::printf("%s, %s, %s, seed %llu: %s\n", name.c_str(), x.text().c_str(),
               dtype == DType::float16 ? "float16" : "bfloat16",

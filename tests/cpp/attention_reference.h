@@ -233,6 +233,18 @@ inline double dropout_factor(const Terms& terms, int batch, int head, int row, i
   return mine <= terms.dropout_limit ? 65536. / (terms.dropout_limit + 1) : 0;
 }
 
+// What a mask adds to a score: of a boolean one 0, or -infinity.
+inline double mask_at(const AttnMask& mask, int b, int h, int i, int j) {
+  const long long offset =
+      b * mask.batch_stride + h * mask.head_stride + i * mask.row_stride + j * mask.key_stride;
+  const uint8_t* data = static_cast<const uint8_t*>(mask.data);
+  if (mask.is_boolean()) return data[offset] ? 0 : -INFINITY;
+  const DType dtype = mask.kind == AttnMask::Kind::float32   ? DType::float32
+                      : mask.kind == AttnMask::Kind::float16 ? DType::float16
+                                                             : DType::bfloat16;
+  return decode(dtype, data + offset * size_of(dtype));
+}
+
 // softmax(scale * Q K^T) V row by row in Float arithmetic, every sum in the order it is written
 // but those over head_dim, which run through `order`.
 template <typename Float>
@@ -260,6 +272,10 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
         const int distance = std::abs(i + k.seqlen - q.seqlen - first - n);
         scores[n] -= terms.alibi_slopes[b * terms.alibi_batch_stride + h] * Float(distance);
       }
+      if (terms.attn_mask.is_given()) {
+        const Float added = static_cast<Float>(mask_at(terms.attn_mask, b, h, i, first + n));
+        scores[n] = added == -INFINITY ? added : scores[n] + added;
+      }
       max = std::fmax(max, scores[n]);
     }
     const Float sink = terms.sinks != nullptr ? terms.sinks[h] : -INFINITY;
@@ -269,6 +285,7 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
     Float* out_row = &result.out[r * q.head_dim];
     for (int n = 0; n < visible; ++n) {
       const Float p = std::exp(scores[n] - max);
+      if (scores[n] == -INFINITY) continue;
       const Float* v_row = v_values.row(b, first + n, kv_head);
       sum += p;
       const auto factor =

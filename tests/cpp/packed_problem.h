@@ -7,17 +7,23 @@
 #include "attention_problem.h"
 #include "common/schedule.cuh"
 #include "common/sm90_launch.h"
+#include "forward/sm90/host.h"
+#include "forward/sm90/mask_tiles.cuh"
 
 namespace flashmoe {
 
 inline void run_list_blocks(const ScheduleParams& params) { schedule::list_blocks(params); }
 const void* const sm90::schedule_entry = reinterpret_cast<const void*>(run_list_blocks);
+inline void run_list_tiles(const MaskTilesParams& params) { sm90::list_tiles(params); }
+const void* const sm90::mask_tiles_entry = reinterpret_cast<const void*>(run_list_tiles);
 
-// What a thread of either kernel does.
+// What a thread of a kernel does.
 template <typename Params>
 void run_kernel(const void* kernel, void** arguments) {
   if (kernel == sm90::schedule_entry) {
     run_list_blocks(*static_cast<const ScheduleParams*>(arguments[0]));
+  } else if (kernel == sm90::mask_tiles_entry) {
+    run_list_tiles(*static_cast<const MaskTilesParams*>(arguments[0]));
   } else {
     reinterpret_cast<void (*)(const Params&)>(const_cast<void*>(kernel))(
         *static_cast<const Params*>(arguments[0]));

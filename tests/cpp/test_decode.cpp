@@ -220,7 +220,8 @@ struct Instance {
     p.mask.right = x.mask.right < x.seqlen_q ? x.mask.right : -1;
     p.terms = {x.softcap, x.slopes.empty() ? nullptr : x.slopes.data(),
                heads_q,   x.sinks.empty() ? nullptr : x.sinks.data(),
-               nullptr,   0};
+               nullptr,   0,
+               {}};
     p.sequences = {pointer(x.cu_seqlens_q),
                    pointer(x.cu_seqlens_k),
                    pointer(x.seqused),

@@ -125,7 +125,8 @@ struct Problem {
             c.heads_q,
             c.sink ? sinks.data() : nullptr,
             c.dropout ? rng_state : nullptr,
-            45000};
+            45000,
+            {}};
   }
 
   AttentionParams params() {

@@ -58,6 +58,9 @@ Instance instance(const char* name) {
 constexpr Variant LOCAL{.local = true}, SOFTCAP{.softcap = true}, ALIBI{.alibi = true},
     SINK{.sink = true}, DROPOUT{.dropout = true},
     ALL{.local = true, .softcap = true, .alibi = true, .sink = true, .dropout = true};
+constexpr Variant MASK{.mask = true}, LOCAL_MASK{.local = true, .mask = true},
+    ALL_MASK{
+        .local = true, .softcap = true, .alibi = true, .sink = true, .dropout = true, .mask = true};
 constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true},
     ALL_PACKED{.local = true,
                .softcap = true,
@@ -135,6 +138,20 @@ const Instance INSTANCES[] = {
         "64:64x48-stages1-ctas2-local-packed"),
     instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, ALL_PACKED>(
         "64:128x64-stages2-qreg-all-packed"),
+    instance<{64, 128, 64, 3, 1, false, false, 0, 2, true}, MASK>("64:128x64-stages3-serial-mask"),
+    instance<{64, 64, 48, 1, 1, false, false, 0, 2, false}, MASK>("64:64x48-stages1-ctas2-mask"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false}, MASK>(
+        "64:192x32-stages3-q2-pingpong-fma5-mask"),
+    instance<{96, 256, 64, 3, 2, true, false, 0, 1, true}, MASK>(
+        "96:256x64-stages3-q2-pingpong-serial-mask"),
+    instance<{64, 128, 176, 2, 1, true, false, 0, 1, false}, MASK>(
+        "64:128x176-stages2-pingpong-mask"),
+    instance<{64, 128, 64, 2, 1, false, true, 0, 1, false}, LOCAL_MASK>(
+        "64:128x64-stages2-qreg-local-mask"),
+    instance<{80, 128, 32, 4, 1, true, true, 0, 1, true}, ALL_MASK>(
+        "80:128x32-stages4-pingpong-qreg-serial-all-mask"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, ALL_MASK>(
+        "128:64x80-stages2-q2-all-mask"),
 };
 
 }  // namespace

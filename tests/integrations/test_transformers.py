@@ -111,7 +111,7 @@ def test_a_prompt_in_pieces(grad: bool) -> None:
 
 
 def test_padding_on_the_right_and_then_more() -> None:
-    # The mask has holes: what is packed is level with eager; under a window torch computes.
+    # The mask has holes: what is packed is level with eager; under a window it runs as it is.
     def run(model: Any) -> dict[str, Tensor]:
         with torch.no_grad():
             first = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
@@ -120,15 +120,22 @@ def test_padding_on_the_right_and_then_more() -> None:
 
     ids, mask = random_ids(), torch.ones(2, 13, dtype=torch.long, device=DEVICE)
     mask[1, 5:8] = 0
-    check(tiny("llama"), run)
-    with pytest.warns(UserWarning, match="more than causality"):
-        check(tiny("mistral"), run)
+    for name in ("llama", "mistral", "gemma2"):
+        check(tiny(name), run)
 
 
-def test_t5_is_computed_by_torch_and_says_so() -> None:
-    ours.warn_of_torch.cache_clear()
-    with pytest.warns(UserWarning, match="position_bias"):
-        check(tiny("t5"), logits(**inputs_of("t5"), attention_mask=padding("right")))
+def test_t5() -> None:
+    model = tiny("t5")
+    check(model, logits(**inputs_of("t5"), attention_mask=padding("right")))
+    # Its bias is learned.
+    tables = [x for name, x in model.named_parameters() if "relative_attention_bias" in name]
+    gradients = []
+    for name in ("eager", ours.NAME):
+        model.set_attn_implementation(name)
+        out = model(**inputs_of("t5")).logits
+        gradients.append(torch.autograd.grad(out.sin().sum(), tables))
+    assert gradients[0][0].any()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("error:.*computed by torch")

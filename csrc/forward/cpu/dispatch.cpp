@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "forward/cpu/forward.h"
+#include "forward/cpu/mask.h"
 #include "forward/cpu/task.h"
 
 namespace flashmoe {
@@ -87,7 +88,36 @@ struct SequenceTasks {
   Sequence sequence;
   int batch, kv_batch;
   long long first_task, row_blocks;
+  bool is_masked;
 };
+
+// Whether lengths differ between sequences, or lie elsewhere than in a dense batch.
+bool has_lengths(const Sequences& s) {
+  return s.cu_seqlens_q != nullptr || s.cu_seqlens_k != nullptr || s.seqused_k != nullptr ||
+         s.leftpad_k != nullptr || s.cache_batch_idx != nullptr || s.block_table != nullptr;
+}
+
+// Whether attn_mask is the same for all queries of a sequence, and nothing but it depends on where
+// keys are: what it hides in front and behind need not be there.
+bool is_padding(const AttentionParams& p) {
+  const AttnMask& mask = p.terms.attn_mask;
+  return mask.is_given() && mask.head_stride == 0 && mask.row_stride == 0 && p.mask.is_full() &&
+         p.terms.alibi_slopes == nullptr && p.terms.rng_state == nullptr;
+}
+
+// Cuts what such a mask hides in front and behind. Returns whether it says more than that.
+bool cut_padding(const AttnMask& mask, int batch, Sequence& sequence) {
+  const MaskRow row = mask_row(mask, batch, 0, 0);
+  int begin = 0, end = sequence.seqlen_kv;
+  while (begin < end && row[begin] == -INFINITY) ++begin;
+  while (begin < end && row[end - 1] == -INFINITY) --end;
+  sequence.k_begin += begin;
+  sequence.seqlen_kv = end - begin;
+  for (; begin < end; ++begin) {
+    if (row[begin] != 0) return true;
+  }
+  return false;
+}
 
 struct Work {
   const AttentionParams& params;
@@ -102,7 +132,9 @@ struct Work {
   CpuTask task(long long index) const {
     if (sequences.empty()) {
       const Sequence dense{0, 0, params.seqlen_q, params.seqlen_kv};
-      return task_of(dense, params.batch, index, tasks / params.batch / params.heads_kv);
+      CpuTask task = task_of(dense, params.batch, index, tasks / params.batch / params.heads_kv);
+      task.is_masked = params.terms.attn_mask.is_given();
+      return task;
     }
     const auto after = [](long long task, const SequenceTasks& x) { return task < x.first_task; };
     const SequenceTasks& found =
@@ -110,6 +142,7 @@ struct Work {
     CpuTask task = task_of(found.sequence, 1, index - found.first_task, found.row_blocks);
     task.batch = found.batch;
     task.kv_batch = found.kv_batch;
+    task.is_masked = found.is_masked;
     return task;
   }
 
@@ -129,7 +162,8 @@ struct Work {
     const int of_batch = static_cast<int>(head / params.heads_kv);
     return {of_batch, static_cast<int>(head % params.heads_kv),
             begin,    std::min(begin + block_m, rows_of(sequence)),
-            sequence, of_batch};
+            sequence, of_batch,
+            false};
   }
 
   long long rows_of(const Sequence& sequence) const {
@@ -144,13 +178,17 @@ struct Work {
     for (int i = 0; i < params.batch; ++i) {
       Sequence found = sequence_at(s, i, params.seqlen_q, params.seqlen_kv);
       int kv_batch = 0;
-      if (s.cu_seqlens_k == nullptr) {
+      bool is_masked = false;
+      if (!has_lengths(s)) {
+        kv_batch = i;
+        is_masked = cut_padding(params.terms.attn_mask, i, found);
+      } else if (s.cu_seqlens_k == nullptr) {
         if (s.num_pages == 0) found.seqlen_kv = 0;
         const int wanted = s.cache_batch_idx != nullptr ? s.cache_batch_idx[i] : i;
         if (s.block_table == nullptr) kv_batch = clamped(wanted, 0, s.num_pages - 1);
       }
       if (rows_of(found) == 0) continue;
-      sequences.push_back({found, i, kv_batch, 0, 0});
+      sequences.push_back({found, i, kv_batch, 0, 0, is_masked});
       most_rows = std::max(most_rows, rows_of(found));
       most_keys = std::max(most_keys, found.seqlen_kv);
     }
@@ -236,8 +274,7 @@ void fwd_cpu(const AttentionParams& params, DType dtype, int block_m, int block_
   Work work{params, dtype, kernel_of(isa), block_m, block_n, 0, {}};
   const long long rows = work.rows_of({0, 0, params.seqlen_q, params.seqlen_kv});
   if (rows == 0 || params.batch == 0) return;
-  if (s.cu_seqlens_q != nullptr || s.cu_seqlens_k != nullptr || s.seqused_k != nullptr ||
-      s.leftpad_k != nullptr || s.cache_batch_idx != nullptr || s.block_table != nullptr) {
+  if (has_lengths(s) || is_padding(params)) {
     work.list_sequences();
     if (work.tasks == 0) return;
   } else {

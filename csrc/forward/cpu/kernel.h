@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/dropout.h"
+#include "forward/cpu/mask.h"
 #include "forward/cpu/task.h"
 #include "forward/cpu/tiles.h"
 
@@ -90,8 +91,7 @@ struct BlockForward {
         q_batch(params.sequences.cu_seqlens_q != nullptr ? 0 : task.batch),
         k_head(kv_head(params.k, params.k_batch_stride, params.k_row_stride, params.k_head_stride)),
         v_head(kv_head(params.v, params.v_batch_stride, params.v_row_stride, params.v_head_stride)),
-        score_scale(params.terms.softcap > 0 ||
-                            (params.terms.alibi_slopes != nullptr && params.softmax_scale < 1.0f)
+        score_scale(params.terms.softcap > 0 || (is_added_to() && params.softmax_scale < 1.0f)
                         ? 1.0f
                         : params.softmax_scale),
         block_n(static_cast<int>(round_up(block_n, KEY_GROUP))),
@@ -121,6 +121,12 @@ struct BlockForward {
     k_rows = reinterpret_cast<const T**>(take(this->block_n * POINTER_FLOATS));
     v_rows = reinterpret_cast<const T**>(take(this->block_n * POINTER_FLOATS));
     floats = used;
+  }
+
+  // Whether a term is added to scores.
+  bool is_added_to() const {
+    const AttnMask& mask = params.terms.attn_mask;
+    return params.terms.alibi_slopes != nullptr || (mask.is_given() && !mask.is_boolean());
   }
 
   // Neither end ever decreases with the row. A row that sees nothing has {0, 0}.
@@ -252,6 +258,48 @@ struct BlockForward {
         positions[lane] = static_cast<float>(row / group + seqlen_kv - seqlen_q - first_key);
       }
       alibi_panel<Vec, NV>(keys, scale, slopes, positions, s_t);
+    } else if (scale != 1.0f) {
+      scale_panel<Vec, NV>(keys, scale, s_t);
+    }
+  }
+
+  MaskRow mask_of(long long row) const {
+    return mask_row(params.terms.attn_mask, task.batch, query_head(row), row / group);
+  }
+  // Whether one row serves all.
+  bool is_key_mask() const {
+    return params.terms.attn_mask.row_stride == 0 && params.terms.attn_mask.head_stride == 0;
+  }
+
+  // Whether attn_mask lets any of these rows see any of the keys from `begin` to `end` - 1.
+  bool mask_sees_any(long long row_begin, long long row_end, int begin, int end) const {
+    const long long first = task.sequence.k_begin;
+    if (is_key_mask()) row_end = row_begin + 1;
+    for (long long row = row_begin; row < row_end; ++row) {
+      if (mask_of(row).sees_any(first + begin, first + end)) return true;
+    }
+    return false;
+  }
+
+  // Adds attn_mask to S^T[keys][rows], whose keys are counted from first_key.
+  FLASHMOE_NOINLINE void add_mask(long long panel_begin, int rows, long long first_key, int keys) {
+    const long long first = task.sequence.k_begin + first_key;
+    // What scores are still to be multiplied by is divided out.
+    const float factor = 1.0f / score_scale;
+    if (!is_key_mask()) {
+      for (int lane = 0; lane < rows; ++lane) {
+        mask_of(panel_begin + lane).add_to(first, keys, factor, s_t + lane, PANEL);
+      }
+      return;
+    }
+    const MaskRow row = mask_of(panel_begin);
+    for (int n = 0; n < keys; ++n) {
+      const float value = row[first + n];
+      if (value == 0.0f) continue;
+      const bool hides = value == -__builtin_inff();
+      for (float* s = s_t + n * PANEL; s < s_t + n * PANEL + rows; ++s) {
+        *s = hides ? value : *s + value * factor;
+      }
     }
   }
 
@@ -404,6 +452,11 @@ struct BlockForward {
     const int keys = in_tile(last.end) - skipped;
     const int common_begin = in_tile(last.begin) - skipped;
     const int common_end = in_tile(first.end) - skipped;
+    const int n_first = static_cast<int>(n_begin) + skipped;
+    if (task.is_masked &&
+        !mask_sees_any(panel_begin, panel_begin + rows, n_first, n_first + keys)) {
+      return;
+    }
     if (common_begin == 0 && common_end == keys) {
       for (int i = 0; i < NV * WIDTH; ++i) key_begin[i] = 0.0f;
       for (int i = 0; i < NV * WIDTH; ++i) key_end[i] = static_cast<float>(keys);
@@ -423,16 +476,21 @@ struct BlockForward {
 
     const long long local = panel_begin - task.row_begin;
     qk_panel<Vec, NV>(keys, k_tile + skipped * head_dim, q_t + local * head_dim, head_dim, s_t);
-    if (params.terms.softcap > 0 || params.terms.alibi_slopes != nullptr) {
+    if (params.terms.softcap > 0 || is_added_to()) {
       apply_terms<NV>(panel_begin, rows, n_begin + skipped, keys);
     }
+    if (task.is_masked) add_mask(panel_begin, rows, n_first, keys);
     if (common_begin > 0) mask_first<NV>(common_begin);
+    bool first_keys = first.begin >= n_begin;  // of the panel: its O is not yet set
+    if (task.is_masked) {
+      first_keys = true;
+      for (int i = 0; i < rows; ++i) first_keys &= row_sum[local + i] == 0.0f;
+    }
     const bool moved = softmax_panel<NV>(common_end, keys, row_max + local, row_sum + local);
 
     if (params.terms.rng_state != nullptr) {
       drop_weights(panel_begin, rows, n_begin + skipped, keys);
     }
-    const bool first_keys = first.begin >= n_begin;  // of the panel: its O is not yet set
     const Accumulate accumulate = first_keys ? Accumulate::overwrite
                                   : moved    ? Accumulate::rescale
                                              : Accumulate::add;
@@ -514,6 +572,10 @@ struct BlockForward {
     const long long kv_end = visible_keys(task.row_end - 1).end;
     for (long long n = visible_keys(task.row_begin).begin; n < kv_end; n += block_n) {
       const int keys = static_cast<int>(clamp<long long>(kv_end - n, 0, block_n));
+      const int n_begin = static_cast<int>(n);
+      if (task.is_masked && !mask_sees_any(task.row_begin, task.row_end, n_begin, n_begin + keys)) {
+        continue;
+      }
       stage(n, keys);
       for (long long begin = task.row_begin; begin < task.row_end; begin += PANEL) {
         const int rows = static_cast<int>(clamp<long long>(task.row_end - begin, 0, PANEL));

@@ -13,6 +13,7 @@ struct CpuTask {
   long long row_begin, row_end;
   Sequence sequence;
   int kv_batch;  // the batch of k and v that it reads, unless they are packed or in pages: 0 there
+  bool is_masked;  // whether attn_mask hides any of the sequence's keys, or adds to their scores
 };
 
 struct CpuKernel {

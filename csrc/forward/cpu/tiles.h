@@ -64,6 +64,17 @@ FLASHMOE_NOINLINE void softcap_panel(int keys, float scale, float softcap, float
   }
 }
 
+// S^T[keys][NV vectors of rows] = scale * S^T
+template <class Vec, int NV>
+FLASHMOE_NOINLINE void scale_panel(int keys, float scale, float* s_t) {
+  for (int n = 0; n < keys; ++n) {
+    for (int j = 0; j < NV; ++j) {
+      float* s = s_t + n * Vec::PANEL + j * Vec::WIDTH;
+      Vec::store(s, Vec::mul(Vec::load(s), Vec::set1(scale)));
+    }
+  }
+}
+
 // S^T[keys][NV vectors of rows] = scale * S^T - slopes[row] * |positions[row] - key|
 template <class Vec, int NV>
 FLASHMOE_NOINLINE void alibi_panel(int keys, float scale, const float* slopes,

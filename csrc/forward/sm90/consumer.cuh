@@ -51,8 +51,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   constexpr int Q_FRAGMENTS = TILE.q_in_registers ? HEAD_DIM / 16 : 1;
   // A warpgroup may see nothing of the tiles that another begins with, or have no rows at all.
   constexpr bool CAN_SKIP = CONSUMERS > 1;
-  // ALiBi may let scores grow by more than a maximum can lag, from one tile to the next.
-  constexpr bool MAY_LAG = MAXIMUM_MAY_LAG<T> && !VARIANT.alibi;
+  // ALiBi and masks may let scores grow by more than a maximum can lag, from one tile to the next.
+  constexpr bool MAY_LAG = MAXIMUM_MAY_LAG<T> && !VARIANT.alibi && !VARIANT.mask;
 
   const AttentionParams& p = params.attention;
   const VisibleKeys<VARIANT> dense_keys{p, {}};
@@ -166,11 +166,15 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // all of their keys. Before and after them the others visit `skip` and `skip_left` more.
   int skip = 0, skip_left = 0;
   int n_tile = 0, n_first = 0, n_unmasked = 0, n_left = 0;
-  float slope = 0.f;  // with ALiBi
+  float slope = 0.f;         // with ALiBi
+  TileMask<TILE> tile_mask;  // with a mask, whose tiles are counted in its list
   // Waits for S (O may still run), then frees its tile of K. Of a block of rows' LAST tile it frees
   // Q, or of its FIRST one where Q is in registers: that S has been computed is what says that they
   // were loaded, for an arrival does not wait for ldmatrix. Then S gets its terms.
   auto finish_S = [&](auto pending, bool first, bool last) {
+    if constexpr (VARIANT.mask) {
+      tile_mask.fetch(params.mask_tiles, n_tile, w * 64 + warp * 16 + lane / 4);
+    }
     ptx::wgmma_wait_group<decltype(pending)::value>();
     ptx::fence_registers(S_rmem);
     release_K();
@@ -181,12 +185,20 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       Work work{};
       if constexpr (VARIANT.alibi) work = read_work<VARIANT>(smem, work_ring.stage());
       const int row = work.m_start + w * 64 + warp * 16 + lane / 4;
-      const int column = (n_first + n_tile) * BLOCK_N + (lane & 3) * 2;
+      const int tile = VARIANT.mask ? tile_mask.tile() : n_first + n_tile;
+      const int column = tile * BLOCK_N + (lane & 3) * 2;
       add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope,
                                   VisibleKeys<VARIANT>{p, work.sequence}.diagonal + row - column);
     }
   };
   auto mask = [&](auto left_only) {
+    if constexpr (VARIANT.mask) {
+      if (!tile_mask.is_partial()) return;
+      const Work work = read_work<VARIANT>(smem, work_ring.stage());
+      tile_mask.apply(S_rmem, params, work, work.m_start + w * 64 + warp * 16 + lane / 4,
+                      tile_mask.tile() * BLOCK_N + (lane & 3) * 2);
+      return;
+    }
     const Work work = read_work<VARIANT>(smem, work_ring.stage());
     constexpr bool LEFT_ONLY = decltype(left_only)::value;
     mask_S<BLOCK_N, VARIANT, LEFT_ONLY>(S_rmem, VisibleKeys<VARIANT>{p, work.sequence},
@@ -202,11 +214,12 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if constexpr (VARIANT.dropout) {
       const Work work = read_work<VARIANT>(smem, work_ring.stage());
       drop_weights(P_rmem, warp_dropout(p.terms, work.batch, work.head),
-                   work.m_start + w * 64 + warp * 16, (n_first + n_tile) * BLOCK_N);
+                   work.m_start + w * 64 + warp * 16,
+                   (VARIANT.mask ? tile_mask.tile() : n_first + n_tile) * BLOCK_N);
     }
   };
 
-  auto is_suspicious = [&] { return is_suspect<T>(softmax.minus_max, softmax.row_sum); };
+  auto is_suspicious = [&] { return is_suspect<T, VARIANT>(softmax.minus_max, softmax.row_sum); };
   // At the end of a block of rows that is suspicious: computes again what was lost. P of its last
   // tile may not have been multiplied by V yet, which then adds nothing any more.
   auto mend = [&](bool P_pending) {
@@ -215,7 +228,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       wait_V();
       pending = largest_magnitude<S::KV_BYTES>(smem.V + v_ring.stage() * S::KV_BYTES);
     }
-    if (!is_lost<HEAD_DIM>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
+    if (!is_lost<HEAD_DIM, VARIANT>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
     const Work work = read_work<VARIANT>(smem, work_ring.stage());
     Rows<HEAD_DIM> rows;
     recompute_rows<T, VARIANT>(params, work, work.m_start + w * 64 + warp * 16, rows);
@@ -256,6 +269,16 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         const VisibleKeys<VARIANT> visible_keys =
             VARIANT.packed ? VisibleKeys<VARIANT>{p, sequence} : dense_keys;
         n_tile = n_tiles - 1;
+        if constexpr (VARIANT.mask) {
+          // All warpgroups visit all tiles: what each does not see is in the bits.
+          tile_mask.list =
+              mask_list<TILE>(params.mask_tiles, {n_tiles, m_start, work.head, work.batch, {}});
+          if (CAN_SKIP) {
+            skip = first >= p.seqlen_q ? n_tiles : 0;
+            n_tile -= skip;
+          }
+          return true;
+        }
         n_first = visible_keys.template first_tile<BLOCK_N>(m_start);
         if constexpr (CAN_SKIP && VARIANT.local) {
           // A warpgroup that sees nothing is at the first keys, or has no rows.
@@ -379,8 +402,10 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         const IntConstant<false> no;
         step(yes, no, no);
         for (--n_tile; n_tile >= n_unmasked; --n_tile) step(no, yes, no);
-        for (; n_tile >= n_left; --n_tile) step(no, no, yes);
-        if constexpr (VARIANT.local) {
+        if constexpr (!VARIANT.mask) {
+          for (; n_tile >= n_left; --n_tile) step(no, no, yes);
+        }
+        if constexpr (VARIANT.local && !VARIANT.mask) {
           for (; n_tile >= 0; --n_tile) step(no, yes, yes);
         }
         if (LOOKS_EARLY ? suspicious : is_suspicious()) mend(false);
@@ -482,8 +507,10 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     const IntConstant<true> yes;
     const IntConstant<false> no;
     for (--n_tile; n_tile >= n_unmasked; --n_tile) step(yes, no);
-    for (; n_tile >= n_left; --n_tile) step(no, yes);
-    if constexpr (VARIANT.local) {
+    if constexpr (!VARIANT.mask) {
+      for (; n_tile >= n_left; --n_tile) step(no, yes);
+    }
+    if constexpr (VARIANT.local && !VARIANT.mask) {
       for (; n_tile >= 0; --n_tile) step(yes, yes);
     }
     if (is_suspicious()) mend(true);

@@ -12,7 +12,10 @@ namespace flashmoe::sm90 {
 // Whether the TMA can fetch q, k and v: 16-byte aligned rows at positive strides.
 bool can_run(const AttentionParams& params);
 
-// Bytes of device memory that a launch needs besides its tensors: for a packed batch.
+// The kernel that fills MaskTiles, list_tiles of mask_tiles.cuh: its address.
+extern const void* const mask_tiles_entry;
+
+// Bytes of device memory that a launch needs besides its tensors: for a packed batch, or a mask.
 long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& params);
 
 // `kernel` is attention_forward of this tile and dtype, and of a variant that computes this mask:
@@ -20,7 +23,7 @@ long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& params);
 // and seqlen_q above 0. `counter` is an int in device memory that is 0, and left at 0; no other
 // launch may use it meanwhile. With null, blocks of rows are dealt in turn, and masked problems are
 // less well balanced. Packed batches take no counter, and a workspace of workspace_bytes, aligned
-// to 16.
+// to 16, as masks do.
 cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& params,
                    DType dtype, int device, cudaStream_t stream, unsigned* counter,
                    void* workspace);

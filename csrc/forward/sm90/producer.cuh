@@ -94,12 +94,24 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     ring.next();
   };
   int head_kv = 0, batch = 0;
-  int n_first = 0;  // tiles of a block of rows are counted from this one on
+  int n_first = 0;                     // tiles of a block of rows are counted from this one on
+  [[maybe_unused]] unsigned list = 0;  // of them, with a mask
+  // Whose tiles plain kernels must not see, either.
   auto load_K = [&](int n) {
-    load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n, k_ring);
+    if constexpr (VARIANT.mask) {
+      n = listed_at(params.mask_tiles, list, n + 1) >> 1;
+      load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n, k_ring);
+    } else {
+      load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n, k_ring);
+    }
   };
   auto load_V = [&](int n) {
-    load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n, v_ring);
+    if constexpr (VARIANT.mask) {
+      n = listed_at(params.mask_tiles, list, n + 1) >> 1;
+      load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n, v_ring);
+    } else {
+      load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n, v_ring);
+    }
   };
   // The last tile of V of a block of rows is fetched with the next one's first of K.
   auto v_owed = [&] { return v_ring.state != k_ring.state; };
@@ -120,6 +132,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     if constexpr (VARIANT.packed) kv_place = k_place<VARIANT>(work.sequence);
     n_first =
         VisibleKeys<VARIANT>{p, work.sequence}.template first_tile<TILE.block_n>(work.m_start);
+    if constexpr (VARIANT.mask) list = mask_list<TILE>(params.mask_tiles, work);
     // One buffer of Q is free only when its consumer is done with the block before. Serial ones
     // have nothing else to do until then: K and V are fetched meanwhile.
     if (!TILE.serial && !q_ahead) load_Q(work);

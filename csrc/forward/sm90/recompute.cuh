@@ -6,6 +6,7 @@
 // are large, or what was rounded by more than the exponent's range, because scores are large.
 #pragma once
 
+#include "forward/sm90/mask_tiles.cuh"
 #include "forward/sm90/softmax.cuh"
 #include "forward/sm90/work.cuh"
 #include "ptx/ld_st.cuh"
@@ -13,11 +14,23 @@
 
 namespace flashmoe::sm90 {
 
+// The larger magnitude of a thread's two maxima. Under a mask there are rows that see nothing, of
+// which nothing is lost.
+template <Variant VARIANT>
+__device__ __forceinline__ float largest_maximum(const float (&minus_max)[2]) {
+  if constexpr (VARIANT.mask) {
+    const float first = minus_max[0] == NO_MAXIMUM ? 0.f : minus_max[0];
+    const float second = minus_max[1] == NO_MAXIMUM ? 0.f : minus_max[1];
+    return fmaxf(fabsf(first), fabsf(second));
+  }
+  return fmaxf(fabsf(minus_max[0]), fabsf(minus_max[1]));
+}
+
 // Whether the fast path may have lost something in a row of this warp, by the maxima of a thread's
 // two rows and its shares of their sums.
-template <typename T>
+template <typename T, Variant VARIANT>
 __device__ __forceinline__ bool is_suspect(const float (&minus_max)[2], const float (&row_sum)[2]) {
-  const bool coarse = fmaxf(fabsf(minus_max[0]), fabsf(minus_max[1])) >= COARSE_MAXIMUM;
+  const bool coarse = largest_maximum<VARIANT>(minus_max) >= COARSE_MAXIMUM;
   // Negated, for a sum of NaN.
   const bool safe = row_sum[0] < SAFE_SUM<T> && row_sum[1] < SAFE_SUM<T>;
   return __any_sync(0xffffffff, coarse || !safe);
@@ -40,11 +53,11 @@ __device__ __forceinline__ float largest_magnitude(unsigned smem) {
 
 // Whether the fast path did lose something in a row of this warp. O is what it added up, but for
 // probabilities that still multiply values of up to `pending`.
-template <int HEAD_DIM>
+template <int HEAD_DIM, Variant VARIANT>
 __device__ __forceinline__ bool is_lost(const float (&O_rmem)[HEAD_DIM / 2],
                                         const float (&minus_max)[2], const float (&row_sum)[2],
                                         float pending) {
-  bool lost = fmaxf(fabsf(minus_max[0]), fabsf(minus_max[1])) >= COARSE_MAXIMUM;
+  bool lost = largest_maximum<VARIANT>(minus_max) >= COARSE_MAXIMUM;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     // Negated, for a sum of NaN.
@@ -97,6 +110,27 @@ __device__ __forceinline__ void recompute_scores(const Sm90Params& params, const
   }
 }
 
+// attn_mask of these scores.
+__device__ __forceinline__ void mask_scores(const Sm90Params& params, const Work& work, int row,
+                                            int key, float (&S)[4]) {
+  const AttnMask& mask = params.attention.terms.attn_mask;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int e_row = row + lane / 4 + e / 2 * 8, e_key = key + lane % 4 * 2 + e % 2;
+    // Keys that do not exist are hidden already.
+    if (e_row >= params.attention.seqlen_q || e_key >= params.attention.seqlen_kv) continue;
+    const unsigned bits =
+        mask_bits(mask, work.batch * mask.batch_stride + work.head * mask.head_stride +
+                            e_row * mask.row_stride + e_key * mask.key_stride);
+    if (mask_hides(mask.kind, bits)) {
+      S[e] = -INFINITY;
+    } else if (!mask.is_boolean()) {
+      S[e] += mask_term(params, mask.kind, bits);
+    }
+  }
+}
+
 // The 16 rows of one warp from `row` on.
 template <typename T, Variant VARIANT, int HEAD_DIM>
 __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const Work& work, int row,
@@ -128,6 +162,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const W
 #pragma unroll 1
   for (int n = n_begin; n < n_end; n += 8) {
     recompute_scores<T, VARIANT>(params, sequence, q, k, row, n, slope, S);
+    if constexpr (VARIANT.mask) mask_scores(params, work, row, n, S);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       max[half] = fmaxf(max[half], fmaxf(S[2 * half], S[2 * half + 1]));
@@ -148,6 +183,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const W
 #pragma unroll 1
   for (int n = n_begin; n < n_end; n += 8) {
     recompute_scores<T, VARIANT>(params, sequence, q, k, row, n, slope, S);
+    if constexpr (VARIANT.mask) mask_scores(params, work, row, n, S);
     unsigned P[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -283,6 +283,85 @@ __device__ __forceinline__ void drop_weights(unsigned (&P_rmem)[TILES][4], const
   }
 }
 
+// What attn_mask adds to a score, in its units. Finite ones stay so, and are what P can still be
+// computed from: scaled at least -1e38, which makes minus a maximum less than NO_MAXIMUM.
+__device__ __forceinline__ float mask_term(const Sm90Params& params, AttnMask::Kind kind,
+                                           unsigned bits) {
+  const float value = mask_value(kind, bits) * (params.inverse_scale_log2 * 1.4426950408889634f);
+  return fmaxf(value, -1e38f * fminf(params.inverse_scale_log2, 1.f));
+}
+
+// The mask of a thread's part of a tile of S.
+template <Sm90Tile TILE>
+struct TileMask {
+  static constexpr int WORDS = MaskTiles::words(TILE.block_n);
+
+  unsigned list = 0;  // of the block of rows
+  int entry = 0;      // of the tile, there
+  unsigned bits[2][WORDS];
+
+  __device__ __forceinline__ int tile() const { return entry >> 1; }
+  __device__ __forceinline__ bool is_partial() const { return entry & 1; }
+
+  // Of the n-th tile of the list; `row` is the thread's first in the block of rows.
+  __device__ __forceinline__ void fetch(const MaskTiles& tiles, int n, int row) {
+    entry = listed_at(tiles, list, n + 1);
+    if (!is_partial()) return;
+    const bool alike = tiles.rows == 1;
+    const unsigned index =
+        ((list * tiles.tiles + tile()) * tiles.rows + (alike ? 0 : row)) * 4 + threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int word = 0; word < WORDS; ++word) {
+        bits[half][word] = tiles.bits[(index + (alike ? 0 : half * 32)) * WORDS + word];
+      }
+    }
+  }
+  // To S, whose first row is `row` and first column `column` in this thread.
+  __device__ __forceinline__ void apply(float (&S_rmem)[TILE.block_n / 2], const Sm90Params& params,
+                                        const Work& work, int row, int column) const {
+    const AttnMask& mask = params.attention.terms.attn_mask;
+    const long long first = work.batch * mask.batch_stride + work.head * mask.head_stride +
+                            row * mask.row_stride + column * mask.key_stride;
+    if (mask.is_boolean()) {
+      each(S_rmem, [](float s, int, int) { return s; });
+    } else if (mask.kind == AttnMask::Kind::float32) {
+      each(S_rmem, [&](float s, int half, int column) {
+        const unsigned element = static_cast<const unsigned*>(
+            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride];
+        return s + mask_term(params, AttnMask::Kind::float32, element);
+      });
+    } else {
+      each(S_rmem, [&](float s, int half, int column) {
+        const unsigned element = static_cast<const unsigned short*>(
+            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride];
+        return s + mask_term(params, mask.kind, element);
+      });
+    }
+  }
+
+ private:
+  // -infinity for keys that are not seen, which are read nowhere, and of the others what `score`
+  // makes of them.
+  template <typename Score>
+  __device__ __forceinline__ void each(float (&S_rmem)[TILE.block_n / 2],
+                                       const Score& score) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < TILE.block_n / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& s = S_rmem[4 * n + 2 * half + i];
+          const bool sees = bits[half][n / 16] >> (n % 16 * 2 + i) & 1;
+          s = sees ? score(s, half, 8 * n + i) : -INFINITY;
+        }
+      }
+    }
+  }
+};
+
 template <int HEAD_DIM>
 __device__ __forceinline__ void rescale_O(float (&O_rmem)[HEAD_DIM / 2],
                                           const float (&rescale)[2]) {

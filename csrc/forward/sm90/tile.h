@@ -7,6 +7,7 @@
 #include "common/params.h"
 #include "common/schedule.h"
 #include "common/variant.h"
+#include "forward/sm90/mask_tiles.h"
 #include "ptx/tensor_map.h"
 
 namespace flashmoe {
@@ -41,9 +42,11 @@ struct Sm90Tile {
     return registers > 255 ? 255 : registers;
   }
   // What it needs without spills: more would cost the consumers some, where they are two. With a
-  // window it keeps the first tile of keys, too, and packed ones where their sequence is.
+  // window it keeps the first tile of keys, too, packed ones where their sequence is, and with a
+  // mask its list.
   constexpr int producer_registers(Variant variant = {}) const {
-    return consumers() == 2 && q_stages == 1 && !variant.local && !variant.packed ? 24 : 32;
+    const bool is_more = variant.local || variant.packed || variant.mask;
+    return consumers() == 2 && q_stages == 1 && !is_more ? 24 : 32;
   }
   constexpr int consumer_registers(Variant variant = {}) const {
     const int left =
@@ -106,7 +109,8 @@ struct Sm90Params {
   unsigned*
       counter;      // null: blocks are dealt in turn. Otherwise drawn from it; 0 before and after.
   float cap_scale;  // with softcap: Q K^T times this is what tanh is taken of
-  Schedule schedule;  // of packed kernels, which find num_work, m_blocks and a counter there
+  Schedule schedule;     // of packed kernels, which find num_work, m_blocks and a counter there
+  MaskTiles mask_tiles;  // with a mask
 };
 
 }  // namespace flashmoe

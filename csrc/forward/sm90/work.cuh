@@ -58,6 +58,16 @@ __device__ __forceinline__ int tiles_seen(const AttentionParams& p, const Work& 
              : 0;
 }
 
+// The list of a block of rows (MaskTiles), and what it has at `index`: first its length.
+template <Sm90Tile TILE>
+__device__ __forceinline__ unsigned mask_list(const MaskTiles& tiles, const Work& work) {
+  return work.batch * tiles.batch_stride + work.head * tiles.head_stride +
+         work.m_start / TILE.block_m * tiles.block_stride;
+}
+__device__ __forceinline__ int listed_at(const MaskTiles& tiles, unsigned list, int index) {
+  return tiles.lists[list * (tiles.tiles + 1u) + index];
+}
+
 template <Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   const AttentionParams& p = params.attention;
@@ -80,7 +90,11 @@ __device__ __forceinline__ Work work_at(const Sm90Params& params, int index) {
   work.batch = params.heads_q.divide(batch_head);
   work.head = batch_head - work.batch * p.heads_q;
   work.m_start = m_block * TILE.block_m;
-  work.n_tiles = tiles_seen<TILE, VARIANT>(p, work);
+  if constexpr (VARIANT.mask) {
+    work.n_tiles = listed_at(params.mask_tiles, mask_list<TILE>(params.mask_tiles, work), 0);
+  } else {
+    work.n_tiles = tiles_seen<TILE, VARIANT>(p, work);
+  }
   return work;
 }
 
