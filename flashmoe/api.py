@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from flashmoe.backends import BACKENDS
 from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.frontend.attend import (
     PLAIN,
@@ -71,11 +69,11 @@ def scaled_dot_product_attention(
     (batch, heads_q, seqlen_q, seqlen_kv): bool, True where a query sees a key, or added to scores.
     A row that sees no key is 0, where torch's kernels differ: 0 or NaN.
 
-    What our kernels do not compute goes to torch's own: an attn_mask beside is_causal (an error
-    there) or of a dtype that is neither bool nor float32 nor query's, a scale that flash_attn_func
-    refuses, other ranks, dtypes and head dimensions, value's head_dim differing from query's, a
-    causal query longer than its keys, subclasses of Tensor (nested, distributed, fake), and what
-    runs under torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
+    What our kernels do not compute goes to torch's own: an attn_mask on a GPU, beside is_causal (an
+    error there), or of a dtype that is neither bool nor float32 nor query's, a scale that
+    flash_attn_func refuses, other ranks, dtypes and head dimensions, value's head_dim differing
+    from query's, a causal query longer than its keys, subclasses of Tensor (nested, distributed,
+    fake), and what runs under torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
     """
     if (
         not 0.0 <= dropout_p < 1.0
@@ -146,7 +144,8 @@ def _is_our_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool)
         return False
     if attn_mask.is_nested or attn_mask.layout != torch.strided or attn_mask.dim() > 4:
         return False
-    if query.is_cuda and not _gpu_has_masks(query.device):
+    # Our kernels for GPUs have masks, too (flash_attn_func), but have not run on one with them.
+    if query.is_cuda:
         return False
     full = (*query.shape[:3], key.shape[2])
     return (
@@ -154,11 +153,6 @@ def _is_our_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool)
         and attn_mask.device == query.device
         and all(n in (1, m) for n, m in zip(attn_mask.shape[::-1], full[::-1], strict=False))
     )
-
-
-@functools.cache
-def _gpu_has_masks(device: torch.device) -> bool:
-    return not BACKENDS["triton"].unavailable(device)
 
 
 def _is_our_scale(scale: object) -> bool:
