@@ -140,15 +140,14 @@ def attention(
     if any(x is not None for x in packing):
         mask = _packed(mask, *packing)
     terms = Terms(scaling, softcap or 0.0, s_aux, dropout)
-    by_pair = position_bias is not None or not isinstance(mask, KeyMask)
     why = _why_by_torch(mask, dropout)
     # Our kernels for GPUs have such masks, too, but have not run on one with them.
-    if by_pair and q.is_cuda:
+    if q.is_cuda and (position_bias is not None or not isinstance(mask, KeyMask)):
         why = "a mask or bias of each query and key, on a GPU"
     if why:
         warn_of_torch(type(module).__name__, why)
         return by_torch(q, k, v, mask, position_bias, terms), None
-    if by_pair:
+    if position_bias is not None or not isinstance(mask, KeyMask):
         found = by_masked_kernel(q, k, v, mask, position_bias, bool(deterministic), terms)
         return found, None
     return by_kernel(q, k, v, mask, bool(deterministic), terms), None
