@@ -167,8 +167,8 @@ def assert_every_tile_tried_once(url: str) -> None:
 def test_three_workers_share_a_study_in_postgresql(postgres: str) -> None:
     (alone,) = _workers(postgres, 1)
     together = _workers(postgres, 3)
-    # The slowest worker decides when all are done.
-    assert alone / max(together) >= 2.5
+    # The slowest worker decides when all are done; each fits the model to what it knows.
+    assert alone / max(together) >= 2
     assert_every_tile_tried_once(postgres)
 
 

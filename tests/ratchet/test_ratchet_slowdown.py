@@ -1,4 +1,4 @@
-"""Kernels that take three passes, measured for real: the gate fails and names their cases."""
+"""Kernels that take six passes, measured for real: the gate fails and names their cases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashmoe.ratchet.report.markdown import markdown
 
 SLOWED = ("fwd-b4-h4k2-s1x1024-d64-float32-paged", "bwd-b1-h4-s256-d64-float32-causal")
 NAMES = ("fwd-b1-h4-s256-d64-float32", *SLOWED, "fwd-b4-h2-s128-d64-float32-causal-packed")
-# Few processes, for what takes three times as long is no close call.
+# Few processes, for what takes six times as long is no close call.
 SETTINGS = Settings("cpu", 10, 1, 2, 5, 5, precision=1, budget=1e9, seed=0, suite="")
 
 
@@ -30,7 +30,7 @@ def test_a_slower_backward_and_a_slower_decode_fail_and_are_named() -> None:
         SETTINGS,
         "command",
         lambda line: None,
-        sources=(source("base", 1), source("head", 3)),
+        sources=(source("base", 1), source("head", 6)),
         commits=("", ""),
     )
     decision = decide(head, base, DEFAULTS["cpu"])

@@ -160,8 +160,8 @@ def test_symbols_spell_tiles_as_the_build_does() -> None:
     for kernel, (_, fields) in static._TILES.items():
         assert _extension.load().fields[kernel][: len(fields)] == fields
     names = {key.partition(":")[2] for key in json.loads(COMMITTED.read_text())["kernels"]}
-    # What goes before and after a backward, and what lists blocks, has none of the tile's.
-    others = ("_prepare__", "_finish__", "list_blocks")
+    # What goes before and after a backward, what lists blocks or tiles, and what appends, has none.
+    others = ("_prepare__", "_finish__", "list_blocks", "list_mask_tiles", "append_kernel")
     tiled = [name for name in names if not any(other in name for other in others)]
     assert all(map(static.dynamic_shared, tiled))
 
