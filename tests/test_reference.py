@@ -28,3 +28,12 @@ def test_rows_that_see_nothing_are_zero_and_so_are_their_gradients():
     gradients = torch.autograd.grad(out.sum(), (q, k, v))
     assert not gradients[0][:, :2].any()
     assert all(x.isfinite().all() for x in gradients)
+
+
+def test_gradients_of_lse_are_those_of_the_softmax_however_large_scores_are():
+    q, k, v = (torch.randn(1, n, 1, 8, requires_grad=True) for n in (2, 3, 3))
+    lowest = torch.full((2, 3), torch.finfo(torch.float32).min)
+    _, lse = attention_reference(q, k, v, attn_mask=lowest)
+    (dq,) = torch.autograd.grad(lse.sum(), q)
+    expected = k.detach().mean(1, keepdim=True) * 8**-0.5
+    torch.testing.assert_close(dq, expected.expand_as(q))

@@ -52,10 +52,12 @@ def attention_reference(
             .expand(*scores.shape[:3], 1)
         )
         scores = torch.cat((scores, sink), dim=-1)
-    lse = torch.logsumexp(scores, dim=-1).to(dtype)
+    # In two steps, for its gradient is exp(scores - lse), and a large lse is rounded by more than
+    # the logarithm of the number of keys.
+    rounded = torch.logsumexp(scores.detach(), dim=-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
+    lse = (rounded.squeeze(-1) + torch.logsumexp(scores - rounded, dim=-1)).to(dtype)
     empty = hidden.all(-1)
-    # A row that sees nothing is 0 by definition, where softmax gives NaN. Not exp(scores - lse): a
-    # large lse is rounded by more than the logarithm of the number of keys.
+    # A row that sees nothing is 0 by definition, where softmax gives NaN.
     empty = empty.unsqueeze(-1)
     weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     weights = weights[..., : k.shape[1]]
