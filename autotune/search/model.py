@@ -99,13 +99,19 @@ def _kernel(a: Matrix, b: Matrix) -> Matrix:
     """Covariance of two sets of tiles, 1 for a tile with itself, 0 between kernels."""
     if not len(a) or not len(b):
         return np.zeros((len(a), len(b)))
+    # Axis by axis: an array of all of them at once is too large for the caches.
+    total, squares = np.zeros((2, len(a), len(b)))
+    product: Matrix = np.ones((len(a), len(b)))
+    count = a.shape[1] - 1
+    for axis in range(1, count + 1):
+        agree = np.exp(-_DECAY * np.abs(a[:, None, axis] - b[None, :, axis]))
+        total += agree
+        squares += agree**2
+        product *= agree
+    pairs = (total**2 - squares) / max(count * (count - 1), 1)
     same: Matrix = (a[:, None, 0] == b[None, :, 0]).astype(np.float64)
-    axes = np.exp(-_DECAY * np.abs(a[:, None, 1:] - b[None, :, 1:]))
-    count = axes.shape[2]
-    total = axes.sum(axis=2)
-    pairs = (total**2 - (axes**2).sum(axis=2)) / max(count * (count - 1), 1)
     covariance: Matrix = same * (
-        _SINGLE * total / count + _PAIR * (pairs if count > 1 else 1.0) + _WHOLE * axes.prod(axis=2)
+        _SINGLE * total / count + _PAIR * (pairs if count > 1 else 1.0) + _WHOLE * product
     )
     return covariance
 

@@ -74,8 +74,8 @@ class Turns:
 class TurnBench(SimulatedBench):
     """Takes simulated time only, turn by turn with the other workers."""
 
-    def __init__(self, turns: Turns, worker: int) -> None:
-        super().__init__(bowl(BEST, step=0.05), seed=worker, prepare_seconds=0.01)
+    def __init__(self, turns: Turns, worker: int, seed: int) -> None:
+        super().__init__(bowl(BEST, step=0.05), seed=seed, prepare_seconds=0.01)
         self._turns = turns
         self._worker = worker
         turns.advance(worker, 0.0)
@@ -124,20 +124,22 @@ def in_process(
     seed: int,
     space: Space = SPACE,
     turns: Turns | None = None,
+    worker: int = 0,
 ) -> int:
-    """Search in a forked process, which has all modules already; returns its PID."""
+    """Search in a forked process, which has all modules already, as that one of `turns`; returns
+    its PID."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            bench = TurnBench(turns, seed) if turns else SlowBench(cost, seed)
+            bench = TurnBench(turns, worker, seed) if turns else SlowBench(cost, seed)
             run(where, bench, seed, contend=False, space=space)
             code = 0
         except Exception:  # noqa: BLE001 - told by the exit code
             traceback.print_exc()
         finally:
             if turns:
-                turns.finish(seed)
+                turns.finish(worker)
             os._exit(code)
     return pid
 

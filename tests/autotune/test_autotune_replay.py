@@ -12,7 +12,7 @@ RECORDED = {
     path.name.partition(".")[0]: path
     for path in sorted(Path(__file__).parent.glob("grid-nvidia-*.json.xz"))
 }
-SEEDS = range(10)
+SEEDS = range(20)
 
 
 def grids(which: str) -> list[Grid]:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 from autotune_simulated import GRID, SimulatedBench, bowl
@@ -147,12 +148,12 @@ def _clean(url: str) -> None:
     engine.dispose()
 
 
-def _workers(url: str, count: int) -> list[float]:
+def _workers(url: str, count: int, seed: int) -> list[float]:
     """When each of `count` workers was done with one study, in simulated seconds."""
     _clean(url)
     open_study(open_storage(url), "study", {})
     turns = Turns(count)
-    pids = [in_process(url, 0.0, number, WIDE, turns) for number in range(count)]
+    pids = [in_process(url, 0.0, seed + n, WIDE, turns, worker=n) for n in range(count)]
     codes = [os.waitpid(pid, 0)[1] for pid in pids]
     assert codes == [0] * count
     return list(turns.clocks)
@@ -165,11 +166,13 @@ def assert_every_tile_tried_once(url: str) -> None:
 
 
 def test_three_workers_share_a_study_in_postgresql(postgres: str) -> None:
-    (alone,) = _workers(postgres, 1)
-    together = _workers(postgres, 3)
-    # The slowest worker decides when all are done; each fits the model to what it knows.
-    assert alone / max(together) >= 2
-    assert_every_tile_tried_once(postgres)
+    # The slowest worker decides when all are done; which one's last tile is slow is chance.
+    speedups = []
+    for seed in range(0, 15, 3):
+        (alone,) = _workers(postgres, 1, seed)
+        speedups.append(alone / max(_workers(postgres, 3, seed)))
+        assert_every_tile_tried_once(postgres)
+    assert median(speedups) >= 2.5
 
 
 def test_workers_that_run_at_the_same_moment_try_no_tile_twice(postgres: str) -> None:

@@ -115,7 +115,7 @@ def test_what_is_predicted_is_where_the_model_begins() -> None:
     prior = dict.fromkeys(GRID, 0.5) | {GRID[7]: -0.5}
     known = {GRID[20]: 1.0, GRID[21]: 1.0}
     assert model.promising(space, known, [], (), known, prior) == GRID[7]
-    # What was measured tells how times deviate from predictions, which the others then do, too.
+    # The measured times say how far predictions are off; the same is expected of other tiles.
     assert model.promising(space, known | {GRID[7]: 1.4}, [], (), {GRID[7], *known}, prior)
     assert asked("model", GRID, [], 1) != [GRID[7]]
     taken: list[Tile] = []

@@ -1,11 +1,11 @@
-"""Kernels that take six passes, measured for real: the gate fails and names their cases."""
+"""Kernels that take three passes, measured for real: the gate fails and names their cases."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from flashmoe.ratchet.gate.decide import EXIT_REGRESSION, FAIL, PASS, decide
+from flashmoe.ratchet.gate.decide import EXIT_REGRESSION, FAIL, decide
 from flashmoe.ratchet.gate.thresholds import DEFAULTS
 from flashmoe.ratchet.measuring.processes import Source
 from flashmoe.ratchet.measuring.run import Settings, bench
@@ -14,8 +14,8 @@ from flashmoe.ratchet.report.markdown import markdown
 
 SLOWED = ("fwd-b4-h4k2-s1x1024-d64-float32-paged", "bwd-b1-h4-s256-d64-float32-causal")
 NAMES = ("fwd-b1-h4-s256-d64-float32", *SLOWED, "fwd-b4-h2-s128-d64-float32-causal-packed")
-# Few processes, for what takes six times as long is no close call.
-SETTINGS = Settings("cpu", 10, 1, 2, 5, 5, precision=1, budget=1e9, seed=0, suite="")
+# Processes differ more than their rounds do: nine tell three passes from one on a busy machine.
+SETTINGS = Settings("cpu", 5, 1, 2, 9, 9, precision=1, budget=1e9, seed=0, suite="")
 
 
 def source(name: str, passes: int) -> Source:
@@ -30,18 +30,13 @@ def test_a_slower_backward_and_a_slower_decode_fail_and_are_named() -> None:
         SETTINGS,
         "command",
         lambda line: None,
-        sources=(source("base", 1), source("head", 6)),
+        sources=(source("base", 1), source("head", 3)),
         commits=("", ""),
     )
     decision = decide(head, base, DEFAULTS["cpu"])
     assert decision.exit_code == EXIT_REGRESSION
-    # A machine too busy to tell may leave one open, but lets none pass, and blames no other.
-    failed = {v.name for v in decision.named(FAIL)}
-    assert failed
-    assert failed <= set(SLOWED)
-    assert not {v.name for v in decision.named(PASS)} & set(SLOWED)
+    assert sorted(v.name for v in decision.named(FAIL)) == sorted(SLOWED)
     report = markdown(decision, head, base, "")
-    table = report[: report.index("<details>")]
+    failed = report[: report.index("<details>")]
     for kind, name in zip(("decode, paged", "backward"), SLOWED, strict=True):
-        if name in failed:
-            assert table.index(f"| **{kind}** |") < table.index(f"| `{name}` | 🔴 FAIL |")
+        assert failed.index(f"| **{kind}** |") < failed.index(f"| `{name}` | 🔴 FAIL |")
