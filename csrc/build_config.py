@@ -65,7 +65,10 @@ RUNTIME_FIELDS = {
     "decode": (),  # every kernel of it has them all
 }
 # What else nvcc compiles for a kernel.
-LAUNCH_SOURCES = {"sm90": ("common/schedule.cu",), "decode": ("decode/append.cu",)}
+LAUNCH_SOURCES = {
+    "sm90": ("common/schedule.cu", "forward/sm90/mask_tiles.cu"),
+    "decode": ("decode/append.cu",),
+}
 # General kernels take three times as long to compile: other head dimensions run in the next one's.
 GENERAL_HEAD_DIMS = (64, 128, 256)
 # What tiles compiled at run time include, besides the generated wgmma.cuh.

@@ -112,8 +112,8 @@ def test_kernels_are_registered_with_what_they_can_do(
     assert "{64, 128, 128, 3, 3, 2, true}, {.local = true, .deterministic = true}, {" in text
     (backward,) = (path.read_text(encoding="utf-8") for path in found.instances["sm90_bwd"])
     assert "attention_backward<__half, TILE, VARIANT>" in backward
-    *listed, schedule = found.instances["sm90"]
-    assert schedule.name == "schedule.cu"
+    *listed, schedule, mask_tiles = found.instances["sm90"]
+    assert (schedule.name, mask_tiles.name) == ("schedule.cu", "mask_tiles.cu")
     plain, local = (path.read_text(encoding="utf-8") for path in listed)
     assert "constexpr Variant VARIANT{};" in plain
     assert "constexpr Variant VARIANT{.local = true};" in local

@@ -1,6 +1,4 @@
-// Kernels that go before others, and list what these are to do.
 #include "common/schedule.cuh"
-#include "forward/sm90/mask_tiles.cuh"
 
 namespace flashmoe::sm90 {
 
@@ -11,13 +9,5 @@ __global__ void __launch_bounds__(SCHEDULE_THREADS)
 
 extern const void* const schedule_entry;
 const void* const schedule_entry = reinterpret_cast<const void*>(list_blocks);
-
-__global__ void __launch_bounds__(MASK_THREADS)
-    list_mask_tiles(const __grid_constant__ MaskTilesParams params) {
-  list_tiles(params);
-}
-
-extern const void* const mask_tiles_entry;
-const void* const mask_tiles_entry = reinterpret_cast<const void*>(list_mask_tiles);
 
 }  // namespace flashmoe::sm90

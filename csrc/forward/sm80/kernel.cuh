@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(Tile::NUM_THREADS, Tile::MIN_BLOCKS_PER_SM)
         row_lse = row_max[m][half] * scale + __log2f(sum * (1 << int(MAX_SHIFT))) * LN_2;
       }
       if (GENERAL && fmaxf(row_lse, sink) > -INFINITY) {
-        // O keeps the share that the keys have beside the sink.
+        // The sink takes its share of the sum; O is of the keys' share.
         const float largest = fmaxf(row_lse, sink);
         const float share = ptx::ex2_approx_ftz((row_lse - largest) * LOG2_E);
         const float both = share + ptx::ex2_approx_ftz((sink - largest) * LOG2_E);
