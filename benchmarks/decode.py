@@ -27,7 +27,7 @@ from flashmoe.spec.mask import CAUSAL, FULL
 from flashmoe.spec.problem import Problem
 
 DEVICE = torch.device("cuda", 0)
-PEAK = 4.28  # TB/s of an H200's memory, as the limits measured beside the listed times had it
+PEAK = 4.28  # TB/s that an H200's memory delivered in the run of the listed times
 # batch, heads_q, heads_kv, seqlen_kv, head_dim, seqlen_q; what cuDNN and FlashAttention-3 took on
 # an H200 (29 November 2026, one run), us
 ROWS = [

@@ -1,4 +1,4 @@
-"""`--calibrate`: the predictor's constants on the GPU that is here, stored beside the database."""
+"""`--calibrate`: measures the predictor's constants on this GPU and stores them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tile a study asks for next: a legal one that nobody tried yet."""
+"""Chooses the next tile that a study tries: legal, and not tried before."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The releases whose compiled kernels are launched with the grid, the stream, the function, its
-# metadata, what hooks are told, two hooks, and all arguments, constants as well.
+# The releases whose compiled kernels take these arguments: grid, stream, function, packed metadata,
+# launch metadata, two hooks, then the kernel's own arguments and its constants.
 _KNOWN = (3, 4), (3, 9)
 
 
@@ -25,8 +25,8 @@ _IS_KNOWN = is_known(triton.__version__)
 
 
 def _is_hooked() -> bool:
-    """Whether somebody, such as a profiler, is to be told of launches, and more than is known
-    here."""
+    """Whether a launch hook is set, as a profiler does. Only Triton's own dispatch has the metadata
+    that hooks are given."""
     runtime = triton.knobs.runtime
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)

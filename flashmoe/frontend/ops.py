@@ -101,7 +101,7 @@ def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         return run(call)
 
 
-def _attention_backward(
+def _saved_call(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -114,30 +114,23 @@ def _attention_backward(
     window_right: int,
     backend: str,
     *shared: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Arguments, Saved]:
+    """What the backward ops are given."""
     arguments = Arguments(q, k, v, softmax_scale, window_left, window_right, backend, "", *shared)
+    return arguments, Saved(dout, out, softmax_lse, dlse)
+
+
+def _attention_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments, saved = _saved_call(*given)
     call = arguments.call
     problem = Problem.of_call(call, arguments.mask)
-    training = Training(problem, q.device, backend, None, arguments.deterministic)
-    return training.gradients(call, Saved(dout, out, softmax_lse, dlse))
+    training = Training(problem, call.q.device, arguments.backend, None, arguments.deterministic)
+    return training.gradients(call, saved)
 
 
-def _attention_mask_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dlse: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    backend: str,
-    *shared: Any,
-) -> Tensor:
-    arguments = Arguments(q, k, v, softmax_scale, window_left, window_right, backend, "", *shared)
-    return mask_gradient(arguments.call, Saved(dout, out, softmax_lse, dlse), arguments.mask)
+def _attention_mask_backward(*given: Any) -> Tensor:
+    arguments, saved = _saved_call(*given)
+    return mask_gradient(arguments.call, saved, arguments.mask)
 
 
 _TERMS = (

@@ -75,18 +75,6 @@ class FlashmoeAttnBackend(AttentionBackend):
     def support_triton(self) -> bool:
         return True
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **others: Any,
-    ) -> Tensor:
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **others)
-
     def forward_extend(
         self,
         q: Tensor,
@@ -95,18 +83,6 @@ class FlashmoeAttnBackend(AttentionBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
-        **others: Any,
-    ) -> Tensor:
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **others)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool,
         sinks: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
@@ -141,3 +117,5 @@ class FlashmoeAttnBackend(AttentionBackend):
             sinks=sinks,
         )
         return out.flatten(1)
+
+    forward_decode = forward_extend

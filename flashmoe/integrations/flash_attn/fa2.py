@@ -132,7 +132,7 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None = None,
     return_softmax: bool = False,
 ) -> _Forward:
-    """out, softmax_lse, S_dmask where return_softmax asks for it, and the state of dropout."""
+    """Returns out, softmax_lse, S_dmask (with return_softmax) and the state of dropout."""
     _refuse(return_softmax=return_softmax and not dropout_p)
     return pair.forward(
         q,
