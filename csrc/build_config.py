@@ -155,14 +155,14 @@ def instances() -> list[Instance]:
 def gencode(kernel: str, archs: tuple[str, ...]) -> list[str]:
     """nvcc's -gencode flags for a kernel when `archs` are asked for; empty: it is not built.
 
-    sm80 and decode: machine code for each, and PTX of the last for GPUs to come. sm90: wgmma and
-    setmaxnreg exist on sm_90a alone.
+    sm80 and decode: machine code for each and PTX for GPUs to come, all from the oldest one's PTX,
+    which takes the longest and is made once. sm90: wgmma and setmaxnreg exist on sm_90a alone.
     """
+    capabilities = sorted({int(arch.rstrip("af")) for arch in archs})
     if kernel.startswith("sm90"):
-        hopper = any(arch.rstrip("af") == "90" for arch in archs)
-        return ["-gencode=arch=compute_90a,code=sm_90a"] if hopper else []
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"] if archs else []
+        return ["-gencode=arch=compute_90a,code=sm_90a"] if 90 in capabilities else []
+    codes = [f"sm_{c}" for c in capabilities] + [f"compute_{c}" for c in capabilities[:1]]
+    return [f"-gencode=arch=compute_{capabilities[0]},code={code}" for code in codes]
 
 
 def source_hashes() -> dict[str, str]:

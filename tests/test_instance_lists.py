@@ -118,3 +118,12 @@ def test_kernels_are_registered_with_what_they_can_do(
     assert "constexpr Variant VARIANT{};" in plain
     assert "constexpr Variant VARIANT{.local = true};" in local
     assert "attention_forward<__half, TILE, VARIANT>" in plain
+
+
+def test_machine_code_comes_from_the_oldest_ptx(build_config: ModuleType) -> None:
+    flags = build_config.gencode("sm80", ("90a", "80", "100f"))
+    codes = [flag.removeprefix("-gencode=arch=compute_80,code=") for flag in flags]
+    assert codes == ["sm_80", "sm_90", "sm_100", "compute_80"]
+    assert build_config.gencode("sm90", ("90",)) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert not build_config.gencode("sm90", ("80",))
+    assert not build_config.gencode("decode", ())
