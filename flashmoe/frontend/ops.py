@@ -101,7 +101,7 @@ def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         return run(call)
 
 
-def _saved_call(
+def saved_call(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -121,7 +121,7 @@ def _saved_call(
 
 
 def _attention_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    arguments, saved = _saved_call(*given)
+    arguments, saved = saved_call(*given)
     call = arguments.call
     problem = Problem.of_call(call, arguments.mask)
     training = Training(problem, call.q.device, arguments.backend, None, arguments.deterministic)
@@ -129,7 +129,7 @@ def _attention_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attention_mask_backward(*given: Any) -> Tensor:
-    arguments, saved = _saved_call(*given)
+    arguments, saved = saved_call(*given)
     return mask_gradient(arguments.call, saved, arguments.mask)
 
 
