@@ -222,7 +222,13 @@ class CudaBackend(Backend):
 
 def instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | None:
     """The smallest head dimension that `kernel` is compiled in for and that holds `head_dim`."""
-    info = _extension.load()
+    return _instance_head_dim(_extension.load(), kernel, head_dim, variant)
+
+
+@functools.lru_cache(maxsize=1024)
+def _instance_head_dim(
+    info: _extension.BuildInfo, kernel: str, head_dim: int, variant: Variant
+) -> int | None:
     instances = info.backward_instances if kernel == "sm90_bwd" else info.instances
     held = [d for name, d, v in instances if (name, v) == (kernel, variant) and d >= head_dim]
     return min(held, default=None)
