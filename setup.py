@@ -6,6 +6,7 @@ FLASHMOE_CUDA=auto|on|off, FLASHMOE_CUDA_ARCHS="80;90", MAX_JOBS=N.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -132,9 +133,10 @@ def extension():
         flags.append("-DFLASHMOE_WITH_CUDA")
         includes.append(str(cuda[0] / "include"))
         # The last one is where the toolkit of the package index has them.
+        target = "sbsa-linux" if platform.machine() == "aarch64" else "x86_64-linux"
         libraries = [
             cuda[0] / "lib64",
-            cuda[0] / "targets" / "x86_64-linux" / "lib",
+            cuda[0] / "targets" / target / "lib",
             cuda[0] / "lib",
         ]
         options = {

@@ -32,7 +32,7 @@ CUDA_SOURCES = (
 )
 CXX_FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden")
 NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
-# Ampere (also Ada, same instructions) and Hopper; the last one as PTX too, for newer GPUs.
+# Ampere (also Ada, same instructions) and Hopper; the first one as PTX too, for newer GPUs.
 DEFAULT_CUDA_ARCHS = ("80", "90")
 MIN_NVCC = (12, 8)
 # What follows head_dim in csrc/instances/KERNEL.txt: fields of Tile in flashmoe/tiles.
