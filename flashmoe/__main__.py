@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="See also: python -m flashmoe.autotune, python -m flashmoe.ratchet. "
         "Exit code: 0; 2 for bad usage.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="explain")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("tiles", help="the tiles that are compiled in", allow_abbrev=False)
     explained = commands.add_parser(
         "explain", help="why a problem runs what it runs", allow_abbrev=False
     )
@@ -66,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     explained.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     with lenient():
         given = parser.parse_args(arguments)
-        return _explain(parser, given) if given.command == "explain" else _describe()
+        if given.command == "explain":
+            return _explain(parser, given)
+        return _list_tiles() if given.command == "tiles" else _describe()
 
 
 def _describe() -> int:
@@ -74,16 +77,55 @@ def _describe() -> int:
     cuda = f"CUDA {info.cuda_version} kernels for sm_{', sm_'.join(info.cuda_archs)}"
     print(f"flashmoe {flashmoe.__version__}, torch {torch.__version__}")
     print(f"built with: cpu kernel, {cuda if info.cuda_archs else 'no CUDA kernels'}")
-    by_name = {(kernel, d, v.names): tiles for (kernel, d, v), tiles in info.instances.items()}
-    for (kernel, head_dim, names), tiles in sorted(by_name.items()):
-        shapes = ", ".join(str(tile).partition(":")[2] for tile in tiles)
-        print(f"  {' '.join((kernel, *names))} head_dim {head_dim}: {shapes}")
+    for kernel, instances in _instances(info).items():
+        print(f"  {kernel:8} {_summary(instances)}")
     reason = jit.unavailable()
     print(f"other sm90 tiles are compiled here: {'no: ' + reason if reason else jit.compiler()}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in [*devices, torch.device("cpu")]:
         print("\n".join(describe(device)))
     return 0
+
+
+def _instances(info: _extension.BuildInfo) -> dict[str, _extension.Instances]:
+    """Those of each kernel."""
+    found: dict[str, _extension.Instances] = {}
+    for table in (info.instances, info.backward_instances, info.decode_instances):
+        for key, tiles in table.items():
+            found.setdefault(key[0], {})[key] = tiles
+    return found
+
+
+def _summary(instances: _extension.Instances) -> str:
+    tiles = {(head_dim, tile) for (_, head_dim, _), held in instances.items() for tile in held}
+    text = f"{len(tiles)} tiles for head_dim {_listed({head_dim for head_dim, _ in tiles})}"
+    extra = {d for _, d, variant in instances if variant.names}
+    names = {name: None for _, _, variant in instances for name in variant.names}
+    return f"{text}; some at {_listed(extra)} with {', '.join(names)}" if names else text
+
+
+def _listed(values: set[int]) -> str:
+    return ", ".join(map(str, sorted(values)))
+
+
+def _list_tiles() -> int:
+    for instances in _instances(_extension.load()).values():
+        alike: dict[tuple[str, int, str], list[tuple[str, ...]]] = {}
+        for (kernel, head_dim, variant), tiles in instances.items():
+            shapes = ", ".join(str(tile).partition(":")[2] for tile in tiles)
+            alike.setdefault((kernel, head_dim, shapes), []).append(variant.names)
+        for (kernel, head_dim, shapes), variants in sorted(alike.items()):
+            print(f"{kernel} head_dim {head_dim}{_of_variants(variants)}: {shapes}")
+    return 0
+
+
+def _of_variants(variants: list[tuple[str, ...]]) -> str:
+    names = {name: None for variant in variants for name in variant}
+    if not names:
+        return ""
+    if len(variants) == 2 ** len(names) - 1 > 1:  # it decides at run time
+        return f", any of {', '.join(names)}"
+    return f", {', '.join('+'.join(variant) or 'plain' for variant in variants)}"
 
 
 def _explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:

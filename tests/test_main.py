@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from flashmoe import Problem
+from flashmoe import Problem, _extension
 from flashmoe.machine import device
 from flashmoe.measure.fingerprint import kernel_hash
 from flashmoe.planning import database
@@ -28,6 +28,24 @@ def test_says_what_is_available_and_why_the_rest_is_not():
     assert "  cuda     no: needs a CUDA device, got cpu" in result.stdout
     assert "  triton   no: needs a CUDA device (or TRITON_INTERPRET=1), got cpu" in result.stdout
     assert "tuned (yours): " in result.stdout
+
+
+def test_lists_every_tile_that_is_compiled_in():
+    result = run("tiles")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(set(lines))
+    info = _extension.load()
+    for table in (info.instances, info.backward_instances, info.decode_instances):
+        for (kernel, head_dim, variant), tiles in table.items():
+            names = f"{kernel} head_dim {head_dim}"
+            starts = (names + ":",) if not variant.names else (names + ",",)
+            listed = [line for line in lines if line.startswith((*starts, f"{names}, plain"))]
+            for tile in tiles:
+                assert any(str(tile).partition(":")[2] in line for line in listed)
+    summary = run().stdout.splitlines()
+    assert [line for line in summary if line.startswith("  cpu")] == ["  cpu      yes"]
+    assert len(summary) < 30
 
 
 def test_says_how_many_tuned_problems_are_of_other_kernels(tmp_path, monkeypatch):
