@@ -754,43 +754,37 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
 
 FLASHMOE_EXPORT const char* flashmoe_build_info() { return flashmoe::build_info; }
 
+#ifdef FLASHMOE_WITH_CUDA
+template <typename T>
+const T& struct_at(const void* data, int size) {
+  if (size != sizeof(T)) throw std::runtime_error("fields of another version");
+  return *static_cast<const T*>(data);
+}
+#endif
+
 // The handle of what is in a cubin, a forward kernel or, with `backward`, a backward one, or -1 and
-// why not. `fields` are head_dim and those of csrc/build_config.py's INSTANCE_FIELDS, then those of
-// Variant, `num_fields` of them.
-FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubin,
-                                               [[maybe_unused]] const int* fields, int num_fields,
-                                               [[maybe_unused]] int backward,
-                                               [[maybe_unused]] int bfloat16, char* error,
-                                               size_t error_size) {
+// why not. `tile` is an Sm90Tile or an Sm90BackwardTile, whose fields flashmoe/tiles/fields.py has,
+// too, and `variant` a Variant.
+FLASHMOE_EXPORT long long flashmoe_load_kernel(
+    [[maybe_unused]] const void* cubin, [[maybe_unused]] const void* tile,
+    [[maybe_unused]] int tile_size, [[maybe_unused]] const void* variant,
+    [[maybe_unused]] int variant_size, [[maybe_unused]] int backward, [[maybe_unused]] int bfloat16,
+    char* error, size_t error_size) {
 #ifdef FLASHMOE_WITH_CUDA
   try {
     const auto dtype = bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16;
-    const int tile_fields = backward != 0 ? 7 : 10;
-    const int* flags = fields + tile_fields;
-    const flashmoe::Variant variant{.local = flags[0] != 0,
-                                    .deterministic = flags[1] != 0,
-                                    .softcap = flags[2] != 0,
-                                    .alibi = flags[3] != 0,
-                                    .sink = flags[4] != 0,
-                                    .dropout = flags[5] != 0,
-                                    .mask = flags[6] != 0,
-                                    .whole = flags[7] != 0,
-                                    .packed = flags[8] != 0};
-    if (num_fields != tile_fields + 9) throw std::runtime_error("fields of another version");
+    const auto& features = struct_at<flashmoe::Variant>(variant, variant_size);
     if (backward != 0) {
-      return flashmoe::load_backward_kernel(
-          cubin, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6] != 0},
-          variant, dtype);
+      const auto& shape = struct_at<flashmoe::Sm90BackwardTile>(tile, tile_size);
+      return flashmoe::load_backward_kernel(cubin, shape, features, dtype);
     }
-    const flashmoe::Sm90Tile tile{fields[0], fields[1],      fields[2],      fields[3],
-                                  fields[4], fields[5] != 0, fields[6] != 0, fields[7],
-                                  fields[8], fields[9] != 0};
-    return flashmoe::load_kernel(cubin, tile, variant, dtype);
+    const auto& shape = struct_at<flashmoe::Sm90Tile>(tile, tile_size);
+    return flashmoe::load_kernel(cubin, shape, features, dtype);
   } catch (const std::exception& exception) {
     std::snprintf(error, error_size, "%s", exception.what());
   }
 #else
-  std::snprintf(error, error_size, "this build has no CUDA kernels (%d fields)", num_fields);
+  std::snprintf(error, error_size, "this build has no CUDA kernels");
 #endif
   return -1;
 }

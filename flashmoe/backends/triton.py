@@ -78,17 +78,11 @@ _DEFAULTS: dict[tuple[str, str], tuple[Default, ...]] = {
 }
 # Neither size nor warps matter to the interpreter.
 _INTERPRETED = _tile(16, 16, 1, 4)
-# What a search may try besides the default, by direction; the last for float32, in either.
-_SPACE: dict[str, dict[str, tuple[int, ...]]] = {
-    "fwd": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_stages": (2, 3, 4)},
-    "bwd": {"block_m": (32, 64, 128), "block_n": (64, 128), "num_stages": (1, 2, 3)},
-    "float32": {"block_m": (16, 32), "block_n": (16, 32), "num_stages": (1, 2)},
-}
 
 
 def _considered(problem: Problem) -> list[Tile]:
-    axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
-    return tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
+    kind = "float32" if problem.dtype == "float32" else problem.direction
+    return tiles.grid("triton", **tiles.axes("triton", kind))
 
 
 @functools.cache
