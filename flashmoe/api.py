@@ -18,7 +18,6 @@ from flashmoe.frontend.attend import (
     forget_calls,
     functorch_active,
     is_plain,
-    terms_of,
 )
 from flashmoe.frontend.dense import (
     flash_attn_func,
@@ -26,7 +25,6 @@ from flashmoe.frontend.dense import (
     flash_attn_qkvpacked_func,
 )
 from flashmoe.frontend.kvcache import flash_attn_with_kvcache
-from flashmoe.frontend.validation import is_normal
 from flashmoe.frontend.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -34,6 +32,7 @@ from flashmoe.frontend.varlen import (
 )
 from flashmoe.planning.plan import reload_databases
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.spec.terms import is_normal, terms_of
 
 __all__ = [
     "flash_attn_func",

@@ -26,7 +26,7 @@ from flashmoe.backends.each import backward_of_each, forward_of_each
 from flashmoe.machine.device import Arch
 from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved, Terms
-from flashmoe.spec.problem import TERMS, Problem
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 
@@ -85,6 +85,9 @@ def _considered(problem: Problem) -> list[Tile]:
     return tiles.grid("triton", **tiles.axes("triton", kind))
 
 
+_TERMS = ("softcap", "alibi", "sink", "dropout", "mask")
+
+
 @functools.cache
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -94,8 +97,8 @@ class TritonBackend(Backend):
     name = "triton"
     # Packed and cached ones are computed one sequence at a time.
     features: ClassVar[Features] = {
-        "fwd": frozenset({"window", *TERMS, "packed", "cache", "paged"}),
-        "bwd": frozenset({"window", *TERMS, "packed"}),
+        "fwd": frozenset({"window", *_TERMS, "packed", "cache", "paged"}),
+        "bwd": frozenset({"window", *_TERMS, "packed"}),
     }
 
     def unavailable(self, device: torch.device) -> str:

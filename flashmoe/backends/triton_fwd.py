@@ -719,7 +719,9 @@ def attention_forward(
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    softcap, slopes, sinks, dropout_p, rng_state, attn_mask = call.terms
+    terms = call.terms
+    softcap, slopes, sinks = terms.softcap, terms.alibi_slopes, terms.sinks
+    dropout_p, rng_state, attn_mask = terms.dropout_p, terms.rng_state, terms.attn_mask
     if k.shape[1] == 0:
         unseen = torch.full_like(lse, float("-inf"))
         return out.zero_(), unseen if sinks is None else unseen.copy_(sinks[:, None])
