@@ -41,6 +41,12 @@ bool same_device(const Tensor& a, const Tensor& b) {
 
 const std::optional<Tensor> none;
 
+// What every call has besides q, k and v.
+struct Scores {
+  double softmax_scale;
+  int64_t window_left, window_right;
+};
+
 // What a call may have besides q, k, v, softmax_scale and a window; the schemas' names.
 struct Options {
   double softcap = 0;
@@ -318,10 +324,11 @@ struct Call {
 };
 
 // Checks, allocates the outputs and describes the call to a kernel.
-Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double softmax_scale,
-             int64_t window_left, int64_t window_right, const Options& options) {
+Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Scores& scores,
+             const Options& options) {
   check_inputs(q_in, k_in, v_in, options);
-  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
+  STD_TORCH_CHECK(scores.softmax_scale > 0, "softmax_scale must be positive, got ",
+                  scores.softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
   const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(q);
   const int32_t dtype = dtype_code(q), float32 = aoti_torch_dtype_float32();
@@ -332,8 +339,8 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double 
   Tensor lse = packed ? empty_contiguous<2>({heads, rows}, float32, q)
                       : empty_contiguous<3>({batch, heads, rows}, float32, q);
 
-  AttentionParams params = describe(q, k, v, window_left, window_right, options);
-  params.softmax_scale = static_cast<float>(softmax_scale);
+  AttentionParams params = describe(q, k, v, scores.window_left, scores.window_right, options);
+  params.softmax_scale = static_cast<float>(scores.softmax_scale);
   params.out = out.data_ptr();
   params.softmax_lse = static_cast<float*>(lse.data_ptr());
   params.o_batch_stride = packed ? 0 : rows * heads * head_dim;
@@ -358,11 +365,11 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
 }
 
 std::tuple<Tensor, Tensor> run_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   double softmax_scale, int64_t window_left, int64_t window_right,
-                                   int64_t block_m, int64_t block_n, const Options& options) {
+                                   const Scores& scores, int64_t block_m, int64_t block_n,
+                                   const Options& options) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
+  Call call = prepare(q, k, v, scores, options);
   if (call.out.numel() > 0) {
     fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
             best_cpu_isa(), torch_parallel_for_range,
@@ -375,7 +382,7 @@ std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Te
                                       double softmax_scale, int64_t window_left,
                                       int64_t window_right, int64_t block_m, int64_t block_n,
                                       FLASHMOE_OPTION_PARAMETERS) {
-  return run_cpu(q, k, v, softmax_scale, window_left, window_right, block_m, block_n,
+  return run_cpu(q, k, v, {softmax_scale, window_left, window_right}, block_m, block_n,
                  FLASHMOE_OPTION_VALUES);
 }
 
@@ -384,7 +391,7 @@ std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, co
                                             double softmax_scale, int64_t window_left,
                                             int64_t window_right, int64_t block_m,
                                             int64_t block_n) {
-  return run_cpu(q, k, v, softmax_scale, window_left, window_right, block_m, block_n, {});
+  return run_cpu(q, k, v, {softmax_scale, window_left, window_right}, block_m, block_n, {});
 }
 
 #ifdef FLASHMOE_WITH_CUDA
@@ -426,8 +433,7 @@ Tensor empty_workspace(int64_t bytes, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       double softmax_scale, int64_t window_left,
-                                       int64_t window_right, int64_t handle,
+                                       const Scores& scores, int64_t handle,
                                        const Options& options) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
@@ -436,9 +442,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   // there is a mask.
   const bool packed = options.cu_seqlens_q.has_value();
   const bool copies = packed || options.attn_mask.has_value();
-  Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), softmax_scale, window_left,
-                               window_right, options)
-                     : prepare(q, k, v, softmax_scale, window_left, window_right, options);
+  Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), scores, options)
+                     : prepare(q, k, v, scores, options);
   const Kernel* kernel = find_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
@@ -467,7 +472,7 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const T
                                        double softmax_scale, int64_t window_left,
                                        int64_t window_right, int64_t handle,
                                        FLASHMOE_OPTION_PARAMETERS) {
-  return run_forward(q, k, v, softmax_scale, window_left, window_right, handle,
+  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle,
                      FLASHMOE_OPTION_VALUES);
 }
 
@@ -479,7 +484,7 @@ std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, 
                                               const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                               int64_t max_seqlen_k) {
   const std::optional<Tensor> of_q(cu_seqlens_q), of_k(cu_seqlens_k);
-  return run_forward(q, k, v, softmax_scale, window_left, window_right, handle,
+  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle,
                      {.cu_seqlens_q = of_q,
                       .cu_seqlens_k = of_k,
                       .max_seqlen_q = max_seqlen_q,
@@ -499,12 +504,11 @@ Tensor with_aligned_rows(const Tensor& x) {
 std::tuple<Tensor, Tensor> fwd_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                              double softmax_scale, int64_t window_left,
                                              int64_t window_right, int64_t handle) {
-  return run_forward(q, k, v, softmax_scale, window_left, window_right, handle, {});
+  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle, {});
 }
 
 std::tuple<Tensor, Tensor> run_decode(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      double softmax_scale, int64_t window_left,
-                                      int64_t window_right, int64_t handle, int64_t num_splits,
+                                      const Scores& scores, int64_t handle, int64_t num_splits,
                                       const Options& options) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
@@ -513,8 +517,8 @@ std::tuple<Tensor, Tensor> run_decode(const Tensor& q, const Tensor& k, const Te
   STD_TORCH_CHECK(options.dropout_p == 0, "the decode kernel has no dropout, got dropout_p ",
                   options.dropout_p);
   STD_TORCH_CHECK(!options.attn_mask, "the decode kernel has no attn_mask");
-  Call call = prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
-                      softmax_scale, window_left, window_right, options);
+  Call call =
+      prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v), scores, options);
   const DecodeKernel* kernel = find_decode_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
@@ -541,7 +545,7 @@ std::tuple<Tensor, Tensor> decode_cuda_op(const Tensor& q, const Tensor& k, cons
                                           double softmax_scale, int64_t window_left,
                                           int64_t window_right, int64_t handle, int64_t num_splits,
                                           FLASHMOE_OPTION_PARAMETERS) {
-  return run_decode(q, k, v, softmax_scale, window_left, window_right, handle, num_splits,
+  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits,
                     FLASHMOE_OPTION_VALUES);
 }
 
@@ -549,7 +553,7 @@ std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k
                                                 double softmax_scale, int64_t window_left,
                                                 int64_t window_right, int64_t handle,
                                                 int64_t num_splits) {
-  return run_decode(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, {});
+  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits, {});
 }
 
 // Of a cache, or pages, without padding, batch index and terms.
@@ -558,7 +562,7 @@ std::tuple<Tensor, Tensor> decode_cuda_cache_op(
     int64_t window_right, int64_t handle, int64_t num_splits,
     const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& seqused_k,
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
-  return run_decode(q, k, v, softmax_scale, window_left, window_right, handle, num_splits,
+  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits,
                     {.cu_seqlens_q = cu_seqlens_q,
                      .seqused_k = seqused_k,
                      .block_table = block_table,
