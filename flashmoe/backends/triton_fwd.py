@@ -4,7 +4,7 @@ The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691)
 block_m x block_n tile never leave the chip, the running maximum and sum rescale the output tile,
 and tiles that no query of a program sees are never visited. A mask of both sides (IS_LOCAL) is a
 kernel of its own: without it the code is what it would be if there were no windows. So are softcap,
-ALiBi, sinks, dropout and attention masks (flashmoe/spec/call.py, Terms).
+ALiBi, sinks, dropout and attention masks (flashmoe/spec/terms.py).
 """
 
 from __future__ import annotations
