@@ -56,8 +56,7 @@ class Arguments(NamedTuple):
     @classmethod
     def of(cls, *given: Any) -> Arguments:
         """Of an op's arguments, one behind the other."""
-        return cls(
-            *given[:_OWN],
+        return cls(*given[:_OWN])._replace(
             terms=Terms(*given[_OWN:_TERMS_END]),
             sequences=Sequences(*given[_TERMS_END:_SEQUENCES_END]),
             num_splits=given[_SEQUENCES_END] if len(given) > _SEQUENCES_END else 0,
@@ -139,15 +138,15 @@ def _attention_mask_backward(*given: Any) -> Tensor:
 _TYPES = {"NoneType": "Tensor?", "float": "float", "int": "SymInt"}
 
 
-def _schema(fields: tuple[object, ...]) -> str:
+def _arguments_of(fields: tuple[object, ...]) -> str:
     """The fields of Terms or Sequences, by their defaults."""
     names = type(fields)._fields  # type: ignore[attr-defined]
     given = zip(names, fields, strict=True)
     return ", ".join(f"{_TYPES[type(x).__name__]} {name}={x}" for name, x in given)
 
 
-_TERMS = f"bool deterministic=False, {_schema(NO_TERMS)}"
-_SEQUENCES = _schema(DENSE)
+_TERMS = f"bool deterministic=False, {_arguments_of(NO_TERMS)}"
+_SEQUENCES = _arguments_of(DENSE)
 _FORWARD = (
     "Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right, "
     f"str backend, str tile, {_TERMS}"
