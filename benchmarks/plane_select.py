@@ -23,7 +23,7 @@ from typing import NamedTuple
 from hopper.rows import ROWS
 from plane_fit import Row, load
 
-from flashmoe import _extension
+from flashmoe.autotune.report import instances
 from flashmoe.prediction.kernels import tile_name
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
@@ -38,7 +38,7 @@ _TABLE_LOSS, _TABLE_WEIGHT = 1.03, 100.0
 
 _HEAD = (
     "# Tiles of the Hopper kernel among which every problem finds one that is nearly the fastest.",
-    f"# head_dim {' '.join(_extension.load().fields['sm90'])}",
+    f"# head_dim {' '.join(instances.COLUMNS['sm90'])}",
 )
 
 
@@ -107,13 +107,11 @@ def loss(times: Sequence[Times], chosen: Sequence[str]) -> float:
 
 
 def lines_of(chosen: Sequence[str]) -> list[str]:
-    fields = _extension.load().fields["sm90"]
     lines = []
     for name in chosen:
         text, _, head_dim = name.partition("@")
-        tile = Tile.parse(text)
-        lines.append((int(head_dim), " ".join(str(int(getattr(tile, field))) for field in fields)))
-    return [f"{head_dim} {text}" for head_dim, text in sorted(lines, key=lambda line: line[0])]
+        lines.append(instances.line(int(head_dim), Tile.parse(text)))
+    return sorted(lines, key=lambda line: int(line.split()[0]))
 
 
 def main() -> None:

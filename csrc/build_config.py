@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 CSRC = Path(__file__).resolve().parent
@@ -35,35 +37,23 @@ NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvis
 # Ampere (also Ada, same instructions) and Hopper; the first one as PTX too, for newer GPUs.
 DEFAULT_CUDA_ARCHS = ("80", "90")
 MIN_NVCC = (12, 8)
-# What follows head_dim in csrc/instances/KERNEL.txt: fields of Tile in flashmoe/tiles.
-INSTANCE_FIELDS = {
-    "sm80": ("block_m", "block_n", "num_stages", "num_warps"),
-    "sm90": (
-        *("block_m", "block_n", "num_stages", "q_stages"),
-        *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm", "serial"),
-    ),
-    "sm90_bwd": (
-        *("block_m", "block_n", "num_stages", "do_stages", "ds_stages"),
-        "late_dq",
-    ),
-    "decode": ("block_m", "block_n", "num_stages", "num_warps", "ctas_per_sm"),
-}
-# Fields of Variant (csrc/common/variant.h) that a kernel may be compiled with: words behind the
-# columns of a line.
-VARIANT_FIELDS = {
-    "sm80": (),
-    "sm90": ("local", "softcap", "alibi", "sink", "dropout", "mask", "packed"),
-    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "dropout", "whole", "packed"),
-    "decode": (),
-}
-# Fields of Variant that a general kernel decides at run time. GENERAL_HEAD_DIMS have one each, of
-# their default tile; all other kernels have the fields that their line names, and no more.
-RUNTIME_FIELDS = {
-    "sm80": ("local", "softcap", "alibi", "sink", "dropout"),
-    "sm90": (),
-    "sm90_bwd": (),
-    "decode": (),  # every kernel of it has them all
-}
+
+
+def _table(name: str) -> ModuleType:
+    """A module of flashmoe/tiles, which is read where flashmoe is not installed."""
+    path = CSRC.parent / "flashmoe" / "tiles" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"flashmoe_tiles_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+_fields, _variant = _table("fields"), _table("variant")
+# What follows head_dim in csrc/instances/KERNEL.txt.
+INSTANCE_FIELDS = {k: _fields.columns(k) for k in ("sm80", "sm90", "sm90_bwd", "decode")}
 # What else nvcc compiles for a kernel.
 LAUNCH_SOURCES = {
     "sm90": ("common/schedule.cu", "forward/sm90/mask_tiles.cu"),
@@ -77,8 +67,8 @@ RUNTIME_SOURCES = ("forward/sm90/kernel.cuh", "backward/sm90/kernel.cuh")
 
 class Instance(NamedTuple):
     """One compiled tile of one kernel; `shape` are the values of INSTANCE_FIELDS[kernel],
-    `variant` those of VARIANT_FIELDS[kernel] that it is compiled with. `is_general`: it decides
-    RUNTIME_FIELDS[kernel] at run time."""
+    `variant` the fields of Variant that it is compiled with. `is_general`: it decides at run
+    time what flashmoe/tiles/variant.py says."""
 
     kernel: str
     head_dim: int
@@ -102,7 +92,7 @@ class Instance(NamedTuple):
         """The variants that it is for: of a general one all that need it."""
         if not self.is_general:
             return [self.variant]
-        runtime = RUNTIME_FIELDS[self.kernel]
+        runtime = self.computes
         return [
             chosen
             for n in range(1, len(runtime) + 1)
@@ -112,7 +102,8 @@ class Instance(NamedTuple):
     @property
     def computes(self) -> tuple[str, ...]:
         """The features that it has."""
-        return RUNTIME_FIELDS[self.kernel] if self.is_general else self.variant
+        runtime: tuple[str, ...] = _variant.RUNTIME.get(self.kernel, ())
+        return runtime if self.is_general else self.variant
 
     def to_json(self) -> dict[str, int | str]:
         fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
@@ -130,20 +121,21 @@ def instances() -> list[Instance]:
     """The tiles listed in csrc/instances, defaults first. Raises ValueError naming a bad line."""
     found = []
     for kernel, names in INSTANCE_FIELDS.items():
+        variants = _variant.COMPILED[kernel]
         path = CSRC / "instances" / f"{kernel}.txt"
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             words = line.partition("#")[0].split()
             if not words:
                 continue
             columns, variant = words[: 1 + len(names)], tuple(words[1 + len(names) :])
-            known = [name for name in VARIANT_FIELDS[kernel] if name in variant]
+            known = [name for name in variants if name in variant]
             if len(columns) != 1 + len(names) or not all(column.isdigit() for column in columns):
                 raise ValueError(
                     f"{path.name}:{number}: expected integers for head_dim, {', '.join(names)}, "
                     f"got {line!r}"
                 )
             if variant != tuple(known):
-                allowed = ", ".join(VARIANT_FIELDS[kernel]) or "nothing"
+                allowed = ", ".join(variants) or "nothing"
                 raise ValueError(
                     f"{path.name}:{number}: expected {allowed} behind the columns, got {line!r}"
                 )
@@ -198,7 +190,7 @@ def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Gene
     listed += sorted(
         i._replace(is_general=True)
         for i in first.values()
-        if RUNTIME_FIELDS[i.kernel] and i.head_dim in GENERAL_HEAD_DIMS
+        if i.kernel in _variant.RUNTIME and i.head_dim in GENERAL_HEAD_DIMS
     )
     sources: dict[str, list[Path]] = {}
     for instance in listed:
@@ -280,8 +272,8 @@ def _sm90_source(instance: Instance) -> str:
         "",
         "namespace flashmoe {",
         "",
-        f"constexpr Sm90Tile TILE{_sm90_tile(instance)};",
-        f"constexpr Variant VARIANT{_variant(instance.variant)};",
+        f"constexpr Sm90Tile TILE{_struct(instance)};",
+        f"constexpr Variant VARIANT{_variant.initializer(instance.variant)};",
         "template struct LegalSm90Tile<TILE>;",
         "",
     ]
@@ -309,8 +301,8 @@ def _sm90_bwd_source(instance: Instance) -> str:
         "",
         "namespace flashmoe {",
         "",
-        f"constexpr Sm90BackwardTile TILE{_sm90_bwd_tile(instance)};",
-        f"constexpr Variant VARIANT{_variant(instance.variant)};",
+        f"constexpr Sm90BackwardTile TILE{_struct(instance)};",
+        f"constexpr Variant VARIANT{_variant.initializer(instance.variant)};",
         "template struct LegalSm90BackwardTile<TILE>;",
         "",
     ]
@@ -363,26 +355,11 @@ def _decode_tile(instance: Instance) -> str:
     return f"DecodeTile<{', '.join(map(str, (instance.head_dim, *instance.shape)))}>"
 
 
-def _sm90_tile(instance: Instance) -> str:
-    """The initializer of its Sm90Tile."""
-    return _initializer(instance, ("pingpong", "q_in_registers", "serial"))
-
-
-def _sm90_bwd_tile(instance: Instance) -> str:
-    """The initializer of its Sm90BackwardTile."""
-    return _initializer(instance, ("late_dq",))
-
-
-def _variant(names: tuple[str, ...]) -> str:
-    """The initializer of a Variant."""
-    return "{" + ", ".join(f".{name} = true" for name in names) + "}"
-
-
-def _initializer(instance: Instance, flags: tuple[str, ...]) -> str:
-    fields = instance.to_json()
-    for flag in flags:
-        fields[flag] = "true" if fields[flag] else "false"
-    return "{" + ", ".join(str(value) for name, value in fields.items() if name != "kernel") + "}"
+def _struct(instance: Instance) -> str:
+    """The initializer of its Sm90Tile or Sm90BackwardTile."""
+    tile = dict(zip(INSTANCE_FIELDS[instance.kernel], instance.shape, strict=True))
+    text: str = _fields.initializer(instance.head_dim, tile)
+    return text
 
 
 def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_version: str) -> str:
@@ -395,7 +372,7 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
             "cuda_archs": archs,
             "cuda_version": cuda_version,
             "fields": INSTANCE_FIELDS,
-            "variant_fields": VARIANT_FIELDS,
+            "variant": _variant.FLAGS,
             "instances": [_listed(instance) for instance in forward],
             "backward_instances": [_listed(instance) for instance in backward],
             "decode_instances": [_listed(instance) for instance in decode],
@@ -406,7 +383,7 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
     general = {i.head_dim: i.symbol for i in forward if i.is_general}
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
-        variant = _variant(instance.computes)
+        variant = _variant.initializer(instance.computes)
         if instance.kernel == "sm80":
             unaligned = general[min(d for d in general if d >= head_dim)] + "_unaligned"
             declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
@@ -416,7 +393,7 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
         else:
             declarations.append(f"extern const void* const {symbol}[2];")
             entries.append(
-                f"    {{{head_dim}, nullptr, nullptr, {_sm90_tile(instance)}, {variant}, "
+                f"    {{{head_dim}, nullptr, nullptr, {_struct(instance)}, {variant}, "
                 f"{{{symbol}[0], {symbol}[1]}}}},"
             )
     for instance in backward:
@@ -425,16 +402,11 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
         addresses = ", ".join(
             f"{{{', '.join(f'{symbol}[{dtype}][{i}]' for i in range(3))}}}" for dtype in range(2)
         )
-        variant = _variant(instance.computes)
-        backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {variant}, {{{addresses}}}}},")
+        variant = _variant.initializer(instance.computes)
+        backward_entries.append(f"    {{{_struct(instance)}, {variant}, {{{addresses}}}}},")
     for instance in decode:
-        fields = instance.to_json()
-        columns = (fields[name] for name in ("head_dim", "block_m", "block_n", "ctas_per_sm"))
         declarations.append(f"cudaError_t {instance.symbol}({_DECODE_ARGUMENTS});")
-        decode_entries.append(
-            f"    {{{', '.join(map(str, columns))}, {_decode_tile(instance)}::SMEM_BYTES, "
-            f"{instance.symbol}}},"
-        )
+        decode_entries.append(f"    decode_kernel<{_decode_tile(instance)}>({instance.symbol}),")
     lines = ['#include "instances/registry.h"', "", '#include "decode/tile.h"', ""]
     lines += ["namespace flashmoe {", ""]
     if listed:

@@ -39,16 +39,43 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return types[0] == types[1] && a.get_device_index() == b.get_device_index();
 }
 
+const std::optional<Tensor> none;
+
+// What every call has besides q, k and v.
+struct Scores {
+  double softmax_scale;
+  int64_t window_left, window_right;
+};
+
 // What a call may have besides q, k, v, softmax_scale and a window; the schemas' names.
 struct Options {
   double softcap = 0;
-  const std::optional<Tensor>&alibi_slopes, &sinks;
+  const std::optional<Tensor>&alibi_slopes = none, &sinks = none;
   double dropout_p = 0;
-  const std::optional<Tensor>&rng_state, &attn_mask;
-  const std::optional<Tensor>&cu_seqlens_q, &cu_seqlens_k, &seqused_k, &leftpad_k, &cache_batch_idx,
-      &block_table;
+  const std::optional<Tensor>&rng_state = none, &attn_mask = none;
+  const std::optional<Tensor>&cu_seqlens_q = none, &cu_seqlens_k = none, &seqused_k = none,
+        &leftpad_k = none, &cache_batch_idx = none, &block_table = none;
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
 };
+// As the ops have them: in a schema, as parameters, and from those an Options.
+#define FLASHMOE_OPTIONS                                                             \
+  "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "               \
+  "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "            \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "   \
+  "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, " \
+  "int max_seqlen_q=0, int max_seqlen_k=0"
+using OptionalTensor = const std::optional<Tensor>&;
+#define FLASHMOE_OPTION_PARAMETERS                                                      \
+  double softcap, OptionalTensor alibi_slopes, OptionalTensor sinks, double dropout_p,  \
+      OptionalTensor rng_state, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,  \
+      OptionalTensor cu_seqlens_k, OptionalTensor seqused_k, OptionalTensor leftpad_k,  \
+      OptionalTensor cache_batch_idx, OptionalTensor block_table, int64_t max_seqlen_q, \
+      int64_t max_seqlen_k
+#define FLASHMOE_OPTION_VALUES                                             \
+  {                                                                        \
+      softcap,         alibi_slopes, sinks,        dropout_p,   rng_state, \
+      attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, \
+      cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k}
 
 // (batch, rows, heads, head_dim), or (rows, heads, head_dim) of a packed tensor.
 int64_t heads_of(const Tensor& x) { return x.sizes()[x.dim() - 2]; }
@@ -297,10 +324,11 @@ struct Call {
 };
 
 // Checks, allocates the outputs and describes the call to a kernel.
-Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double softmax_scale,
-             int64_t window_left, int64_t window_right, const Options& options) {
+Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Scores& scores,
+             const Options& options) {
   check_inputs(q_in, k_in, v_in, options);
-  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
+  STD_TORCH_CHECK(scores.softmax_scale > 0, "softmax_scale must be positive, got ",
+                  scores.softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
   const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(q);
   const int32_t dtype = dtype_code(q), float32 = aoti_torch_dtype_float32();
@@ -311,8 +339,8 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double 
   Tensor lse = packed ? empty_contiguous<2>({heads, rows}, float32, q)
                       : empty_contiguous<3>({batch, heads, rows}, float32, q);
 
-  AttentionParams params = describe(q, k, v, window_left, window_right, options);
-  params.softmax_scale = static_cast<float>(softmax_scale);
+  AttentionParams params = describe(q, k, v, scores.window_left, scores.window_right, options);
+  params.softmax_scale = static_cast<float>(scores.softmax_scale);
   params.out = out.data_ptr();
   params.softmax_lse = static_cast<float*>(lse.data_ptr());
   params.o_batch_stride = packed ? 0 : rows * heads * head_dim;
@@ -336,21 +364,12 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
       &bound));
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
-    int64_t window_right, int64_t block_m, int64_t block_n, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& attn_mask,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
-    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+std::tuple<Tensor, Tensor> run_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Scores& scores, int64_t block_m, int64_t block_n,
+                                   const Options& options) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  const Options options{softcap,         alibi_slopes, sinks,        dropout_p,   rng_state,
-                        attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k,
-                        cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k};
-  Call call = prepare(q, k, v, softmax_scale, window_left, window_right, options);
+  Call call = prepare(q, k, v, scores, options);
   if (call.out.numel() > 0) {
     fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
             best_cpu_isa(), torch_parallel_for_range,
@@ -359,14 +378,20 @@ std::tuple<Tensor, Tensor> fwd_cpu_op(
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      double softmax_scale, int64_t window_left,
+                                      int64_t window_right, int64_t block_m, int64_t block_n,
+                                      FLASHMOE_OPTION_PARAMETERS) {
+  return run_cpu(q, k, v, {softmax_scale, window_left, window_right}, block_m, block_n,
+                 FLASHMOE_OPTION_VALUES);
+}
+
 // Of calls without options, whose defaults would cost each call a microsecond.
 std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                             double softmax_scale, int64_t window_left,
                                             int64_t window_right, int64_t block_m,
                                             int64_t block_n) {
-  const std::optional<Tensor> none;
-  return fwd_cpu_op(q, k, v, softmax_scale, window_left, window_right, block_m, block_n, 0, none,
-                    none, 0, none, none, none, none, none, none, none, none, 0, 0);
+  return run_cpu(q, k, v, {softmax_scale, window_left, window_right}, block_m, block_n, {});
 }
 
 #ifdef FLASHMOE_WITH_CUDA
@@ -407,27 +432,18 @@ Tensor empty_workspace(int64_t bytes, const Tensor& like) {
   return empty_contiguous<1>({bytes / 4}, aoti_torch_dtype_float32(), like);
 }
 
-std::tuple<Tensor, Tensor> fwd_cuda_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
-    int64_t window_right, int64_t handle, double softcap, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks, double dropout_p, const std::optional<Tensor>& rng_state,
-    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
-    const std::optional<Tensor>& leftpad_k, const std::optional<Tensor>& cache_batch_idx,
-    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Scores& scores, int64_t handle,
+                                       const Options& options) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const Options options{softcap,         alibi_slopes, sinks,        dropout_p,   rng_state,
-                        attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k,
-                        cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k};
   // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel, unless
   // there is a mask.
-  const bool packed = cu_seqlens_q.has_value();
-  const bool copies = packed || attn_mask.has_value();
-  Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), softmax_scale, window_left,
-                               window_right, options)
-                     : prepare(q, k, v, softmax_scale, window_left, window_right, options);
+  const bool packed = options.cu_seqlens_q.has_value();
+  const bool copies = packed || options.attn_mask.has_value();
+  Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), scores, options)
+                     : prepare(q, k, v, scores, options);
   const Kernel* kernel = find_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
@@ -452,6 +468,14 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       double softmax_scale, int64_t window_left,
+                                       int64_t window_right, int64_t handle,
+                                       FLASHMOE_OPTION_PARAMETERS) {
+  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle,
+                     FLASHMOE_OPTION_VALUES);
+}
+
 // Of packed batches without terms: their lengths alone.
 std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                               double softmax_scale, int64_t window_left,
@@ -459,10 +483,12 @@ std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, 
                                               const Tensor& cu_seqlens_q,
                                               const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                               int64_t max_seqlen_k) {
-  const std::optional<Tensor> none;
-  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, 0,
-                     none, none, cu_seqlens_q, cu_seqlens_k, none, none, none, none, max_seqlen_q,
-                     max_seqlen_k);
+  const std::optional<Tensor> of_q(cu_seqlens_q), of_k(cu_seqlens_k);
+  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle,
+                     {.cu_seqlens_q = of_q,
+                      .cu_seqlens_k = of_k,
+                      .max_seqlen_q = max_seqlen_q,
+                      .max_seqlen_k = max_seqlen_k});
 }
 
 // x, or its copy where cp.async cannot fetch its rows.
@@ -478,31 +504,21 @@ Tensor with_aligned_rows(const Tensor& x) {
 std::tuple<Tensor, Tensor> fwd_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                              double softmax_scale, int64_t window_left,
                                              int64_t window_right, int64_t handle) {
-  const std::optional<Tensor> none;
-  return fwd_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, 0, none, none, 0,
-                     none, none, none, none, none, none, none, none, 0, 0);
+  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle, {});
 }
 
-std::tuple<Tensor, Tensor> decode_cuda_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
-    int64_t window_right, int64_t handle, int64_t num_splits, double softcap,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& attn_mask,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& leftpad_k,
-    const std::optional<Tensor>& cache_batch_idx, const std::optional<Tensor>& block_table,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+std::tuple<Tensor, Tensor> run_decode(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Scores& scores, int64_t handle, int64_t num_splits,
+                                      const Options& options) {
   const int device = static_cast<int>(q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const Options options{softcap,         alibi_slopes, sinks,        dropout_p,   rng_state,
-                        attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k,
-                        cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k};
   STD_TORCH_CHECK(num_splits >= -1, "num_splits must be -1 or more, got ", num_splits);
-  STD_TORCH_CHECK(dropout_p == 0, "the decode kernel has no dropout, got dropout_p ", dropout_p);
-  STD_TORCH_CHECK(!attn_mask, "the decode kernel has no attn_mask");
-  Call call = prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
-                      softmax_scale, window_left, window_right, options);
+  STD_TORCH_CHECK(options.dropout_p == 0, "the decode kernel has no dropout, got dropout_p ",
+                  options.dropout_p);
+  STD_TORCH_CHECK(!options.attn_mask, "the decode kernel has no attn_mask");
+  Call call =
+      prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v), scores, options);
   const DecodeKernel* kernel = find_decode_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
@@ -525,13 +541,19 @@ std::tuple<Tensor, Tensor> decode_cuda_op(
   return {std::move(call.out), std::move(call.softmax_lse)};
 }
 
+std::tuple<Tensor, Tensor> decode_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          double softmax_scale, int64_t window_left,
+                                          int64_t window_right, int64_t handle, int64_t num_splits,
+                                          FLASHMOE_OPTION_PARAMETERS) {
+  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits,
+                    FLASHMOE_OPTION_VALUES);
+}
+
 std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 double softmax_scale, int64_t window_left,
                                                 int64_t window_right, int64_t handle,
                                                 int64_t num_splits) {
-  const std::optional<Tensor> none;
-  return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, 0, none, none, none, none, none, none, none, none, 0, 0);
+  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits, {});
 }
 
 // Of a cache, or pages, without padding, batch index and terms.
@@ -540,10 +562,11 @@ std::tuple<Tensor, Tensor> decode_cuda_cache_op(
     int64_t window_right, int64_t handle, int64_t num_splits,
     const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& seqused_k,
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
-  const std::optional<Tensor> none;
-  return decode_cuda_op(q, k, v, softmax_scale, window_left, window_right, handle, num_splits, 0,
-                        none, none, 0, none, none, cu_seqlens_q, none, seqused_k, none, none,
-                        block_table, max_seqlen_q, 0);
+  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits,
+                    {.cu_seqlens_q = cu_seqlens_q,
+                     .seqused_k = seqused_k,
+                     .block_table = block_table,
+                     .max_seqlen_q = max_seqlen_q});
 }
 
 NewRows new_rows(const Tensor& x, const int* cu_seqlens) {
@@ -660,10 +683,15 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const std::optional<Tensor> none;
-  const Options options{softcap, alibi_slopes, none,         dropout_p,   rng_state,
-                        none,    cu_seqlens_q, cu_seqlens_k, seqused_k,   none,
-                        none,    none,         max_seqlen_q, max_seqlen_k};
+  const Options options{.softcap = softcap,
+                        .alibi_slopes = alibi_slopes,
+                        .dropout_p = dropout_p,
+                        .rng_state = rng_state,
+                        .cu_seqlens_q = cu_seqlens_q,
+                        .cu_seqlens_k = cu_seqlens_k,
+                        .seqused_k = seqused_k,
+                        .max_seqlen_q = max_seqlen_q,
+                        .max_seqlen_k = max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const int64_t dims = q_in.dim(), batch_dims = dims - 3;
@@ -740,7 +768,6 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
                                                      const std::optional<Tensor>& dlse,
                                                      double softmax_scale, int64_t window_left,
                                                      int64_t window_right, int64_t handle) {
-  const std::optional<Tensor> none;
   return bwd_cuda_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left,
                      window_right, handle, 0, none, 0, none, none, none, none, 0, 0);
 }
@@ -754,53 +781,40 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
 
 FLASHMOE_EXPORT const char* flashmoe_build_info() { return flashmoe::build_info; }
 
+#ifdef FLASHMOE_WITH_CUDA
+template <typename T>
+const T& struct_at(const void* data, int size) {
+  if (size != sizeof(T)) throw std::runtime_error("fields of another version");
+  return *static_cast<const T*>(data);
+}
+#endif
+
 // The handle of what is in a cubin, a forward kernel or, with `backward`, a backward one, or -1 and
-// why not. `fields` are head_dim and those of csrc/build_config.py's INSTANCE_FIELDS, then those of
-// Variant, `num_fields` of them.
-FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubin,
-                                               [[maybe_unused]] const int* fields, int num_fields,
-                                               [[maybe_unused]] int backward,
-                                               [[maybe_unused]] int bfloat16, char* error,
-                                               size_t error_size) {
+// why not. `tile` is an Sm90Tile or an Sm90BackwardTile, whose fields flashmoe/tiles/fields.py has,
+// too, and `variant` a Variant.
+FLASHMOE_EXPORT long long flashmoe_load_kernel(
+    [[maybe_unused]] const void* cubin, [[maybe_unused]] const void* tile,
+    [[maybe_unused]] int tile_size, [[maybe_unused]] const void* variant,
+    [[maybe_unused]] int variant_size, [[maybe_unused]] int backward, [[maybe_unused]] int bfloat16,
+    char* error, size_t error_size) {
 #ifdef FLASHMOE_WITH_CUDA
   try {
     const auto dtype = bfloat16 != 0 ? flashmoe::DType::bfloat16 : flashmoe::DType::float16;
-    const int tile_fields = backward != 0 ? 7 : 10;
-    const int* flags = fields + tile_fields;
-    const flashmoe::Variant variant{.local = flags[0] != 0,
-                                    .deterministic = flags[1] != 0,
-                                    .softcap = flags[2] != 0,
-                                    .alibi = flags[3] != 0,
-                                    .sink = flags[4] != 0,
-                                    .dropout = flags[5] != 0,
-                                    .mask = flags[6] != 0,
-                                    .whole = flags[7] != 0,
-                                    .packed = flags[8] != 0};
-    if (num_fields != tile_fields + 9) throw std::runtime_error("fields of another version");
+    const auto& features = struct_at<flashmoe::Variant>(variant, variant_size);
     if (backward != 0) {
-      return flashmoe::load_backward_kernel(
-          cubin, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6] != 0},
-          variant, dtype);
+      const auto& shape = struct_at<flashmoe::Sm90BackwardTile>(tile, tile_size);
+      return flashmoe::load_backward_kernel(cubin, shape, features, dtype);
     }
-    const flashmoe::Sm90Tile tile{fields[0], fields[1],      fields[2],      fields[3],
-                                  fields[4], fields[5] != 0, fields[6] != 0, fields[7],
-                                  fields[8], fields[9] != 0};
-    return flashmoe::load_kernel(cubin, tile, variant, dtype);
+    const auto& shape = struct_at<flashmoe::Sm90Tile>(tile, tile_size);
+    return flashmoe::load_kernel(cubin, shape, features, dtype);
   } catch (const std::exception& exception) {
     std::snprintf(error, error_size, "%s", exception.what());
   }
 #else
-  std::snprintf(error, error_size, "this build has no CUDA kernels (%d fields)", num_fields);
+  std::snprintf(error, error_size, "this build has no CUDA kernels");
 #endif
   return -1;
 }
-
-#define FLASHMOE_OPTIONS                                                             \
-  "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "               \
-  "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "            \
-  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "   \
-  "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, " \
-  "int max_seqlen_q=0, int max_seqlen_k=0"
 
 STABLE_TORCH_LIBRARY(flashmoe, m) {
   m.def(

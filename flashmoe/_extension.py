@@ -7,13 +7,14 @@ import functools
 import hashlib
 import json
 import os
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashmoe.tiles import Tile, Variant
+from flashmoe.tiles import FLAGS, Tile, Variant, columns, variant
 
 _PACKAGE = Path(__file__).parent
 # The headers that the extension's kernels for Hopper were compiled from.
@@ -21,23 +22,20 @@ KERNEL_SOURCES = _PACKAGE / "kernels"
 # By kernel, head dimension and variant; and by those of one tile.
 Instances = dict[tuple[str, int, Variant], tuple[Tile, ...]]
 Handles = dict[tuple[int, Tile, Variant], int]
-_FLAGS = {field.name for field in fields(Tile) if field.type in (bool, "bool")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BuildInfo:
     """What setup.py compiled: CUDA architectures (empty without CUDA), for each CUDA kernel the
-    fields of Tile and of Variant that it is compiled for, for each (kernel, head_dim, variant) the
-    tiles that are compiled in and for each of those its handle, the same of the backward kernel and
-    of the decode kernel, whose handles are their own, and for each kind of device a hash of the
-    kernels' sources. Where a kernel decides at run time what a variant is for, its tiles stand
-    under every one.
+    fields of Tile that it is compiled for, for each (kernel, head_dim, variant) the tiles that are
+    compiled in and for each of those its handle, the same of the backward kernel and of the decode
+    kernel, whose handles are their own, and for each kind of device a hash of the kernels' sources.
+    Where a kernel decides at run time what a variant is for, its tiles stand under every one.
     """
 
     cuda_archs: tuple[str, ...]
     cuda_version: str
     fields: dict[str, tuple[str, ...]]
-    variant_fields: dict[str, tuple[str, ...]]
     instances: Instances
     handles: Handles
     backward_instances: Instances
@@ -70,11 +68,11 @@ def _tiles(shapes: list[dict[str, Any]]) -> tuple[Instances, Handles]:
         head_dim = shape.pop("head_dim")
         variants = [Variant.named(names) for names in shape.pop("variants")]
         # The build's lists hold integers only.
-        flags = {name: bool(shape[name]) for name in _FLAGS & shape.keys()}
+        flags = {name: bool(shape[name]) for name in FLAGS & shape.keys()}
         tile = Tile(**(shape | flags))
-        for variant in variants:
-            instances.setdefault((tile.kernel, head_dim, variant), []).append(tile)
-            handles[head_dim, tile, variant] = handle
+        for each in variants:
+            instances.setdefault((tile.kernel, head_dim, each), []).append(tile)
+            handles[head_dim, tile, each] = handle
     return {key: tuple(tiles) for key, tiles in instances.items()}, handles
 
 
@@ -82,17 +80,24 @@ def _tiles(shapes: list[dict[str, Any]]) -> tuple[Instances, Handles]:
 def load() -> BuildInfo:
     """Load the extension (once) and return its build information.
 
-    Raises ImportError, saying what to do, when the package was not built.
+    Raises ImportError, saying what to do, when the package was not built, or from another table of
+    fields.
     """
     info = json.loads(_library().flashmoe_build_info().decode())
+    compiled = {kernel: tuple(names) for kernel, names in info["fields"].items()}
+    expected = {kernel: columns(kernel) for kernel in compiled}
+    if compiled != expected or info.get("variant") != list(variant.FLAGS):
+        raise ImportError(
+            "flashmoe's extension was built for other fields than flashmoe/tiles has: "
+            "build it again (`pip install -e .`)"
+        )
     forward, handles = _tiles(info["instances"])
     backward, backward_handles = _tiles(info["backward_instances"])
     decode, decode_handles = _tiles(info["decode_instances"])
     return BuildInfo(
         tuple(info["cuda_archs"]),
         info["cuda_version"],
-        {kernel: tuple(names) for kernel, names in info["fields"].items()},
-        {kernel: tuple(names) for kernel, names in info["variant_fields"].items()},
+        compiled,
         forward,
         handles,
         backward,
@@ -103,23 +108,43 @@ def load() -> BuildInfo:
     )
 
 
-def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:
+def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, chosen: Variant) -> int:
     """The handle of a kernel, sm90 or sm90_bwd, that was compiled for all of these.
 
     Raises RuntimeError when CUDA cannot load it.
     """
-    shape = [getattr(tile, name) for name in load().fields[tile.kernel]]
-    values = [head_dim, *shape, *astuple(variant)]
-    array = (ctypes.c_int * len(values))(*values)
+    structs = tile_struct(tile, head_dim), variant_struct(chosen)
+    given = (x for struct in structs for x in (ctypes.byref(struct), ctypes.sizeof(struct)))
     error = ctypes.create_string_buffer(512)
     is_backward, is_bfloat16 = int(tile.kernel == "sm90_bwd"), int(dtype == "bfloat16")
     size = ctypes.c_size_t(len(error))
     handle: int = _library().flashmoe_load_kernel(
-        cubin, array, len(values), is_backward, is_bfloat16, error, size
+        cubin, *given, is_backward, is_bfloat16, error, size
     )
     if handle < 0:
         raise RuntimeError(f"loading {tile} for head_dim {head_dim}: {error.value.decode()}")
     return handle
+
+
+def tile_struct(tile: Tile, head_dim: int) -> ctypes.Structure:
+    """An Sm90Tile or an Sm90BackwardTile."""
+    values = {"head_dim": head_dim} | {name: getattr(tile, name) for name in columns(tile.kernel)}
+    return _struct(values, FLAGS)
+
+
+def variant_struct(chosen: Variant) -> ctypes.Structure:
+    """A C++ Variant."""
+    names = variant.FLAGS
+    return _struct({name: getattr(chosen, name) for name in names}, names)
+
+
+def _struct(values: Mapping[str, int], flags: Collection[str]) -> ctypes.Structure:
+    """A C++ struct of bools, which are `flags`, and ints."""
+
+    class Struct(ctypes.Structure):
+        _fields_ = tuple((n, ctypes.c_bool if n in flags else ctypes.c_int) for n in values)
+
+    return Struct(*values.values())
 
 
 @functools.cache

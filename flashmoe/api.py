@@ -19,7 +19,6 @@ from flashmoe.frontend.attend import (
     forget_calls,
     functorch_active,
     is_plain,
-    terms_of,
 )
 from flashmoe.frontend.dense import (
     flash_attn_func,
@@ -27,7 +26,6 @@ from flashmoe.frontend.dense import (
     flash_attn_qkvpacked_func,
 )
 from flashmoe.frontend.kvcache import flash_attn_with_kvcache
-from flashmoe.frontend.validation import is_normal
 from flashmoe.frontend.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -35,6 +33,7 @@ from flashmoe.frontend.varlen import (
 )
 from flashmoe.planning.plan import reload_databases
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.spec.terms import is_normal, terms_of
 
 __all__ = [
     "flash_attn_func",

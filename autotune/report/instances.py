@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import PLAIN, Tile, Variant, instance_head_dim, sm90_head_dim
+from flashmoe.tiles import PLAIN, Tile, Variant, columns, instance_head_dim, sm90_head_dim
 
-# The columns behind the head dimension, as the head of KERNEL.txt names them.
-COLUMNS = {
-    "sm80": ("block_m", "block_n", "num_stages", "num_warps"),
-    "sm90": (
-        *("block_m", "block_n", "num_stages", "q_stages"),
-        *("pingpong", "q_in_registers", "exp2_fma", "ctas_per_sm", "serial"),
-    ),
-}
+# The lists that it writes lines of: their columns behind the head dimension.
+COLUMNS = {kernel: columns(kernel) for kernel in ("sm80", "sm90")}
 
 
 def head_dim_of(kernel: str, head_dim: int) -> int:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from flashmoe.measure.processes import signal_name
 from flashmoe.measure.timing import DeviceLost
 
 # Starting a process with torch, and computing a reference, may take so long on a slow machine.
@@ -165,9 +166,7 @@ class Child:
             return "the process closed its connection"
         if code >= 0:
             return f"the process exited with code {code}"
-        with contextlib.suppress(ValueError):
-            return f"the process died of {signal.Signals(-code).name}"
-        return f"the process died of signal {-code}"
+        return f"the process died of {signal_name(-code)}"
 
 
 def _has_fd(stream: Any) -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.spec.mask import causal_if
+from flashmoe.tiles import FLAGS, columns
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = ("nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr")
@@ -81,13 +82,9 @@ class Params(ctypes.Structure):
 class Sm90Tile(ctypes.Structure):
     """csrc/forward/sm90/tile.h."""
 
-    _fields_ = (
-        *((n, ctypes.c_int) for n in ("head_dim", "block_m", "block_n", "num_stages", "q_stages")),
-        ("pingpong", ctypes.c_bool),
-        ("q_in_registers", ctypes.c_bool),
-        ("exp2_fma", ctypes.c_int),
-        ("ctas_per_sm", ctypes.c_int),
-        ("serial", ctypes.c_bool),
+    _fields_ = tuple(
+        (name, ctypes.c_bool if name in FLAGS else ctypes.c_int)
+        for name in ("head_dim", *columns("sm90"))
     )
 
 

@@ -33,11 +33,6 @@ struct Terms {
   const long long* rng_state;
   unsigned dropout_limit;  // the share of weights that stay, times 2^16, minus 1
   AttnMask attn_mask;
-
-  constexpr bool any() const {
-    return softcap > 0 || alibi_slopes != nullptr || sinks != nullptr || rng_state != nullptr ||
-           attn_mask.is_given();
-  }
 };
 
 }  // namespace flashmoe

@@ -16,6 +16,9 @@ struct Variant {
   bool whole = false;
   bool packed = false;  // lengths of sequences are read on the device (common/sequence.h)
 
+  // Whether a score is other than its scaled product before a mask is added to it.
+  constexpr bool changes_scores() const { return softcap || alibi; }
+
   // Whether a kernel compiled for it computes the call.
   constexpr bool covers(const AttentionParams& p) const {
     const Sequences& s = p.sequences;

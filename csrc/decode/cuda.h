@@ -18,6 +18,12 @@ struct DecodeKernel {
   DecodeLauncher launch;
 };
 
+template <typename Tile>
+DecodeKernel decode_kernel(DecodeLauncher launch) {
+  return {Tile::HEAD_DIM,    Tile::BLOCK_M,    Tile::BLOCK_N,
+          Tile::CTAS_PER_SM, Tile::SMEM_BYTES, launch};
+}
+
 // The kernel of a handle; null when there is none. Handles count the compiled-in kernels in the
 // order of build_info's decode_instances.
 const DecodeKernel* find_decode_kernel(long long handle);

@@ -22,7 +22,7 @@ from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.dropout import dropout_scale, kept_weights
 from flashmoe.spec.mask import Mask
-from flashmoe.spec.problem import TERMS, Problem
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 _BLOCK_M = 256
@@ -30,7 +30,9 @@ _BLOCK_M = 256
 
 class BlockedBackend(Backend):
     name = "blocked"
-    features: ClassVar[Features] = {"bwd": frozenset({"window", *TERMS, "packed"})}
+    features: ClassVar[Features] = {
+        "bwd": frozenset({"window", "softcap", "alibi", "sink", "dropout", "mask", "packed"})
+    }
 
     def unavailable(self, device: torch.device) -> str:
         return ""

@@ -14,8 +14,6 @@ from flashmoe.spec.call import Call
 from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import Tile
 
-_BLOCK_M = (64, 128, 256, 512, 1024)
-_BLOCK_N = (64, 128, 256)
 # A wide block is what amortizes staging K and V; below this it no longer fills the vector panels.
 _MIN_BLOCK_M = 48
 
@@ -51,11 +49,12 @@ class CpuBackend(Backend):
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
         """Blocks past the end of the problem are clamped, so only the first such one is listed."""
         rows = problem.seqlen_q * (problem.heads_q // problem.heads_kv)
+        axes = tiles.axes("cpu")
         return [
             tile
             for tile in _considered()
-            if (tile.block_m < 2 * rows or tile.block_m == _BLOCK_M[0])
-            and (tile.block_n < 2 * problem.seqlen_kv or tile.block_n == _BLOCK_N[0])
+            if (tile.block_m < 2 * rows or tile.block_m == axes["block_m"][0])
+            and (tile.block_n < 2 * problem.seqlen_kv or tile.block_n == axes["block_n"][0])
             and not tile.violations(arch, problem)
         ]
 
@@ -81,4 +80,4 @@ class CpuBackend(Backend):
 
 
 def _considered() -> list[Tile]:
-    return tiles.grid("cpu", block_m=_BLOCK_M, block_n=_BLOCK_N)
+    return tiles.grid("cpu", **tiles.axes("cpu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import TERMS, Problem
-from flashmoe.tiles import PLAIN, Tile, Variant, grid, sm90_bwd_head_dim, sm90_head_dim
+from flashmoe.tiles import PLAIN, Tile, Variant, axes, grid, sm90_bwd_head_dim, sm90_head_dim
+from flashmoe.tiles.variant import COMPILED
 
 _extension.load()
 _fwd = torch.ops.flashmoe.fwd_cuda.default
@@ -28,35 +29,22 @@ _fwd_packed = torch.ops.flashmoe.fwd_cuda_packed.default
 _bwd = torch.ops.flashmoe.bwd_cuda.default
 _bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
 
-_FEATURES = frozenset({"window", "packed", *TERMS}) - {"mask"}
-# Of Hopper's kernels: the tiles that are chosen from, and the head dimension of an instance.
-_SM90_SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "sm90": {
-        "block_m": (64, 128, 192, 256),
-        "block_n": tuple(range(32, 257, 16)),
-        "num_stages": (1, 2, 3, 4),
-        "q_stages": (1, 2),
-        "pingpong": (False, True),
-        "q_in_registers": (False, True),
-        "exp2_fma": tuple(range(9)),
-        "ctas_per_sm": (1, 2),
-        "serial": (False, True),
-    },
-    "sm90_bwd": {
-        "block_m": (64, 128),
-        "block_n": (64, 128),
-        "num_stages": (2, 3, 4),
-        "do_stages": (1, 2, 3, 4),
-        "ds_stages": (1, 2),
-        "late_dq": (False, True),
-    },
-}
+
+def _features(kernel: str) -> frozenset[str]:
+    return frozenset({"window", "packed", *(set(COMPILED[kernel]) & set(TERMS))})
+
+
+# Of Hopper's kernels, the head dimension of an instance.
 _SM90_HEAD_DIMS = {"sm90": sm90_head_dim, "sm90_bwd": sm90_bwd_head_dim}
 
 
 class CudaBackend(Backend):
     name = "cuda"
-    features: ClassVar[Features] = {"fwd": _FEATURES | {"mask"}, "bwd": _FEATURES}
+    # To a backward sinks are a part of softmax_lse.
+    features: ClassVar[Features] = {
+        "fwd": _features("sm90"),
+        "bwd": _features("sm90_bwd") | {"sink"},
+    }
 
     def unavailable(self, device: torch.device) -> str:
         if device.type != "cuda":
@@ -208,8 +196,8 @@ class CudaBackend(Backend):
                 result = _bwd_dense(*arguments)
                 return result
             # Sinks are a part of softmax_lse.
-            softcap, alibi_slopes, _, dropout_p, rng_state, _ = call.terms
-            options: tuple[object, ...] = (softcap, alibi_slopes, dropout_p, rng_state)
+            t = call.terms
+            options: tuple[object, ...] = (t.softcap, t.alibi_slopes, t.dropout_p, t.rng_state)
             if packed:
                 s = call.sequences
                 lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)
@@ -329,4 +317,4 @@ def _sm90_reasons(kernel: str, head_dim: int, arch: Arch) -> Mapping[Tile, str]:
 
 @functools.cache
 def _sm90_grid(kernel: str) -> tuple[Tile, ...]:
-    return tuple(grid(kernel, **_SM90_SPACES[kernel]))
+    return tuple(grid(kernel, **axes(kernel)))

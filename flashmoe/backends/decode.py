@@ -14,7 +14,7 @@ from flashmoe.backends.cuda import CudaBackend
 from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import PLAIN, Tile
+from flashmoe.tiles import FAMILIES, PLAIN, Tile
 
 _extension.load()
 _decode = torch.ops.flashmoe.decode_cuda.default
@@ -24,8 +24,6 @@ _decode_cache = torch.ops.flashmoe.decode_cuda_cache.default
 
 # The widest tile's. Blocks of more rows read K and V again, and dense kernels are faster.
 _DENSE_ROWS = 64
-# Thread blocks a multiprocessor that a search tries instead of as many as run at a time.
-_PER_SM = (1, 2, 3, 4, 6, 8)
 
 
 class DecodeBackend(Backend):
@@ -68,10 +66,11 @@ class DecodeBackend(Backend):
         return min(fits, key=lambda t: t.ctas_per_sm if blocks <= arch.sm_count else 0)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
-        """Those that are compiled in, each with several numbers of thread blocks."""
-        found = []
+        """Those that are compiled in, each with several numbers of thread blocks instead of as many
+        as run at a time."""
+        per_sm, found = FAMILIES["decode"].at_launch["split_blocks"], []
         for tile in self.compiled_in(problem, arch):
-            counts = [tile, *(replace(tile, split_blocks=n * arch.sm_count) for n in _PER_SM)]
+            counts = [tile, *(replace(tile, split_blocks=n * arch.sm_count) for n in per_sm)]
             # Where the batch has more blocks than that, none is split.
             by_splits = {_num_splits(x, problem): x for x in reversed(counts)}
             found += list(by_splits.values())[::-1]

@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from flashmoe import _extension
 from flashmoe._extension import KERNEL_SOURCES
 from flashmoe.machine.cache import (
     NoCacheFolder,
@@ -31,7 +30,7 @@ from flashmoe.machine.cache import (
     set_aside,
 )
 from flashmoe.machine.environment import variable
-from flashmoe.tiles import PLAIN, Tile, Variant
+from flashmoe.tiles import PLAIN, Tile, Variant, columns, fields, variant
 
 _ARCH = "sm_90a"
 NVRTC_OPTIONS = {"arch": _ARCH, "std": "c++20", "device_as_default_execution_space": True}
@@ -46,8 +45,8 @@ _PREFIX = """\
 _SOURCES = {
     "sm90": """\
 #include "forward/sm90/kernel.cuh"
-constexpr flashmoe::Sm90Tile TILE{{{fields}}};
-constexpr flashmoe::Variant VARIANT{{{variant}}};
+constexpr flashmoe::Sm90Tile TILE{fields};
+constexpr flashmoe::Variant VARIANT{variant};
 template struct flashmoe::LegalSm90Tile<TILE>;
 extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_sm) attention(
     const __grid_constant__ flashmoe::Sm90Params params) {{
@@ -58,8 +57,8 @@ extern "C" __global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_s
 #include "backward/sm90/kernel.cuh"
 namespace bwd = flashmoe::sm90_backward;
 using Params = flashmoe::Sm90BackwardParams;
-constexpr flashmoe::Sm90BackwardTile TILE{{{fields}}};
-constexpr flashmoe::Variant VARIANT{{{variant}}};
+constexpr flashmoe::Sm90BackwardTile TILE{fields};
+constexpr flashmoe::Variant VARIANT{variant};
 template struct flashmoe::LegalSm90BackwardTile<TILE>;
 extern "C" __global__ void __launch_bounds__(bwd::EDGE_THREADS, 4) prepare(
     const __grid_constant__ Params params) {{
@@ -160,14 +159,13 @@ def precompile(target: Target) -> None:
 
 def source(target: Target) -> str:
     """The translation unit; its headers are in KERNEL_SOURCES."""
-    values = (
-        target.head_dim,
-        *(getattr(target.tile, name) for name in _extension.load().fields[target.tile.kernel]),
+    tile = target.tile
+    values = {name: getattr(tile, name) for name in columns(tile.kernel)}
+    return _PREFIX + _SOURCES[tile.kernel].format(
+        fields=fields.initializer(target.head_dim, values),
+        variant=variant.initializer(target.variant.names),
+        type=_CXX_TYPE[target.dtype],
     )
-    fields = ", ".join(str(value).lower() for value in values)
-    variant = ", ".join(f".{name} = true" for name in target.variant.names)
-    text = _SOURCES[target.tile.kernel]
-    return _PREFIX + text.format(fields=fields, variant=variant, type=_CXX_TYPE[target.dtype])
 
 
 class _Compiler(Protocol):

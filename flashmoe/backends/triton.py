@@ -26,7 +26,7 @@ from flashmoe.backends.each import backward_of_each, forward_of_each
 from flashmoe.machine.device import Arch
 from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved, Terms
-from flashmoe.spec.problem import TERMS, Problem
+from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
 
@@ -78,17 +78,14 @@ _DEFAULTS: dict[tuple[str, str], tuple[Default, ...]] = {
 }
 # Neither size nor warps matter to the interpreter.
 _INTERPRETED = _tile(16, 16, 1, 4)
-# What a search may try besides the default, by direction; the last for float32, in either.
-_SPACE: dict[str, dict[str, tuple[int, ...]]] = {
-    "fwd": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_stages": (2, 3, 4)},
-    "bwd": {"block_m": (32, 64, 128), "block_n": (64, 128), "num_stages": (1, 2, 3)},
-    "float32": {"block_m": (16, 32), "block_n": (16, 32), "num_stages": (1, 2)},
-}
 
 
 def _considered(problem: Problem) -> list[Tile]:
-    axes = _SPACE["float32" if problem.dtype == "float32" else problem.direction]
-    return tiles.grid("triton", **axes, num_warps=(4, 8), tma=(False, True))
+    kind = "float32" if problem.dtype == "float32" else problem.direction
+    return tiles.grid("triton", **tiles.axes("triton", kind))
+
+
+_TERMS = ("softcap", "alibi", "sink", "dropout", "mask")
 
 
 @functools.cache
@@ -100,8 +97,8 @@ class TritonBackend(Backend):
     name = "triton"
     # Packed and cached ones are computed one sequence at a time.
     features: ClassVar[Features] = {
-        "fwd": frozenset({"window", *TERMS, "packed", "cache", "paged"}),
-        "bwd": frozenset({"window", *TERMS, "packed"}),
+        "fwd": frozenset({"window", *_TERMS, "packed", "cache", "paged"}),
+        "bwd": frozenset({"window", *_TERMS, "packed"}),
     }
 
     def unavailable(self, device: torch.device) -> str:

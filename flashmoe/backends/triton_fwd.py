@@ -4,7 +4,7 @@ The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691)
 block_m x block_n tile never leave the chip, the running maximum and sum rescale the output tile,
 and tiles that no query of a program sees are never visited. A mask of both sides (IS_LOCAL) is a
 kernel of its own: without it the code is what it would be if there were no windows. So are softcap,
-ALiBi, sinks, dropout and attention masks (flashmoe/spec/call.py, Terms).
+ALiBi, sinks, dropout and attention masks (flashmoe/spec/terms.py).
 """
 
 from __future__ import annotations
@@ -719,7 +719,9 @@ def attention_forward(
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    softcap, slopes, sinks, dropout_p, rng_state, attn_mask = call.terms
+    terms = call.terms
+    softcap, slopes, sinks = terms.softcap, terms.alibi_slopes, terms.sinks
+    dropout_p, rng_state, attn_mask = terms.dropout_p, terms.rng_state, terms.attn_mask
     if k.shape[1] == 0:
         unseen = torch.full_like(lse, float("-inf"))
         return out.zero_(), unseen if sinks is None else unseen.copy_(sinks[:, None])

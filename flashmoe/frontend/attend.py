@@ -24,6 +24,7 @@ from flashmoe.spec import shapes
 from flashmoe.spec.call import DENSE, NO_TERMS, Call, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
+from flashmoe.spec.terms import as_kernels_take
 from flashmoe.tiles import Tile
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor | None]
@@ -61,27 +62,6 @@ def window_of(causal: bool, window_size: object) -> tuple[int, int]:
     """A window that has a hash, of whatever users give."""
     mask = mask_of(causal, window_size)
     return mask.left, mask.right
-
-
-def terms_of(
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_p: float = 0.0,
-    rng_state: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-) -> Terms:
-    """As users give them: not validated, and sinks of any dtype. Without any, NO_TERMS itself."""
-    if (
-        softcap == 0.0
-        and alibi_slopes is None
-        and sinks is None
-        and dropout_p == 0.0
-        and rng_state is None
-        and attn_mask is None
-    ):
-        return NO_TERMS
-    return Terms(softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask)
 
 
 def new_rng_state(device: torch.device) -> Tensor:
@@ -155,7 +135,7 @@ def attend(
             asked,
         )
         if not plain_terms:
-            key = (key, terms.softcap, terms.dropout_p, sequences[6:], *kinds)
+            key = (key, terms.numbers, sequences[6:], *kinds)
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
         _validated(q, k, v, asked, terms, sequences)
@@ -208,18 +188,9 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
 
 
 def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequences]:
-    """In the dtypes and strides that spec/call.py says. Differentiable in sinks and attn_mask."""
-    softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask = terms
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.contiguous()
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
-    if attn_mask is not None and attn_mask.dim() < 4:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    """In the dtypes and strides that flashmoe/spec says."""
     if terms is not NO_TERMS:
-        if rng_state is not None:
-            rng_state = rng_state.contiguous()
-        terms = Terms(float(softcap), alibi_slopes, sinks, float(dropout_p), rng_state, attn_mask)
+        terms = as_kernels_take(terms)
     if sequences is not DENSE:
         lengths = (None if x is None else x.contiguous() for x in sequences[:6])
         sequences = Sequences._make((*lengths, *sequences[6:]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashmoe.frontend.attend import Asked, attend, attend_dropping, terms_of, window_of
+from flashmoe.frontend.attend import Asked, attend, attend_dropping, window_of
 from flashmoe.frontend.validation import unpacked
+from flashmoe.spec.terms import terms_of
 from flashmoe.tiles import Tile
 
 

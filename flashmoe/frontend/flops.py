@@ -43,7 +43,7 @@ def _flops(call: Call, of_q: int, of_v: int) -> int:
     get_raw=True,
 )
 def forward_flops(*arguments: Any, out_val: Any = None, **named: Any) -> int:
-    return _flops(Arguments(*arguments, **named).call, 1, 1)
+    return _flops(Arguments.of(*arguments, **named).call, 1, 1)
 
 
 @register_flop_formula([_ops.attention_backward, _ops.attention_packed_backward], get_raw=True)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from flashmoe.frontend import ops
 from flashmoe.frontend.append import append, room_of, validate_new, validate_rotary
-from flashmoe.frontend.attend import Asked, attend, is_plain, terms_of, window_of
+from flashmoe.frontend.attend import Asked, attend, is_plain, window_of
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.frontend.varlen import longest_of, written_to
 from flashmoe.spec.call import Sequences
+from flashmoe.spec.terms import terms_of
 from flashmoe.tiles import Tile
 
 

@@ -23,7 +23,7 @@ from flashmoe.frontend.gradients import (
 from flashmoe.frontend.lengths import check_lengths
 from flashmoe.planning.plan import planned
 from flashmoe.spec import shapes
-from flashmoe.spec.call import Call, Saved, Sequences, Terms
+from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 
@@ -36,8 +36,9 @@ _library = torch.library.Library("flashmoe", "FRAGMENT")  # type: ignore[no-unty
 
 
 class Arguments(NamedTuple):
-    """Those of the ops `attention`, `attention_packed` and `attention_split`, which have the first
-    15, the first 23, and all."""
+    """Those of the ops: what `attention` has, then the fields of Terms, which it has as well, those
+    of Sequences, which `attention_packed` has as well, and num_splits, which is
+    `attention_split`'s."""
 
     q: Tensor
     k: Tensor
@@ -48,46 +49,47 @@ class Arguments(NamedTuple):
     backend: str
     tile: str
     deterministic: bool = False
-    softcap: float = 0.0
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    dropout_p: float = 0.0
-    rng_state: Tensor | None = None
-    attn_mask: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    seqused_k: Tensor | None = None
-    leftpad_k: Tensor | None = None
-    cache_batch_idx: Tensor | None = None
-    block_table: Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
+    terms: Terms = NO_TERMS
+    sequences: Sequences = DENSE
     num_splits: int = 0
+
+    @classmethod
+    def of(cls, *given: Any) -> Arguments:
+        """Of an op's arguments, one behind the other."""
+        return cls(*given[:_OWN])._replace(
+            terms=Terms(*given[_OWN:_TERMS_END]),
+            sequences=Sequences(*given[_TERMS_END:_SEQUENCES_END]),
+            num_splits=given[_SEQUENCES_END] if len(given) > _SEQUENCES_END else 0,
+        )
 
     @property
     def call(self) -> Call:
-        return Call(*self[:4], Terms(*self[9:15]), Sequences(*self[15:23]))
+        return Call(*self[:4], self.terms, self.sequences)
 
     @property
     def mask(self) -> Mask:
         return Mask(self.window_left, self.window_right)
 
 
-# Where the op's arguments have what gets a gradient beside q, k and v.
-_SINKS = Arguments._fields.index("sinks")
-_MASK = Arguments._fields.index("attn_mask")
+# Where in an op's arguments its own end, and those of Terms and Sequences.
+_OWN = Arguments._fields.index("terms")
+_TERMS_END = _OWN + len(Terms._fields)
+_SEQUENCES_END = _TERMS_END + len(Sequences._fields)
+# Where they have what gets a gradient beside q, k and v.
+_SINKS = _OWN + Terms._fields.index("sinks")
+_MASK = _OWN + Terms._fields.index("attn_mask")
 # From here on they are those of the backward's op, too.
 _SHARED = Arguments._fields.index("deterministic")
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _run(Arguments(*arguments), need_lse=True)
+    out, lse = _run(Arguments.of(*arguments), need_lse=True)
     assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
     return out, lse
 
 
 def _attention_without_lse(*arguments: Any) -> Tensor:
-    return _run(Arguments(*arguments), need_lse=False)[0]
+    return _run(Arguments.of(*arguments), need_lse=False)[0]
 
 
 def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -116,8 +118,8 @@ def saved_call(
     *shared: Any,
 ) -> tuple[Arguments, Saved]:
     """What the backward ops are given."""
-    arguments = Arguments(q, k, v, softmax_scale, window_left, window_right, backend, "", *shared)
-    return arguments, Saved(dout, out, softmax_lse, dlse)
+    own = q, k, v, softmax_scale, window_left, window_right, backend, ""
+    return Arguments.of(*own, *shared), Saved(dout, out, softmax_lse, dlse)
 
 
 def _attention_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,15 +135,18 @@ def _attention_mask_backward(*given: Any) -> Tensor:
     return mask_gradient(arguments.call, saved, arguments.mask)
 
 
-_TERMS = (
-    "bool deterministic=False, float softcap=0.0, Tensor? alibi_slopes=None, "
-    "Tensor? sinks=None, float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None"
-)
-_SEQUENCES = (
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "
-    "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, "
-    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
-)
+_TYPES = {"NoneType": "Tensor?", "float": "float", "int": "SymInt"}
+
+
+def _arguments_of(fields: tuple[object, ...]) -> str:
+    """The fields of Terms or Sequences, by their defaults."""
+    names = type(fields)._fields  # type: ignore[attr-defined]
+    given = zip(names, fields, strict=True)
+    return ", ".join(f"{_TYPES[type(x).__name__]} {name}={x}" for name, x in given)
+
+
+_TERMS = f"bool deterministic=False, {_arguments_of(NO_TERMS)}"
+_SEQUENCES = _arguments_of(DENSE)
 _FORWARD = (
     "Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right, "
     f"str backend, str tile, {_TERMS}"
@@ -167,12 +172,11 @@ for _schema in (
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
 
 attention = torch.ops.flashmoe.attention.default
-"""(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False,
-softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None, attn_mask=None) -> out,
-softmax_lse; differentiable in q, k, v, sinks and attn_mask. The plan is made at run time, by the
-first call for a problem, so a compiled graph follows the tuned database. Empty `backend` and `tile`
-do not override. With `deterministic` the gradients are the same bits every time. Terms as
-spec/call.py says."""
+"""(q, k, v, softmax_scale, window_left, window_right, backend, tile, deterministic=False, then the
+fields of Terms by their names) -> out, softmax_lse; differentiable in q, k, v, sinks and attn_mask.
+The plan is made at run time, by the first call for a problem, so a compiled graph follows the tuned
+database. Empty `backend` and `tile` do not override. With `deterministic` the gradients are the
+same bits every time."""
 
 attention_without_lse = torch.ops.flashmoe.attention_without_lse.default
 """out alone, so that backends that do not return softmax_lse may run; `attention` where a gradient
@@ -180,9 +184,8 @@ is asked for."""
 
 attention_backward = torch.ops.flashmoe.attention_backward.default
 """(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right, backend,
-deterministic=False, softcap=0.0, alibi_slopes=None, sinks=None, dropout_p=0.0, rng_state=None,
-attn_mask=None) -> dq, dk, dv, contiguous, shaped and typed as q, k, v. dlse, the gradient of
-softmax_lse, may be None. Not differentiable."""
+deterministic=False, then the fields of Terms) -> dq, dk, dv, contiguous, shaped and typed as q, k,
+v. dlse, the gradient of softmax_lse, may be None. Not differentiable."""
 
 attention_mask_backward = torch.ops.flashmoe.attention_mask_backward.default
 """Of the same arguments the gradient of attn_mask, shaped and typed as it is."""
@@ -220,8 +223,8 @@ def _fake_attention_without_lse(q: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_attention_mask_backward(*arguments: Any) -> Tensor:
-    mask = arguments[-1]
-    assert isinstance(mask, Tensor), "attn_mask"
+    mask = _saved_call(*arguments)[0].terms.attn_mask
+    assert mask is not None, "attn_mask"
     return mask.new_empty(mask.shape)
 
 
@@ -279,20 +282,18 @@ class _Attention(torch.autograd.Function):
         if dout is not None or dlse is not None:
             out, lse, *tensors = ctx.saved_tensors
             given = iter(tensors)
-            arguments = Arguments(
-                *(
-                    next(given) if is_tensor else x
-                    for is_tensor, x in zip(ctx.are_tensors, ctx.others, strict=True)
-                )
+            arguments = tuple(
+                next(given) if is_tensor else x
+                for is_tensor, x in zip(ctx.are_tensors, ctx.others, strict=True)
             )
             saved = saved_of(dout, out, lse, dlse)
             of_op = (
                 *(saved.dout, *arguments[:3], *saved[1:], *arguments[3:7]),
-                *arguments[_SHARED : len(ctx.others)],
+                *arguments[_SHARED:],
             )
             gradients[:3] = ctx.op(*of_op)
             if len(gradients) > _SINKS and ctx.needs_input_grad[3 + _SINKS]:
-                gradients[_SINKS] = sinks_gradient(arguments.call, saved)
+                gradients[_SINKS] = sinks_gradient(Arguments.of(*arguments).call, saved)
             if len(gradients) > _MASK and ctx.needs_input_grad[3 + _MASK]:
                 gradients[_MASK] = attention_mask_backward(*of_op)
         return None, None, None, *gradients
@@ -319,7 +320,7 @@ def _forward_autograd(
     def autograd(keyset: Any, *arguments: Any) -> Any:
         if not _wants_gradient(*arguments):
             return _below_autograd(op, keyset, *arguments)
-        call = Arguments(*arguments).call
+        call = Arguments.of(*arguments).call
         refuse_gradients(call.terms, call.sequences)
         found = _Attention.apply(forward, backward, keyset, *arguments)  # type: ignore[no-untyped-call]
         return found if op is forward else found[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,20 +11,8 @@ from flashmoe.frontend.lengths import validate_lengths
 from flashmoe.spec.call import DENSE, NO_TERMS, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
+from flashmoe.spec.terms import NORMAL, check_number, check_terms, is_normal
 from flashmoe.tiles import Tile
-
-# Kernels take softmax_scale as float32, below whose smallest normal number it may become 0, and
-# multiply it by log2(e), 1.44.
-_MIN_SCALE, _MAX_SCALE = torch.finfo(torch.float32).tiny, 2.3e38
-
-
-def is_normal(scale: float | numbers.Real) -> bool:
-    """Whether scale, and scale * log2(e), is positive and a normal number in float32."""
-    try:
-        # float, because NumPy compares in the precision of its own side.
-        return _MIN_SCALE <= float(scale) <= _MAX_SCALE
-    except OverflowError:
-        return False
 
 
 def mask_of(causal: bool, window_size: object) -> Mask:
@@ -126,16 +112,14 @@ def validate(
         )
     if terms is not NO_TERMS:
         cu_seqlens_q = sequences.cu_seqlens_q
-        _validate_terms(terms, q, q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
+        check_terms(terms, q, q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
         if terms.attn_mask is not None:
             _validate_mask(terms.attn_mask, q, k, sequences)
     if softmax_scale is None:
         return float(head_dim**-0.5)
-    _validate_number("softmax_scale", softmax_scale)
+    check_number("softmax_scale", softmax_scale)
     if not is_normal(softmax_scale):
-        raise ValueError(
-            f"softmax_scale must be from {_MIN_SCALE:.3g} to {_MAX_SCALE:.3g}, got {softmax_scale}"
-        )
+        raise ValueError(f"softmax_scale must be {NORMAL}, got {softmax_scale}")
     return float(softmax_scale)
 
 
@@ -156,52 +140,6 @@ def _validate_dimensions(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) 
             )
 
 
-def _validate_terms(terms: Terms, q: Tensor, batch: int) -> None:
-    softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask = terms
-    _validate_number("softcap", softcap)
-    if softcap != 0 and not is_normal(softcap):
-        raise ValueError(
-            f"softcap must be 0 for none, or from {_MIN_SCALE:.3g} to {_MAX_SCALE:.3g}, "
-            f"got {softcap}"
-        )
-    _validate_number("dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be from 0 to less than 1, got {dropout_p}")
-    if rng_state is not None and dropout_p == 0:
-        raise ValueError("rng_state must be None without dropout_p")
-    tensors = (
-        ("alibi_slopes", alibi_slopes),
-        ("sinks", sinks),
-        ("rng_state", rng_state),
-        ("attn_mask", attn_mask),
-    )
-    for name, x in tensors:
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    heads = q.shape[-2]
-    if alibi_slopes is not None:
-        if alibi_slopes.dtype != torch.float32:
-            raise TypeError(f"alibi_slopes must be float32, got {alibi_slopes.dtype}")
-        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-            raise ValueError(
-                f"alibi_slopes must be (heads={heads},) or (batch={batch}, heads={heads}), "
-                f"got shape {tuple(alibi_slopes.shape)}"
-            )
-    if rng_state is not None and (rng_state.dtype, rng_state.shape) != (torch.int64, (2,)):
-        raise TypeError(
-            f"rng_state must be (2,) int64, got {rng_state.dtype} of shape {tuple(rng_state.shape)}"
-        )
-    if sinks is not None:
-        if not sinks.is_floating_point():
-            raise TypeError(f"sinks must be of a floating-point dtype, got {sinks.dtype}")
-        if tuple(sinks.shape) != (heads,):
-            raise ValueError(f"sinks must be (heads={heads},), got shape {tuple(sinks.shape)}")
-
-
 def _validate_mask(attn_mask: Tensor, q: Tensor, k: Tensor, sequences: Sequences) -> None:
     if sequences is not DENSE:
         raise NotImplementedError("attn_mask must be None for packed sequences and caches")
@@ -218,8 +156,3 @@ def _validate_mask(attn_mask: Tensor, q: Tensor, k: Tensor, sequences: Sequences
             "attn_mask must broadcast to (batch, heads_q, seqlen_q, seqlen_kv), here "
             f"{full}, got shape {shape}"
         )
-
-
-def _validate_number(name: str, value: object) -> None:
-    if not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -12,11 +12,11 @@ from flashmoe.frontend.attend import (
     Result,
     attend,
     attend_dropping,
-    terms_of,
     window_of,
 )
 from flashmoe.frontend.validation import unpacked
 from flashmoe.spec.call import Sequences
+from flashmoe.spec.terms import terms_of
 from flashmoe.tiles import Tile
 
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashmoe.frontend import ops
-from flashmoe.frontend.attend import Asked, attend, attend_dropping, new_rng_state, terms_of
+from flashmoe.frontend.attend import Asked, attend, attend_dropping, new_rng_state
 from flashmoe.frontend.varlen import packed_sequences
 from flashmoe.spec.call import DENSE
+from flashmoe.spec.terms import terms_of
 
 
 @torch.no_grad()

@@ -4,39 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from flashmoe.spec.terms import NO_TERMS, Terms
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-class Terms(NamedTuple):
-    """What is done to scores besides scaling and masking (csrc/common/terms.h)."""
-
-    softcap: float = 0.0
-    alibi_slopes: Tensor | None = None  # (heads_q,) or (batch, heads_q), float32, contiguous
-    sinks: Tensor | None = None  # (heads_q,), float32, contiguous
-    # The probability that a weight becomes 0; the others are divided by 1 - dropout_p. Which ones,
-    # rng_state says: (2,), int64, contiguous, seed and offset (spec/dropout.py).
-    dropout_p: float = 0.0
-    rng_state: Tensor | None = None
-    # (batch, heads_q, seqlen_q, seqlen_kv) or 1 in the place of any of them, with any strides:
-    # bool, True where a query sees a key, or float32 or of q's dtype, which is added to scores.
-    attn_mask: Tensor | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Those that there are, by their names in spec/problem.py."""
-        present = {
-            "softcap": self.softcap != 0.0,
-            "alibi": self.alibi_slopes is not None,
-            "sink": self.sinks is not None,
-            "dropout": self.dropout_p != 0.0,
-            "mask": self.attn_mask is not None,
-        }
-        return tuple(name for name, is_present in present.items() if is_present)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.alibi_slopes, self.sinks, self.rng_state, self.attn_mask
+__all__ = ["DENSE", "NO_TERMS", "Call", "Saved", "Sequences", "Terms"]
 
 
 class Sequences(NamedTuple):
@@ -62,7 +35,6 @@ class Sequences(NamedTuple):
         return keys if self.cu_seqlens_q is None else f"packed-{keys}"
 
 
-NO_TERMS = Terms()
 DENSE = Sequences()
 
 

@@ -63,7 +63,7 @@ def kept_weights(
     columns: tuple[int, int],
 ) -> Tensor:
     """(batch, heads, rows, columns), bool: which weights of the rows from the first to before the
-    second number, and of such columns, stay. rng_state is that of spec/call.py, Terms."""
+    second number, and of such columns, stay. rng_state is that of spec/terms.py."""
     import torch
 
     device = rng_state.device

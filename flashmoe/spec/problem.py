@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.spec.mask import FULL, Mask, causal_if
+from flashmoe.spec.terms import TERMS as TERMS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DIRECTIONS = ("fwd", "bwd")
-# What may be done to scores besides scaling and masking (spec/call.py, Terms).
-TERMS = ("softcap", "alibi", "sink", "dropout", "mask")
 # How sequences lie in memory: one by one; one behind the other; or keys in a cache, whose lengths
 # are read on the device, dense or in pages, and queries either way.
 LAYOUTS = ("dense", "packed", "cache", "paged", "packed-cache", "packed-paged")

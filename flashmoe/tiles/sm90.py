@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles.fields import axes, bounds
 
 if TYPE_CHECKING:
     from flashmoe.machine.device import Arch
@@ -58,13 +59,13 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield "the sm90 kernel has no backward"
     if problem.dtype not in ("float16", "bfloat16"):
         yield f"dtype must be float16 or bfloat16 for the sm90 kernel, got {problem.dtype}"
-    ranges = {"num_stages": (1, 4), "q_stages": (1, 2), "exp2_fma": (0, 8), "ctas_per_sm": (1, 2)}
     bounded = True
-    for name, (low, high) in ranges.items():
+    for name in ("num_stages", "q_stages", "exp2_fma", "ctas_per_sm"):
+        low, high = bounds("sm90", name)
         if not low <= getattr(tile, name) <= high:
             bounded = False
             yield f"{name} must be from {low} to {high}, got {getattr(tile, name)}"
-    if tile.block_m not in (64, 128, 192, 256):
+    if tile.block_m not in axes("sm90")["block_m"]:
         bounded = False
         yield f"block_m must be 64, 128, 192 or 256, got {tile.block_m}"
     elif tile.pingpong and tile.block_m == 64:
@@ -74,7 +75,7 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
             f"serial needs one buffer of Q or block_m 256, got q_stages {tile.q_stages} and "
             f"block_m {tile.block_m}"
         )
-    if tile.block_n % 16 or not 32 <= tile.block_n <= 256:
+    if tile.block_n not in axes("sm90")["block_n"]:
         bounded = False
         yield f"block_n must be a multiple of 16 from 32 to 256, got {tile.block_n}"
     if not bounded:

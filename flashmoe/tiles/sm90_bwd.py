@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles.fields import bounds
 
 if TYPE_CHECKING:
     from flashmoe.machine.device import Arch
@@ -45,13 +46,10 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     block_n = 128 if head_dim <= 128 else 64
     if tile.block_n != block_n:
         yield f"block_n must be {block_n} at head_dim {head_dim}, got {tile.block_n}"
-    most_ds = 2 if head_dim <= 128 else 1
-    ranges = {
-        "num_stages": (2, 4),
-        "do_stages": (1, 4),
-        "ds_stages": (1, most_ds),
-    }
-    for name, (low, high) in ranges.items():
+    for name in ("num_stages", "do_stages", "ds_stages"):
+        low, high = bounds("sm90_bwd", name)
+        if name == "ds_stages" and head_dim > 128:
+            high = 1
         if not low <= getattr(tile, name) <= high:
             yield f"{name} must be from {low} to {high}, got {getattr(tile, name)}"
     if tile.late_dq and tile.ds_stages != 2:

@@ -1,12 +1,15 @@
-"""What a CUDA kernel is compiled for besides the plain dense call. csrc/common/variant.h says the
-same in C++."""
+"""What a CUDA kernel is compiled for besides the plain dense call. csrc/common/variant.h has the
+same fields (a test compares them). It imports nothing of flashmoe, because csrc/build_config.py
+reads it where nothing is installed yet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from flashmoe.spec.problem import Problem
+if TYPE_CHECKING:
+    from flashmoe.spec.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +47,22 @@ class Variant:
 
 
 PLAIN = Variant()
+
+# The fields that are true or false, as C++ has them.
+FLAGS = tuple(field.name for field in fields(Variant) if field.default is False)
+# By family, those that a kernel may be compiled with: words behind the columns of a line in
+# csrc/instances.
+COMPILED: dict[str, tuple[str, ...]] = {
+    "decode": (),  # every kernel of it has them all
+    "sm80": (),
+    "sm90": ("local", "softcap", "alibi", "sink", "dropout", "mask", "packed"),
+    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "dropout", "whole", "packed"),
+}
+# Those that a general kernel, of which some head dimensions have one, decides at run time. All
+# others have what their line names, and no more.
+RUNTIME = {"sm80": ("local", "softcap", "alibi", "sink", "dropout")}
+
+
+def initializer(names: Iterable[str]) -> str:
+    """Of a C++ Variant with these fields."""
+    return "{" + ", ".join(f".{name} = true" for name in names) + "}"

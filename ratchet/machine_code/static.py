@@ -19,6 +19,7 @@ from flashmoe.ratchet.machine_code.cubins import INSTRUCTIONS, Kernel, demangled
 from flashmoe.ratchet.results.fields import get
 from flashmoe.tiles import (
     Tile,
+    columns,
     decode_smem_bytes,
     sm80_smem_bytes,
     sm90_bwd_smem_bytes,
@@ -31,20 +32,15 @@ FAIL, CHANGED, IMPROVED, INTEGRITY = "FAIL", "CHANGED", "IMPROVED", "INTEGRITY"
 _ORDER = (FAIL, INTEGRITY, CHANGED, IMPROVED)
 _TENSOR_CORES = ("HGMMA", "HMMA")
 _MOST_ROWS = 200
-# How a symbol spells its tile: head_dim, then these fields (csrc/build_config.py), then others, and
+# How a symbol spells its tile: head_dim, then its family's columns (flashmoe/tiles/fields.py), and
 # what its variant is for.
-_TILES = {
-    "sm80": (re.compile(r"Sm80TileI((?:Li\d+E)+)E"), ("block_m", "block_n", "num_stages")),
-    "sm90": (
-        re.compile(r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*__"),
-        ("block_m", "block_n", "num_stages", "q_stages"),
-    ),
-    "sm90_bwd": (
-        re.compile(r"bwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*_attention_backward__"),
-        ("block_m", "block_n", "num_stages", "do_stages", "ds_stages"),
-    ),
-    "decode": (re.compile(r"DecodeTileI((?:Li\d+E)+)E"), ("block_m", "block_n", "num_stages")),
+_SYMBOLS = {
+    "sm80": r"Sm80TileI((?:Li\d+E)+)E",
+    "sm90": r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*__",
+    "sm90_bwd": r"bwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*_attention_backward__",
+    "decode": r"DecodeTileI((?:Li\d+E)+)E",
 }
+_TILES = {kernel: (re.compile(text), columns(kernel)) for kernel, text in _SYMBOLS.items()}
 _SMEM_BYTES = {
     "sm80": sm80_smem_bytes,
     "sm90": sm90_smem_bytes,

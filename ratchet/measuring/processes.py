@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashmoe.measure.processes import signal_name
 from flashmoe.ratchet.errors import UserError
 
 Answer = dict[str, Any]
@@ -85,7 +85,7 @@ class Process:
         if self.silent:
             how = f"said nothing for {_SILENCE:.0f} seconds"
         elif code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
+            how = f"was killed by {signal_name(-code)}"
         else:
             how = f"ended with exit code {code}"
         return how + (f": {lines[-1].strip()}" if lines else "")

@@ -12,7 +12,6 @@ from autotune_simulated import PROBLEM
 
 from flashmoe.autotune.cli.apply import winning_lines, with_first
 from flashmoe.autotune.cli.dispatch import main
-from flashmoe.autotune.report.instances import COLUMNS
 from flashmoe.machine.device import cpu_name
 from flashmoe.measure.fingerprint import kernel_hash
 from flashmoe.planning import database
@@ -157,15 +156,6 @@ def test_a_tile_that_is_not_listed_is_added() -> None:
     more = with_first(INSTANCES, {256: ["256 64 128 1 4"]})
     assert "256 64 128 1 4\n256 64 32 1 4\n" in more
     assert with_first(INSTANCES, {32: ["32 64 128 1 4"]}).endswith("256 64 32 1 4\n32 64 128 1 4\n")
-
-
-@pytest.mark.parametrize(
-    ("name", "kernel"), [*((kernel, kernel) for kernel in COLUMNS), ("covering", "sm90")]
-)
-def test_the_columns_are_those_of_the_lists(name: str, kernel: str) -> None:
-    path = Path(__file__).parents[2] / "csrc" / "instances" / f"{name}.txt"
-    heads = [text for text in path.read_text().splitlines() if text.startswith("# head_dim")]
-    assert heads == [" ".join(("# head_dim", *COLUMNS[kernel]))]
 
 
 def test_the_tile_that_won_most_problems_comes_first() -> None:

@@ -438,7 +438,7 @@ constexpr Variant DETERMINISTIC_PACKED{.deterministic = true, .packed = true},
                .dropout = true,
                .packed = true};
 
-// head_dim, block_m, block_n, q_stages, do_stages, ds_stages, late_dq
+// head_dim, block_m, block_n, num_stages, do_stages, ds_stages, late_dq
 const Instance INSTANCES[] = {
     instance<{64, 128, 128, 2, 2, 2, false}>("64:128x128-q2-do2-ds2"),
     instance<{64, 128, 128, 3, 3, 2, true}>("64:128x128-q3-do3-ds2-late"),

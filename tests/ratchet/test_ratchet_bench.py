@@ -113,6 +113,7 @@ def test_an_exit_within_a_case_costs_that_case(tmp_path: Path) -> None:
     [
         ("os._exit(3)", "ended with exit code 3"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("os.kill(os.getpid(), 40)", "was killed by signal 40"),
         ("print('{\"event\": \"ca', end='', flush=True); os._exit(3)", "ended with exit code 3"),
     ],
 )

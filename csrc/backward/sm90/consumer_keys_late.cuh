@@ -18,7 +18,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
   typename C::Scores S_rmem, dP_rmem;
   typename C::Operand P_rmem, dS_rmem;
   typename C::PartOfDQ dQ_rmem;
-  Ring<TILE.q_stages> q_ring, q_ring_ahead;
+  Ring<TILE.num_stages> q_ring, q_ring_ahead;
   Ring<TILE.do_stages> do_ring;
   Ring<TILE.ds_stages> ds_ring, dq_ring;
 #pragma unroll

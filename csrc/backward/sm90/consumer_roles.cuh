@@ -62,7 +62,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
     typename C::Scores S_rmem;
     typename C::Operand P_rmem;
     typename C::PartOfDQ dQ_rmem;
-    Ring<TILE.q_stages> q_ring;
+    Ring<TILE.num_stages> q_ring;
     Ring<TILE.do_stages> do_ring;
     const Dropout dropout = this->dropout();
 #pragma unroll
@@ -129,7 +129,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
     typename C::Scores P_rmem, dP_rmem;
     typename C::Operand dS_rmem;
     typename C::PartOfDQ dQ_rmem;
-    Ring<TILE.q_stages> q_ring;
+    Ring<TILE.num_stages> q_ring;
     Ring<TILE.do_stages> do_ring;
 #pragma unroll
     for (int i = 0; i < TILE.head_dim / 2; ++i) dK_rmem[i] = 0.f;

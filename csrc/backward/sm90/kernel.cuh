@@ -30,7 +30,7 @@ __device__ __forceinline__ void attention_backward(const Sm90BackwardParams& par
     ptx::prefetch_tensormap(&params.stats_rows);
     ptx::mbarrier_init(smem.full_K, 1);
     ptx::mbarrier_init(smem.full_V, 1);
-    for (int s = 0; s < TILE.q_stages; ++s) {
+    for (int s = 0; s < TILE.num_stages; ++s) {
       ptx::mbarrier_init(smem.full_Q + 8 * s, 1);
       ptx::mbarrier_init(smem.empty_Q + 8 * s, 4 * TILE.CONSUMERS);
     }

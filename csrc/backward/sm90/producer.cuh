@@ -23,7 +23,7 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
     }
   };
   // A buffer that was never filled counts as released: the phase before the first has parity 1.
-  Ring<TILE.q_stages> q_ring;
+  Ring<TILE.num_stages> q_ring;
   Ring<TILE.do_stages> do_ring;
   const int group = p.heads_q / p.heads_kv;
   bool first = true;

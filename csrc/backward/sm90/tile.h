@@ -10,13 +10,13 @@
 namespace flashmoe {
 
 struct Sm90BackwardTile {
-  int head_dim;   // 64, 96, 128 or 256
-  int block_m;    // queries a step: 128 at head_dim 64, otherwise 64
-  int block_n;    // keys of a thread block: 64 for each of two warpgroups, at head_dim 256 for both
-  int q_stages;   // buffers of Q, and of its rows' statistics
-  int do_stages;  // buffers of dO
-  int ds_stages;  // buffers of dS: one more saves a barrier a step
-  bool late_dq;   // dQ is computed a step late, so that warpgroups need not keep step
+  int head_dim;  // 64, 96, 128 or 256
+  int block_m;   // queries a step: 128 at head_dim 64, otherwise 64
+  int block_n;   // keys of a thread block: 64 for each of two warpgroups, at head_dim 256 for both
+  int num_stages;  // buffers of Q, and of its rows' statistics
+  int do_stages;   // buffers of dO
+  int ds_stages;   // buffers of dS: one more saves a barrier a step
+  bool late_dq;    // dQ is computed a step late, so that warpgroups need not keep step
 
   static constexpr int CONSUMERS = 2;
   constexpr int num_threads() const { return 128 * (CONSUMERS + 1); }
@@ -30,8 +30,8 @@ struct Sm90BackwardTile {
   constexpr int p_bytes() const { return by_roles() ? block_m * block_n * 2 : 0; }
   // 256 for the mbarriers, and what deterministic kernels keep beside them.
   constexpr int smem_bytes() const {
-    return 256 + 2 * kv_bytes() + (q_stages + do_stages) * q_bytes() + ds_stages * ds_bytes() +
-           p_bytes() + q_stages * stats_bytes();
+    return 256 + 2 * kv_bytes() + (num_stages + do_stages) * q_bytes() + ds_stages * ds_bytes() +
+           p_bytes() + num_stages * stats_bytes();
   }
   // A block's dQ is computed in parts: 64 rows where it has 128, otherwise 64 columns.
   constexpr bool dq_by_rows() const { return block_m == 128; }
@@ -53,7 +53,7 @@ struct LegalSm90BackwardTile {
                 "block_m: 128 at head_dim 64, otherwise 64");
   static_assert(TILE.block_n == (TILE.head_dim <= 128 ? 128 : 64),
                 "block_n: 128, at head_dim 256 64");
-  static_assert(TILE.q_stages >= 2 && TILE.q_stages <= 4, "q_stages: 2 to 4");
+  static_assert(TILE.num_stages >= 2 && TILE.num_stages <= 4, "num_stages: 2 to 4");
   static_assert(TILE.do_stages >= 1 && TILE.do_stages <= 4, "do_stages: 1 to 4");
   static_assert(TILE.ds_stages >= 1 && TILE.ds_stages <= (TILE.by_roles() ? 1 : 2),
                 "ds_stages: 1 or 2, at head_dim 256 1");

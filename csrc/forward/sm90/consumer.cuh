@@ -181,7 +181,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     if (!TILE.stages_output() && (TILE.q_in_registers ? first : last)) {
       release(smem.empty_Q + 8 * q_buffer());
     }
-    if constexpr (VARIANT.softcap || VARIANT.alibi) {
+    if constexpr (VARIANT.changes_scores()) {
       Work work{};
       if constexpr (VARIANT.alibi) work = read_work<VARIANT>(smem, work_ring.stage());
       const int row = work.m_start + w * 64 + warp * 16 + lane / 4;
