@@ -58,6 +58,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(found[0]))
     library.flashmoe_build_info.restype = ctypes.c_char_p
     library.flashmoe_load_kernel.restype = ctypes.c_longlong
+    library.flashmoe_training_plan.restype = ctypes.c_double
     return library
 
 
@@ -119,6 +120,26 @@ def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, variant: Va
     if handle < 0:
         raise RuntimeError(f"loading {tile} for head_dim {head_dim}: {error.value.decode()}")
     return handle
+
+
+def register_node() -> bool:
+    """Bring the kernels of torch's overrideable attention; False where this torch lacks what they
+    need. Not twice."""
+    return bool(_library().flashmoe_register_node())
+
+
+def training_plan(
+    window_left: int,
+    window_right: int,
+    forward: int,
+    backward: int,
+    deterministic: bool,
+    backend: str,
+) -> float:
+    """The number of a TrainingPlan (csrc/torch_ops.cpp) of these fields: the same for the same."""
+    array = (ctypes.c_longlong * 4)(window_left, window_right, forward, backward)
+    number: float = _library().flashmoe_training_plan(array, deterministic, backend.encode())
+    return number
 
 
 @functools.cache

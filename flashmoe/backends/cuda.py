@@ -161,9 +161,15 @@ class CudaBackend(Backend):
         compiled = _compiled_handle(tile, problem.head_dim, variant) is not None
         return compiled or not jit.unavailable()
 
+    def handle(self, problem: Problem, tile: Tile | None, deterministic: bool = False) -> int:
+        assert tile is not None, "the cuda backend needs a tile"
+        variant = Variant.of(problem)
+        if problem.direction == "bwd":
+            variant = _backward_variant(tile, problem, deterministic)
+        return _handle(tile, problem.head_dim, problem.dtype, variant)
+
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
-        assert tile is not None, "the cuda forward needs a tile"
-        handle = _handle(tile, problem.head_dim, problem.dtype, Variant.of(problem))
+        handle = self.handle(problem, tile)
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
@@ -193,9 +199,7 @@ class CudaBackend(Backend):
     ) -> RunBackward:
         """dK and dV are the same bits every time. Unless deterministic, dQ is added to by atomics,
         in any order."""
-        assert tile is not None, "the cuda backward needs a tile"
-        variant = _backward_variant(tile, problem, deterministic)
-        handle = _handle(tile, problem.head_dim, problem.dtype, variant)
+        handle = self.handle(problem, tile, deterministic)
         left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
         packed = problem.layout == "packed"
 

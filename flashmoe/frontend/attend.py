@@ -16,6 +16,7 @@ from flashmoe.frontend import ops
 from flashmoe.frontend.eager import EagerAttention, PlainAttention
 from flashmoe.frontend.gradients import Training, refuse_gradients
 from flashmoe.frontend.lengths import check_lengths
+from flashmoe.frontend.node import attention_under_node
 from flashmoe.frontend.probabilities import signed_weights
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.machine.environment import variable
@@ -40,6 +41,7 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _AUTOCAST_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # Looked up once: every call needs them.
+are_deterministic_algorithms_enabled = torch.are_deterministic_algorithms_enabled
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -354,7 +356,15 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     training = Training(problem, like.q.device, *overrides)
     if like.terms is NO_TERMS and like.sequences is DENSE and not asked.return_lse:
         attend_plain: Callable[..., Tensor] = PlainAttention.apply
-        return lambda q, k, v, *_: attend_plain(q, k, v, scale, training)
+
+        def call_plain(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+            number = training.plan_number
+            if not number or are_deterministic_algorithms_enabled() or shapes.recorder is not None:
+                return attend_plain(q, k, v, scale, training)
+            out: Tensor = attention_under_node(q, k, v, None, number, scale=scale)[0]
+            return out
+
+        return call_plain
     attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
