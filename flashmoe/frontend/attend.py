@@ -41,6 +41,7 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _AUTOCAST_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # Looked up once: every call needs them.
+any_autocast_enabled = torch._C._is_any_autocast_enabled
 are_deterministic_algorithms_enabled = torch.are_deterministic_algorithms_enabled
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -109,16 +110,16 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    asked: Asked,
+    asked: tuple[Any, ...],
     terms: Terms = NO_TERMS,
     sequences: Sequences = DENSE,
 ) -> Result:
-    """Attention of what a user gave, with out of v's head_dim."""
-    plain_terms = terms is NO_TERMS and sequences is DENSE
+    """Attention of what a user gave, with out of v's head_dim. `asked` are the fields of Asked, whose
+    making costs a call more than all of its look-ups."""
     by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
     kinds: list[Any] = []
-    if not (plain_terms or by_op):
-        for x in (*terms.tensors, *sequences[:6]):
+    if not by_op and (terms is not NO_TERMS or sequences is not DENSE):
+        for x in sequences[:6] if terms is NO_TERMS else (*terms.tensors, *sequences[:6]):
             if x is None:
                 kinds.append(None)
             elif type(x) in PLAIN:
@@ -128,21 +129,11 @@ def attend(
                 break
     if by_op:
         validate_tensors(q, k, v)
-    # is_cuda, because q.device.type costs a microsecond.
-    device_type = "cuda" if q.is_cuda else "cpu"
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        # As torch does it: float64 is left alone.
-        q, k, v = (
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )
-        if terms.attn_mask is not None and terms.attn_mask.dtype in _AUTOCAST_DTYPES:
-            terms = terms._replace(attn_mask=terms.attn_mask.to(q.dtype))
+    if by_op or any_autocast_enabled():
+        q, k, v, terms = _autocast(q, k, v, terms)
     if by_op:
-        return _attend_op(q, k, v, asked, terms, sequences)
+        return _attend_op(q, k, v, Asked(*asked), terms, sequences)
     try:
-        wants = _wants_gradient(q, k, v, terms)
         key: Any = (
             q.shape,
             k.shape,
@@ -153,22 +144,24 @@ def attend(
             q.device,
             k.device,
             v.device,
-            wants,
+            _wants_gradient(q, k, v, terms),
             asked,
         )
-        if not plain_terms:
+        if kinds and terms is NO_TERMS:
+            key = (key, sequences[6:], *kinds)
+        elif kinds:
             key = (key, terms.softcap, terms.dropout_p, sequences[6:], *kinds)
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
-        _validated(q, k, v, asked, terms, sequences)
+        _validated(q, k, v, Asked(*asked), terms, sequences)
         raise
     if call is None and torch._C._is_tracing():  # whose sizes are tensors, so no key is known
-        return _attend_op(q, k, v, asked, terms, sequences)
+        return _attend_op(q, k, v, Asked(*asked), terms, sequences)
     if shapes.recorder is not None:
-        scale, mask = _validated(q, k, v, asked, terms, sequences)
+        scale, mask = _validated(q, k, v, Asked(*asked), terms, sequences)
         shapes.record(Call(*_padded(q, k, v), scale, terms, sequences), mask)
     if call is None:
-        call = _prepare(q, k, v, asked, terms, sequences)
+        call = _prepare(q, k, v, Asked(*asked), terms, sequences)
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
         _calls[key] = call
@@ -176,7 +169,12 @@ def attend(
 
 
 def attend_dropping(
-    q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences = DENSE
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    asked: tuple[Any, ...],
+    terms: Terms,
+    sequences: Sequences = DENSE,
 ) -> Result:
     """`attend` with dropout, whose state is drawn here unless it is given, and which comes with
     S_dmask where softmax_lse is asked for."""
@@ -186,7 +184,7 @@ def attend_dropping(
     result = attend(q, k, v, asked, terms, sequences)
     if isinstance(result, Tensor):
         return result
-    scale, mask = _validated(q, k, v, asked, terms, sequences)
+    scale, mask = _validated(q, k, v, Asked(*asked), terms, sequences)
     terms, sequences = _as_kernels_take(terms, sequences)
     with torch.no_grad():
         call = Call(q.detach(), k.detach(), v.detach(), scale, terms, sequences)
@@ -201,12 +199,26 @@ def forget_calls() -> None:
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or any(x is not None and x.requires_grad for x in terms.tensors)
-    )
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return terms is not NO_TERMS and any(x is not None and x.requires_grad for x in terms.tensors)
+
+
+def _autocast(
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms
+) -> tuple[Tensor, Tensor, Tensor, Terms]:
+    """In the dtype of autocast, where that is on for q's device."""
+    device_type = "cuda" if q.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        # As torch does it: float64 is left alone.
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (q, k, v)
+        )
+        if terms.attn_mask is not None and terms.attn_mask.dtype in _AUTOCAST_DTYPES:
+            terms = terms._replace(attn_mask=terms.attn_mask.to(q.dtype))
+    return q, k, v, terms
 
 
 def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequences]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashmoe.frontend import ops
 from flashmoe.frontend.append import append, room_of, validate_new, validate_rotary
-from flashmoe.frontend.attend import Asked, attend, is_plain, terms_of, window_of
+from flashmoe.frontend.attend import attend, is_plain, terms_of, window_of
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.frontend.varlen import longest_of, written_to
 from flashmoe.spec.call import Sequences
@@ -121,20 +121,9 @@ def flash_attn_with_kvcache(
     sequences = Sequences(
         cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table, longest
     )
-    asked = Asked(
-        softmax_scale,
-        causal,
-        window_size,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-        return_softmax_lse,
-        backend,
-        tile,
-        num_splits,
-    )
     terms = terms_of(softcap, alibi_slopes, sinks)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
-        scale = validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
-        asked = asked._replace(softmax_scale=scale)
+        validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
         k, v = validate_new(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
         if rotary_cos is not None or rotary_sin is not None:
             validate_rotary(rotary_cos, rotary_sin, q, k_cache, block_table)
@@ -159,6 +148,16 @@ def flash_attn_with_kvcache(
         )
         q = q if rotary_cos is None else rotated
         sequences = sequences._replace(seqused_k=lengths)
+    asked = (
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        return_softmax_lse,
+        backend,
+        tile,
+        num_splits,
+    )
     result = attend(q, k_cache, v_cache, asked, terms, sequences)
     if out is not None:
         result = written_to(out, result)

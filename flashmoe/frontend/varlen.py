@@ -8,7 +8,6 @@ from torch import Tensor
 
 from flashmoe.frontend.attend import (
     PLAIN,
-    Asked,
     Result,
     attend,
     attend_dropping,
@@ -77,7 +76,7 @@ def flash_attn_varlen_func(
     """
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
-    asked = Asked(
+    asked = (
         softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
     )
     sequences = packed_sequences(
