@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ _Call = Callable[[Tensor, Tensor, Tensor, Terms, Sequences], Result]
 # Ready-made calls by everything that a plan and validation depend on. Bounded: a program with
 # endlessly many shapes only loses the head start.
 _calls: dict[Any, _Call] = {}
-_MAX_CALLS = 4096
+MAX_CALLS = 4096
 
 # What holds numbers in memory of its own. A subclass may be anything else.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -106,6 +106,19 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def kinds_of(tensors: Iterable[Tensor | None]) -> list[Any] | None:
+    """What validation depends on, of each; None where one is no ordinary tensor."""
+    kinds: list[Any] = []
+    for x in tensors:
+        if x is None:
+            kinds.append(None)
+        elif type(x) in PLAIN:
+            kinds += x.shape, x.dtype, x.device, x.is_contiguous()
+        else:
+            return None
+    return kinds
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -114,19 +127,13 @@ def attend(
     terms: Terms = NO_TERMS,
     sequences: Sequences = DENSE,
 ) -> Result:
-    """Attention of what a user gave, with out of v's head_dim. `asked` are the fields of Asked, whose
-    making costs a call more than all of its look-ups."""
+    """Attention of what a user gave, with out of v's head_dim. `asked` are the fields of Asked: a
+    tuple with names takes longer to make than any look-up."""
     by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
-    kinds: list[Any] = []
+    kinds: list[Any] | None = []
     if not by_op and (terms is not NO_TERMS or sequences is not DENSE):
-        for x in sequences[:6] if terms is NO_TERMS else (*terms.tensors, *sequences[:6]):
-            if x is None:
-                kinds.append(None)
-            elif type(x) in PLAIN:
-                kinds += x.shape, x.dtype, x.device, x.is_contiguous()
-            else:
-                by_op = True
-                break
+        kinds = kinds_of(sequences[:6] if terms is NO_TERMS else (*terms.tensors, *sequences[:6]))
+        by_op = kinds is None
     if by_op:
         validate_tensors(q, k, v)
     if by_op or any_autocast_enabled():
@@ -162,7 +169,7 @@ def attend(
         shapes.record(Call(*_padded(q, k, v), scale, terms, sequences), mask)
     if call is None:
         call = _prepare(q, k, v, Asked(*asked), terms, sequences)
-        if len(_calls) >= _MAX_CALLS:
+        if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[key] = call
     return call(q, k, v, terms, sequences)

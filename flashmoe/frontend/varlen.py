@@ -76,9 +76,7 @@ def flash_attn_varlen_func(
     """
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
-    asked = (
-        softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
-    )
+    asked = (softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile)
     sequences = packed_sequences(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table
     )
