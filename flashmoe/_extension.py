@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ def load() -> BuildInfo:
         decode_handles,
         info["source_hashes"],
     )
+
+
+def kernel_op(name: str) -> Callable[..., Any]:
+    """The op of that name in csrc/torch_ops.cpp, without the frame of Python that calls it."""
+    load()
+    op: Callable[..., Any] = getattr(torch.ops.flashmoe, name).default._op
+    return op
 
 
 def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:

@@ -20,9 +20,8 @@ _BLOCK_N = (64, 128, 256)
 _MIN_BLOCK_M = 48
 
 
-_extension.load()
-_fwd = torch.ops.flashmoe.fwd_cpu.default
-_fwd_dense = torch.ops.flashmoe.fwd_cpu_dense.default
+_fwd = _extension.kernel_op("fwd_cpu")
+_fwd_dense = _extension.kernel_op("fwd_cpu_dense")
 
 
 class CpuBackend(Backend):

@@ -21,12 +21,11 @@ from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import PLAIN, Tile, Variant, grid, sm90_bwd_head_dim, sm90_head_dim
 
-_extension.load()
-_fwd = torch.ops.flashmoe.fwd_cuda.default
-_fwd_dense = torch.ops.flashmoe.fwd_cuda_dense.default
-_fwd_packed = torch.ops.flashmoe.fwd_cuda_packed.default
-_bwd = torch.ops.flashmoe.bwd_cuda.default
-_bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
+_fwd = _extension.kernel_op("fwd_cuda")
+_fwd_dense = _extension.kernel_op("fwd_cuda_dense")
+_fwd_packed = _extension.kernel_op("fwd_cuda_packed")
+_bwd = _extension.kernel_op("bwd_cuda")
+_bwd_dense = _extension.kernel_op("bwd_cuda_dense")
 
 _FEATURES = frozenset({"window", "packed", *TERMS}) - {"mask"}
 # Of Hopper's kernels: the tiles that are chosen from, and the head dimension of an instance.
@@ -181,13 +180,14 @@ class CudaBackend(Backend):
             return result
 
         def run_packed(call: Call) -> tuple[Tensor, Tensor]:
-            cu_seqlens_q, cu_seqlens_k, used, _, _, _, *longest = call.sequences
-            arguments = (*call[:4], left, right, handle)
+            q, k, v, scale, terms, s = call
             result: tuple[Tensor, Tensor]
-            if used is None and not problem.terms:
-                result = _fwd_packed(*arguments, cu_seqlens_q, cu_seqlens_k, *longest)
+            if s.seqused_k is None and not problem.terms:
+                ends = s.cu_seqlens_q, s.cu_seqlens_k
+                longest = s.max_seqlen_q, s.max_seqlen_k
+                result = _fwd_packed(q, k, v, scale, left, right, handle, *ends, *longest)
             else:
-                result = _fwd(*arguments, *call.terms, *call.sequences)
+                result = _fwd(q, k, v, scale, left, right, handle, *terms, *s)
             return result
 
         if problem.layout == "packed":

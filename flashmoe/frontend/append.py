@@ -11,8 +11,7 @@ from flashmoe import _extension
 from flashmoe.backends import BACKENDS
 from flashmoe.spec.call import Sequences
 
-_extension.load()
-_append_cuda = torch.ops.flashmoe.append_cuda.default
+_append_cuda = _extension.kernel_op("append_cuda")
 _TABLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 

@@ -352,12 +352,12 @@ def _without_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     run: Run = planned(problem, like.q.device, *overrides, asked.num_splits).run
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        return run(Call(q, k, v, scale, terms, sequences))[0]
+        return run(Call._make((q, k, v, scale, terms, sequences)))[0]
 
     def call_with_lse(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
-        out, lse = run(Call(q, k, v, scale, terms, sequences))
+        out, lse = run(Call._make((q, k, v, scale, terms, sequences)))
         assert lse is not None
         return out, lse, None
 
@@ -373,28 +373,31 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     problem, scale = Problem.of_call(like, mask), like.softmax_scale
     overrides = asked.backend, asked.tile, bool(asked.deterministic)
     training = Training(problem, like.q.device, *overrides)
-    if like.terms is NO_TERMS and like.sequences is DENSE and not asked.return_lse:
-        attend_plain: Callable[..., Tensor] = PlainAttention.apply
+    attend_plain: Callable[..., Tensor] = PlainAttention.apply
 
-        def call_plain(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-            number = training.plan_number
-            if not number or are_deterministic_algorithms_enabled() or shapes.recorder is not None:
-                return attend_plain(q, k, v, scale, training)
-            out: Tensor = attention_under_node(q, k, v, None, number, scale=scale)[0]
-            return out
+    def call_under_node(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        number = training.plan_number
+        if not number or are_deterministic_algorithms_enabled() or shapes.recorder is not None:
+            return attend_plain(q, k, v, scale, training)
+        out: Tensor = attention_under_node(q, k, v, None, number, scale=scale)[0]
+        return out
 
-        return call_plain
+    def call_plain(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
+        return attend_plain(q, k, v, scale, training, terms, sequences)
+
     attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
-    def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        given = terms.sinks, terms.attn_mask
-        return attend(q, k, v, scale, training, *given, terms, sequences)[0]
-
-    def call_with_lse(
+    def call(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
         given = terms.sinks, terms.attn_mask
         out, lse = attend(q, k, v, scale, training, *given, terms, sequences)
         return out, lse, None
 
-    return call_with_lse if asked.return_lse else call
+    if asked.return_lse:
+        return call
+    if like.terms.sinks is not None or like.terms.attn_mask is not None:
+        return lambda *arguments: call(*arguments)[0]
+    if like.terms is NO_TERMS and like.sequences is DENSE:
+        return call_under_node
+    return call_plain

@@ -130,9 +130,8 @@ def flash_attn_with_kvcache(
         )
     elif max_seqlen_q is not None:
         raise ValueError("max_seqlen_q must be None without cu_seqlens_q")
-    sequences = Sequences(
-        cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table, longest
-    )
+    where = cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table
+    sequences = Sequences._make((*where, longest, 0))
     terms = terms_of(softcap, alibi_slopes, sinks)
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         new = k, v, rotary_cos, rotary_sin, cu_seqlens_k_new
