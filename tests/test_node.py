@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from flashmoe import _extension, flash_attn_func
+from flashmoe import _extension, flash_attn_func, flash_attn_varlen_func
 from flashmoe.api import forget_plans
+from flashmoe.backends import BACKENDS
 from flashmoe.frontend import node
 from flashmoe.frontend.gradients import Training
 
@@ -90,6 +91,33 @@ def test_gradients_are_those_without_the_node(
         assert is_under_node(out) == bool(number)
     for with_node, without in zip(*results, strict=True):
         torch.testing.assert_close(with_node, without)
+
+
+def test_the_second_step_is_under_the_node_where_there_are_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "handle", lambda *_: BLOCK_M, raising=False)
+    monkeypatch.setattr(BACKENDS["blocked"], "handle", lambda *_: -1, raising=False)
+    q, k, v = leaves((1, 5, 2, 8))
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+    calls = (
+        (True, lambda: flash_attn_func(q, k, v, causal=True)),
+        (False, lambda: flash_attn_func(q, k, v, return_attn_probs=True)[0]),
+        (False, lambda: flash_attn_func(q, k, v, softcap=2.0)),
+        (False, lambda: flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, 5, 5)),
+    )
+    forget_plans()
+    try:
+        for moves, call in calls:
+            steps = []
+            for number in range(3):
+                out = call()
+                steps.append(torch.autograd.grad(out.sin().sum(), (q, k, v)))
+                assert is_under_node(out) == (moves and number > 0)
+            for x, y in zip(steps[0], steps[2], strict=True):
+                torch.testing.assert_close(x, y)
+    finally:
+        forget_plans()
 
 
 def test_the_kernel_gets_the_call(
