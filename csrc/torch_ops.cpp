@@ -5,20 +5,25 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <climits>
 #include <cmath>
 #include <cstdio>
+#include <deque>
 #include <exception>
 #include <initializer_list>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/params.h"
 #include "forward/cpu/forward.h"
 #include "instances/registry.h"
 
-#ifdef FLASHMOE_WITH_CUDA
+#ifdef __linux__
 #include <dlfcn.h>
 #endif
 
@@ -31,6 +36,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
 
 bool same_device(const Tensor& a, const Tensor& b) {
   int32_t types[2];
@@ -395,6 +402,12 @@ std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, co
 }
 
 #ifdef FLASHMOE_WITH_CUDA
+
+bool is_cpu(const Tensor& x) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  return type == aoti_torch_device_type_cpu();
+}
 
 bool is_empty(const AttentionParams& params) {
   return params.batch == 0 || params.seqlen_q == 0 || params.heads_q == 0;
@@ -774,6 +787,138 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
 
 #endif  // FLASHMOE_WITH_CUDA
 
+// Training. An autograd node of our own would need headers that are not in the stable ABI, and one
+// in Python takes longer than a small problem. torch has an operator with a derivative, and so a
+// node in C++, whose kernels are others' to bring: ours run those calls of it whose dropout_p is no
+// probability but the number of a TrainingPlan.
+
+// What such a call runs: handles of kernels. On a CPU `forward` is block_m. A `backward` of -1 is
+// the op `attention_backward`, and so is every backward that torch asks to be deterministic where
+// the plan is not.
+struct TrainingPlan {
+  int64_t window_left, window_right, forward, backward;
+  bool deterministic;
+  std::string backend;
+
+  bool operator==(const TrainingPlan&) const = default;
+};
+
+constexpr double first_training_plan = 2;
+std::mutex training_plans_mutex;
+std::deque<TrainingPlan> training_plans;  // whose elements never move
+
+double number_of(TrainingPlan plan) {
+  const std::lock_guard lock(training_plans_mutex);
+  const auto found = std::find(training_plans.begin(), training_plans.end(), plan);
+  const auto index = found - training_plans.begin();
+  if (found == training_plans.end()) training_plans.push_back(std::move(plan));
+  return first_training_plan + static_cast<double>(index);
+}
+
+const TrainingPlan& training_plan(double number) {
+  const std::lock_guard lock(training_plans_mutex);
+  const double index = number - first_training_plan;
+  STD_TORCH_CHECK(index >= 0 && index < static_cast<double>(training_plans.size()),
+                  "not implemented: torch's overrideable attention, of which flashmoe has the "
+                  "kernels on this device, runs flashmoe's own calls only");
+  return training_plans[static_cast<size_t>(index)];
+}
+
+// A function of libtorch_cpu that its stable headers do not have; null where it has none either.
+template <typename Function>
+Function* torch_function([[maybe_unused]] const char* symbol) {
+#ifdef __linux__
+  if (void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
+    return reinterpret_cast<Function*>(dlsym(library, symbol));
+  }
+#endif
+  return nullptr;
+}
+
+// at::globalContext().deterministicAlgorithms()
+const auto global_context = torch_function<const void*()>("_ZN2at13globalContextEv");
+const auto context_is_deterministic =
+    torch_function<bool(const void*)>("_ZNK2at7Context23deterministicAlgorithmsEv");
+
+// Why the last call of torch's failed, from torch 2.13 on.
+const char* last_error() {
+  static const auto get =
+      torch_function<const char*()>("torch_exception_get_what_without_backtrace");
+  return get != nullptr ? get() : "";
+}
+
+StableIValue undefined() {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&handle));
+  return reinterpret_cast<StableIValue>(handle);
+}
+
+std::tuple<Tensor, Tensor> training_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            double softmax_scale, const TrainingPlan& plan) {
+#ifdef FLASHMOE_WITH_CUDA
+  if (!is_cpu(q)) {
+    return fwd_cuda_dense_op(q, k, v, softmax_scale, plan.window_left, plan.window_right,
+                             plan.forward);
+  }
+#endif
+  return fwd_cpu_dense_op(q, k, v, softmax_scale, plan.window_left, plan.window_right, plan.forward,
+                          128);
+}
+
+// The kernel of _scaled_dot_product_fused_attention_overrideable(q, k, v, attn_bias, dropout_p,
+// is_causal, return_debug_mask, scale) -> output, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k,
+// philox_seed, philox_offset, debug_attn_mask.
+void node_forward(StableIValue* stack, uint64_t /*num_inputs*/, uint64_t /*num_outputs*/) {
+  const Tensor q = to<Tensor>(stack[0]), k = to<Tensor>(stack[1]), v = to<Tensor>(stack[2]);
+  to<std::optional<Tensor>>(stack[3]);
+  const auto softmax_scale = to<std::optional<double>>(stack[7]);
+  const TrainingPlan& plan = training_plan(to<double>(stack[4]));
+  STD_TORCH_CHECK(softmax_scale, "scale must be given");
+  const auto [out, lse] = training_forward(q, k, v, *softmax_scale, plan);
+  stack[0] = from(out), stack[1] = from(lse);
+  for (const int i : {2, 3, 6, 7, 8}) stack[i] = undefined();
+  stack[4] = stack[5] = from(int64_t{0});
+}
+
+// The kernel, also for autograd, of …_overrideable_backward(grad_out, query, key, value, attn_bias,
+// grad_input_mask, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
+// philox_seed, philox_offset, scale) -> grad_query, grad_key, grad_value, grad_attn_bias. It calls
+// another op by the dispatcher, so modes see that, and its autograd refuses a second derivative.
+void node_backward(StableIValue* stack, uint64_t /*num_inputs*/, uint64_t /*num_outputs*/) {
+  for (const int i : {4, 8, 9, 14, 15})
+    aoti_torch_delete_tensor_object(to<AtenTensorHandle>(stack[i]));
+  torch_delete_list(to<StableListHandle>(stack[5]));
+  const auto softmax_scale = to<std::optional<double>>(stack[16]);
+  const TrainingPlan& plan = training_plan(to<double>(stack[12]));
+  STD_TORCH_CHECK(softmax_scale, "scale must be given");
+  const bool by_kernel = plan.backward >= 0 && !aoti_torch_grad_mode_is_enabled() &&
+                         (plan.deterministic || !context_is_deterministic(global_context()));
+  const StableIValue none = from(std::nullopt);
+  // Of either op; owners of the tensors.
+  std::array<StableIValue, 18> given{stack[0],
+                                     stack[1],
+                                     stack[2],
+                                     stack[3],
+                                     stack[6],
+                                     stack[7],
+                                     none,
+                                     from(*softmax_scale),
+                                     from(plan.window_left),
+                                     from(plan.window_right)};
+  const char* op = by_kernel ? "flashmoe::bwd_cuda_dense" : "flashmoe::attention_backward";
+  if (by_kernel) {
+    given[10] = from(plan.backward);
+  } else {
+    const StableIValue others[]{
+        from(plan.backend), from(plan.deterministic), from(0.0), none, none, from(0.0), none, none};
+    std::copy(std::begin(others), std::end(others), given.begin() + 10);
+  }
+  const auto status = torch_call_dispatcher(op, "", given.data(), TORCH_ABI_VERSION);
+  STD_TORCH_CHECK(status == TORCH_SUCCESS, op, " failed: ", last_error());
+  std::copy_n(given.begin(), 3, stack);
+  stack[3] = undefined();
+}
+
 }  // namespace
 }  // namespace flashmoe
 
@@ -814,6 +959,31 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel(
   std::snprintf(error, error_size, "this build has no CUDA kernels");
 #endif
   return -1;
+}
+
+// Brings the kernels of torch's overrideable attention; 0 where this torch lacks what they need.
+// Once, where its schemas are those that the kernels know and nobody else brought any.
+FLASHMOE_EXPORT int flashmoe_register_node() {
+  using torch::stable::detail::StableLibrary;
+  if (flashmoe::global_context == nullptr || flashmoe::context_is_deterministic == nullptr)
+    return 0;
+  const char* forward = "_scaled_dot_product_fused_attention_overrideable";
+  const char* backward = "_scaled_dot_product_fused_attention_overrideable_backward";
+  static std::deque<StableLibrary> libraries;
+  for (const char* key : {"CPU", "CUDA", "AutogradCPU", "AutogradCUDA"}) {
+    StableLibrary& library =
+        libraries.emplace_back(StableLibrary::Kind::IMPL, "aten", key, __FILE__, __LINE__);
+    library.impl(backward, flashmoe::node_backward);
+    if (key[0] == 'C') library.impl(forward, flashmoe::node_forward);
+  }
+  return 1;
+}
+
+// What such a call has for dropout_p. `fields` are those of TrainingPlan up to `backward`.
+FLASHMOE_EXPORT double flashmoe_training_plan(const long long* fields, int deterministic,
+                                              const char* backend) {
+  return flashmoe::number_of(
+      {fields[0], fields[1], fields[2], fields[3], deterministic != 0, backend});
 }
 
 STABLE_TORCH_LIBRARY(flashmoe, m) {

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(found[0]))
     library.flashmoe_build_info.restype = ctypes.c_char_p
     library.flashmoe_load_kernel.restype = ctypes.c_longlong
+    library.flashmoe_training_plan.restype = ctypes.c_double
     return library
 
 
@@ -108,6 +109,13 @@ def load() -> BuildInfo:
     )
 
 
+def kernel_op(name: str) -> Callable[..., Any]:
+    """The op of that name in csrc/torch_ops.cpp, without the frame of Python that calls it."""
+    load()
+    op: Callable[..., Any] = getattr(torch.ops.flashmoe, name).default._op
+    return op
+
+
 def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, chosen: Variant) -> int:
     """The handle of a kernel, sm90 or sm90_bwd, that was compiled for all of these.
 
@@ -145,6 +153,26 @@ def _struct(values: Mapping[str, int], flags: Collection[str]) -> ctypes.Structu
         _fields_ = tuple((n, ctypes.c_bool if n in flags else ctypes.c_int) for n in values)
 
     return Struct(*values.values())
+
+
+def register_node() -> bool:
+    """Bring the kernels of torch's overrideable attention; False where this torch lacks what they
+    need. Not twice."""
+    return bool(_library().flashmoe_register_node())
+
+
+def training_plan(
+    window_left: int,
+    window_right: int,
+    forward: int,
+    backward: int,
+    deterministic: bool,
+    backend: str,
+) -> float:
+    """The number of a TrainingPlan (csrc/torch_ops.cpp) of these fields: the same for the same."""
+    array = (ctypes.c_longlong * 4)(window_left, window_right, forward, backward)
+    number: float = _library().flashmoe_training_plan(array, deterministic, backend.encode())
+    return number
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.frontend import flops  # noqa: F401 - registers what torch's counter reads
 from flashmoe.frontend.attend import (
     PLAIN,
-    Asked,
     attend,
     attend_dropping,
     forget_calls,
@@ -94,7 +93,7 @@ def scaled_dot_product_attention(
         # Top-left: no query sees a key past seqlen_q, and over the rest both alignments agree.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    asked = Asked(None if scale is None else float(scale), is_causal)
+    asked = (None if scale is None else float(scale), is_causal)
     terms = terms_of(0.0, None, None, dropout_p, attn_mask=attn_mask)
     out = (attend if dropout_p == 0.0 else attend_dropping)(q, k, v, asked, terms)
     assert isinstance(out, Tensor)

@@ -476,10 +476,29 @@ def test_wrong_arguments_are_named(changes, error, message):
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **changes}
     if changes.get("k_cache") is not None:
         given["v_cache"] = given["k_cache"]
+    # What was valid before says nothing of these.
+    flash_attn_with_kvcache(q, k_cache.clone(), v_cache.clone(), **NEW, **COS, cache_seqlens=1)
+    flash_attn_with_kvcache(q, k_cache.clone(), v_cache.clone(), **NEW, cache_seqlens=1)
     before = given["k_cache"].clone()
     with pytest.raises(error, match=message):
         flash_attn_with_kvcache(**given)
     assert torch.equal(given["k_cache"], before)
+
+
+def test_q_is_rotated_by_row_where_the_mask_says_so():
+    cache, new = randn(1, 9, HEADS_KV, HEAD_DIM), randn(1, 2, HEADS_KV, HEAD_DIM)
+    q, tables = randn(1, 2, HEADS_KV, HEAD_DIM), (randn(9, 4), randn(9, 4))
+    masks = ({}, {"causal": True}, {"window_size": (9, 0)}, {})
+    full, *masked, again = (
+        flash_attn_with_kvcache(
+            q, cache.clone(), cache.clone(), new, new, *tables, int32([3]), **mask
+        )
+        for mask in masks
+    )
+    assert torch.equal(full, again)
+    assert torch.equal(*masked)
+    # The last query sees all keys, and its row is not the first one's.
+    assert not torch.equal(full[:, 1], masked[0][:, 1])
 
 
 class TestCheckedLengths:

@@ -68,6 +68,12 @@ class Backend(Protocol):
         """Whether gradients can be the same bits every time."""
         return True
 
+    def handle(
+        self, problem: Problem, tile: Tile | None, deterministic: bool = False
+    ) -> int | None:
+        """Of the kernel that runs `problem`, in C++ alone; None where it needs Python."""
+        return None
+
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         """The forward of `problem` with `tile`, with as little left to do in a call as there can
         be."""

@@ -18,9 +18,8 @@ from flashmoe.tiles import Tile
 _MIN_BLOCK_M = 48
 
 
-_extension.load()
-_fwd = torch.ops.flashmoe.fwd_cpu.default
-_fwd_dense = torch.ops.flashmoe.fwd_cpu_dense.default
+_fwd = _extension.kernel_op("fwd_cpu")
+_fwd_dense = _extension.kernel_op("fwd_cpu_dense")
 
 
 class CpuBackend(Backend):

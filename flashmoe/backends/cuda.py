@@ -22,12 +22,11 @@ from flashmoe.spec.problem import TERMS, Problem
 from flashmoe.tiles import PLAIN, Tile, Variant, axes, grid, sm90_bwd_head_dim, sm90_head_dim
 from flashmoe.tiles.variant import COMPILED
 
-_extension.load()
-_fwd = torch.ops.flashmoe.fwd_cuda.default
-_fwd_dense = torch.ops.flashmoe.fwd_cuda_dense.default
-_fwd_packed = torch.ops.flashmoe.fwd_cuda_packed.default
-_bwd = torch.ops.flashmoe.bwd_cuda.default
-_bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
+_fwd = _extension.kernel_op("fwd_cuda")
+_fwd_dense = _extension.kernel_op("fwd_cuda_dense")
+_fwd_packed = _extension.kernel_op("fwd_cuda_packed")
+_bwd = _extension.kernel_op("bwd_cuda")
+_bwd_dense = _extension.kernel_op("bwd_cuda_dense")
 
 
 def _features(kernel: str) -> frozenset[str]:
@@ -149,9 +148,15 @@ class CudaBackend(Backend):
         compiled = _compiled_handle(tile, problem.head_dim, variant) is not None
         return compiled or not jit.unavailable()
 
+    def handle(self, problem: Problem, tile: Tile | None, deterministic: bool = False) -> int:
+        assert tile is not None, "the cuda backend needs a tile"
+        variant = Variant.of(problem)
+        if problem.direction == "bwd":
+            variant = _backward_variant(tile, problem, deterministic)
+        return _handle(tile, problem.head_dim, problem.dtype, variant)
+
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
-        assert tile is not None, "the cuda forward needs a tile"
-        handle = _handle(tile, problem.head_dim, problem.dtype, Variant.of(problem))
+        handle = self.handle(problem, tile)
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
@@ -163,13 +168,14 @@ class CudaBackend(Backend):
             return result
 
         def run_packed(call: Call) -> tuple[Tensor, Tensor]:
-            cu_seqlens_q, cu_seqlens_k, used, _, _, _, *longest = call.sequences
-            arguments = (*call[:4], left, right, handle)
+            q, k, v, scale, terms, s = call
             result: tuple[Tensor, Tensor]
-            if used is None and not problem.terms:
-                result = _fwd_packed(*arguments, cu_seqlens_q, cu_seqlens_k, *longest)
+            if s.seqused_k is None and not problem.terms:
+                ends = s.cu_seqlens_q, s.cu_seqlens_k
+                longest = s.max_seqlen_q, s.max_seqlen_k
+                result = _fwd_packed(q, k, v, scale, left, right, handle, *ends, *longest)
             else:
-                result = _fwd(*arguments, *call.terms, *call.sequences)
+                result = _fwd(q, k, v, scale, left, right, handle, *terms, *s)
             return result
 
         if problem.layout == "packed":
@@ -181,9 +187,7 @@ class CudaBackend(Backend):
     ) -> RunBackward:
         """dK and dV are the same bits every time. Unless deterministic, dQ is added to by atomics,
         in any order."""
-        assert tile is not None, "the cuda backward needs a tile"
-        variant = _backward_variant(tile, problem, deterministic)
-        handle = _handle(tile, problem.head_dim, problem.dtype, variant)
+        handle = self.handle(problem, tile, deterministic)
         left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
         packed = problem.layout == "packed"
 

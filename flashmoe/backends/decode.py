@@ -16,11 +16,10 @@ from flashmoe.spec.call import Call
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import FAMILIES, PLAIN, Tile
 
-_extension.load()
-_decode = torch.ops.flashmoe.decode_cuda.default
+_decode = _extension.kernel_op("decode_cuda")
 # With as few arguments as most calls need: each costs the host some 0.1 us.
-_decode_dense = torch.ops.flashmoe.decode_cuda_dense.default
-_decode_cache = torch.ops.flashmoe.decode_cuda_cache.default
+_decode_dense = _extension.kernel_op("decode_cuda_dense")
+_decode_cache = _extension.kernel_op("decode_cuda_cache")
 
 # The widest tile's. Blocks of more rows read K and V again, and dense kernels are faster.
 _DENSE_ROWS = 64

@@ -11,8 +11,7 @@ from flashmoe import _extension
 from flashmoe.backends import BACKENDS
 from flashmoe.spec.call import Sequences
 
-_extension.load()
-_append_cuda = torch.ops.flashmoe.append_cuda.default
+_append_cuda = _extension.kernel_op("append_cuda")
 _TABLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -115,8 +114,8 @@ def validate_new(
     cache_seqlens: int | Tensor | None,
     cu_seqlens_k_new: Tensor | None,
     sequences: Sequences,
-) -> tuple[Tensor, Tensor]:
-    """k and v. Raises for what cannot be appended. q, the caches and sequences are valid."""
+) -> None:
+    """Raises for what cannot be appended. q, the caches and sequences are valid."""
     if k is None or v is None:
         raise ValueError("k and v must both be given where one is, or rotary_cos and rotary_sin")
     if cache_seqlens is None:
@@ -153,7 +152,7 @@ def validate_new(
                     f"cache_seqlens + seqlen_new must be at most {room}, got "
                     f"{cache_seqlens} + {seqlen_new}"
                 )
-        return k, v
+        return
     if not isinstance(cu_seqlens_k_new, Tensor):
         kind = type(cu_seqlens_k_new).__name__
         raise TypeError(f"cu_seqlens_k_new must be a torch.Tensor or None, got {kind}")
@@ -164,7 +163,6 @@ def validate_new(
             f"cu_seqlens_k_new must be ({batch + 1},) on {q.device}, got "
             f"{tuple(cu_seqlens_k_new.shape)} on {cu_seqlens_k_new.device}"
         )
-    return k, v
 
 
 def validate_rotary(

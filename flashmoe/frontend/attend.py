@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from flashmoe.frontend import ops
 from flashmoe.frontend.eager import EagerAttention, PlainAttention
 from flashmoe.frontend.gradients import Training, refuse_gradients
 from flashmoe.frontend.lengths import check_lengths
+from flashmoe.frontend.node import attention_under_node
 from flashmoe.frontend.probabilities import signed_weights
 from flashmoe.frontend.validation import mask_of, validate, validate_tensors
 from flashmoe.machine.environment import variable
@@ -33,7 +34,7 @@ _Call = Callable[[Tensor, Tensor, Tensor, Terms, Sequences], Result]
 # Ready-made calls by everything that a plan and validation depend on. Bounded: a program with
 # endlessly many shapes only loses the head start.
 _calls: dict[Any, _Call] = {}
-_MAX_CALLS = 4096
+MAX_CALLS = 4096
 
 # What holds numbers in memory of its own. A subclass may be anything else.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -41,6 +42,8 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _AUTOCAST_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # Looked up once: every call needs them.
+any_autocast_enabled = torch._C._is_any_autocast_enabled
+are_deterministic_algorithms_enabled = torch.are_deterministic_algorithms_enabled
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -83,44 +86,41 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def kinds_of(tensors: Iterable[Tensor | None]) -> list[Any] | None:
+    """What validation depends on, of each; None where one is no ordinary tensor."""
+    kinds: list[Any] = []
+    for x in tensors:
+        if x is None:
+            kinds.append(None)
+        elif type(x) in PLAIN:
+            kinds += x.shape, x.dtype, x.device, x.is_contiguous()
+        else:
+            return None
+    return kinds
+
+
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    asked: Asked,
+    asked: tuple[Any, ...],
     terms: Terms = NO_TERMS,
     sequences: Sequences = DENSE,
 ) -> Result:
-    """Attention of what a user gave, with out of v's head_dim."""
-    plain_terms = terms is NO_TERMS and sequences is DENSE
+    """Attention of what a user gave, with out of v's head_dim. `asked` are the fields of Asked: a
+    tuple with names takes longer to make than any look-up."""
     by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
-    kinds: list[Any] = []
-    if not (plain_terms or by_op):
-        for x in (*terms.tensors, *sequences[:6]):
-            if x is None:
-                kinds.append(None)
-            elif type(x) in PLAIN:
-                kinds += x.shape, x.dtype, x.device, x.is_contiguous()
-            else:
-                by_op = True
-                break
+    kinds: list[Any] | None = []
+    if not by_op and (terms is not NO_TERMS or sequences is not DENSE):
+        kinds = kinds_of(sequences[:6] if terms is NO_TERMS else (*terms.tensors, *sequences[:6]))
+        by_op = kinds is None
     if by_op:
         validate_tensors(q, k, v)
-    # is_cuda, because q.device.type costs a microsecond.
-    device_type = "cuda" if q.is_cuda else "cpu"
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        # As torch does it: float64 is left alone.
-        q, k, v = (
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )
-        if terms.attn_mask is not None and terms.attn_mask.dtype in _AUTOCAST_DTYPES:
-            terms = terms._replace(attn_mask=terms.attn_mask.to(q.dtype))
+    if by_op or any_autocast_enabled():
+        q, k, v, terms = _autocast(q, k, v, terms)
     if by_op:
-        return _attend_op(q, k, v, asked, terms, sequences)
+        return _attend_op(q, k, v, Asked(*asked), terms, sequences)
     try:
-        wants = _wants_gradient(q, k, v, terms)
         key: Any = (
             q.shape,
             k.shape,
@@ -131,30 +131,37 @@ def attend(
             q.device,
             k.device,
             v.device,
-            wants,
+            _wants_gradient(q, k, v, terms),
             asked,
         )
-        if not plain_terms:
+        if kinds and terms is NO_TERMS:
+            key = (key, sequences[6:], *kinds)
+        elif kinds:
             key = (key, terms.numbers, sequences[6:], *kinds)
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
-        _validated(q, k, v, asked, terms, sequences)
+        _validated(q, k, v, Asked(*asked), terms, sequences)
         raise
     if call is None and torch._C._is_tracing():  # whose sizes are tensors, so no key is known
-        return _attend_op(q, k, v, asked, terms, sequences)
+        return _attend_op(q, k, v, Asked(*asked), terms, sequences)
     if shapes.recorder is not None:
-        scale, mask = _validated(q, k, v, asked, terms, sequences)
+        scale, mask = _validated(q, k, v, Asked(*asked), terms, sequences)
         shapes.record(Call(*_padded(q, k, v), scale, terms, sequences), mask)
     if call is None:
-        call = _prepare(q, k, v, asked, terms, sequences)
-        if len(_calls) >= _MAX_CALLS:
+        call = _prepare(q, k, v, Asked(*asked), terms, sequences)
+        if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[key] = call
     return call(q, k, v, terms, sequences)
 
 
 def attend_dropping(
-    q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences = DENSE
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    asked: tuple[Any, ...],
+    terms: Terms,
+    sequences: Sequences = DENSE,
 ) -> Result:
     """`attend` with dropout, whose state is drawn here unless it is given, and which comes with
     S_dmask where softmax_lse is asked for."""
@@ -164,7 +171,7 @@ def attend_dropping(
     result = attend(q, k, v, asked, terms, sequences)
     if isinstance(result, Tensor):
         return result
-    scale, mask = _validated(q, k, v, asked, terms, sequences)
+    scale, mask = _validated(q, k, v, Asked(*asked), terms, sequences)
     terms, sequences = _as_kernels_take(terms, sequences)
     with torch.no_grad():
         call = Call(q.detach(), k.detach(), v.detach(), scale, terms, sequences)
@@ -179,12 +186,26 @@ def forget_calls() -> None:
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or any(x is not None and x.requires_grad for x in terms.tensors)
-    )
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return terms is not NO_TERMS and any(x is not None and x.requires_grad for x in terms.tensors)
+
+
+def _autocast(
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms
+) -> tuple[Tensor, Tensor, Tensor, Terms]:
+    """In the dtype of autocast, where that is on for q's device."""
+    device_type = "cuda" if q.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        # As torch does it: float64 is left alone.
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (q, k, v)
+        )
+        if terms.attn_mask is not None and terms.attn_mask.dtype in _AUTOCAST_DTYPES:
+            terms = terms._replace(attn_mask=terms.attn_mask.to(q.dtype))
+    return q, k, v, terms
 
 
 def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequences]:
@@ -302,12 +323,12 @@ def _without_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     run: Run = planned(problem, like.q.device, *overrides, asked.num_splits).run
 
     def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        return run(Call(q, k, v, scale, terms, sequences))[0]
+        return run(Call._make((q, k, v, scale, terms, sequences)))[0]
 
     def call_with_lse(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
-        out, lse = run(Call(q, k, v, scale, terms, sequences))
+        out, lse = run(Call._make((q, k, v, scale, terms, sequences)))
         assert lse is not None
         return out, lse, None
 
@@ -323,20 +344,31 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     problem, scale = Problem.of_call(like, mask), like.softmax_scale
     overrides = asked.backend, asked.tile, bool(asked.deterministic)
     training = Training(problem, like.q.device, *overrides)
-    if like.terms is NO_TERMS and like.sequences is DENSE and not asked.return_lse:
-        attend_plain: Callable[..., Tensor] = PlainAttention.apply
-        return lambda q, k, v, *_: attend_plain(q, k, v, scale, training)
+    attend_plain: Callable[..., Tensor] = PlainAttention.apply
+
+    def call_under_node(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        number = training.plan_number
+        if not number or are_deterministic_algorithms_enabled() or shapes.recorder is not None:
+            return attend_plain(q, k, v, scale, training)
+        out: Tensor = attention_under_node(q, k, v, None, number, scale=scale)[0]
+        return out
+
+    def call_plain(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
+        return attend_plain(q, k, v, scale, training, terms, sequences)
+
     attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
-    def call(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        given = terms.sinks, terms.attn_mask
-        return attend(q, k, v, scale, training, *given, terms, sequences)[0]
-
-    def call_with_lse(
+    def call(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
         given = terms.sinks, terms.attn_mask
         out, lse = attend(q, k, v, scale, training, *given, terms, sequences)
         return out, lse, None
 
-    return call_with_lse if asked.return_lse else call
+    if asked.return_lse:
+        return call
+    if like.terms.sinks is not None or like.terms.attn_mask is not None:
+        return lambda *arguments: call(*arguments)[0]
+    if like.terms is NO_TERMS and like.sequences is DENSE:
+        return call_under_node
+    return call_plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashmoe.frontend.attend import Asked, attend, attend_dropping, window_of
+from flashmoe.frontend.attend import attend, attend_dropping, window_of
 from flashmoe.frontend.validation import unpacked
 from flashmoe.spec.terms import terms_of
 from flashmoe.tiles import Tile
@@ -81,9 +81,7 @@ def flash_attn_func(
     """
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
-    asked = Asked(
-        softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
-    )
+    asked = (softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile)
     terms = terms_of(softcap, alibi_slopes, sinks, dropout_p, rng_state, attn_mask)
     return (attend if dropout_p == 0.0 else attend_dropping)(q, k, v, asked, terms)
 

@@ -13,27 +13,25 @@ from flashmoe.spec.call import DENSE, NO_TERMS, Call, Saved, Sequences, Terms
 
 
 class PlainAttention(torch.autograd.Function):
-    """(q, k, v, softmax_scale, Training) -> out: EagerAttention of calls that have nothing else,
-    whose every argument, result and layer costs host time."""
+    """(q, k, v, softmax_scale, Training, Terms, Sequences) -> out: EagerAttention of calls without
+    sinks and attn_mask whose softmax_lse nobody sees: a second result costs a step 40 us (H200)."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, training: Training
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        training: Training,
+        terms: Terms = NO_TERMS,
+        sequences: Sequences = DENSE,
     ) -> Tensor:
-        out, lse = training.forward(Call(q, k, v, softmax_scale))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.others = softmax_scale, training
-        return out
+        return _forward(ctx, Call(q, k, v, softmax_scale, terms, sequences), training)[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        scale, training = ctx.others
-        if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
-            arguments = (out, lse, None, scale, *training.arguments)
-            return *attention_backward(dout, q, k, v, *arguments), None, None
-        gradients = training.gradients(Call(q, k, v, scale), Saved(dout, out, lse))
-        return *gradients, None, None
+        return *_backward(ctx, dout, None)[0], None, None, None, None
 
 
 class EagerAttention(torch.autograd.Function):
@@ -55,35 +53,45 @@ class EagerAttention(torch.autograd.Function):
         terms: Terms = NO_TERMS,
         sequences: Sequences = DENSE,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = training.forward(Call(q, k, v, softmax_scale, terms, sequences))
-        assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
-        if terms is NO_TERMS and sequences is DENSE:
-            ctx.save_for_backward(q, k, v, out, lse)
-        else:  # what is changed in place before the backward is an error
-            ctx.save_for_backward(q, k, v, out, lse, *terms.tensors, *sequences[:3])
-        ctx.others = softmax_scale, training, terms, sequences
         ctx.set_materialize_grads(False)
-        return out, lse
+        return _forward(ctx, Call(q, k, v, softmax_scale, terms, sequences), training)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         if dout is None and dlse is None:
             return (None,) * 9
-        q, k, v, out, lse, *_ = ctx.saved_tensors
-        scale, training, terms, sequences = ctx.others
-        saved = saved_of(dout, out, lse, dlse)
-        call = Call(q, k, v, scale, terms, sequences)
-        if torch.is_grad_enabled():  # by create_graph: the op refuses a second derivative
-            arguments = (*saved[1:], scale, *training.arguments, *terms)
-            if sequences is DENSE:
-                gradients = attention_backward(saved.dout, q, k, v, *arguments)
-            else:
-                gradients = attention_packed_backward(saved.dout, q, k, v, *arguments, *sequences)
-        else:
-            gradients = training.gradients(call, saved)
+        gradients, call, saved = _backward(ctx, dout, dlse)
         dsinks = dmask = None
-        if terms.sinks is not None and ctx.needs_input_grad[5]:
+        if call.terms.sinks is not None and ctx.needs_input_grad[5]:
             dsinks = sinks_gradient(call, saved)
-        if terms.attn_mask is not None and ctx.needs_input_grad[6]:
-            dmask = mask_gradient(call, saved, training.mask)
+        if call.terms.attn_mask is not None and ctx.needs_input_grad[6]:
+            dmask = mask_gradient(call, saved, ctx.others[1].mask)
         return *gradients, None, None, dsinks, dmask, None, None
+
+
+def _forward(ctx: Any, call: Call, training: Training) -> tuple[Tensor, Tensor]:
+    out, lse = training.forward(call)
+    assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
+    q, k, v, scale, terms, sequences = call
+    if terms is NO_TERMS and sequences is DENSE:
+        ctx.save_for_backward(q, k, v, out, lse)
+    else:  # what is changed in place before the backward is an error
+        ctx.save_for_backward(q, k, v, out, lse, *terms.tensors, *sequences[:3])
+    ctx.others = scale, training, terms, sequences
+    return out, lse
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Call, Saved]:
+    """dq, dk and dv, and what they are of."""
+    q, k, v, out, lse, *_ = ctx.saved_tensors
+    scale, training, terms, sequences = ctx.others
+    saved, call = saved_of(dout, out, lse, dlse), Call(q, k, v, scale, terms, sequences)
+    if not torch.is_grad_enabled():
+        return training.gradients(call, saved), call, saved
+    # By create_graph: the op refuses a second derivative.
+    arguments = (saved.dout, q, k, v, *saved[1:], scale, *training.arguments, *terms)
+    if sequences is DENSE:
+        return attention_backward(*arguments), call, saved
+    return attention_packed_backward(*arguments, *sequences), call, saved

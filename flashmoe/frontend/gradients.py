@@ -10,9 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flashmoe import _extension
+from flashmoe.backends import BACKENDS
 from flashmoe.backends.base import Run, RunBackward
 from flashmoe.backends.blocked import attention_backward
-from flashmoe.planning.plan import planned
+from flashmoe.frontend import node
+from flashmoe.planning.plan import Plan, Planned, planned
 from flashmoe.spec import shapes
 from flashmoe.spec.call import Call, Saved, Sequences, Terms
 from flashmoe.spec.mask import Mask
@@ -36,12 +39,16 @@ class Training:
         self._problem, self._device = problem, device
         self._backend, self._tile, self._deterministic = backend, tile, deterministic
         self._backwards: dict[bool, RunBackward] = {}
+        # Of what frontend/node.py runs, once the backward is planned; 0 where Python has to.
+        self.plan_number = 0.0
+
+    @functools.cached_property
+    def _forward(self) -> Planned:
+        return planned(self._problem, self._device, self._backend, self._tile, need_lse=True)
 
     @functools.cached_property
     def forward(self) -> Run:
-        run: Run = planned(
-            self._problem, self._device, self._backend, self._tile, need_lse=True
-        ).run
+        run: Run = self._forward.run
         return run
 
     def backward(self) -> RunBackward:
@@ -49,9 +56,22 @@ class Training:
         run = self._backwards.get(repeats)
         if run is None:
             problem = replace(self._problem, direction="bwd")
-            run = planned(problem, self._device, self._backend, deterministic=repeats).run
-            self._backwards[repeats] = run
+            found = planned(problem, self._device, self._backend, deterministic=repeats)
+            run = self._backwards[repeats] = found.run
+            if repeats == self._deterministic:
+                self.plan_number = self._number(found.plan, problem)
         return run
+
+    def _number(self, backward: Plan, problem: Problem) -> float:
+        if not node.NODE_ON_GPUS or self._problem.terms or self._problem.layout != "dense":
+            return 0.0
+        plan = self._forward.plan
+        forward = BACKENDS[plan.backend].handle(self._problem, plan.tile)
+        handle = BACKENDS[backward.backend].handle(problem, backward.tile, self._deterministic)
+        if forward is None or handle is None or not node.has_node():
+            return 0.0
+        left, right, backend, deterministic = self.arguments
+        return _extension.training_plan(left, right, forward, handle, deterministic, backend)
 
     def gradients(self, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv. They may be asked for inside an autocast block, which would round a

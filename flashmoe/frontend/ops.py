@@ -223,7 +223,7 @@ def _fake_attention_without_lse(q: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_attention_mask_backward(*arguments: Any) -> Tensor:
-    mask = _saved_call(*arguments)[0].terms.attn_mask
+    mask = saved_call(*arguments)[0].terms.attn_mask
     assert mask is not None, "attn_mask"
     return mask.new_empty(mask.shape)
 
@@ -342,6 +342,8 @@ for _kernel_op in (
     *("decode_cuda", "decode_cuda_dense", "decode_cuda_cache"),
 ):
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
+    # They are not differentiable, and torch's kernel that says so takes each call's time.
+    _library.impl(_kernel_op, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("flashmoe::append_cuda", _fake_append)
 torch.library.register_kernel("flashmoe::append", ("cpu", "cuda"), append_keys, lib=_library)
 torch.library.register_fake("flashmoe::append", _fake_append, lib=_library)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from flashmoe.frontend.attend import (
     PLAIN,
-    Asked,
     Result,
     attend,
     attend_dropping,
@@ -77,9 +76,7 @@ def flash_attn_varlen_func(
     """
     if type(window_size) is not tuple:
         window_size = window_of(causal, window_size)
-    asked = Asked(
-        softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile
-    )
+    asked = (softmax_scale, causal, window_size, deterministic, return_attn_probs, backend, tile)
     sequences = packed_sequences(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table
     )
@@ -206,12 +203,10 @@ def packed_sequences(
         raise TypeError("cu_seqlens_k or seqused_k must be a torch.Tensor with block_table")
     else:
         seqused_k, cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens_k), None
-    return Sequences(
-        *(cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, block_table),
-        longest_of("max_seqlen_q", max_seqlen_q, q),
-        # Of pages, the table's columns are the bound.
-        0 if cu_seqlens_k is None else longest_of("max_seqlen_k", max_seqlen_k, k),
-    )
+    # Of pages, the table's columns are the bound.
+    longest_k = 0 if cu_seqlens_k is None else longest_of("max_seqlen_k", max_seqlen_k, k)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_k, None, None, block_table
+    return Sequences._make((*lengths, longest_of("max_seqlen_q", max_seqlen_q, q), longest_k))
 
 
 def _lengths(name: str, cu_seqlens: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from support import LAYOUTS, assert_gradients_match, assert_matches_reference, guarded, run_forward
 
 from flashmoe import Tile, _extension, flash_attn_func
+from flashmoe.api import forget_plans
 from flashmoe.backends import BACKENDS, jit
+from flashmoe.frontend import node
 from flashmoe.machine.device import arch
 from flashmoe.spec.mask import CAUSAL, Mask, causal_if
 from flashmoe.spec.problem import Problem
@@ -315,3 +317,37 @@ def test_the_first_call_of_a_thread_may_be_a_backward():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("where", ["here", "side stream", "graph"])
+def test_later_steps_are_under_the_node_in_cpp(where, deterministic, monkeypatch):
+    monkeypatch.setattr(node, "NODE_ON_GPUS", True)
+    forget_plans()
+    inputs = [
+        torch.randn(2, 200, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in "qkv"
+    ]
+    dout = torch.randn_like(inputs[0])
+
+    def step():
+        out = flash_attn_func(*inputs, causal=True, deterministic=deterministic)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    first = step()
+    assert first[0].grad_fn.name() == "PlainAttentionBackward"
+    if where == "graph":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            second = step()
+        graph.replay()
+    else:
+        stream = torch.cuda.current_stream() if where == "here" else torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            second = step()
+    torch.cuda.synchronize()
+    assert second[0].grad_fn.name() == "ScaledDotProductFusedAttentionOverrideableBackward0"
+    tolerance = {"rtol": 0, "atol": 0} if deterministic else {}
+    for x, y in zip(first, second, strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
