@@ -31,7 +31,15 @@ import torch
 
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.stats import Interval, median_interval, paired_ratio
-from flashmoe.measure.timing import HOW, DeviceLost, Limits, measure, measure_limits, usable
+from flashmoe.measure.timing import (
+    HOW,
+    SLEEP_CYCLES,
+    DeviceLost,
+    Limits,
+    measure,
+    measure_limits,
+    usable,
+)
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 
@@ -69,8 +77,9 @@ def parser_of(doc: str | None, rounds: int = 15, seconds: float = 300.0) -> argp
 
 @dataclass(frozen=True)
 class Row:
-    """One problem. `floor`: seconds below which no kernel runs, by this run's limits; `samples`:
-    seconds by name; `listed`: efficiencies of peers in the run of LISTED_LIMITS."""
+    """One problem. `floor`: seconds below which no kernel runs, by this run's limits, or 0 where
+    there is none and efficiencies are but speeds; `samples`: seconds by name; `listed`:
+    efficiencies of peers in the run of LISTED_LIMITS."""
 
     section: str
     label: str
@@ -85,7 +94,7 @@ class Row:
         return median_interval(self.samples[name]).value
 
     def efficiency(self, name: str = "ours") -> float:
-        return self.floor / self.seconds(name)
+        return (self.floor or 1.0) / self.seconds(name)
 
     def ratio(self, over: str, name: str = "ours") -> Interval:
         """The time of `over` divided by that of `name`: above 1 where `name` is faster."""
@@ -160,6 +169,7 @@ class Table:
         self.rows: list[Row] = []
         self.verdicts: list[Verdict] = []
         self.wrong: list[str] = []
+        self.extra: dict[str, Any] = {}  # what else a script keeps in its file
         self.told: set[tuple[str, str]] = set()  # why peers are left out, each once
         self.limits = measure_limits(self.device, torch.bfloat16, min(arguments.rounds, 10))
         self.prints = fingerprint(self.device)
@@ -192,6 +202,8 @@ class Table:
         wrong: str = "",
         failed: Mapping[str, str] | None = None,
         listed: Mapping[str, float] | None = None,
+        sleep_cycles: int = SLEEP_CYCLES,
+        max_seconds: float | None = None,
         **facts: Any,
     ) -> Row | None:
         """Time `calls` side by side and print them. None, and nothing is timed, where ours is
@@ -201,7 +213,12 @@ class Table:
         if wrong:
             self.fail(f"{section}, {label}", wrong)
             return None
-        measured = measure(calls, self.device, rounds=self.arguments.rounds)
+        measured = measure(
+            *(calls, self.device),
+            rounds=self.arguments.rounds,
+            sleep_cycles=sleep_cycles,
+            max_seconds=max_seconds,
+        )
         failures = dict(failed or {}) | {
             name: m.reason for name, m in measured.items() if m.status != "ok"
         }
@@ -213,7 +230,10 @@ class Table:
             floor = self.limits.floor(problem.flops, problem.bytes)
         whole = self.arguments.shrink == 1
         known = {name: x for name, x in (listed or {}).items() if x and whole}
-        row = Row(section, label, floor, samples, failures, known, facts, problem)
+        return self.add(Row(section, label, floor, samples, failures, known, facts, problem))
+
+    def add(self, row: Row) -> Row:
+        """Keep and print a row."""
         self.rows.append(row)
         print(f"[{self.elapsed:.0f} s] {text_of(row)}", flush=True)
         for name, why in sorted(row.failed.items() - self.told):
@@ -305,6 +325,7 @@ class Table:
             "wrong": self.wrong,
             "verdicts": [asdict(v) | {"met": v.met} for v in self.verdicts],
             "rows": [row.to_json() for row in self.rows],
+            **self.extra,
         }
         text = json.dumps(document, separators=(",", ":"))
         self.arguments.output.write_text(text + "\n", encoding="utf-8")
@@ -356,12 +377,14 @@ def text_of(row: Row) -> str:
     """The row as it is printed: times with efficiencies, and ours beside the best peer."""
     unit, scale = ("us", 1e6) if row.seconds() < 1e-3 else ("ms", 1e3)
     parts = [
-        f"{name} {row.seconds(name) * scale:.4g} ({row.efficiency(name):.3f})"
+        f"{name} {row.seconds(name) * scale:.4g}"
+        + (f" ({row.efficiency(name):.3f})" if row.floor else "")
         for name in row.samples
     ]
     parts += [f"{n} listed ({x:.3f})" for n, x in row.listed.items() if n not in row.samples]
     parts += [f"{name} {value}" for name, value in row.facts.items() if value != ""]
-    text = f"{row.section}, {row.label}: floor {row.floor * scale:.4g} {unit}; {'; '.join(parts)}"
+    floor = f"floor {row.floor * scale:.4g} " if row.floor else ""
+    text = f"{row.section}, {row.label}: {floor}{unit}; {'; '.join(parts)}"
     if not row.peers:
         return text
     interval = ""

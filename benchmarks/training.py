@@ -23,6 +23,7 @@ from tables import Row, Table, listed, measures, over_peers, parser_of
 from windows import SPECS, WIDE, window_row
 
 from flashmoe.measure.inputs import make_inputs
+from flashmoe.measure.timing import SLEEP_CYCLES
 from flashmoe.spec.mask import CAUSAL, FULL
 from flashmoe.spec.problem import Problem
 
@@ -77,7 +78,8 @@ def step_row(table: Table, section: str, problem: Problem) -> Row | None:
     calls, failed, wrong = against(inputs, table.peers(PEERS), step=True)
     both = (problem, replace(problem, direction="fwd"))
     floor = sum(table.limits.floor(p.flops, p.bytes) for p in both)
-    return table.row(section, problem, calls, floor=floor, wrong=wrong, failed=failed)
+    what = {"wrong": wrong, "failed": failed, "sleep_cycles": 4 * SLEEP_CYCLES}
+    return table.row(section, problem, calls, floor=floor, **what)
 
 
 def state_rows(table: Table) -> None:
