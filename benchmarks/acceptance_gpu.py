@@ -98,13 +98,13 @@ PARTS = (
     _table("chunks", "serving", 4, 40, "packed", "--only", "chunks"),
     _table("serving", "serving", 4, 120, "serving", needs=("transformers",)),
     _tests(
-        *("tests-transformers", "libraries", 2, 240),
-        "tests/integrations/test_transformers.py",
+        *("tests-transformers", "libraries", 3, 240),
+        *("tests/integrations/test_transformers.py", "-m", "long or not long"),
         needs=("transformers",),
     ),
     _tests(
-        *("tests-diffusers", "libraries", 2, 120),
-        "tests/integrations/test_diffusers.py",
+        *("tests-diffusers", "libraries", 3, 120),
+        *("tests/integrations/test_diffusers.py", "-m", "long or not long"),
         needs=("diffusers",),
     ),
     _tests(
@@ -126,6 +126,10 @@ PARTS = (
             *(*PYTHON, "benchmarks/plane.py", "--sets", "random,table,short", "--no-triton"),
             *("--seconds", "260", "--output", "{}/plane.jsonl"),
         ),
+    ),
+    Part(
+        *("plane-report", "defaults", 5, 20),
+        (*PYTHON, "benchmarks/plane_report.py", "{}/plane.jsonl"),
     ),
 )
 TOPICS = tuple(dict.fromkeys(part.topic for part in PARTS))
@@ -204,7 +208,8 @@ class Run:
             command += ["-n", str(min(8, max(len(os.sched_getaffinity(0)) // 2, 1)))]
         if part.is_table:
             stop = max(limit - _GRACE, limit / 2)
-            command += ["--seconds", f"{stop:.0f}", "--output", str(current), *self.options]
+            command += ["--seconds", f"{stop:.0f}", "--output", str(current)]
+            command += self.options if "benchmarks" in part.command[len(PYTHON)] else []
         print(f"\n== {part.name}: {shlex.join(command)} (at most {limit:.0f} s)", flush=True)
         began, end = time.monotonic(), log.stat().st_size if log.exists() else 0
         with log.open("a", encoding="utf-8") as file:

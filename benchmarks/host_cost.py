@@ -4,7 +4,7 @@
 
 A sample is the wall time of many calls back to back, over their number; the sides take turns. A
 GPU has finished such a call before the host has launched the next one. SDPA's backends are chosen
-outside of what is timed.
+outside of what is timed. --shrink has fewer calls a sample.
 """
 
 from __future__ import annotations
@@ -141,9 +141,8 @@ def of_decode(table: Table) -> dict[str, Side]:
 
 def main() -> int:
     parser = parser_of(__doc__, rounds=9, seconds=60)
-    parser.add_argument("--calls", type=int, default=CALLS, help="of a sample")
     table = Table(parser.parse_args())
-    calls = table.arguments.calls
+    calls = max(CALLS // table.arguments.shrink, 2)
 
     def microseconds(row: Row | None) -> float | None:
         return None if row is None else row.seconds() * 1e6

@@ -27,7 +27,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Timed = Callable[[], tuple[Tensor, ...]]
 NAMES = ("out", "dq", "dk", "dv")
 # Of a backward with more scores than this a sequence, gradients are compared with peers' only.
-_MOST_CHECKED = 1 << 26
+_MOST_CHECKED = 1 << 25
 
 
 def timed(
