@@ -134,11 +134,20 @@ def state_short(table: Table) -> None:
     table.each(f"{line}, bwd", found["bwd"], of_dense, at_least=0.90)
 
 
+def packed_inputs(problem: Problem, device: torch.device) -> Inputs:
+    """As make_inputs, with the longest lengths as bounds: a packed problem's are rounded up, which
+    others launch thread blocks for."""
+    made = make_inputs(problem, device)
+    longest_q, longest_k = (max(each[i] for each in problem.histogram) for i in (0, 1))
+    sequences = made.call.sequences._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
+    return replace(made, call=made.call._replace(sequences=sequences))
+
+
 @measures
 def mixed_row(
     table: Table, section: str, problem: Problem, peers: Mapping[str, float]
 ) -> Row | None:
-    inputs = make_inputs(problem, table.device)
+    inputs = packed_inputs(problem, table.device)
     calls, failed, wrong = against(inputs, table.peers(PACKED))
     return table.row(section, problem, calls, wrong=wrong, failed=failed, listed=peers)
 
@@ -166,7 +175,7 @@ def state_mixed(table: Table) -> None:
 @measures
 def empty_row(table: Table, section: str, problem: Problem) -> Row | None:
     """`problem` has none; "ours" is with them, on the same tensors."""
-    without = make_inputs(problem, table.device)
+    without = packed_inputs(problem, table.device)
     ends = without.call.sequences.cu_seqlens_q
     assert ends is not None
     # Empty sequences end where the one before them does.
