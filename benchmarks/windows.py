@@ -51,10 +51,13 @@ _LISTED = {
     ),
 }
 SPECS = tuple(
-    Spec(Problem(batch, heads, heads, seqlen, seqlen, head_dim, "bfloat16", Mask(width, 0)), times)
+    Spec(
+        Problem(batch, heads, heads, seqlen, seqlen, head_dim, "bfloat16", Mask(width, 0)),
+        (forward, backward),
+    )
     for head_dim, shapes in _LISTED.items()
     for batch, heads, seqlen, widths in shapes
-    for width, *times in widths
+    for width, forward, backward in widths
 )
 
 

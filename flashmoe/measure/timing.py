@@ -89,7 +89,7 @@ def measure(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup}")
-    sample = _cpu_sample
+    sample: Callable[[Callable[[], object]], float] = _cpu_sample
     if device.type == "cuda":
         sample = cuda_sampler(device, sleep_cycles=sleep_cycles)
     running = {name: _Candidate(call) for name, call in candidates.items()}
