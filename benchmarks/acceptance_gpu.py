@@ -79,7 +79,7 @@ PARTS = (
     _tests("tests-kernels", "defaults", 1, 150, f"{GPU}kernels.py", f"{GPU}hopper.py"),
     _tests("tests-decode", "serving", 1, 120, f"{GPU}decode.py", f"{GPU}cache.py"),
     _tests("tests-packed", "serving", 1, 120, f"{GPU}packed.py"),
-    _tests("tests-terms", "terms", 1, 150, f"{GPU}terms.py", f"{GPU}dropout.py", f"{GPU}mask.py"),
+    _tests("tests-terms", "terms", 1, 200, f"{GPU}terms.py", f"{GPU}dropout.py", f"{GPU}mask.py"),
     _tests("tests-sdpa", "defaults", 2, 60, f"{GPU}sdpa.py", f"{GPU}counters.py"),
     Part(
         *("check-backward", "training", 1, 90),

@@ -1,7 +1,9 @@
-"""attn_mask on a real GPU: the Hopper forward with masks of any kind and strides, and its
-gradients."""
+"""attn_mask on a real GPU: the Hopper forward, which is compiled here, and Triton's, with masks of
+any kind and strides; and gradients."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from random_calls import assert_forward_matches, assert_gradients_of_call, attn_
 from support import LAYOUTS, guarded
 
 from flashmoe import flash_attn_func
-from flashmoe.backends import BACKENDS
-from flashmoe.planning.plan import planned
+from flashmoe.backends import BACKENDS, jit
+from flashmoe.machine.device import arch
 from flashmoe.spec.call import Call
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import TERMS, Problem
@@ -22,7 +24,50 @@ if not torch.cuda.is_available():
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float16, torch.bfloat16]
-MASKS = [FULL, CAUSAL, Mask(63, 0), Mask(100, 40)]
+LOCAL = Mask(100, 40)
+# What the Hopper kernel is compiled for here: head_dim, whether it has windows, and further terms.
+ALL = tuple(name for name in TERMS if name != "mask")
+COMPILED = [(64, False, ()), (128, False, ()), (256, False, ()), (128, True, ()), (64, False, ALL)]
+
+
+def like(head_dim, is_local, terms, dtype="bfloat16"):
+    mask = LOCAL if is_local else CAUSAL
+    sizes = (2, 8, 4, 512, 512, head_dim)
+    return Problem(*sizes, dtype, mask, terms=(*terms, "mask"))
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """By COMPILED the Hopper tile of each; all at once, for each takes seconds. Empty where nothing
+    compiles, and no kernel with masks is compiled in."""
+    if torch.cuda.get_device_capability()[0] != 9 or jit.unavailable():
+        return {}
+    cuda, tiles = BACKENDS["cuda"], {}
+    for key in COMPILED:
+        tiles[key] = cuda.default_tile(like(*key), arch(DEVICE))
+    wanted = [
+        (tile, like(*key, str(dtype).removeprefix("torch.")))
+        for key, tile in tiles.items()
+        for dtype in DTYPES
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda x: cuda.precompile(*x, DEVICE), wanted))
+    return tiles
+
+
+def runs(kernels, head_dim, call, mask):
+    """The results of each backend that has a kernel for it here."""
+    terms = tuple(name for name in call.terms.names if name != "mask")
+    problem = Problem.of_call(call, mask)
+    tile = kernels.get((head_dim, mask.is_local, terms))
+    found = []
+    if tile is not None:
+        found.append(BACKENDS["cuda"].bind(problem, tile)(call))
+    triton = BACKENDS["triton"]
+    if not triton.unsupported(problem, arch(DEVICE)):
+        found.append(triton.bind(problem, triton.default_tile(problem, arch(DEVICE)))(call))
+    assert found
+    return found
 
 
 def tensors(batch, seqlen_q, seqlen_kv, heads, head_dim, dtype, layouts=("padded",) * 3, seed=0):
@@ -34,30 +79,25 @@ def tensors(batch, seqlen_q, seqlen_kv, heads, head_dim, dtype, layouts=("padded
     ]
 
 
-def planned_run(call, mask):
-    return planned(Problem.of_call(call, mask), DEVICE, "cuda").run(call)
-
-
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, LOCAL], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_random_masks(head_dim, mask, data):
+def test_random_masks(kernels, head_dim, mask, data):
     draw = data.draw
     dtype = draw(st.sampled_from(DTYPES))
     heads_kv, group, batch = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 4])), 2
     seqlen_q, seqlen_kv = draw(st.integers(1, 500)), draw(st.integers(1, 700))
-    head_dim -= 8 * draw(st.integers(0, 3))
     layouts = [draw(st.sampled_from(LAYOUTS)) for _ in "qkv"]
     heads = (heads_kv * group, heads_kv)
     seed = draw(st.integers(0, 2**31))
     q, k, v = tensors(batch, seqlen_q, seqlen_kv, heads, head_dim, dtype, layouts, seed)
     attn_mask = draw(attn_masks((batch, heads[0], seqlen_q, seqlen_kv), dtype))
-    names = draw(st.sampled_from([(), ("sink",), ("softcap",)]))
-    terms = random_terms(names, heads[0])._replace(attn_mask=attn_mask)
+    terms = random_terms((), heads[0])._replace(attn_mask=attn_mask)
     call = Call(q, k, v, head_dim**-0.5, terms)
-    out, lse = planned_run(call, mask)
-    assert_forward_matches(out, lse, call, mask)
+    reduced = mask.reduced(seqlen_q, seqlen_kv)
+    for out, lse in runs(kernels, head_dim, call, reduced):
+        assert_forward_matches(out, lse, call, mask)
 
 
 def padding(lengths, seqlen_kv, left=False):
@@ -70,28 +110,27 @@ def padding(lengths, seqlen_kv, left=False):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_padded_keys_are_whole_tiles_that_nobody_visits(head_dim, causal, left):
+def test_padded_keys_are_whole_tiles_that_nobody_visits(kernels, head_dim, causal, left):
     """As if each sequence were cut to its length; one has no key at all."""
     lengths, seqlen = [2048, 1000, 129, 1, 0], 2048
     q, k, v = tensors(len(lengths), seqlen, seqlen, (4, 2), head_dim, torch.bfloat16)
     attn_mask = padding(lengths, seqlen, left)
     call = Call(q, k, v, head_dim**-0.5, random_terms((), 4)._replace(attn_mask=attn_mask))
-    out, lse = planned_run(call, CAUSAL if causal else FULL)
-    assert_forward_matches(out, lse, call, CAUSAL if causal else FULL)
-    assert not out[-1].any()
-    assert (lse[-1] == -torch.inf).all()
+    mask = CAUSAL if causal else FULL
+    for out, lse in runs(kernels, head_dim, call, mask):
+        assert_forward_matches(out, lse, call, mask)
+        assert not out[-1].any()
+        assert (lse[-1] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_bias_beside_other_terms(head_dim, dtype):
+def test_a_bias_beside_other_terms(kernels, dtype):
     """ALiBi, softcap, sinks and dropout, the bias added last; long rows, odd lengths."""
-    q, k, v = tensors(2, 777, 1301, (4, 2), head_dim, dtype)
-    names = tuple(name for name in TERMS if name != "mask")
+    q, k, v = tensors(2, 777, 1301, (4, 2), 64, dtype)
     bias = torch.randn(1, 4, 777, 1301, device=DEVICE).to(dtype)
-    call = Call(q, k, v, head_dim**-0.5, random_terms(names, 4)._replace(attn_mask=bias))
-    out, lse = planned_run(call, CAUSAL)
-    assert_forward_matches(out, lse, call, CAUSAL)
+    call = Call(q, k, v, 0.125, random_terms(ALL, 4)._replace(attn_mask=bias))
+    for out, lse in runs(kernels, 64, call, CAUSAL):
+        assert_forward_matches(out, lse, call, CAUSAL)
 
 
 @pytest.mark.parametrize("is_added", [False, True])
@@ -144,11 +183,8 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_hopper_kernel_takes_masks():
-    """Or else another kernel was tested."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    problem = Problem(2, 4, 2, 512, 512, 128, "bfloat16", terms=("mask",))
-    plan = planned(problem, DEVICE, "cuda").plan
-    assert plan.backend == "cuda"
-    assert "mask" in BACKENDS["cuda"].features["fwd"]
+def test_hopper_has_its_own_kernel(kernels):
+    """Or else Triton's alone was tested."""
+    if not kernels:
+        pytest.skip(jit.unavailable() or "needs a Hopper GPU")
+    assert [tile.kernel for tile in kernels.values()] == ["sm90"] * len(COMPILED)
