@@ -90,7 +90,7 @@ PARTS = (
     _table("decode", "serving", 2, 90, "decode"),
     _table("packed", "serving", 2, 150, "packed", "--only", "equal", "mixed", "short", "empty"),
     _table("terms", "terms", 2, 330, "terms"),
-    _table("host", "training", 2, 60, "host_cost"),
+    _table("host", "training", 2, 60, "overhead"),
     _table("step", "training", 3, 120, "training", "--only", "step", "gqa", "windows", "memory"),
     _table("defaults", "defaults", 3, 150, "defaults"),
     _table("windows", "window", 3, 150, "windows"),

@@ -199,8 +199,8 @@ def test_training(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert all(v["met"] is None for v in memory)
 
 
-def test_host_cost(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    document = run(load("host_cost"), monkeypatch, tmp_path)
+def test_overhead(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document = run(load("overhead"), monkeypatch, tmp_path)
     assert [row["section"] for row in document["rows"]] == ["forward", "packed", "decode", "step"]
     assert len(document["verdicts"]) == 6
 

@@ -1,6 +1,6 @@
 """Host time of a call on tiny inputs, beside SDPA's: forward, a training step, packed, decoding.
 
-    python benchmarks/host_cost.py --output benchmarks/results/host-cost-DEVICE.json
+    python benchmarks/overhead.py --output benchmarks/results/overhead-DEVICE.json
 
 A sample is the wall time of many calls back to back, over their number; the sides take turns. A
 GPU has finished such a call before the host has launched the next one. SDPA's backends are chosen
