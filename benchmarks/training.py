@@ -1,152 +1,186 @@
-"""Packed against dense calls of equal lengths, the backward against SDPA, and forward and backward
-as one step at short lengths, through the API.
+"""The backward alone, and forward and backward as one step, beside SDPA and FlashAttention.
 
-    python benchmarks/training.py packed
-    python benchmarks/training.py backward
-    python benchmarks/training.py step
+    python benchmarks/training.py --output benchmarks/results/training-DEVICE.json
+    python benchmarks/training.py --only rows step --seconds 120
 
-Medians of device time between CUDA events, the host being ahead, us; bfloat16, heads * head_dim
-2048. Packed outputs and gradients are compared with the dense ones on the way. `backward` has
-autograd alone, plain and deterministic, `step` 16384 tokens; both the faster of SDPA's cuDNN and
-FlashAttention-2 with contiguous heads-first tensors.
+`rows`: 18 problems of heads * head_dim 2048, also deterministic; `gqa` and `windows` with these;
+`step`: 16384 tokens of short sequences; `memory`: what the backward takes beside its gradients. All
+through autograd; bfloat16; the gradients are compared with the float64 reference, or where that
+takes too long those of each side with the others', before they are timed. Listed efficiencies of
+peers are of another run on an H200 (29 November 2026). Whole models: benchmarks/models.py.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from hopper.backward import ROWS
+from sides import SDPA, against, ours, timed
+from tables import Row, Table, listed, measures, over_peers, parser_of
+from windows import SPECS, WIDE, window_row
 
-from flashmoe import flash_attn_func, flash_attn_varlen_func
+from flashmoe.measure.inputs import make_inputs
+from flashmoe.measure.timing import SLEEP_CYCLES
+from flashmoe.spec.mask import CAUSAL, FULL
+from flashmoe.spec.problem import Problem
 
-DEVICE = torch.device("cuda", 0)
-SDPA = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-ROUNDS = 12
+PEERS = (*SDPA, "FA3", "FA4")
+DETERMINISTIC = {"deterministic": {"deterministic": True}}
+# By head_dim, seqlen and mask (None: each) the efficiency on the way to the goal.
+WAY_POINTS = (
+    ((128, 16384, None), 0.90),
+    ((128, 1024, FULL), 0.66),
+    ((128, 1024, CAUSAL), 0.50),
+    ((64, 16384, None), 0.77),
+    ((256, 16384, None), 0.70),
+    ((256, 1024, None), 0.52),
+)
+# What FlashAttention-4 and cuDNN took backward on an H200, ms.
+GQA = (
+    (Problem(4, 32, 8, 4096, 4096, 128, "bfloat16", CAUSAL, "bwd"), {"FA4": 2.522, "cuDNN": 2.807}),
+    (Problem(1, 64, 8, 8192, 8192, 128, "bfloat16", CAUSAL, "bwd"), {"FA4": 4.433, "cuDNN": 5.046}),
+)
+STEPS = tuple(
+    Problem(16384 // s, 2048 // d, 2048 // d, s, s, d, "bfloat16", mask, "bwd")
+    for d in (64, 128)
+    for s in (64, 128, 256, 512)
+    for mask in (FULL, CAUSAL)
+)
+# Of the backwards that there are: options of the forward.
+PATHS: dict[str, dict[str, Any]] = {
+    "planned": {},
+    "deterministic": {"deterministic": True},
+    "triton": {"backend": "triton"},
+}
+MEMORY = (
+    Problem(4, 16, 16, 4096, 4096, 128, "bfloat16", CAUSAL, "bwd"),
+    Problem(4, 32, 8, 4096, 4096, 128, "bfloat16", CAUSAL, "bwd"),
+    Problem(4, 8, 8, 4096, 4096, 256, "bfloat16", CAUSAL, "bwd"),
+)
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
-        torch.cuda._sleep(1_000_000)  # or what the host takes to launch would count
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[ROUNDS // 2]
+@measures
+def backward_row(
+    table: Table, section: str, problem: Problem, peers: Mapping[str, float]
+) -> Row | None:
+    """`peers`: listed efficiencies."""
+    inputs = make_inputs(problem, table.device)
+    calls, failed, wrong = against(inputs, table.peers(PEERS), options=DETERMINISTIC)
+    return table.row(section, problem, calls, wrong=wrong, failed=failed, listed=peers)
 
 
-def leaves(*shape: int) -> list[Tensor]:
-    kind = {"device": DEVICE, "dtype": torch.bfloat16, "requires_grad": True}
-    return [torch.randn(*shape, **kind) for _ in "qkv"]
+@measures
+def step_row(table: Table, section: str, problem: Problem) -> Row | None:
+    inputs = make_inputs(problem, table.device)
+    calls, failed, wrong = against(inputs, table.peers(PEERS), step=True)
+    both = (problem, replace(problem, direction="fwd"))
+    floor = sum(table.limits.floor(p.flops, p.bytes) for p in both)
+    what = {"wrong": wrong, "failed": failed, "sleep_cycles": 4 * SLEEP_CYCLES}
+    return table.row(section, problem, calls, floor=floor, **what)
 
 
-def backward_of(out: Tensor, inputs: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, inputs, dout, retain_graph=True)
-
-
-def packed(head_dim: int, seqlen: int, causal: bool) -> str:
-    heads, batch = 2048 // head_dim, 32768 // seqlen
-    dense = leaves(batch, seqlen, heads, head_dim)
-    flat = [x.detach().flatten(0, 1).requires_grad_() for x in dense]
-    ends = torch.arange(0, batch * seqlen + 1, seqlen, dtype=torch.int32, device=DEVICE)
-    lengths = (ends, ends, seqlen, seqlen)
-    with torch.no_grad():
-        forward = microseconds(lambda: flash_attn_func(*dense, causal=causal))
-        forward_packed = microseconds(
-            lambda: flash_attn_varlen_func(*flat, *lengths, causal=causal)
+def state_rows(table: Table) -> None:
+    rows = [
+        backward_row(
+            table, "rows", row.problem, {"FA3": row.fa3, "FA4": row.fa4, "cuDNN": row.cudnn}
         )
-    out = flash_attn_func(*dense, causal=causal)
-    out_packed = flash_attn_varlen_func(*flat, *lengths, causal=causal)
-    dout = torch.randn_like(out)
-    pairs = [(out, out_packed)]
-    pairs += zip(
-        backward_of(out, dense, dout),
-        backward_of(out_packed, flat, dout.flatten(0, 1)),
-        strict=True,
-    )
-    error = max((x.flatten(0, 1) - y).abs().max().item() for x, y in pairs)
-    back = microseconds(lambda: backward_of(out, dense, dout))
-    back_packed = microseconds(lambda: backward_of(out_packed, flat, dout.flatten(0, 1)))
-    return (
-        f"forward {forward:.0f}, packed {forward_packed:.0f} ({forward / forward_packed:.3f}); "
-        f"backward {back:.0f}, packed {back_packed:.0f} ({back / back_packed:.3f}); "
-        f"largest difference {error:.4f}"
-    )
+        for row in ROWS
+    ]
+    table.mean("backward: mean efficiency (the goal)", rows, Row.efficiency, at_least=0.67)
+    table.mean("backward: mean efficiency (enough)", rows, Row.efficiency, at_least=0.64)
+    table.each("backward: ahead of the best peer (the goal)", rows, over_peers, at_least=1.0)
+    table.each("backward: ahead of the best peer (enough)", rows, over_peers, at_least=0.97)
+    for (head_dim, seqlen, mask), bound in WAY_POINTS:
+        some = [
+            found
+            for found, row in zip(rows, ROWS, strict=True)
+            if (row.problem.head_dim, row.problem.seqlen_q) == (head_dim, seqlen)
+            and mask in (None, row.problem.mask)
+        ]
+        text = "" if mask is None else f", {mask}"
+        line = f"backward: way point, head_dim {head_dim} at {seqlen}{text}: efficiency"
+        table.each(line, some, Row.efficiency, at_least=bound)
+
+    def kept(row: Row) -> float:
+        return row.ratio("ours", "ours, deterministic").value
+
+    line = "backward, deterministic: share of the default's speed"
+    table.mean(f"{line}, mean (the goal)", rows, kept, at_least=0.95)
+    table.mean(f"{line}, mean (enough)", rows, kept, at_least=0.85)
 
 
-def backward(head_dim: int, batch: int, seqlen: int, causal: bool) -> str:
-    inputs = leaves(batch, seqlen, 2048 // head_dim, head_dim)
-    dout = torch.randn_like(inputs[0])
-    found = []
-    for deterministic in (False, True):
-        out = flash_attn_func(*inputs, causal=causal, deterministic=deterministic)
-        found.append(microseconds(lambda out=out: backward_of(out, inputs, dout)))
-    swapped = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
-    dout = dout.transpose(1, 2).contiguous()
-    best = float("inf")
-    for backend in SDPA:
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(*swapped, is_causal=causal)
-            best = min(best, microseconds(lambda out=out: backward_of(out, swapped, dout)))
-    ours, repeatable = found
-    return (
-        f"ours {ours:.0f}, deterministic {repeatable:.0f} ({ours / repeatable:.2f}), "
-        f"SDPA {best:.0f} ({best / ours:.2f})"
-    )
+def state_gqa(table: Table) -> None:
+    rows = [backward_row(table, "gqa", problem, listed(problem, times)) for problem, times in GQA]
+    table.each("backward with GQA: ahead of the best peer", rows, over_peers, at_least=1.0)
 
 
-def step(head_dim: int, seqlen: int, causal: bool) -> str:
-    inputs = leaves(16384 // seqlen, seqlen, 2048 // head_dim, head_dim)
-    dout = torch.randn_like(inputs[0])
-    ours = microseconds(
-        lambda: torch.autograd.grad(flash_attn_func(*inputs, causal=causal), inputs, dout)
-    )
-    swapped = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
-    dout = dout.transpose(1, 2).contiguous()
-
-    def by_sdpa() -> tuple[Tensor, ...]:
-        out = F.scaled_dot_product_attention(*swapped, is_causal=causal)
-        return torch.autograd.grad(out, swapped, dout)
-
-    best = float("inf")
-    for backend in SDPA:
-        with sdpa_kernel(backend):
-            best = min(best, microseconds(by_sdpa))
-    return f"ours {ours:.0f}, SDPA {best:.0f} ({best / ours:.2f})"
+def state_windows(table: Table) -> None:
+    rows = [
+        window_row(table, "windows", replace(spec.problem, direction="bwd"), spec)
+        for spec in SPECS
+        if spec.problem.mask.left >= WIDE
+    ]
+    table.each("backward with windows: ahead of the best peer", rows, over_peers, at_least=1.0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("packed", "backward", "step"))
-    what = parser.parse_args().what
-    if what == "step":
-        for head_dim in (64, 128):
-            for seqlen in (64, 128, 256, 512):
-                for causal in (False, True):
-                    row = step(head_dim, seqlen, causal)
-                    print(f"{head_dim}, {seqlen}{' causal' * causal}: {row}", flush=True)
-        return
-    if what == "packed":
-        for head_dim in (64, 128):
-            for seqlen in (1024, 4096, 16384):
-                for causal in (False, True):
-                    row = packed(head_dim, seqlen, causal)
-                    print(f"{head_dim}, {seqlen}{' causal' * causal}: {row}", flush=True)
-        return
-    for head_dim in (64, 128, 256):
-        for batch, seqlen in ((16, 1024), (4, 4096), (1, 16384)):
-            for causal in (False, True):
-                row = backward(head_dim, batch, seqlen, causal)
-                print(f"{head_dim}, {batch} x {seqlen}{' causal' * causal}: {row}", flush=True)
+def state_step(table: Table) -> None:
+    rows = [step_row(table, "step", problem) for problem in STEPS]
+
+    def over_sdpa(row: Row) -> float:
+        times = [row.seconds(name) for name in SDPA if name in row.samples]
+        return min(times, default=float("inf")) / row.seconds()
+
+    table.each("a step of short sequences: ahead of SDPA", rows, over_sdpa, at_least=1.0)
+    table.mean("a step of short sequences: times SDPA, mean", rows, over_sdpa, at_least=1.2)
+
+
+def extra_bytes(call: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> int:
+    """Of a backward: the most that is allocated at once beside what it returns."""
+    call()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    _, *gradients = call()
+    torch.cuda.synchronize(device)
+    sizes = sum(x.numel() * x.element_size() for x in gradients)
+    return torch.cuda.max_memory_allocated(device) - before - sizes
+
+
+def state_memory(table: Table) -> None:
+    for problem in MEMORY:
+        for path, options in PATHS.items():
+            line = f"extra memory of the backward, {path}, {problem.label}: times q's bytes"
+            share, note = None, "a GPU's"
+            if table.device.type == "cuda":
+                try:
+                    inputs = make_inputs(problem, table.device)
+                    q = inputs.call.q.numel() * inputs.call.q.element_size()
+                    call = timed(ours(inputs, **options), inputs)
+                    share, note = extra_bytes(call, table.device) / q, ""
+                except RuntimeError as error:
+                    note = " ".join(str(error).split())
+            table.one(line, share, at_most=2.1, note=note)
+
+
+SECTIONS = {
+    "rows": state_rows,
+    "step": state_step,
+    "gqa": state_gqa,
+    "windows": state_windows,
+    "memory": state_memory,
+}
+
+
+def main() -> int:
+    table = Table(parser_of(__doc__, seconds=300).parse_args())
+    for section, state in SECTIONS.items():
+        if table.wants(section):
+            state(table)
+    return table.finish()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,7 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_calls import assert_forward_matches, cumulative, int32, masks, random_terms
+from random_calls import (
+    assert_forward_matches,
+    cumulative,
+    int32,
+    masks,
+    on_device,
+    random_terms,
+)
 from support import DEVICE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -473,7 +480,7 @@ COS = {"rotary_cos": randn(9, 4), "rotary_sin": randn(9, 4)}
 )
 def test_wrong_arguments_are_named(changes, error, message):
     q, k_cache, v_cache = decode()
-    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **changes}
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **on_device(changes)}
     if changes.get("k_cache") is not None:
         given["v_cache"] = given["k_cache"]
     # What was valid before says nothing of these.

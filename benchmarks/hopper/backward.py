@@ -121,7 +121,7 @@ def random_problems(count: int) -> list[Problem]:
                 seqlen_kv,
                 8 * draw.randint(1, 32),
                 draw.choice(("float16", "bfloat16")),
-                draw.random() < 0.6,
+                causal_if(draw.random() < 0.6),
                 "bwd",
             )
         )

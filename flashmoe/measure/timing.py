@@ -17,7 +17,7 @@ STATUSES = ("ok", "illegal", "unsupported", "wrong", "failed", "timeout")
 # Larger than any L2 (H200: 60 MB), zeroed before every timed call so that none finds its data.
 _FLUSH_BYTES = 256 << 20
 # About 0.3 ms of idle GPU work, so that the host has enqueued the call before it starts.
-_SLEEP_CYCLES = 500_000
+SLEEP_CYCLES = 500_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ def measure(
     max_seconds: float | None = None,
     after_round: Callable[[], None] | None = None,
     before_sample: Callable[[str], None] | None = None,
+    sleep_cycles: int = SLEEP_CYCLES,
 ) -> dict[str, Measurement]:
     """Time every candidate once a round, in an order shuffled each round.
 
@@ -80,14 +81,17 @@ def measure(
     code in an instruction cache, and the host running ahead; on a CPU it is wall time. A candidate
     that raises is `failed` from then on and the others go on. `max_seconds` ends the rounds early
     (after at least one), for all candidates alike, so samples stay paired by round. `before_sample`
-    is told whose turn it is, and `after_round` is called after each timed round. Raises DeviceLost
-    when a failure left the device unusable.
+    is told whose turn it is, and `after_round` is called after each timed round. `sleep_cycles`:
+    more of them where calls take the host longer to launch. Raises DeviceLost when a failure left
+    the device unusable.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup}")
-    sample = cuda_sampler(device) if device.type == "cuda" else _cpu_sample
+    sample: Callable[[Callable[[], object]], float] = _cpu_sample
+    if device.type == "cuda":
+        sample = cuda_sampler(device, sleep_cycles=sleep_cycles)
     running = {name: _Candidate(call) for name, call in candidates.items()}
     rng = random.Random(seed)
     deadline = None if max_seconds is None else time.perf_counter() + max_seconds
@@ -124,7 +128,7 @@ def _cpu_sample(call: Callable[[], object]) -> float:
 
 
 def cuda_sampler(
-    device: torch.device, *, evict_code: bool = True
+    device: torch.device, *, evict_code: bool = True, sleep_cycles: int = SLEEP_CYCLES
 ) -> Callable[[Callable[[], object]], float]:
     """What times one call on `device`, in seconds, as `measure` does; without `evict_code` a call
     may find its code in the instruction caches."""
@@ -138,7 +142,7 @@ def cuda_sampler(
             flush.zero_()
             if evict_code:
                 evict()
-            torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(sleep_cycles)  # type: ignore[no-untyped-call]
             start.record()
             call()
             end.record()

@@ -147,6 +147,29 @@ def test_it_is_one_launch_that_nobody_waits_for(paged):
     assert "append_kernel" in kernels[0]
 
 
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_rows_at_the_end_of_mapped_memory(page_size):
+    """The last key of a cache of whole mappings, and none past it: 32 MiB each."""
+    torch.cuda.empty_cache()
+    heads, seqlen = 8, 16384
+    shape = (seqlen // page_size, page_size) if page_size else (1, seqlen)
+    kind = {"device": DEVICE, "dtype": torch.bfloat16}
+    caches = [torch.zeros(*shape, heads, 128, **kind) for _ in "kv"]
+    q, k, v = (torch.randn(1, n, h, 128, **kind) for n, h in ((3, 32), (3, heads), (3, heads)))
+    pages = seqlen // page_size if page_size else 0
+    options = {"block_table": ints([list(range(pages))])} if pages else {}
+    for start, kept in ((seqlen - 3, 3), (seqlen - 1, 1), (seqlen, 0)):
+        for x in caches:
+            x.zero_()
+        lengths = ints([start])
+        flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, causal=True, **options)
+        torch.cuda.synchronize()
+        for cache, new in zip(caches, (k, v), strict=True):
+            rows = cache.reshape(seqlen, heads, 128)
+            assert torch.equal(rows[start:], new[0, :kept])
+            assert not rows[:start].any()
+
+
 def test_opcheck():
     step = serving(True)
     torch.library.opcheck(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_matches_reference, guarded
 
-from flashmoe import _extension, flash_attn_func
+from flashmoe import _extension, flash_attn_func, flash_attn_with_kvcache
 from flashmoe.backends import BACKENDS
 from flashmoe.backends.base import BATCH_INVARIANT
 from flashmoe.machine.device import arch
@@ -207,6 +207,54 @@ def test_the_same_bits_whatever_else_is_in_the_batch(page_size):
         cache.q, cache.sequences, cache.lengths = q, sequences, lengths
 
 
+def through_the_api(cache: Cache, batches: slice = slice(None), **options: Any) -> Any:
+    """(out, softmax_lse) of some sequences, as users call it."""
+    sequences = cache.sequences
+    where = {
+        name: None if x is None else x[batches]
+        for name, x in (
+            ("cache_batch_idx", sequences.cache_batch_idx),
+            ("block_table", sequences.block_table),
+        )
+    }
+    return flash_attn_with_kvcache(
+        *(cache.q[batches], cache.k, cache.v),
+        cache_seqlens=sequences.seqused_k[batches],
+        causal=True,
+        return_softmax_lse=True,
+        **where,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 4, 128, 4095])
+@pytest.mark.parametrize("page_size", [0, 16, 256])
+def test_num_splits_of_users(page_size, num_splits):
+    """Any number gives the right result; one more than there are steps is no error."""
+    cache = Cache([9000, 17, 0, 4100], 9216, page_size=page_size)
+    out, lse = through_the_api(cache, num_splits=num_splits)
+    expected, expected_lse = sequences_reference(cache.call, CAUSAL)
+    same, _ = sequences_reference(cache.call, CAUSAL, cache.dtype)
+    error, same_error = ((x.double() - expected).abs().max().item() for x in (out, same))
+    assert error <= error_bound(cache.dtype, same_error, max(1.0, expected.abs().max().item()))
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_splits", [0, 3])
+@pytest.mark.parametrize("seqlen_q", [1, 4])
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_deterministic_calls_do_not_depend_on_the_batch(page_size, seqlen_q, num_splits):
+    """Nor on its size: of one sequence, of two, of all, by what users call."""
+    cache = Cache([20000, 17, 2049, 800, 6000], 20480, page_size=page_size, seqlen_q=seqlen_q)
+    options = {"deterministic": True, "num_splits": num_splits}
+    whole = through_the_api(cache, **options)
+    for first in range(5):
+        for count in (1, 2):
+            batches = slice(first, first + count)
+            for x, y in zip(through_the_api(cache, batches, **options), whole, strict=True):
+                assert torch.equal(x, y[batches])
+
+
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_a_graph_follows_lengths_and_pages(page_size):
     cache = Cache([1000, 2000, 30], 2048, page_size=page_size, ragged=[1, 1, 1])
@@ -245,6 +293,21 @@ def test_streams_at_once_and_memory_that_held_anything():
     for i, (out, lse) in enumerate(found):
         assert torch.equal(out, expected[i % 4][0])
         assert torch.equal(lse, expected[i % 4][1])
+
+
+@pytest.mark.parametrize("page_size", [0, 64])
+def test_caches_at_the_start_and_the_end_of_mapped_memory(page_size):
+    """What lies beside a cache of whole mappings need not be mapped: 32 MiB each."""
+    torch.cuda.empty_cache()
+    heads, seqlen = 8, 16384
+    shape = (seqlen // page_size, page_size) if page_size else (1, seqlen)
+    k, v = (torch.randn(*shape, heads, 128, device=DEVICE, dtype=torch.bfloat16) for _ in "kv")
+    q = torch.randn(1, 1, 32, 128, device=DEVICE, dtype=torch.bfloat16)
+    options = {"block_table": ints(list(range(seqlen // page_size)))[None]} if page_size else {}
+    for length in (seqlen, seqlen - 1, 1):
+        out = flash_attn_with_kvcache(q, k, v, cache_seqlens=length, causal=True, **options)
+        dense = (x.reshape(1, seqlen, heads, 128)[:, :length] for x in (k, v))
+        assert_matches_reference(out, None, q, *dense)
 
 
 def test_nothing_waits_for_the_gpu():

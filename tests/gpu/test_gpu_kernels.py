@@ -132,6 +132,25 @@ def test_offsets_past_two_to_the_31_elements(backend):
     assert_matches_reference(out, None, q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tensors_at_the_start_and_the_end_of_mapped_memory(head_dim, causal):
+    """What lies beside tensors of whole mappings, 32 MiB each, need not be mapped."""
+    torch.cuda.empty_cache()
+    heads = 8192 // head_dim
+    q, k, v, dout = (
+        torch.randn(1, 2048, heads, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in "qkvd"
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn_func(*leaves, causal=causal)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    torch.cuda.synchronize()
+    for head in (0, heads - 1):
+        part = [x[:, :, head : head + 1].detach() for x in (q, k, v)]
+        assert_matches_reference(out[:, :, head : head + 1], None, *part, causal=causal)
+    assert all(x.isfinite().all() for x in gradients)
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_repeated_runs_are_bitwise_identical(backend):
     q, k, v = _qkv()

@@ -14,6 +14,7 @@ from random_calls import (
     assert_gradients_of_call,
     cumulative,
     int32,
+    keywords,
     packed_call,
     random_terms,
 )
@@ -129,6 +130,35 @@ def test_random_batches(terms, data):
         dout, dlse = torch.randn_like(out), torch.zeros_like(lse)
         run = planned(problem_of(call, mask, "bwd"), DEVICE, "cuda").run
         assert_gradients_of_call(run(call, Saved(dout, out, lse)), (dout, dlse), clean(call), mask)
+
+
+NAMES = [("softcap",), ("alibi",), ("sink",), ("dropout",), ("softcap", "alibi", "sink", "dropout")]
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, Mask(100, 40)], ids=str)
+@pytest.mark.parametrize("names", NAMES, ids="-".join)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_terms_with_gradients(head_dim, names, mask):
+    """Through what users call, sinks' gradient included."""
+    lengths = ([300, 0, 1, 129], [300, 17, 40, 200])
+    layouts = ["padded", "packed", "heads_first"]
+    x = tensors(*lengths, 8, 4, head_dim, torch.bfloat16, layouts, tail=0)
+    call = clean(packed_call(*x, *lengths, random_terms(names, 8)))
+    leaves = [x.detach().requires_grad_() for x in call[:3]]
+    terms = call.terms
+    if terms.sinks is not None:
+        terms = terms._replace(sinks=terms.sinks.clone().requires_grad_())
+        leaves.append(terms.sinks)
+    options = keywords(terms) | {"window_size": (mask.left, mask.right)}
+    cu_q, cu_k = call.sequences[:2]
+    longest = map(max, lengths)
+    out, lse, _ = flash_attn_varlen_func(
+        *leaves[:3], cu_q, cu_k, *longest, return_attn_probs=True, **options
+    )
+    assert_forward_matches(out.detach(), lse.detach(), call, mask)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    assert_gradients_of_call(gradients, dout, torch.zeros_like(lse), call, mask)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -147,12 +147,14 @@ def test_the_pair_with_dropout(packed: bool) -> None:
     """The backward's mask is the forward's, by its state; S_dmask has it."""
     import flash_attn.flash_attn_interface as fa
 
-    q, k, v, dout = (torch.randn(2, 13, heads, 16) for heads in (4, 2, 2, 4))
+    q, k, v, dout = (
+        torch.randn(2, 13, heads, 16, device=DEVICE, dtype=DTYPE) for heads in (4, 2, 2, 4)
+    )
     rest = (0.4, 0.3, True, -1, -1, 0.0, None)
     gradients = [torch.empty_like(x) for x in (q, k, v)]
     if packed:
         q, k, v, dout, *gradients = (x.flatten(0, 1) for x in (q, k, v, dout, *gradients))
-        cu_seqlens = torch.tensor([0, 13, 26], dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, 13, 26], dtype=torch.int32, device=DEVICE)
         lengths = (cu_seqlens, cu_seqlens, 13, 13)
         out, lse, weights, state = fa._flash_attn_varlen_forward(q, k, v, *lengths, *rest, True)
         fa._flash_attn_varlen_backward(
@@ -169,7 +171,7 @@ def test_the_pair_with_dropout(packed: bool) -> None:
     for got, expected in zip(gradients, wanted, strict=True):
         _close(got.double(), expected.reshape(got.shape))
     kept = kept_weights(state, 0.4, 2, 4, (0, 13), (0, 13))
-    seen = torch.ones(13, 13).tril().bool()
+    seen = torch.ones(13, 13, device=DEVICE).tril().bool()
     assert torch.equal((weights > 0)[..., seen], kept[..., seen])
 
 
