@@ -117,25 +117,6 @@ def test_a_search_of_hardly_any_tile_goes_on() -> None:
     assert len(again.search.trials) > tried(starved)
 
 
-def test_time_that_is_left_goes_to_what_was_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second problem has few tiles, so it is done early."""
-    backend = type(BACKENDS["cpu"])
-    few = [*GRID[:2], DEFAULT]
-    monkeypatch.setattr(
-        backend, "tiles", lambda _, p, __: [*WIDE, DEFAULT] if p == PROBLEM else few
-    )
-    bench = slow_compilers()
-    groups = [Group((p,), (1.0,)) for p in (PROBLEM, OTHER)]
-    results = run(bench, 50.0, groups)
-    assert [result.problem for result in results] == [PROBLEM, OTHER, PROBLEM]
-    first, _, again = results
-    assert first.search is not None
-    assert again.search is not None
-    assert again.search.study == first.search.study
-    assert len(again.search.trials) > len(first.search.trials)
-    assert bench.clock <= 55.0
-
-
 def test_what_is_compiled_in_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(BACKENDS["cpu"]), "compiled_in", lambda *_: WIDE[300:303])
     (result,) = run(slow_compilers(), 60.0)
