@@ -105,7 +105,7 @@ def xformers(case: Case, call: Call) -> Attend:
         shape = q.shape
         q, k, v = one_batch(q), one_batch(k), one_batch(v)
         if groups > 1:  # (batch, rows, heads_kv, group, head_dim)
-            q = q.unflatten(2, (p.heads_kv, groups))
+            q = q.reshape(*q.shape[:2], p.heads_kv, groups, -1)
             k, v = (x.unsqueeze(3).expand(-1, -1, -1, groups, -1) for x in (k, v))
         out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
         return out.reshape(shape)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl, simulate_kernel
+from autotune_simulated import DEFAULT, PROBLEM, SimulatedBench, bowl, simulate_kernel
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from flashmoe.autotune.running.candidate import Candidate
