@@ -1,7 +1,7 @@
 """Which sampler finds the best tile with the fewest tried: the tuner's model, the order of the
 predicted times, and Optuna's own, on recorded grids (tests/autotune/grid-*.json.xz).
 
-    PYTHONPATH=tests/autotune python benchmarks/samplers.py tests/autotune/grid-nvidia-h200.json.xz
+    python benchmarks/samplers.py tests/autotune/grid-nvidia-h200.json.xz
 
 A sampler proposes tiles in batches of six, as the tuner does: what is proposed is told when the
 batch is complete. A tile's value is the median of eight recorded rounds, drawn by the seed; every
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,10 +24,13 @@ from typing import Any
 
 import numpy as np
 import optuna
-from autotune_replay import HOPPER, Grid, load
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "autotune"))
+
+from autotune_replay import HOPPER, Grid, load
 
 from flashmoe.autotune.search.model import Model
 from flashmoe.autotune.search.search import BATCH, FINALISTS
