@@ -65,7 +65,9 @@ def heat_map(
 def strips(rows: Sequence[tuple[str, Sequence[float], float, float, float]], unit: str) -> str:
     """Samples as ticks, the median and its interval on top. A row is (name, samples, median, low,
     high); samples beyond twice the largest median are left out of the picture."""
-    left, width, top = 8, 420, 8
+    left, top = 8, 8
+    labels = [f"{name}  {median:.4g} {unit}" for name, _, median, _, _ in rows]
+    width = max(420, 2 * left + 7 * max(map(len, labels)))
     limit = 2 * max(median for _, _, median, _, _ in rows)
     low = min(min(samples) for _, samples, *_ in rows)
     high = min(limit, max(max(samples) for _, samples, *_ in rows))
@@ -76,9 +78,9 @@ def strips(rows: Sequence[tuple[str, Sequence[float], float, float, float]], uni
         return left + (x - low) / (high - low) * (width - 2 * left)
 
     body: list[str] = []
-    for i, (name, samples, median, bottom, up) in enumerate(rows):
+    for i, (_, samples, median, bottom, up) in enumerate(rows):
         y = top + i * 46
-        body.append(_text(left, y + 10, f"{name}  {median:.4g} {unit}"))
+        body.append(_text(left, y + 10, labels[i]))
         for x in samples[:: max(len(samples) // 150, 1)]:
             if x <= high:
                 body.append(

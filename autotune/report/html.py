@@ -32,7 +32,8 @@ p,code{overflow-wrap:anywhere}.soft{color:var(--soft)}
 min-width:0;max-width:100%;flex:0 1 auto}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid var(--line);
-vertical-align:top;overflow-wrap:anywhere}
+vertical-align:top;overflow-wrap:break-word}
+td code{overflow-wrap:break-word}td>h3{margin:.8rem 0 0}
 th{color:var(--soft);font-weight:600}svg{max-width:100%;height:auto;display:block}
 text{font:12px system-ui,sans-serif;fill:var(--ink)}text.axis{fill:var(--soft)}
 text.title{font-weight:600}text.on{fill:var(--on)}
@@ -55,8 +56,8 @@ def html(
     facts = {**fingerprint.to_json(), "command": command, "database": database}
     rows = [[escape(name), f"<code>{escape(str(value))}</code>"] for name, value in facts.items()]
     parts = [
-        _problem(result, limits.get(result.problem.dtype))
-        for _, found in apart(results)
+        _problem(kind, result, limits.get(result.problem.dtype))
+        for kind, found in apart(results)
         for result in found
     ]
     return (
@@ -70,28 +71,35 @@ def html(
 
 
 def _summary(results: Sequence[Result]) -> str:
-    """A table for each kind of problem."""
+    """One table, in which each kind of problem has its rows below its name."""
     heads = ["problem", "runs", "time", "over default", "over SDPA", "outcome"]
-    return "".join(
-        f"<h3>{kind}</h3>{_table(heads, _summary_rows(found))}" for kind, found in apart(results)
-    )
+    rows = [
+        row
+        for kind, found in apart(results)
+        for row in ([f"<h3>{kind}</h3>"], *map(_summary_row, found))
+    ]
+    return _table(heads, rows)
 
 
-def _summary_rows(results: Sequence[Result]) -> list[list[str]]:
+def _summary_row(result: Result) -> list[str]:
     return [
-        [
-            escape(result.problem.label),
-            f"<code>{escape(str(result.best or '-'))}</code>",
-            duration(result.seconds.value) if result.seconds else "-",
-            ratio(result.speedup_default),
-            ratio(result.speedup_sdpa),
-            escape(result.status),
-        ]
-        for result in results
+        escape(result.problem.label),
+        f"<code>{escape(str(result.best or '-'))}</code>",
+        _kept_together(duration(result.seconds.value) if result.seconds else "-"),
+        *(
+            # Between a figure and its interval a line may break, within them not.
+            " [".join(map(_kept_together, ratio(interval).split(" [")))
+            for interval in (result.speedup_default, result.speedup_sdpa)
+        ),
+        escape(result.status),
     ]
 
 
-def _problem(result: Result, limits: Limits | None) -> str:
+def _kept_together(text: str) -> str:
+    return text.replace(" ", "&nbsp;")
+
+
+def _problem(kind: str, result: Result, limits: Limits | None) -> str:
     panels = [
         *_heat_maps(result),
         _final(result),
@@ -113,7 +121,8 @@ def _problem(result: Result, limits: Limits | None) -> str:
         )
     body = "".join(f'<div class="panel">{panel}</div>' for panel in panels if panel)
     return (
-        f"<section><h2>{escape(result.problem.label)}</h2><p>{escape(outcome(result))}</p>{told}"
+        f"<section><h2>{kind}: {escape(result.problem.label)}</h2>"
+        f"<p>{escape(outcome(result))}</p>{told}"
         f'<div class="panels">{body}</div></section>'
     )
 
@@ -212,5 +221,11 @@ def _rejected(result: Result) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads) if any(heads) else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        # A row of one cell is a heading of those that follow.
+        f'<tr><td colspan="{len(heads)}">{row[0]}</td></tr>'
+        if len(row) < len(heads)
+        else f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
+        for row in rows
+    )
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

@@ -1,4 +1,16 @@
-"""Tunes problems one after the other, within the budget."""
+"""Tunes problems one after the other, within the budget: its policy, all of it.
+
+The cheapest problem comes first, for what it leaves over goes to the others, and its winner is the
+first that they try. Of the time that is left, a problem gets a share: three quarters of it go to
+all alike, since all compile as many tiles and start as many processes, and a quarter by the fourth
+root of their FLOPs, since timing takes longer. Within its share, a problem keeps back what its
+final needs, at most 35 % (schedule/problem.py), and its search what a second look at the best
+needs, at most 30 % of that (search/search.py). A search that finds nothing better for long ends
+early. Whoever has too little for eight rounds of a final is starved, and the only one to have a
+second turn: from then on a tenth of the budget is kept back, and goes to those. Searches that were
+cut short have none, since what a second turn found was not worth what it took
+(docs/dev/tuner.md).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +24,13 @@ from flashmoe.autotune.schedule.result import Result, Watch
 from flashmoe.autotune.schedule.suite import Group
 from flashmoe.autotune.search.race import AnchorFailed
 from flashmoe.autotune.search.storage import StorageError, failure
-from flashmoe.autotune.search.trials import Search, best_so_far
+from flashmoe.autotune.search.trials import best_so_far
 from flashmoe.planning.database import Entry
 
 # A second turn is worth its while with so many times what it takes besides its search.
 _WORTH_STARTING = 2.0
-# What is kept back for second turns where there are several groups, and of the rest the share that
-# is divided by what a call of a problem costs.
+# What is kept back for second turns once one is needed, and of the rest the share that is divided
+# by what a call of a problem costs.
 _KEPT_BACK, _BY_COST = 0.1, 0.25
 
 # Errors whose message says all that there is to say.
@@ -37,74 +49,50 @@ def tune(
     spent: float = 0.0,
 ) -> Iterator[Result]:
     """Results as they come, the cheapest group first: the time it leaves goes to the others, and
-    its winner is tried early by them. What is kept back and what is left in the end goes to second
-    turns, whose result then comes a second time: of those that had too little to be decided, then
-    of those whose search was cut short. `now` is the clock of the budget, of which `spent` seconds
-    are gone already."""
+    its winner is tried early by them. What is left in the end goes to those that had too little to
+    be decided, whose result then comes a second time. `now` is the clock of the budget, of which
+    `spent` seconds are gone already."""
     deadline = now() + (options.budget - spent)
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
     found: dict[str, Entry] = {}
 
-    def turn(number: int, until: float, options: Options, *, more: bool = False) -> Result:
+    def turn(number: int, until: float) -> Result:
         group, start = order[number], now()
         watch.problem(group.main, number + 1, len(order))
-        known = dataclasses.replace(place, stored={**place.stored, **found}) if more else place
-        result = _tune_one(group, known, options, watch, found, until, now, make_bench, more)
+        result = _tune_one(group, place, options, watch, found, until, now, make_bench)
         # What was not decided is no winner that others should try, nor one that is in place.
         if result.best is not None and not result.starved:
             found[group.main.bucket] = result.entry(place.fingerprint, "")
         return dataclasses.replace(result, elapsed=now() - start)
 
-    first: list[Result] = []
-    starved: list[int] = []
-    searched: dict[int, Search] = {}
-    # What a turn took besides its search.
-    beside: dict[int, float] = {}
-
-    def second_turns(
-        numbers: Sequence[int], options: Options, takes: Mapping[int, float], *, more: bool
-    ) -> Iterator[Result]:
-        for done, number in enumerate(numbers):
-            left, needed = deadline - now(), _WORTH_STARTING * takes[number]
-            if left < needed:
-                continue
-            # The first ones have what they need, if the last ones then have nothing.
-            share = max(left / (len(numbers) - done), needed)
-            result = turn(number, now() + share, options, more=more)
-            if result.best is not None and not result.starved:
-                watch.result(result)
-                yield result.after(first[number])
-
-    kept_back = _KEPT_BACK * (deadline - now()) if len(order) > 1 else 0.0
+    starved: dict[int, Result] = {}
+    # What the turns took besides their searches.
+    beside: list[float] = []
+    kept_back = _KEPT_BACK * (deadline - now())
     try:
         for number, group in enumerate(order):
             # A part of the time by what they cost, the rest to all alike: all compile as many
             # tiles, and start processes.
             rest = order[number:]
-            if kept_back < _WORTH_STARTING * min(beside.values(), default=0.0):
-                kept_back = 0.0  # it pays for no second turn
             by_cost = group.cost / sum(other.cost for other in rest)
             share = _BY_COST * by_cost + (1 - _BY_COST) / len(rest)
-            left = max(deadline - kept_back - now(), 0.0)
-            result = turn(number, now() + left * share, options)
-            first.append(result)
+            left = max(deadline - (kept_back if starved else 0.0) - now(), 0.0)
+            result = turn(number, now() + left * share)
             if result.search is not None:
-                beside[number] = result.elapsed - result.search.seconds
+                beside.append(result.elapsed - result.search.seconds)
             if result.starved:
-                starved.append(number)
-            elif result.store and result.search is not None:
-                searched[number] = result.search
+                starved[number] = result
             watch.result(result)
             yield result
-        # Of one that was starved its first turn does not tell what another takes.
-        least = dict.fromkeys(starved, min(beside.values(), default=0.0))
-        yield from second_turns(starved, options, least, more=False)
-        # What was to be searched anew, and was not, is so now; the others have been.
-        again = dataclasses.replace(options, force=False)
-        short = [n for n, search in searched.items() if search.cut_short]
-        short.sort(key=lambda n: len(searched[n].trials) / searched[n].space)
-        yield from second_turns(short, again, beside, more=True)
+        needed = _WORTH_STARTING * min(beside, default=0.0)
+        for done, (number, first) in enumerate(starved.items()):
+            # The first ones have what they need, if the last ones then have nothing.
+            if (left := deadline - now()) >= needed:
+                result = turn(number, now() + max(left / (len(starved) - done), needed))
+                if result.best is not None and not result.starved:
+                    watch.result(result)
+                    yield result.after(first)
     except _Interrupted as interrupted:
         yield interrupted.result
         raise KeyboardInterrupt from None
@@ -127,7 +115,6 @@ def _tune_one(
     deadline: float,
     now: Callable[[], float],
     make_bench: MakeBench,
-    more: bool = False,
 ) -> Result:
     bench: Bench | None = None
     watch.seen = ()
@@ -139,7 +126,7 @@ def _tune_one(
             bench = make_bench(group)
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
             raise Unmeasurable(f"the inputs and the reference do not fit: {error}") from error
-        return Tuning(group, place, options, watch, found, bench, deadline, more).run()
+        return Tuning(group, place, options, watch, found, bench, deadline).run()
     except KeyboardInterrupt:
         best = best_so_far(watch.seen) or "nothing timed yet"
         reason = f"interrupted after {len(watch.seen)} tiles: {best}, not confirmed"

@@ -74,9 +74,7 @@ class Tuning:
         found: Mapping[str, Entry],
         bench: Bench,
         deadline: float,
-        more: bool = False,
     ) -> None:
-        self._more = more
         self._group = group
         self._problem = group.main
         self._place = place
@@ -144,10 +142,7 @@ class Tuning:
 
     def _wants_more(self) -> bool:
         """Whether the search that the stored result comes from was cut short, and this run can do
-        clearly more: it has much more time, or is to try more tiles, or hardly any were tried. A
-        second turn is there for that."""
-        if self._more:
-            return True
+        clearly more: it has much more time, or is to try more tiles, or hardly any were tried."""
         searched = self._searched
         tried, ended = int(searched.get("tried", 0)), searched.get("ended")
         if ended == TRIALS_REACHED:

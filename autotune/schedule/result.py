@@ -65,10 +65,7 @@ class Result:
                 tried=first.search.tried + search.tried,
                 seconds=first.search.seconds + search.seconds,
             )
-        both = dataclasses.replace(self, search=search, elapsed=first.elapsed + self.elapsed)
-        if (first.status, self.status, self.best) == ("tuned", "kept", first.best):
-            return dataclasses.replace(both, status="tuned", reason=first.reason)
-        return both
+        return dataclasses.replace(self, search=search, elapsed=first.elapsed + self.elapsed)
 
     def rejected(self) -> list[Trial]:
         """The tiles that computed wrong numbers or failed."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
@@ -33,55 +33,109 @@ _SPREAD = 0.15
 _JUDGED = 600
 
 Matrix = NDArray[np.float64]
+# A tile in a task: 0 is the problem at hand, the others are related ones.
+Point = tuple[Tile, int]
 
 
-def promising(
-    space: Space,
-    known: Mapping[Tile, float],
-    in_flight: Sequence[Tile],
-    related: Sequence[Mapping[Tile, float]],
-    taken: Collection[Tile],
-    prior: Mapping[Tile, float] = MappingProxyType({}),
-) -> Tile | None:
-    """The tile of `space` with the largest expected improvement over the fastest of `known`; none
-    of `taken`, and None where there is no other.
+class Model:
+    """What is known of `space`, and what that makes of the tiles not tried yet.
 
-    `known` and each of `related`, another problem's, are times relative to something of their own;
-    `prior` is the logarithm of the predicted one, 0 where nothing is predicted, and what is learnt
-    is how times deviate from that. Those of `related` are relative to their predictions, too. Tiles
-    in flight are believed to come out as expected.
+    Each of `related`, another problem's, are times relative to something of their own; `prior` is
+    the logarithm of the predicted one, 0 where nothing is predicted, and what is learnt is how
+    times deviate from that. Those of `related` are relative to their predictions, too.
     """
-    free = [tile for tile in space.tiles if tile not in taken]
-    if not free:
-        return None
-    if prior:
-        free = sorted(free, key=lambda tile: prior.get(tile, 0.0))[:_JUDGED]
-    judged = [*free, *in_flight]
-    points = [(tile, task) for task, found in enumerate((known, *related)) for tile in found]
-    logs = [np.log(list(found.values())) for found in (known, *related) if found]
-    if known:
-        logs[0] = logs[0] - [prior.get(tile, 0.0) for tile in known]
-    level = float(logs[0].mean()) if known else 0.0
-    y = np.concatenate([log - log.mean() for log in logs]) if logs else np.zeros(0)
-    spread = max(float(y.std()) if len(y) > 3 else _SPREAD, 1e-3)
-    # One thread: many would wait for one another on cores that are busy compiling, for seconds.
-    with _threads().limit(limits=1, user_api="blas"):
+
+    def __init__(
+        self,
+        space: Space,
+        related: Sequence[Mapping[Tile, float]] = (),
+        prior: Mapping[Tile, float] | None = None,
+    ) -> None:
+        self._prior = prior or {}
+        judged = sorted(space.tiles, key=lambda tile: self._prior.get(tile, 0.0))
+        self._judged = judged[:_JUDGED] if prior else space.tiles
+        self._index = {tile: index for index, tile in enumerate(self._judged)}
+        self._means = np.array([self._prior.get(tile, 0.0) for tile in self._judged])
+        self._elsewhere = [(tile, n) for n, found in enumerate(related, 1) for tile in found]
+        logs = [np.log(list(found.values())) for found in related if found]
+        self._logs = np.concatenate([log - log.mean() for log in logs]) if logs else np.zeros(0)
+        self._factor = _Factor(space, self._judged)
+
+    def promising(
+        self, known: Mapping[Tile, float], in_flight: Sequence[Tile], taken: Collection[Tile]
+    ) -> Tile | None:
+        """The tile with the largest expected improvement over the fastest of `known`; none of
+        `taken`, and None where there is no other.
+
+        `known` are times relative to something of their own. Tiles in flight are believed to come
+        out as expected.
+        """
+        free = np.ones(len(self._judged), dtype=bool)
+        free[[self._index[tile] for tile in taken if tile in self._index]] = False
+        if not free.any():
+            return None
+        times = np.log(list(known.values()))
+        logs = times - [self._prior.get(tile, 0.0) for tile in known]
+        level = float(logs.mean()) if known else 0.0
+        y = np.concatenate([self._logs, logs - level])
+        spread = max(float(y.std()) if len(y) > 3 else _SPREAD, 1e-3)
         # The variance does not ask for values, so tiles in flight are points, too.
-        every = [*points, *((tile, 0) for tile in in_flight)]
-        here = _positions(space, judged)
-        there = _positions(space, [tile for tile, _ in every])
-        task = np.array([task for _, task in every], dtype=np.int64)
-        gram = _kernel(there, there) * _between(task, task) + _NOISE * np.eye(len(every))
-        across = _kernel(here, there) * _between(np.zeros(1, dtype=np.int64), task)
-        told = len(points)
-        weights = np.linalg.solve(gram[:told, :told], y)
-        explained = np.einsum("ij,ji->i", across, np.linalg.solve(gram, across.T))
-    mean = across[:, :told] @ weights + level + [prior.get(tile, 0.0) for tile in judged]
-    deviation = spread * np.sqrt(np.maximum(1.0 - explained, 1e-9))
-    best = min([*np.log(list(known.values())), *mean[len(free) :]], default=0.0)
-    z = ((best - mean) / deviation)[: len(free)]
-    gain = z * ndtr(z) + np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    return free[int(np.argmax(deviation[: len(free)] * gain))]
+        points = [*self._elsewhere, *((tile, 0) for tile in (*known, *in_flight))]
+        # One thread: many would wait for one another on cores that are busy compiling, for seconds.
+        with _threads().limit(limits=1, user_api="blas"):
+            here, there, variance = self._factor.posterior(points, y)
+        mean = here + level + self._means
+        expected = there + level + [self._prior.get(tile, 0.0) for tile in in_flight]
+        deviation = spread * np.sqrt(np.maximum(variance, 1e-9))
+        z = (min([*times, *expected], default=0.0) - mean) / deviation
+        gain = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi))
+        return self._judged[int(np.argmax(np.where(free, gain, -1.0)))]
+
+
+class _Factor:
+    """The Cholesky factor of the covariance of points, which grows by what is new: points that
+    were in flight are mostly the next ones that are known."""
+
+    def __init__(self, space: Space, judged: Sequence[Tile]) -> None:
+        self._space = space
+        self._judged = _positions(space, judged)
+        self._points: list[Point] = []
+        self._at: Matrix = _positions(space, [])
+        self._task = np.zeros(0, dtype=np.int64)
+        self._lower: Matrix = np.zeros((0, 0))
+        # The inverse of that times the covariance of the points with what is judged.
+        self._half: Matrix = np.zeros((0, len(judged)))
+
+    def posterior(self, points: Sequence[Point], y: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+        """The mean of what is judged and of those points that `y`, the values of the first ones,
+        leaves out; and the variance of what is judged, in shares of that before any is known."""
+        self._move(points)
+        told = len(y)
+        weights = solve_triangular(self._lower[:told, :told], y, lower=True, check_finite=False)
+        mean: Matrix = weights @ self._half[:told]
+        variance: Matrix = 1.0 - np.einsum("ij,ij->j", self._half, self._half)
+        return mean, self._lower[told:, :told] @ weights, variance
+
+    def _move(self, points: Sequence[Point]) -> None:
+        """Drop the points from the first that differs on, and add the new ones."""
+        same = 0
+        while points[same : same + 1] == self._points[same : same + 1] != []:
+            same += 1
+        self._points, added = list(points), points[same:]
+        lower, half = self._lower[:same, :same], self._half[:same]
+        old, old_task = self._at[:same], self._task[:same]
+        new = _positions(self._space, [tile for tile, _ in added])
+        task = np.array([task for _, task in added], dtype=np.int64)
+        border = solve_triangular(
+            lower, _kernel(old, new) * _between(old_task, task), lower=True, check_finite=False
+        ).T
+        own = _kernel(new, new) * _between(task, task) + _NOISE * np.eye(len(added))
+        corner = np.linalg.cholesky(own - border @ border.T)
+        across = _kernel(new, self._judged) * _between(task, np.zeros(1, dtype=np.int64))
+        rest = solve_triangular(corner, across - border @ half, lower=True, check_finite=False)
+        self._lower = np.block([[lower, np.zeros((same, len(added)))], [border, corner]])
+        self._half = np.concatenate([half, rest])
+        self._at, self._task = np.concatenate([old, new]), np.concatenate([old_task, task])
 
 
 @functools.cache

@@ -142,7 +142,7 @@ class Record:
         prior: Mapping[Tile, float] | None = None,
     ) -> None:
         """Ask the sampler of that name (one of SAMPLERS) from now on, the tiles `first` before it;
-        `related` and `prior` as model.promising takes them."""
+        `related` and `prior` as search.model.Model takes them."""
         self._study.sampler = TileSampler(
             sampler, self._space, first, lambda: self._taken, seed, related, prior
         )

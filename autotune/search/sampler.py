@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from flashmoe.autotune.search.model import promising
+from flashmoe.autotune.search.model import Model
 from flashmoe.autotune.search.space import Space
 from flashmoe.tiles import Tile
 
@@ -25,7 +25,7 @@ _DOUBT_EVERY = 6
 
 class TileSampler(BaseSampler):
     """Asks for a tile of `space` that is not in `taken()`: first those of `first`, then by `name`,
-    one of SAMPLERS. `prior` and `related` as `promising` takes them."""
+    one of SAMPLERS. `prior` and `related` as Model takes them."""
 
     def __init__(
         self,
@@ -44,11 +44,12 @@ class TileSampler(BaseSampler):
         self._related = related
         self._prior = prior or {}
         self._rng = random.Random(seed)
+        self._models: dict[bool, Model] = {}
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return self._space.distributions()
+        return self._space.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -87,5 +88,7 @@ class TileSampler(BaseSampler):
             return None
         asked = len(known) + len(in_flight)
         believes = not known or asked % _DOUBT_EVERY < _DOUBT_EVERY - 1
-        related = self._related if believes else ()
-        return promising(self._space, known, in_flight, related, taken, self._prior)
+        if believes not in self._models:
+            related = self._related if believes else ()
+            self._models[believes] = Model(self._space, related, self._prior)
+        return self._models[believes].promising(known, in_flight, taken)

@@ -69,7 +69,7 @@ def search(
 
     The tiles `first` are tried before the sampler's. `sampler` is one of SAMPLERS; without one, all
     tiles are tried where that fits (brute), otherwise the model chooses, starting from `prior` and
-    `related`, as model.promising takes them. `watch` sees the trials so far and how many there
+    `related`, as Model takes them. `watch` sees the trials so far and how many there
     may be. `anchor` is known to be right; AnchorFailed when it cannot be timed. Without `contend`
     the trials are all that counts, for another worker looks again at the contenders.
     """

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +48,7 @@ class Space:
     def __len__(self) -> int:
         return len(self.tiles)
 
+    @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Every parameter, those of kernels that are not chosen among them."""
         found: dict[str, BaseDistribution] = {}
@@ -74,7 +76,7 @@ class Space:
         """The tile that a study asks for, whose sampler is a TileSampler of this space."""
         params: dict[str, str | int] = {}
         for name in self.names(params):
-            distribution = self.distributions()[name]
+            distribution = self.distributions[name]
             if isinstance(distribution, IntDistribution):
                 params[name] = trial.suggest_int(
                     name, distribution.low, distribution.high, step=distribution.step

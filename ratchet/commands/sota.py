@@ -35,8 +35,9 @@ from flashmoe.ratchet.sota.comparison import (
 
 HELP = "compare with every implementation of attention that is installed, and write it up"
 DESCRIPTION = """Measure flashmoe and every other implementation found (SDPA's four backends,
-FlexAttention, flash-attn 2, 3 and 4, xFormers, FlashInfer) in the same process, interleaved, and
-write a document with tables, figures, raw samples and the command that repeats it."""
+FlexAttention, flash-attn 2, 3 and 4, xFormers, FlashInfer, cuDNN's front end) in the same process,
+interleaved, and write a document with tables, figures, raw samples and the command that repeats
+it."""
 EPILOG = "Exit codes: 0 done; 2 bad usage, or a damaged file."
 UNTUNED = """
 ## Untuned, over the plane
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     folder = arguments.output.with_suffix("")
     name = slug(comparison.fingerprint.device)
     write_json(folder / f"{name}.json", to_json(comparison))
-    drawn = {"rates": figures.bars(comparison.measured)}
+    drawn = {"lead": figures.lead(comparison.measured), "rates": figures.bars(comparison.measured)}
     for dtype, limit in comparison.limits.items():
         if some := [c for c in comparison.measured if c.case.problem.dtype == dtype]:
             drawn[f"roofline-{dtype}"] = figures.roofline(some, limit)
@@ -133,8 +134,15 @@ def document(comparison: Comparison, links: Sequence[str]) -> str:
     """Markdown."""
     here, versions, measured = comparison.fingerprint, comparison.versions, comparison.measured
     names = [n for n in versions if any(c.row(n).samples for c in measured)]
+    first, *more = links
     lines = [
         "# Performance",
+        "",
+        f"![speed over the fastest other implementation]({first})",
+        "",
+        *sentences(comparison),
+        "",
+        "## How it was measured",
         "",
         f"{here.device}, driver {here.driver or 'none'}, CUDA {here.cuda or 'none'}, torch "
         f"{here.torch}, {comparison.started[:10]}. Each case: all implementations in one process, "
@@ -145,7 +153,7 @@ def document(comparison: Comparison, links: Sequence[str]) -> str:
         "",
         "Raw samples are in the JSON file beside the figures.",
         "",
-        *(f"![{Path(link).stem}]({link})\n" for link in links),
+        *(f"![{Path(link).stem}]({link})\n" for link in more),
         "## Summary",
         "",
         "| | version | | cases | flashmoe is faster | same | slower | speedup, geometric mean |",
@@ -190,11 +198,45 @@ def document(comparison: Comparison, links: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sentences(comparison: Comparison) -> list[str]:
+    """What the rows come to, in five sentences where all directions ran. In each case the fastest
+    other counts."""
+    best = [(c, row, row.ratio) for c in comparison.measured if (row := c.fastest_other)]
+    found = [(c, row, ratio.value) for c, row, ratio in best if ratio is not None]
+    if not found:
+        return ["Nothing could be compared."]
+    told = [conclusion(row) for _, row, _ in found]
+    faster, same, slower = (told.count(word) for word in ("faster", "same", "slower"))
+    lines = [
+        f"1. On {comparison.fingerprint.device}, flashmoe is faster than every other "
+        f"implementation found in {faster} of {len(found)} cases, as fast as the fastest in "
+        f"{same}, and slower than it in {slower}."
+    ]
+    for direction in dict.fromkeys(c.direction for c, *_ in found):
+        of_it = [(row.provider, ratio) for c, row, ratio in found if c.direction == direction]
+        ratios = [ratio for _, ratio in of_it]
+        others = sorted({name for name, _ in of_it})
+        lines.append(
+            f"{len(lines) + 1}. {direction.capitalize()}: {geometric_mean(ratios):.2f} times as "
+            f"fast as the fastest other (geometric mean of {len(ratios)}, from {min(ratios):.2f} "
+            f"to {max(ratios):.2f}), which is {' or '.join(others)}."
+        )
+    (most, first, high), (least, last, low) = (
+        pick(found, key=lambda row: row[2]) for pick in (max, min)
+    )
+    lines.append(
+        f"{len(lines) + 1}. At best it is {high:.2f} times as fast as {first.provider} "
+        f"(`{most.case.name}`), at worst {low:.2f} times as fast as {last.provider} "
+        f"(`{least.case.name}`)."
+    )
+    return lines
+
+
 def _row(compared: Compared, names: Sequence[str]) -> str:
     ours = compared.row(OURS)
     cells = [f"`{compared.case.name}`"]
     if ours.samples:
-        seconds = ours.median.value
+        seconds = ours.seconds
         rate = compared.case.flops / seconds * 1e-12
         watts = "" if compared.watts is None else f"{compared.watts:.0f}"
         efficiency = f"{compared.floor / seconds:.0%}"

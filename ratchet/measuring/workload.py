@@ -16,7 +16,7 @@ import flashmoe
 from flashmoe.measure.check import Checker, Correctness
 from flashmoe.measure.inputs import Inputs, make_inputs
 from flashmoe.ratchet.measuring.suite import Case
-from flashmoe.spec.call import Sequences, Terms
+from flashmoe.spec.call import Call, Sequences, Terms
 
 # Torch's own, whatever torch.nn.functional calls so by now: users put ours there. Not by the
 # library's name for it, which older builds lack.
@@ -62,6 +62,16 @@ class Workload:
         if unknown := sorted(set(keywords) - set(inspect.signature(function).parameters)):
             raise NotImplementedError(f"{name} has no argument {', '.join(unknown)}")
         return self.other(functools.partial(function, **keywords, **options), heads_first=False)
+
+    @property
+    def call(self) -> Call:
+        return self._inputs.call
+
+    def fill_gaps(self) -> None:
+        """Zeros where a cache holds no keys, and NaN is."""
+        if self.call.sequences.seqused_k is not None:
+            for x in self.call[1:3]:
+                x.nan_to_num_(0.0)
 
     @functools.cached_property
     def sdpa(self) -> Callable[[], _Results]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.reference import error_bound
-from flashmoe.measure.stats import Interval, median_interval, paired_ratio
+from flashmoe.measure.stats import Interval, paired_ratio
 from flashmoe.measure.timing import Limits, measure
 from flashmoe.ratchet.gate import stats
 from flashmoe.ratchet.measuring.suite import Case, parse
 from flashmoe.ratchet.measuring.telemetry import Watch
 from flashmoe.ratchet.measuring.workload import Workload
-from flashmoe.ratchet.sota.providers import PROVIDERS, Provider
+from flashmoe.ratchet.sota.providers import PROVIDERS
 
 OURS = "flashmoe"
 ALPHA = 0.05
@@ -40,8 +41,9 @@ class Row:
     p: float = 1.0
 
     @property
-    def median(self) -> Interval:
-        return median_interval(self.samples)
+    def seconds(self) -> float:
+        """The median."""
+        return median(self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,17 @@ class Compared:
     def row(self, provider: str) -> Row:
         found = (row for row in self.rows if row.provider == provider)
         return next(found, Row(provider, (), "not compared"))
+
+    @property
+    def direction(self) -> str:
+        """`forward`, `training` or `decode`."""
+        return self.case.kind.partition(",")[0]
+
+    @property
+    def fastest_other(self) -> Row | None:
+        """None where nothing else ran, or ours did not."""
+        others = [row for row in self.rows if row.ratio is not None]
+        return min(others, key=lambda row: row.seconds, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +108,13 @@ def _measure(case: Case, device: torch.device, rounds: int) -> tuple[tuple[Row, 
     wrong = workload.check().reason
     calls: dict[str, Callable[[], object]] = {} if wrong else {OURS: workload.ours}
     reasons = {OURS: wrong} if wrong else {}
+    # Others multiply what is behind a sequence by a weight of 0.
+    workload.fill_gaps()
     expected = workload.ours()
     for provider in PROVIDERS:
         try:
-            call = _call(provider, case, workload)
+            attend = provider.call(case, workload.call)
+            call = workload.other(attend, provider.heads_first)
             if why := _differs(call(), expected, case):
                 raise ValueError(why)
             calls[provider.name] = call
@@ -112,14 +128,6 @@ def _measure(case: Case, device: torch.device, rounds: int) -> tuple[tuple[Row, 
     rows += [Row(name, (), reason) for name, reason in reasons.items()]
     seen = watch.seen()
     return tuple(rows), None if seen is None else float(seen["watts"])
-
-
-def _call(provider: Provider, case: Case, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
-    if not provider.version():
-        raise NotImplementedError("not installed")
-    if case.problem.layout != "dense" or case.problem.terms:
-        raise NotImplementedError(f"is not timed here in {case.kind}")
-    return workload.other(provider.make(case), provider.heads_first)
 
 
 def _differs(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], case: Case) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from flashmoe.measure.timing import Limits
-from flashmoe.ratchet.report.svg import GRAY, picture, text
+from flashmoe.ratchet.report.svg import GRAY, line, picture, text
 from flashmoe.ratchet.sota.comparison import OURS, Compared
 from flashmoe.ratchet.sota.providers import PROVIDERS
 
@@ -22,6 +22,36 @@ _FONT = "font-family='system-ui,sans-serif' font-size='12'"
 
 def colour(provider: str) -> str:
     return _COLOURS[_NAMES.index(provider)]
+
+
+def lead(measured: Sequence[Compared]) -> str:
+    """How many times as fast as the fastest other we are, a bar for each case, from 1 on: to the
+    right where we are faster, to the left where it is."""
+    shown = [(c, row, row.ratio.value) for c in measured if (row := c.fastest_other) and row.ratio]
+    height, gap, left, width, right, top = 13, 5, 360, 380, 150, 44
+    most = max([1.5, *(max(ratio, 1 / ratio) for *_, ratio in shown)]) * 1.02
+    bottom = top + len(shown) * (height + gap)
+
+    def x(ratio: float) -> float:
+        return left + width * (math.log(ratio) / math.log(most) + 1) / 2
+
+    title = "flashmoe's speed over the fastest other implementation's"
+    parts, y = [text(x(1), 14, "middle", title)], top
+    for tick in (t for t in (0.25, 0.5, 0.67, 1, 1.5, 2, 4) if 1 / most < t < most):
+        parts.append(text(x(tick), top - 8, "middle", f"{tick:g}"))
+        wide = " stroke-width='0.5'" if tick != 1 else ""
+        parts.append(line(x(tick), top - 4, x(tick), bottom, more=wide))
+    for compared, row, ratio in shown:
+        start, end = sorted((x(1), x(ratio)))
+        parts.append(text(left - 10, y + height - 2, "end", compared.case.name))
+        parts.append(
+            f"<rect x='{start:.1f}' y='{y}' width='{end - start:.1f}' height='{height}' "
+            f"fill='{colour(OURS if ratio >= 1 else row.provider)}'/>"
+        )
+        words = f"{ratio:.2f} {row.provider}"
+        parts.append(text(left + width + 10, y + height - 2, "start", words))
+        y += height + gap
+    return picture(left + width + right, bottom + 4, "".join(parts), title)
 
 
 def bars(measured: Sequence[Compared]) -> str:
@@ -73,9 +103,9 @@ def roofline(measured: Sequence[Compared], limits: Limits) -> str:
 
     low = max(10**x0, 10**y0 * 1e12 / limits.copy_bytes)
     path = [(i, roof(i)) for i in (low, ridge, 10**x1)]
-    line = " ".join(f"{x(i):.1f},{y(rate):.1f}" for i, rate in path)
+    roofs = " ".join(f"{x(i):.1f},{y(rate):.1f}" for i, rate in path)
     parts = [_legend(shown, left)]
-    parts.append(f"<polyline points='{line}' fill='none' stroke='{GRAY}' stroke-width='2'/>")
+    parts.append(f"<polyline points='{roofs}' fill='none' stroke='{GRAY}' stroke-width='2'/>")
     parts.append(text(width - 20, y(roof(10**x1)) - 6, "end", f"{roof(10**x1):.3g} TFLOP/s"))
     for exponent in range(math.ceil(x0), math.floor(x1) + 1):
         parts.append(text(x(10**exponent), height - 24, "middle", f"{10**exponent:g}"))
@@ -96,7 +126,7 @@ def roofline(measured: Sequence[Compared], limits: Limits) -> str:
 
 
 def _rate(compared: Compared, provider: str) -> float:
-    return compared.case.flops / compared.row(provider).median.value * 1e-12
+    return compared.case.flops / compared.row(provider).seconds * 1e-12
 
 
 def _legend(shown: Sequence[str], left: float) -> str:

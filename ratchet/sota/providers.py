@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +13,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmoe.ratchet.measuring.suite import Case
 from flashmoe.ratchet.measuring.workload import torch_sdpa
-
-# q, k, v in a provider's own layout to out, in that layout.
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from flashmoe.ratchet.sota import libraries
+from flashmoe.ratchet.sota.libraries import Attend, Make
+from flashmoe.spec.call import Call
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
     """`package`: the distribution whose version is told, and `module` the one that has to import.
+    `make` gives its call for a case; `features` are those of Problem.features that it knows.
     `heads_first`: (batch, heads, seqlen, head_dim), as SDPA has it, and not flash-attn's layout.
-    `make(case)` gives the call; what a case asks for and it cannot do raises NotImplementedError.
     """
 
     name: str
     package: str
     module: str
-    heads_first: bool
-    make: Callable[[Case], Attend]
+    make: Make
+    features: str = ""
+    heads_first: bool = False
 
     def version(self) -> str:
         """Empty when it is not installed, or does not import here."""
@@ -40,13 +40,21 @@ class Provider:
         except (ImportError, OSError, RuntimeError, importlib.metadata.PackageNotFoundError):
             return ""
 
+    def call(self, case: Case, call: Call) -> Attend:
+        """Raises NotImplementedError for what is not installed, or not known of the case."""
+        if not self.version():
+            raise NotImplementedError("not installed")
+        if unknown := sorted(case.problem.features - {*self.features.split()}):
+            raise NotImplementedError(f"has no {', '.join(unknown)}")
+        return self.make(case, call)
+
 
 # Of SDPA's math backend, which holds some four copies of the scores in float32.
 _MOST_SCORES = 1 << 31
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[Case], Attend]:
-    def make(case: Case) -> Attend:
+def _sdpa(backend: SDPBackend) -> Make:
+    def make(case: Case, call: Call) -> Attend:
         p = case.problem
         scores = p.batch * p.heads_q * p.seqlen_q * p.seqlen_kv
         if backend == SDPBackend.MATH and scores > _MOST_SCORES:
@@ -62,7 +70,7 @@ def _sdpa(backend: SDPBackend) -> Callable[[Case], Attend]:
     return make
 
 
-def _flex(case: Case) -> Attend:
+def _flex(case: Case, call: Call) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     p = case.problem
@@ -87,81 +95,48 @@ def _flex(case: Case) -> Attend:
     return attend
 
 
-def _of_module(module: str, function: str) -> Callable[[Case], Attend]:
-    """flash-attn's function of that name, whatever its generation."""
-
-    def make(case: Case) -> Attend:
-        call = getattr(importlib.import_module(module), function)
-        window = case.problem.mask.left, case.problem.mask.right
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = call(q, k, v, window_size=window)
-            found: Tensor = out[0] if isinstance(out, tuple) else out
-            return found
-
-        return attend
-
-    return make
-
-
-def _xformers(case: Case) -> Attend:
-    ops: Any = importlib.import_module("xformers.ops")
-    p = case.problem
-    if p.heads_q != p.heads_kv:
-        raise NotImplementedError("grouped heads need five dimensions")
-    if p.mask.is_local:
-        raise NotImplementedError("its windows are biases of packed sequences")
-    bias = ops.LowerTriangularMask() if p.mask.is_causal else None
-    return lambda q, k, v: ops.memory_efficient_attention(q, k, v, attn_bias=bias)
-
-
-def _flashinfer(case: Case) -> Attend:
-    flashinfer: Any = importlib.import_module("flashinfer")
-    p = case.problem
-    if case.backward:
-        raise NotImplementedError("has no backward")
-    if p.batch != 1:
-        raise NotImplementedError("one sequence a call; batches are for paged caches")
-    if p.mask.is_local:
-        raise NotImplementedError("its window has a left limit only, and is not timed here")
-    if p.seqlen_q == 1:
-        return lambda q, k, v: flashinfer.single_decode_with_kv_cache(q[0, 0], k[0], v[0])[
-            None, None
-        ]
-    return lambda q, k, v: flashinfer.single_prefill_with_kv_cache(
-        q[0], k[0], v[0], causal=p.mask.is_causal
-    )[None]
-
-
 PROVIDERS = (
-    Provider("sdpa-cudnn", "torch", "torch", True, _sdpa(SDPBackend.CUDNN_ATTENTION)),
-    Provider("sdpa-flash", "torch", "torch", True, _sdpa(SDPBackend.FLASH_ATTENTION)),
-    Provider("sdpa-efficient", "torch", "torch", True, _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
-    Provider("sdpa-math", "torch", "torch", True, _sdpa(SDPBackend.MATH)),
-    Provider("flex", "torch", "torch.nn.attention.flex_attention", True, _flex),
+    Provider("sdpa-cudnn", "torch", "torch", _sdpa(SDPBackend.CUDNN_ATTENTION), heads_first=True),
+    Provider("sdpa-flash", "torch", "torch", _sdpa(SDPBackend.FLASH_ATTENTION), heads_first=True),
+    Provider(
+        "sdpa-efficient", "torch", "torch", _sdpa(SDPBackend.EFFICIENT_ATTENTION), heads_first=True
+    ),
+    Provider("sdpa-math", "torch", "torch", _sdpa(SDPBackend.MATH), heads_first=True),
+    Provider("flex", "torch", "torch.nn.attention.flex_attention", _flex, "window", True),
     Provider(
         "flash-attn-2",
         "flash-attn",
         "flash_attn",
-        False,
-        _of_module("flash_attn", "flash_attn_func"),
+        libraries.flash_attn("flash_attn", cache="block_table"),
+        "packed cache paged window softcap alibi",
     ),
     Provider(
         "flash-attn-3",
         "flash-attn-3",
         "flash_attn_interface",
-        False,
-        _of_module("flash_attn_interface", "flash_attn_func"),
+        libraries.flash_attn("flash_attn_interface"),
+        "packed cache paged window softcap",
     ),
     Provider(
         "flash-attn-4",
         "flash-attn-4",
         "flash_attn.cute",
-        False,
-        _of_module("flash_attn.cute", "flash_attn_func"),
+        libraries.flash_attn("flash_attn.cute", unbounded=None, cache=""),
+        "packed cache paged window softcap sink",
     ),
-    Provider("xformers", "xformers", "xformers.ops", False, _xformers),
-    Provider("flashinfer", "flashinfer-python", "flashinfer", False, _flashinfer),
+    Provider(
+        "xformers", "xformers", "xformers.ops", libraries.xformers, "packed cache paged window"
+    ),
+    Provider(
+        "flashinfer",
+        "flashinfer-python",
+        "flashinfer",
+        libraries.flashinfer,
+        "packed cache paged window softcap",
+    ),
+    Provider(
+        "cudnn", "nvidia-cudnn-frontend", "cudnn", libraries.cudnn, "packed cache window sink"
+    ),
 )
 
 

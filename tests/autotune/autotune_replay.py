@@ -145,13 +145,14 @@ class ReplayBench:
     ) -> dict[str, Measurement]:
         end = None if max_seconds is None else self._clock + max_seconds
         taken: dict[str, list[float]] = {name: [] for name in candidates}
-        default = str(self.grid.default)
+        paces = self.grid.samples[str(self.grid.default)]
+        recorded = {name: str(candidate) for name, candidate in candidates.items()}
         for _ in range(rounds + warmup):
             # One recorded sample of the default sets the pace of the round.
-            pace = self._rng.choice(self.grid.samples[default])
-            for name, candidate in candidates.items():
-                residual = self._rng.choice(self.grid.residuals[str(candidate)])
-                seconds = pace * self.grid.ratio[str(candidate)] * residual
+            pace = self._rng.choice(paces)
+            for name, tile in recorded.items():
+                residual = self._rng.choice(self.grid.residuals[tile])
+                seconds = pace * self.grid.ratio[tile] * residual
                 self._clock += seconds + self._overhead
                 self.samples_taken += 1
                 taken[name].append(seconds)
@@ -288,11 +289,15 @@ def plain(grid: Grid, seed: int, trials: int, sampler: optuna.samplers.BaseSampl
     not counted), the median of 15 samples, the best trial taken at its word."""
     bench = ReplayBench(grid, seed)
     legal = set(grid.tiles)
-    axes = ("kernel", *AXES)
-    values = {axis: sorted({getattr(t, axis) for t in legal}) for axis in axes}
+    values = {axis: sorted({getattr(t, axis) for t in legal}) for axis in ("kernel", *AXES)}
+    fixed = {axis: found.pop() for axis, found in values.items() if len(found) == 1}
+
+    def tile_of(params: Mapping[str, Any]) -> Tile:
+        return Tile(**fixed, **params)
 
     def objective(trial: optuna.Trial) -> float:
-        tile = Tile(**{axis: trial.suggest_categorical(axis, values[axis]) for axis in axes})
+        choices = {axis: found for axis, found in values.items() if found}
+        tile = tile_of({axis: trial.suggest_categorical(axis, x) for axis, x in choices.items()})
         if tile not in legal:
             raise optuna.TrialPruned
         candidate = Candidate.of_tile(tile)
@@ -303,7 +308,7 @@ def plain(grid: Grid, seed: int, trials: int, sampler: optuna.samplers.BaseSampl
 
     study = optuna.create_study(sampler=sampler)
     study.optimize(objective, n_trials=10 * trials)
-    return _outcome(grid, Tile(**study.best_trial.params), bench)
+    return _outcome(grid, tile_of(study.best_trial.params), bench)
 
 
 def one_run(found: Sequence[Grid], seed: int) -> list[Outcome]:

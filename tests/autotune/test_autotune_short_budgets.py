@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from autotune_simulated import DEFAULT, GRID, PROBLEM, SimulatedBench, bowl, simulate_kernel
+from autotune_simulated import DEFAULT, PROBLEM, SimulatedBench, bowl, simulate_kernel
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.schedule.budget import tune
 from flashmoe.autotune.schedule.place import Options, Place
 from flashmoe.autotune.schedule.result import Result, Watch
-from flashmoe.autotune.schedule.suite import Group
+from flashmoe.autotune.schedule.suite import SUITES, Group, grouped
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning.database import Entry
@@ -117,25 +117,6 @@ def test_a_search_of_hardly_any_tile_goes_on() -> None:
     assert len(again.search.trials) > tried(starved)
 
 
-def test_time_that_is_left_goes_to_what_was_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second problem has few tiles, so it is done early."""
-    backend = type(BACKENDS["cpu"])
-    few = [*GRID[:2], DEFAULT]
-    monkeypatch.setattr(
-        backend, "tiles", lambda _, p, __: [*WIDE, DEFAULT] if p == PROBLEM else few
-    )
-    bench = slow_compilers()
-    groups = [Group((p,), (1.0,)) for p in (PROBLEM, OTHER)]
-    results = run(bench, 50.0, groups)
-    assert [result.problem for result in results] == [PROBLEM, OTHER, PROBLEM]
-    first, _, again = results
-    assert first.search is not None
-    assert again.search is not None
-    assert again.search.study == first.search.study
-    assert len(again.search.trials) > len(first.search.trials)
-    assert bench.clock <= 55.0
-
-
 def test_what_is_compiled_in_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(BACKENDS["cpu"]), "compiled_in", lambda *_: WIDE[300:303])
     (result,) = run(slow_compilers(), 60.0)
@@ -216,3 +197,35 @@ def test_the_next_best_tile_follows_one_that_is_wrong_at_odd_sizes() -> None:
         assert [(t.tile, t.status, t.reason) for t in again.rejected()] == [
             (BEST, "wrong", "row 7 is off")
         ]
+
+
+@pytest.mark.parametrize("late", [0.0, 0.3])
+def test_the_default_suite_of_a_gpu_is_done_within_two_minutes(late: float) -> None:
+    """Forward, training and decode at the costs of an H200 and an empty cache, also where every
+    process starts late: each has a result."""
+
+    class Gpu(SimulatedBench):
+        def refresh(self, candidates: Mapping[str, Candidate]) -> None:
+            super().refresh(candidates)
+            self.clock += late  # which fresh_seconds knows nothing of
+
+    bench = Gpu(
+        bowl(BEST),
+        compiles_ahead=True,
+        compile_seconds=2.5,
+        compilers=15,
+        fresh=1.5,
+        prepare_seconds=0.08,
+        verify_seconds=0.1,
+    )
+    groups = grouped((problem, 1.0) for problem in SUITES["cuda"])
+    results = run(bench, Options().budget, groups)
+    last = {result.problem: result for result in results}
+    assert {problem.direction for problem in last} == {"fwd", "bwd"}
+    assert any(problem.seqlen_q == 1 for problem in last)
+    assert not [r.problem.label for r in last.values() if r.best is None or r.starved]
+    # A backward has no tiles on a CPU: here it takes its start and its final.
+    searched = [r for r in last.values() if r.search and r.search.space]
+    assert len(searched) >= 9
+    assert min(map(tried, searched)) >= 12
+    assert bench.clock <= 120.0

@@ -77,7 +77,7 @@ def test_the_model_promises_the_largest_expected_improvement(data: st.DataObject
         return deviation * (z * statistics.NormalDist().cdf(z) + density)
 
     taken = {*known, *in_flight}
-    chosen = model.promising(space, known, in_flight, related, taken, prior)
+    chosen = model.Model(space, related, prior).promising(known, in_flight, taken)
     gains = {tile: improvement(tile) for tile in RAGGED if tile not in taken}
     assert chosen is not None
     assert gains[chosen] == pytest.approx(max(gains.values()), rel=1e-6, abs=1e-9)
@@ -114,9 +114,10 @@ def test_what_is_predicted_is_where_the_model_begins() -> None:
     space = Space(GRID)
     prior = dict.fromkeys(GRID, 0.5) | {GRID[7]: -0.5}
     known = {GRID[20]: 1.0, GRID[21]: 1.0}
-    assert model.promising(space, known, [], (), known, prior) == GRID[7]
+    predicted = model.Model(space, (), prior)
+    assert predicted.promising(known, [], known) == GRID[7]
     # The measured times say how far predictions are off; the same is expected of other tiles.
-    assert model.promising(space, known | {GRID[7]: 1.4}, [], (), {GRID[7], *known}, prior)
+    assert predicted.promising(known | {GRID[7]: 1.4}, [], {GRID[7], *known})
     assert asked("model", GRID, [], 1) != [GRID[7]]
     taken: list[Tile] = []
     for name in SAMPLERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -14,22 +15,28 @@ import torch
 
 from flashmoe.measure.timing import Limits
 from flashmoe.ratchet import cli
+from flashmoe.ratchet.commands.sota import sentences
 from flashmoe.ratchet.measuring.suite import SUITES, parse
 from flashmoe.ratchet.sota import comparison as sota
 from flashmoe.ratchet.sota import figures, providers
 from flashmoe.ratchet.sota.comparison import OURS, Compared, Row, conclusion, with_significance
 from flashmoe.ratchet.sota.providers import Provider
+from flashmoe.spec.call import Call
 
 ROOT = Path(__file__).resolve().parents[2]
+# SDPA and flex need only the case.
+NO_CALL = Call(*(torch.empty(0) for _ in range(3)), 1.0)
 CASES = ("fwd-b1-h2-s64-d16-float32-causal", "fwdbwd-b1-h4k2-s40-d24-float32")
 
 
 def test_suites_are_large_enough() -> None:
+    assert len(SUITES["sota"]["cuda"]) >= 24
     for names in SUITES["sota"].values():
         assert len(names) >= 12
         cases = [parse(name) for name in names]
-        assert any(case.backward for case in cases)
-        assert any(case.problem.seqlen_q == 1 for case in cases)
+        assert {case.kind.partition(",")[0] for case in cases} == {"forward", "training", "decode"}
+        kinds = {feature for case in cases for feature in case.problem.features}
+        assert kinds >= {"packed", "paged", "window", "sink"}
         assert {case.problem.mask.is_causal for case in cases} == {False, True}
 
 
@@ -92,6 +99,7 @@ def test_same_against_same_differs_almost_never() -> None:
 def test_figures_are_pictures() -> None:
     measured = made_up(flex=1.2, **{"sdpa-flash": 1.0})
     for text, shape, count in (
+        (figures.lead(measured), "rect", 2),
         (figures.bars(measured), "rect", 2 * 3 + 3),
         (figures.roofline(measured, Limits(5e13, 2e12)), "circle", 2 * 3),
     ):
@@ -104,12 +112,37 @@ def test_figures_are_pictures() -> None:
                     assert -1 <= float(element.attrib[key]) <= most
 
 
+def test_five_sentences_each_of_which_a_row_backs() -> None:
+    """A loss is told as a win is."""
+    names = ("fwd-b2-h8-s512-d64-float32", "fwdbwd-b2-h8-s512-d64-float32")
+    names += ("fwd-b4-h8-s1x2048-d64-float32",)
+    measured = []
+    for name, times in zip(names, ((1.5, 2.0), (0.8, 0.9), (1.0, 3.0)), strict=True):
+        (told, _) = made_up(flex=times[0], **{"sdpa-flash": times[1]})
+        measured.append(dataclasses.replace(told, case=parse(name)))
+    data = json.loads((ROOT / "docs/performance/nvidia-h200.json").read_text(encoding="utf-8"))
+    comparison = dataclasses.replace(sota.from_json(data), measured=with_significance(measured))
+    one, forward, training, decode, extremes = sentences(comparison)
+    assert "faster than every other implementation found in 1 of 3 cases" in one
+    assert "as fast as the fastest in 1, and slower than it in 1." in one
+    assert forward.startswith("2. Forward: 1.5")
+    assert forward.endswith("which is flex.")
+    assert training.startswith("3. Training: 0.80 times as fast as the fastest other")
+    assert decode.startswith("4. Decode: 1.00 times")
+    assert f"at worst 0.80 times as fast as flex (`{names[1]}`)" in extremes
+    assert f"1.50 times as fast as flex (`{names[0]}`)" in extremes
+    alone = [dataclasses.replace(c, rows=c.rows[:1]) for c in measured]
+    comparison = dataclasses.replace(comparison, measured=alone)
+    assert sentences(comparison) == ["Nothing could be compared."]
+    ElementTree.fromstring(figures.lead(alone))
+
+
 def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(case: object) -> providers.Attend:
+    def make(case: object, call: object) -> providers.Attend:
         return lambda q, k, v: q * 2
 
-    wrong = Provider("flex", "torch", "torch", True, make)
-    absent = Provider("xformers", "no-such-package", "no_such_module", False, make)
+    wrong = Provider("flex", "torch", "torch", make, heads_first=True)
+    absent = Provider("xformers", "no-such-package", "no_such_module", make)
     monkeypatch.setattr(sota, "PROVIDERS", (wrong, absent))
     limits = {"float32": Limits(1e11, 1e10)}
     (compared,) = sota.compare(
@@ -204,11 +237,11 @@ def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> No
         for seqlen in (64, 96):
             case = parse(f"fwd-b1-h1-s{seqlen}-d16-float32")
             q = torch.randn(1, 1, seqlen, 16)
-            assert flex.make(case)(q, q, q).shape == q.shape
+            assert flex.make(case, NO_CALL)(q, q, q).shape == q.shape
 
 
 def test_sdpa_math_is_left_out_where_scores_fill_the_memory() -> None:
     (math,) = (provider for provider in providers.PROVIDERS if provider.name == "sdpa-math")
     with pytest.raises(NotImplementedError, match="16 GiB"):
-        math.make(parse("fwd-b1-h16-s16384-d128-bfloat16"))
-    math.make(parse("fwd-b4-h16-s4096-d128-bfloat16"))
+        math.make(parse("fwd-b1-h16-s16384-d128-bfloat16"), NO_CALL)
+    math.make(parse("fwd-b4-h16-s4096-d128-bfloat16"), NO_CALL)
