@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.measure.check import Checker
 from flashmoe.measure.inputs import Inputs
 from flashmoe.measure.reference import attention_reference, error_bound
+from flashmoe.ratchet.measuring.suite import Case
+from flashmoe.ratchet.sota.providers import PROVIDERS
 from flashmoe.spec.problem import Problem
 
 # q, k, v in a side's own layout to out, in that layout.
@@ -182,39 +184,13 @@ def _flex(inputs: Inputs) -> Attend:
 _FLEX_TERMS = ("softcap", "alibi_slopes", "sinks", "attn_mask")
 
 
-def _first(found: Any) -> Tensor:
-    out: Tensor = found[0] if isinstance(found, tuple) else found
-    return out
+def _provider(name: str) -> Callable[[Inputs], Attend]:
+    """One that `python -m flashmoe.ratchet sota` knows, too."""
+    (provider,) = (provider for provider in PROVIDERS if provider.name == name)
 
-
-def _arguments_of(function: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
-    """Of flash-attn's generations 3 and 4, which name a term in their own way or lack it."""
-    p, call = inputs.problem, inputs.call
-    _refuse(inputs, "alibi", "mask", "dropout")
-    known = inspect.signature(function).parameters
-    given: dict[str, Any] = {"softmax_scale": call.softmax_scale}
-    given["causal"] = p.mask.right == 0
-    if p.mask.is_local:
-        given["window_size"] = (p.mask.left, p.mask.right)
-    if call.terms.softcap:
-        given["softcap"] = call.terms.softcap
-    if call.terms.sinks is not None:
-        given["learnable_sink"] = call.terms.sinks.to(call.q.dtype)
-    if unknown := sorted(set(given) - set(known)):
-        raise NotImplementedError(f"has no argument {', '.join(unknown)}")
-    return given
-
-
-def _flash_attn(module: str) -> Callable[[Inputs], Attend]:
     def make(inputs: Inputs) -> Attend:
-        packed = inputs.problem.layout == "packed"
-        name = "flash_attn_varlen_func" if packed else "flash_attn_func"
-        function = getattr(importlib.import_module(module), name)
-        given = _arguments_of(function, inputs)
-        if packed:
-            sequences = inputs.call.sequences._asdict()
-            given |= {x: sequences[x] for x in sequences if x.startswith(("cu_", "max_"))}
-        return lambda q, k, v: _first(function(q, k, v, **given))
+        p = inputs.problem
+        return provider.call(Case(replace(p, direction="fwd"), p.direction), inputs.call)
 
     return make
 
@@ -232,7 +208,12 @@ def _torch_varlen(inputs: Inputs) -> Attend:
     if unknown := sorted(set(given) - set(known)):
         raise NotImplementedError(f"has no argument {', '.join(unknown)}")
     lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.max_seqlen_q, s.max_seqlen_k)
-    return lambda q, k, v: _first(function(q, k, v, *lengths, **given))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = function(q, k, v, *lengths, **given)
+        return out
+
+    return attend
 
 
 @dataclass(frozen=True)
@@ -249,14 +230,15 @@ PEERS: Mapping[str, Peer] = {
     "FA2": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), True),
     "efficient": Peer(_sdpa(SDPBackend.EFFICIENT_ATTENTION), True),
     "flex": Peer(_flex, True),
-    "FA3": Peer(_flash_attn("flash_attn_interface")),
-    "FA4": Peer(_flash_attn("flash_attn.cute")),
+    "FA3": Peer(_provider("flash-attn-3")),
+    "FA4": Peer(_provider("flash-attn-4")),
+    "FlashInfer": Peer(_provider("flashinfer")),
+    "cuDNN's front end": Peer(_provider("cudnn")),
 }
 SDPA = ("cuDNN", "FA2")
 PACKED: Mapping[str, Peer] = {
     "torch varlen": Peer(_torch_varlen),
-    "FA3": PEERS["FA3"],
-    "FA4": PEERS["FA4"],
+    **{name: PEERS[name] for name in ("FA3", "FA4", "FlashInfer", "cuDNN's front end")},
 }
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import sota_libraries
 import torch
 from support import load_benchmark
 
@@ -201,7 +202,7 @@ def test_training(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_overhead(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     document = run(load("overhead"), monkeypatch, tmp_path)
-    assert [row["section"] for row in document["rows"]] == ["forward", "packed", "decode", "step"]
+    assert [row["section"] for row in document["rows"]] == ["forward", "cache", "step"]
     assert len(document["verdicts"]) == 6
 
 
@@ -454,3 +455,20 @@ class TestAcceptance:
         assert "--parts long" in said
         assert "needs no_such_module" in said
         assert sorted(x.name for x in tmp_path.iterdir()) == ["acceptance.json", "acceptance.log"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_libraries_that_are_installed_are_peers(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Stand-ins for them, with gradients, in every section that they know."""
+    sota_libraries.install(monkeypatch)
+    terms, packed = load("terms"), load("packed")
+    sections = ("softcap", "values", "plain")
+    of_each = {spec.section: spec for spec in terms.SPECS if spec.section in sections}
+    monkeypatch.setattr(terms, "SPECS", tuple(of_each.values()))
+    rows = run(terms, monkeypatch, tmp_path, "--without", "flex")["rows"]
+    assert all("FA4" in row["samples"] for row in rows), [row["failed"] for row in rows]
+    assert {row["section"] for row in rows if "FA3" in row["samples"]} >= {"softcap", "plain"}
+    rows = run(packed, monkeypatch, tmp_path, "--only", "mixed", "chunks")["rows"]
+    assert all({"FA3", "FA4"} <= {*row["samples"]} for row in rows), [r["failed"] for r in rows]
