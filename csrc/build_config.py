@@ -66,7 +66,7 @@ RUNTIME_FIELDS = {
 }
 # What else nvcc compiles for a kernel.
 LAUNCH_SOURCES = {
-    "sm90": ("common/schedule.cu", "forward/sm90/mask_tiles.cu"),
+    "sm90": ("common/schedule.cu", "common/mask_tiles.cu"),
     "decode": ("decode/append.cu",),
 }
 # General kernels take three times as long to compile: other head dimensions run in the next one's.

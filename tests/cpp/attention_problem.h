@@ -75,11 +75,13 @@ class RandomMask {
     const int block_m = 1 << below(8), block_n = 1 << below(8), pattern = below(3);
     const int begin = below(x.seqlen_kv + 1), end = below(4) ? x.seqlen_kv : below(x.seqlen_kv + 1);
     const bool lowest = below(2);
+    const bool poisons = sizes[2] > 1 && sizes[3] > 1 && below(2);  // what the window hides
     std::uniform_real_distribution<double> uniform;
     std::normal_distribution<double> normal;
     for (int b = 0; b < sizes[0]; ++b)
       for (int h = 0; h < sizes[1]; ++h)
-        for (int i = 0; i < sizes[2]; ++i)
+        for (int i = 0; i < sizes[2]; ++i) {
+          const auto [first, count] = seen_keys(x.mask, i, x.seqlen_q, x.seqlen_kv);
           for (int j = 0; j < sizes[3]; ++j) {
             const bool seen = pattern == 0   ? uniform(random) < dense
                               : pattern == 1 ? (i / block_m + j / block_n + h + b) % 3 == 0
@@ -89,9 +91,14 @@ class RandomMask {
               *element = seen;
             } else {
               const double low = lowest ? -format_of(stored).max : -INFINITY;
+              if (poisons && (j < first || j >= first + count)) {
+                encode(stored, (i + j) % 2 ? NAN : INFINITY, element);
+                continue;
+              }
               encode(stored, seen ? (dense == 1 ? 0 : normal(random)) : low, element);
             }
           }
+        }
   }
   const AttnMask& get() const { return mask_; }
 
