@@ -53,7 +53,9 @@ INSTANCE_FIELDS = {
 VARIANT_FIELDS = {
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "dropout", "mask", "packed"),
-    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "dropout", "whole", "packed"),
+    "sm90_bwd": (
+        *("local", "deterministic", "softcap", "alibi", "dropout", "mask", "whole", "packed"),
+    ),
     "decode": (),
 }
 # Fields of Variant that a general kernel decides at run time. GENERAL_HEAD_DIMS have one each, of

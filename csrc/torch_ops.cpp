@@ -654,16 +654,16 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
     const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
     double softmax_scale, int64_t window_left, int64_t window_right, int64_t handle, double softcap,
     const std::optional<Tensor>& alibi_slopes, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   const std::optional<Tensor> none;
-  const Options options{softcap, alibi_slopes, none,         dropout_p,   rng_state,
-                        none,    cu_seqlens_q, cu_seqlens_k, seqused_k,   none,
-                        none,    none,         max_seqlen_q, max_seqlen_k};
+  const Options options{softcap,   alibi_slopes, none,         dropout_p,   rng_state,
+                        attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k,   none,
+                        none,      none,         max_seqlen_q, max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const int64_t dims = q_in.dim(), batch_dims = dims - 3;
@@ -742,7 +742,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
                                                      int64_t window_right, int64_t handle) {
   const std::optional<Tensor> none;
   return bwd_cuda_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left,
-                     window_right, handle, 0, none, 0, none, none, none, none, 0, 0);
+                     window_right, handle, 0, none, 0, none, none, none, none, none, 0, 0);
 }
 
 #endif  // FLASHMOE_WITH_CUDA
@@ -844,7 +844,7 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
       "float softcap=0.0, Tensor? alibi_slopes=None, float dropout_p=0.0, "
-      "Tensor? rng_state=None, Tensor? cu_seqlens_q=None, "
+      "Tensor? rng_state=None, Tensor? attn_mask=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, int max_seqlen_q=0, "
       "int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

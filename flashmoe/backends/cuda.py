@@ -28,7 +28,7 @@ _fwd_packed = torch.ops.flashmoe.fwd_cuda_packed.default
 _bwd = torch.ops.flashmoe.bwd_cuda.default
 _bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
 
-_FEATURES = frozenset({"window", "packed", *TERMS}) - {"mask"}
+_FEATURES = frozenset({"window", "packed", *TERMS})
 # Of Hopper's kernels: the tiles that are chosen from, and the head dimension of an instance.
 _SM90_SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "sm90": {
@@ -56,7 +56,7 @@ _SM90_HEAD_DIMS = {"sm90": sm90_head_dim, "sm90_bwd": sm90_bwd_head_dim}
 
 class CudaBackend(Backend):
     name = "cuda"
-    features: ClassVar[Features] = {"fwd": _FEATURES | {"mask"}, "bwd": _FEATURES}
+    features: ClassVar[Features] = {"fwd": _FEATURES, "bwd": _FEATURES}
 
     def unavailable(self, device: torch.device) -> str:
         if device.type != "cuda":
@@ -208,8 +208,8 @@ class CudaBackend(Backend):
                 result = _bwd_dense(*arguments)
                 return result
             # Sinks are a part of softmax_lse.
-            softcap, alibi_slopes, _, dropout_p, rng_state, _ = call.terms
-            options: tuple[object, ...] = (softcap, alibi_slopes, dropout_p, rng_state)
+            softcap, alibi_slopes, _, dropout_p, rng_state, attn_mask = call.terms
+            options: tuple[object, ...] = (softcap, alibi_slopes, dropout_p, rng_state, attn_mask)
             if packed:
                 s = call.sequences
                 lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)

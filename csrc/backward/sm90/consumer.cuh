@@ -4,6 +4,7 @@
 #include "backward/sm90/order.cuh"
 #include "backward/sm90/work.cuh"
 #include "common/dropout.h"
+#include "common/mask_tiles.cuh"
 #include "ptx/ld_st.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mbarrier.cuh"
@@ -174,11 +175,99 @@ struct Consumer {
   __device__ __forceinline__ static float rescale(const AttentionParams& p) {
     return VARIANT.dropout ? dropout_scale(p.terms.dropout_limit) : 1.f;
   }
+  // -infinity where a mask hides a key, by a thread's bits (MaskTiles).
+  __device__ __forceinline__ static void hide(Scores& S_rmem, const unsigned (&bits)[2]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 8; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& s = S_rmem[4 * i + 2 * half + c];
+          s = bits[half] >> (2 * i + c) & 1 ? s : -INFINITY;
+        }
+      }
+    }
+  }
+  // P from S of a step, as exponentiate leaves it.
+  template <typename AnySteps>
+  __device__ __forceinline__ void weigh(const AnySteps& steps, Scores& S_rmem, Operand& P_rmem,
+                                        unsigned minus_lse, float slope,
+                                        const Dropout& dropout) const {
+    const int m_start = steps.m * BLOCK_M, head = steps.head;
+    cap(S_rmem);
+    if constexpr (!VARIANT.mask) {
+      if (steps.template masked<TILE, VARIANT>()) mask(S_rmem, m_start);
+      exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, NoMask{});
+    } else {
+      const AttnMask& mask = p.terms.attn_mask;
+      const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
+      const long long first = work.batch * mask.batch_stride + head * mask.head_stride +
+                              key * mask.key_stride;
+      KeyMask of_keys{{0.f, 0.f}};
+      if (steps.is_partial) {
+        hide(S_rmem, steps.bits);
+        if (!mask.is_boolean()) {
+          // Where queries are alike, two values a tile: those of this thread's keys, if any query
+          // sees them.
+          if (mask.row_stride == 0) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              if (steps.bits[half] == 0) continue;
+              const long long at = first + half * 8 * mask.key_stride;
+              of_keys.added[half] = mask_value(mask.kind, sm90::mask_bits(mask, at)) * LOG2_E;
+            }
+          } else {
+            const long long at = first + (m_start + lane % 4 * 2) * mask.row_stride;
+            if (mask.kind == AttnMask::Kind::float32) {
+              const ElementMask<float> of_each{static_cast<const float*>(mask.data) + at, mask,
+                                               steps.bits};
+              exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
+            } else {
+              const ElementMask<T> of_each{static_cast<const T*>(mask.data) + at, mask,
+                                           steps.bits};
+              exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
+            }
+            return;
+          }
+        }
+      }
+      exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_keys);
+    }
+  }
+  // What a mask adds to minus softmax_lse and an element's score, in units of log 2: nothing; the
+  // same for all queries; or each its own, which is read where it is seen.
+  static constexpr float LOG2_E = 1.4426950408889634f;
+  struct NoMask {
+    __device__ __forceinline__ float operator()(float minus_lse, int, int, int) const {
+      return minus_lse;
+    }
+  };
+  struct KeyMask {
+    float added[2];
+    __device__ __forceinline__ float operator()(float minus_lse, int, int half, int) const {
+      return minus_lse + added[half];
+    }
+  };
+  template <typename Element>
+  struct ElementMask {
+    const Element* first;
+    const AttnMask& mask;
+    const unsigned (&bits)[2];
+    __device__ __forceinline__ float operator()(float minus_lse, int i, int half, int c) const {
+      if ((bits[half] >> (2 * i + c) & 1) == 0) return minus_lse;
+      const Element* at = first + (8 * i + c) * mask.row_stride + half * 8 * mask.key_stride;
+      if constexpr (sizeof(Element) == 4) return fmaf(*at, LOG2_E, minus_lse);
+      const unsigned bits = *reinterpret_cast<const unsigned short*>(at);
+      return fmaf(ptx::cvt_f32_x2<T>(bits).x, LOG2_E, minus_lse);
+    }
+  };
   // P from S, in place and packed. In place it is multiplied by the derivative of softcap, which
   // only dS has, and what is dropped is negative.
+  template <typename AnyMask>
   __device__ __forceinline__ void exponentiate(Scores& S_rmem, Operand& P_rmem, unsigned minus_lse,
                                                int m_start, float slope, const Dropout& dropout,
-                                               int head) const {
+                                               int head, const AnyMask& with_mask) const {
     // The query that is level with this thread's first key, from its first one on.
     const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
     const Sequence& s = work.sequence;
@@ -194,8 +283,8 @@ struct Consumer {
         float& s0 = S_rmem[4 * i + 2 * half];
         float& s1 = S_rmem[4 * i + 2 * half + 1];
         const float t0 = s0, t1 = s1;
-        s0 = fmaf(s0, params.scale_log2, l.x);
-        s1 = fmaf(s1, params.scale_log2, l.y);
+        s0 = fmaf(s0, params.scale_log2, with_mask(l.x, i, half, 0));
+        s1 = fmaf(s1, params.scale_log2, with_mask(l.y, i, half, 1));
         if constexpr (VARIANT.alibi) {
           const float first = static_cast<float>(level + half * 8);
           s0 = fmaf(-slope, fabsf(first - 8 * i), s0);
@@ -339,7 +428,7 @@ struct Consumer {
   }
 };
 
-// Where the steps of a thread block are.
+// Where the steps of a thread block are. (ListedSteps: under a mask.)
 struct Steps : Queries {
   int count, m_start, m_first, m_end, m_blocks, direction;
   // Queries before the first and from the second on do not see all keys.
@@ -387,5 +476,71 @@ struct Steps : Queries {
     }
   }
 };
+
+// The same under a mask, by its lists, with the bits of a thread's keys.
+template <Sm90BackwardTile TILE, Variant VARIANT>
+struct ListedSteps : Queries {
+  const Sm90BackwardParams& params;
+  const Work& work;
+  int row;           // of a thread's first key among the thread block's
+  int count;         // of all heads
+  int left, listed;  // of all that have not been visited; of this head
+  int index, end;    // of this head's: the next, and how many are left
+  bool is_partial;
+  unsigned bits[2];  // of a thread's keys, 8 apart (MaskTiles)
+
+  __device__ __forceinline__ static ListedSteps of(const Sm90BackwardParams& params,
+                                                   const Work& work, int first_key) {
+    static_assert(TILE.block_m <= 128, "a word of bits");
+    const int group = params.call.attention.heads_q / params.call.attention.heads_kv;
+    const int row = first_key - work.n_start + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    const int head = work.head_kv * group;
+    ListedSteps steps{{0, head - 1, 0}, params, work, row, 0, 0, 0, 0, 0, false, {0, 0}};
+    for (int h = head; h < head + group; ++h) {
+      steps.count += uniform(MaskList<TILE>::of(params, work, h).count());
+    }
+    steps.left = steps.count;
+    steps.next();
+    return steps;
+  }
+  // The shuffle tells the compiler that a warp agrees on it.
+  __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
+  __device__ __forceinline__ void next() {
+    if (left == 0) return;
+    --left;
+    while (end == 0) {
+      ++head;
+      const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
+      listed = end = uniform(list.count());
+      index = list.template start<VARIANT>(params, work, listed);
+    }
+    const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
+    const int entry = uniform(list.entry(index));
+    --end;
+    if (++index == listed) index = 0;
+    m = entry >> 1;
+    is_partial = entry & 1;
+    block = work.row_block<VARIANT>(params, head) + m;
+    if (!is_partial) return;
+    const MaskTiles& tiles = params.mask_tiles;
+    const unsigned tile =
+        list.list * static_cast<unsigned>(tiles.room) + (list.is_alike() ? 0 : m);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bits[half] = tiles.bits[(tile * tiles.rows + row + half * 8) * 4 + threadIdx.x % 4];
+    }
+  }
+};
+
+template <Sm90BackwardTile TILE, Variant VARIANT>
+__device__ __forceinline__ auto steps_of(const Sm90BackwardParams& params, const Work& work,
+                                         int first_key) {
+  if constexpr (VARIANT.mask) {
+    return ListedSteps<TILE, VARIANT>::of(params, work, first_key);
+  } else {
+    return Steps::of<TILE, VARIANT>(params, work, first_key);
+  }
+}
 
 }  // namespace flashmoe::sm90_backward
