@@ -220,12 +220,10 @@ struct Consumer {
           } else {
             const long long at = first + (m_start + lane % 4 * 2) * mask.row_stride;
             if (mask.kind == AttnMask::Kind::float32) {
-              const ElementMask<float> of_each{static_cast<const float*>(mask.data) + at, mask,
-                                               steps.bits};
+              const ElementMask<float> of_each{mask, {steps.bits[0], steps.bits[1]}, at};
               exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
             } else {
-              const ElementMask<T> of_each{static_cast<const T*>(mask.data) + at, mask,
-                                           steps.bits};
+              const ElementMask<T> of_each{mask, {steps.bits[0], steps.bits[1]}, at};
               exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
             }
             return;
@@ -239,27 +237,42 @@ struct Consumer {
   // same for all queries; or each its own, which is read where it is seen.
   static constexpr float LOG2_E = 1.4426950408889634f;
   struct NoMask {
-    __device__ __forceinline__ float operator()(float minus_lse, int, int, int) const {
+    static constexpr bool IS_OF_EACH = false;
+    __device__ __forceinline__ void next_queries() {}
+    __device__ __forceinline__ float operator()(float minus_lse, int, int) const {
       return minus_lse;
     }
   };
   struct KeyMask {
+    static constexpr bool IS_OF_EACH = false;
     float added[2];
-    __device__ __forceinline__ float operator()(float minus_lse, int, int half, int) const {
+    __device__ __forceinline__ void next_queries() {}
+    __device__ __forceinline__ float operator()(float minus_lse, int half, int) const {
       return minus_lse + added[half];
     }
   };
   template <typename Element>
   struct ElementMask {
-    const Element* first;
+    static constexpr bool IS_OF_EACH = true;
     const AttnMask& mask;
-    const unsigned (&bits)[2];
-    __device__ __forceinline__ float operator()(float minus_lse, int i, int half, int c) const {
-      if ((bits[half] >> (2 * i + c) & 1) == 0) return minus_lse;
-      const Element* at = first + (8 * i + c) * mask.row_stride + half * 8 * mask.key_stride;
-      if constexpr (sizeof(Element) == 4) return fmaf(*at, LOG2_E, minus_lse);
-      const unsigned bits = *reinterpret_cast<const unsigned short*>(at);
-      return fmaf(ptx::cvt_f32_x2<T>(bits).x, LOG2_E, minus_lse);
+    unsigned bits[2];  // from the next 8 queries on, as their first element
+    long long first;
+    // Hidden, or what all of them need would be computed first, and fill registers.
+    __device__ __forceinline__ void next_queries() {
+      first += 8 * mask.row_stride;
+      bits[0] >>= 2, bits[1] >>= 2;
+      ptx::hide(first);
+      ptx::hide(bits[0]);
+      ptx::hide(bits[1]);
+    }
+    __device__ __forceinline__ float operator()(float minus_lse, int half, int c) const {
+      if ((bits[half] >> c & 1) == 0) return minus_lse;
+      const long long at = first + c * mask.row_stride + half * 8 * mask.key_stride;
+      if constexpr (sizeof(Element) == 4) {
+        return fmaf(static_cast<const float*>(mask.data)[at], LOG2_E, minus_lse);
+      }
+      const unsigned element = static_cast<const unsigned short*>(mask.data)[at];
+      return fmaf(ptx::cvt_f32_x2<T>(element).x, LOG2_E, minus_lse);
     }
   };
   // P from S, in place and packed. In place it is multiplied by the derivative of softcap, which
@@ -267,7 +280,7 @@ struct Consumer {
   template <typename AnyMask>
   __device__ __forceinline__ void exponentiate(Scores& S_rmem, Operand& P_rmem, unsigned minus_lse,
                                                int m_start, float slope, const Dropout& dropout,
-                                               int head, const AnyMask& with_mask) const {
+                                               int head, AnyMask with_mask) const {
     // The query that is level with this thread's first key, from its first one on.
     const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
     const Sequence& s = work.sequence;
@@ -283,8 +296,8 @@ struct Consumer {
         float& s0 = S_rmem[4 * i + 2 * half];
         float& s1 = S_rmem[4 * i + 2 * half + 1];
         const float t0 = s0, t1 = s1;
-        s0 = fmaf(s0, params.scale_log2, with_mask(l.x, i, half, 0));
-        s1 = fmaf(s1, params.scale_log2, with_mask(l.y, i, half, 1));
+        s0 = fmaf(s0, params.scale_log2, with_mask(l.x, half, 0));
+        s1 = fmaf(s1, params.scale_log2, with_mask(l.y, half, 1));
         if constexpr (VARIANT.alibi) {
           const float first = static_cast<float>(level + half * 8);
           s0 = fmaf(-slope, fabsf(first - 8 * i), s0);
@@ -306,8 +319,10 @@ struct Consumer {
           s1 *= ptx::fma_sat(-t1, t1, 1.f);
         }
       }
-      // Or ptxas would keep what the derivatives are computed from while it does exponentials.
-      if (VARIANT.softcap && i % 2 == 1) ptx::pmevent();
+      with_mask.next_queries();
+      // Or ptxas would keep what the derivatives are computed from while it does exponentials, and
+      // load more of a mask ahead than there are registers for.
+      if ((VARIANT.softcap || AnyMask::IS_OF_EACH) && i % 2 == 1) ptx::pmevent();
     }
   }
   // dS = P (dP - delta), packed; P as exponentiate leaves it. With dropout dP of what is dropped is
