@@ -16,7 +16,8 @@
 
 namespace flashmoe::sm90_backward {
 
-// The queries of a step: a block of a head, and its number over all heads and batches.
+// The queries of a step: a block of a head, and its number over all heads and batches (under a
+// mask it is computed where it is needed).
 struct Queries {
   int m, head;
   long long block;
@@ -214,18 +215,13 @@ struct Consumer {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               if (steps.bits[half] == 0) continue;
-              const long long at = first + half * 8 * mask.key_stride;
-              of_keys.added[half] = mask_value(mask.kind, sm90::mask_bits(mask, at)) * LOG2_E;
+              const unsigned element = sm90::mask_bits(mask, first + half * 8 * mask.key_stride);
+              of_keys.added[half] = mask_value(mask.kind, element) * LOG2_E;
             }
           } else {
             const long long at = first + (m_start + lane % 4 * 2) * mask.row_stride;
-            if (mask.kind == AttnMask::Kind::float32) {
-              const ElementMask<float> of_each{mask, {steps.bits[0], steps.bits[1]}, at};
-              exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
-            } else {
-              const ElementMask<T> of_each{mask, {steps.bits[0], steps.bits[1]}, at};
-              exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
-            }
+            const ElementMask of_each{mask, {steps.bits[0], steps.bits[1]}, at};
+            exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
             return;
           }
         }
@@ -251,7 +247,6 @@ struct Consumer {
       return minus_lse + added[half];
     }
   };
-  template <typename Element>
   struct ElementMask {
     static constexpr bool IS_OF_EACH = true;
     const AttnMask& mask;
@@ -268,11 +263,15 @@ struct Consumer {
     __device__ __forceinline__ float operator()(float minus_lse, int half, int c) const {
       if ((bits[half] >> c & 1) == 0) return minus_lse;
       const long long at = first + c * mask.row_stride + half * 8 * mask.key_stride;
-      if constexpr (sizeof(Element) == 4) {
-        return fmaf(static_cast<const float*>(mask.data)[at], LOG2_E, minus_lse);
+      const bool is_float = mask.kind == AttnMask::Kind::float32;
+      unsigned element;
+      if (is_float) {
+        element = static_cast<const unsigned*>(mask.data)[at];
+      } else {
+        element = static_cast<const unsigned short*>(mask.data)[at];
       }
-      const unsigned element = static_cast<const unsigned short*>(mask.data)[at];
-      return fmaf(ptx::cvt_f32_x2<T>(element).x, LOG2_E, minus_lse);
+      const float value = is_float ? __int_as_float(element) : ptx::cvt_f32_x2<T>(element).x;
+      return fmaf(value, LOG2_E, minus_lse);
     }
   };
   // P from S, in place and packed. In place it is multiplied by the derivative of softcap, which
@@ -388,7 +387,9 @@ struct Consumer {
       store_dQ(dQ_rmem, queries, part);
       return;
     }
-    float* dst = params.dq_sum + queries.block * TILE.dq_elements() + part * (64 * DQ_COLUMNS) +
+    long long block = queries.block;
+    if (VARIANT.mask) block = work.row_block<VARIANT>(params, queries.head) + queries.m;
+    float* dst = params.dq_sum + block * TILE.dq_elements() + part * (64 * DQ_COLUMNS) +
                  threadIdx.x % 128 * 4;
     if (VARIANT.deterministic && first) {
 #pragma unroll
@@ -478,7 +479,7 @@ struct Steps : Queries {
     if (VARIANT.local && (m + 1) * TILE.block_m > all_seen_end) return true;
     return m * TILE.block_m < all_seen;
   }
-  __device__ __forceinline__ void next() {
+  __device__ __forceinline__ void next(bool) {
     block += direction;
     m += direction;
     if (m == m_end) {
@@ -492,15 +493,14 @@ struct Steps : Queries {
   }
 };
 
-// The same under a mask, by its lists, with the bits of a thread's keys.
+// The same under a mask, by its lists. Registers are few: what can be looked up is not kept.
 template <Sm90BackwardTile TILE, Variant VARIANT>
 struct ListedSteps : Queries {
   const Sm90BackwardParams& params;
   const Work& work;
-  int row;           // of a thread's first key among the thread block's
-  int count;         // of all heads
-  int left, listed;  // of all that have not been visited; of this head
-  int index, end;    // of this head's: the next, and how many are left
+  const int first_row;  // of the warpgroup's keys among the thread block's
+  int count;            // of all heads
+  int index, left;      // in this head's list: the next, and how many are left
   bool is_partial;
   unsigned bits[2];  // of a thread's keys, 8 apart (MaskTiles)
 
@@ -508,39 +508,37 @@ struct ListedSteps : Queries {
                                                    const Work& work, int first_key) {
     static_assert(TILE.block_m <= 128, "a word of bits");
     const int group = params.call.attention.heads_q / params.call.attention.heads_kv;
-    const int row = first_key - work.n_start + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const int head = work.head_kv * group;
-    ListedSteps steps{{0, head - 1, 0}, params, work, row, 0, 0, 0, 0, 0, false, {0, 0}};
+    ListedSteps steps{{0, head - 1, 0}, params, work, first_key - work.n_start, 0, 0, 0, false, {}};
     for (int h = head; h < head + group; ++h) {
       steps.count += uniform(MaskList<TILE>::of(params, work, h).count());
     }
-    steps.left = steps.count;
-    steps.next();
+    steps.next(steps.count > 0);
     return steps;
   }
   // The shuffle tells the compiler that a warp agrees on it.
   __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
-  __device__ __forceinline__ void next() {
-    if (left == 0) return;
-    --left;
-    while (end == 0) {
+  // To the next one, if there is one more.
+  __device__ __forceinline__ void next(bool more) {
+    if (!more) return;
+    while (left == 0) {
       ++head;
       const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
-      listed = end = uniform(list.count());
-      index = list.template start<VARIANT>(params, work, listed);
+      left = uniform(list.count());
+      index = list.template start<VARIANT>(params, work, left);
     }
     const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
     const int entry = uniform(list.entry(index));
-    --end;
-    if (++index == listed) index = 0;
+    --left;
+    if (++index == uniform(list.count())) index = 0;
     m = entry >> 1;
     is_partial = entry & 1;
-    block = work.row_block<VARIANT>(params, head) + m;
     if (!is_partial) return;
     const MaskTiles& tiles = params.mask_tiles;
     const unsigned tile =
         list.list * static_cast<unsigned>(tiles.room) + (list.is_alike() ? 0 : m);
+    const int row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       bits[half] = tiles.bits[(tile * tiles.rows + row + half * 8) * 4 + threadIdx.x % 4];

@@ -78,7 +78,7 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
       q_ring.next();
       do_ring.next();
       ds_ring.next();
-      steps.next();
+      steps.next(step < steps.count);
     }
   }
   ptx::wgmma_wait_group<0>();

@@ -89,7 +89,7 @@ __device__ __forceinline__ void consume_keys_late(const Sm90BackwardParams& para
       q_ring.next();
       do_ring.next();
       ds_ring.next();
-      steps.next();
+      steps.next(step < steps.count);
     }
     wait_dS();
     c.start_dQ(dQ_rmem, smem.dS + dq_ring.stage() * TILE.ds_bytes(), w);

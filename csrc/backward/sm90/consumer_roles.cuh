@@ -114,7 +114,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(S_rmem);
         do_ring.next();
-        steps.next();
+        steps.next(step < steps.count);
       }
     }
     store_gradient(dV_rmem, &this->params.dv, smem.V, C::rescale(this->p));
@@ -177,7 +177,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dP_rmem);
         q_ring.next();
-        steps.next();
+        steps.next(step < steps.count);
       }
     }
     store_gradient(dK_rmem, &this->params.dk, smem.K, this->p.softmax_scale * C::rescale(this->p));

@@ -68,9 +68,13 @@ __device__ __forceinline__ void await_turns(const Sm90BackwardParams& params,
     const int last = (keys.end + TILE.block_n - 1) / TILE.block_n - 1;
     int before = work.is_descending ? n_block - keys.begin / TILE.block_n : last - n_block;
     if constexpr (VARIANT.mask) {
+      const MaskTiles& tiles = params.mask_tiles;
+      const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
+      const unsigned char* seen = list.seen(m);
       before = 0;
       for (int n = n_block + 1; n < params.n_blocks; ++n) {
-        before += MaskList<TILE>::of(params, work, head, n).sees(m);
+        seen += static_cast<long long>(tiles.block_stride) * tiles.room;
+        before += *seen;
       }
     }
     ptx::mbarrier_wait_parity(of_step(smem.passed, step), parity_of_step(step) ^ 1);

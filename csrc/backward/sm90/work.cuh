@@ -167,14 +167,11 @@ struct MaskList {
   unsigned list;
 
   __device__ __forceinline__ static MaskList of(const Sm90BackwardParams& params, const Work& work,
-                                                int head, int n_block) {
+                                                int head) {
     const MaskTiles& tiles = params.mask_tiles;
+    const int n_block = work.n_start / TILE.block_n;
     return {tiles, static_cast<unsigned>(work.batch * tiles.batch_stride +
                                          head * tiles.head_stride + n_block * tiles.block_stride)};
-  }
-  __device__ __forceinline__ static MaskList of(const Sm90BackwardParams& params, const Work& work,
-                                                int head) {
-    return of(params, work, head, work.n_start / TILE.block_n);
   }
   // Whether one block stands for all.
   __device__ __forceinline__ bool is_alike() const { return tiles.room < tiles.tiles; }
@@ -186,8 +183,9 @@ struct MaskList {
   __device__ __forceinline__ int entry(int index) const {
     return is_alike() ? index << 1 | (at(1) & 1) : at(1 + index);
   }
-  __device__ __forceinline__ bool sees(int m) const {
-    return tiles.seen[list * static_cast<unsigned>(tiles.room) + (is_alike() ? 0 : m)] != 0;
+  // 1 where the block is seen, otherwise 0.
+  __device__ __forceinline__ const unsigned char* seen(int m) const {
+    return tiles.seen + list * static_cast<unsigned>(tiles.room) + (is_alike() ? 0 : m);
   }
   // Where to begin: somewhere else than the head's other thread blocks, as m_start of Work.
   template <Variant VARIANT>
