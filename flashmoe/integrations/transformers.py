@@ -141,13 +141,13 @@ def attention(
         mask = _packed(mask, *packing)
     terms = Terms(scaling, softcap or 0.0, s_aux, dropout)
     why = _why_by_torch(mask, dropout)
-    # Our kernels for GPUs have such masks, too, but have not run on one with them.
-    if q.is_cuda and (position_bias is not None or not isinstance(mask, KeyMask)):
+    is_whole = position_bias is not None or not isinstance(mask, KeyMask)
+    if q.is_cuda and is_whole and not sdpa.MASKS_ON_GPUS:
         why = "a mask or bias of each query and key, on a GPU"
     if why:
         warn_of_torch(type(module).__name__, why)
         return by_torch(q, k, v, mask, position_bias, terms), None
-    if position_bias is not None or not isinstance(mask, KeyMask):
+    if is_whole:
         found = by_masked_kernel(q, k, v, mask, position_bias, bool(deterministic), terms)
         return found, None
     return by_kernel(q, k, v, mask, bool(deterministic), terms), None
