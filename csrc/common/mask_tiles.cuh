@@ -17,9 +17,9 @@ __device__ __forceinline__ unsigned mask_bits(const AttnMask& mask, long long of
 
 // Shared memory of a thread block.
 struct MaskSmem {
-  unsigned kinds;        // [warp]: of the tiles that the warps look at
+  unsigned kinds;         // [warp]: of the tiles that the warps look at
   unsigned keeps_lowest;  // whether a row sees nothing but the lowest values
-  unsigned rows;         // [row][2]: whether it sees one of these, and whether something else
+  unsigned rows;          // [row][2]: whether it sees one of these, and whether something else
 
   __device__ __forceinline__ explicit MaskSmem(unsigned base)
       : kinds(base), keeps_lowest(kinds + 4 * MASK_THREADS / 32), rows(keeps_lowest + 4) {}
@@ -83,8 +83,8 @@ __device__ __forceinline__ int look_at_tile(const MaskTilesParams& params, long 
             const float value = mask_value(mask.kind, elements[columns_alike ? 0 : 2 * n + i]);
             const bool is_lowest = value <= LOWEST_VALUES;
             // The backward takes their probabilities for 0 in any row.
-            const bool sees = is_seen(n, i) & (value != -INFINITY) &
-                              !(params.rows_are_keys & is_lowest);
+            const bool sees =
+                is_seen(n, i) & (value != -INFINITY) & !(params.rows_are_keys & is_lowest);
             any |= sees;
             lowest |= sees & is_lowest;
             other |= sees & !is_lowest;

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from flashmoe.backends import sdpa
 from flashmoe.integrations.keys import (
     KeyMask,
     Packing,

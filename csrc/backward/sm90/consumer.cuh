@@ -203,8 +203,8 @@ struct Consumer {
     } else {
       const AttnMask& mask = p.terms.attn_mask;
       const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
-      const long long first = work.batch * mask.batch_stride + head * mask.head_stride +
-                              key * mask.key_stride;
+      const long long first =
+          work.batch * mask.batch_stride + head * mask.head_stride + key * mask.key_stride;
       KeyMask of_keys{{0.f, 0.f}};
       if (steps.is_partial) {
         hide(S_rmem, steps.bits);
@@ -536,8 +536,7 @@ struct ListedSteps : Queries {
     is_partial = entry & 1;
     if (!is_partial) return;
     const MaskTiles& tiles = params.mask_tiles;
-    const unsigned tile =
-        list.list * static_cast<unsigned>(tiles.room) + (list.is_alike() ? 0 : m);
+    const unsigned tile = list.list * static_cast<unsigned>(tiles.room) + (list.is_alike() ? 0 : m);
     const int row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -156,8 +156,8 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const E
   }
   // What follows begins when this has ended.
   if (a.terms.attn_mask.is_given()) {
-    const MaskTilesParams found = sm90::plan_mask_tiles(a, tile.block_m, tile.block_n, true,
-                                                        variant.deterministic, listed);
+    const MaskTilesParams found =
+        sm90::plan_mask_tiles(a, tile.block_m, tile.block_n, true, variant.deterministic, listed);
     params.mask_tiles = found.out;
     if (const cudaError_t error = sm90::launch_mask_tiles(found, stream)) return error;
   }

@@ -118,7 +118,8 @@ __device__ __forceinline__ void mask_scores(const Sm90Params& params, const Work
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int e_row = row + lane / 4 + e / 2 * 8, e_key = key + lane % 4 * 2 + e % 2;
-    // What is hidden already, keys that do not exist as well, stays so, whatever the mask has there.
+    // What is hidden already, keys that do not exist as well, stays so, whatever the mask has
+    // there.
     if (S[e] == -INFINITY || e_row >= params.attention.seqlen_q) continue;
     const unsigned bits =
         mask_bits(mask, work.batch * mask.batch_stride + work.head * mask.head_stride +
