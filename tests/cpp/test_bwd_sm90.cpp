@@ -436,10 +436,15 @@ struct Instance {
 // Boxes that an instance loads for a problem besides K and V, which each thread block does.
 long long loads_of(const Instance& x, const Problem& problem, const AttnMask& mask) {
   const Problem& p = problem;
-  Tensor q(DType::bfloat16, p.batch, p.seqlen_q, p.heads_q, p.head_dim, 0, false);
-  Tensor k(DType::bfloat16, p.batch, p.seqlen_kv, p.heads_kv, p.head_dim, 0, false);
-  for (Tensor* tensor : {&q, &k}) tensor->fill([] { return 1.; });
-  Tensor v = k, out = q, dout = q, dq = q, dk = k, dv = k;
+  const auto queries = [&] {
+    return Tensor(DType::bfloat16, p.batch, p.seqlen_q, p.heads_q, p.head_dim, 0, false);
+  };
+  const auto keys = [&] {
+    return Tensor(DType::bfloat16, p.batch, p.seqlen_kv, p.heads_kv, p.head_dim, 0, false);
+  };
+  Tensor q = queries(), out = queries(), dout = queries(), dq = queries();
+  Tensor k = keys(), v = keys(), dk = keys(), dv = keys();
+  for (Tensor* tensor : {&q, &out, &dout, &k, &v}) tensor->fill([] { return 1.; });
   std::vector<float> lse(static_cast<size_t>(p.batch) * p.heads_q * p.seqlen_q);
   BackwardParams params{};
   params.attention = forward_params(q, k, v, out, lse, 0.1f, p.mask);

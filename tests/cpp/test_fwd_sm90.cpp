@@ -51,8 +51,13 @@ struct Instance {
 // Boxes that an instance loads for a problem.
 long long loads_of(const Instance& x, const Problem& problem, const AttnMask& mask) {
   const Problem& p = problem;
-  Tensor q(DType::bfloat16, p.batch, p.seqlen_q, p.heads_q, p.head_dim, 8, false), out = q;
-  Tensor k(DType::bfloat16, p.batch, p.seqlen_kv, p.heads_kv, p.head_dim, 8, false), v = k;
+  const auto queries = [&] {
+    return Tensor(DType::bfloat16, p.batch, p.seqlen_q, p.heads_q, p.head_dim, 8, false);
+  };
+  const auto keys = [&] {
+    return Tensor(DType::bfloat16, p.batch, p.seqlen_kv, p.heads_kv, p.head_dim, 8, false);
+  };
+  Tensor q = queries(), out = queries(), k = keys(), v = keys();
   for (Tensor* tensor : {&q, &k, &v}) tensor->fill([] { return 1.; });
   std::vector<float> lse(static_cast<size_t>(p.batch) * p.heads_q * p.seqlen_q);
   AttentionParams params = forward_params(q, k, v, out, lse, 0.1f, p.mask);
