@@ -56,7 +56,7 @@ _fields, _variant = _table("fields"), _table("variant")
 INSTANCE_FIELDS = {k: _fields.columns(k) for k in ("sm80", "sm90", "sm90_bwd", "decode")}
 # What else nvcc compiles for a kernel.
 LAUNCH_SOURCES = {
-    "sm90": ("common/schedule.cu", "forward/sm90/mask_tiles.cu"),
+    "sm90": ("common/schedule.cu", "common/mask_tiles.cu"),
     "decode": ("decode/append.cu",),
 }
 # General kernels take three times as long to compile: other head dimensions run in the next one's.

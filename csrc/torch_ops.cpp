@@ -690,9 +690,9 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
     const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
     double softmax_scale, int64_t window_left, int64_t window_right, int64_t handle, double softcap,
     const std::optional<Tensor>& alibi_slopes, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int device = static_cast<int>(q_in.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
@@ -700,6 +700,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
                         .alibi_slopes = alibi_slopes,
                         .dropout_p = dropout_p,
                         .rng_state = rng_state,
+                        .attn_mask = attn_mask,
                         .cu_seqlens_q = cu_seqlens_q,
                         .cu_seqlens_k = cu_seqlens_k,
                         .seqused_k = seqused_k,
@@ -782,7 +783,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
                                                      double softmax_scale, int64_t window_left,
                                                      int64_t window_right, int64_t handle) {
   return bwd_cuda_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left,
-                     window_right, handle, 0, none, 0, none, none, none, none, 0, 0);
+                     window_right, handle, 0, none, 0, none, none, none, none, none, 0, 0);
 }
 
 #endif  // FLASHMOE_WITH_CUDA
@@ -1028,7 +1029,7 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
       "float softcap=0.0, Tensor? alibi_slopes=None, float dropout_p=0.0, "
-      "Tensor? rng_state=None, Tensor? cu_seqlens_q=None, "
+      "Tensor? rng_state=None, Tensor? attn_mask=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, int max_seqlen_q=0, "
       "int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

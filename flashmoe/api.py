@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from flashmoe.backends import sdpa
 from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.frontend import flops  # noqa: F401 - registers what torch's counter reads
 from flashmoe.frontend.attend import (
@@ -68,7 +69,8 @@ def scaled_dot_product_attention(
     (batch, heads_q, seqlen_q, seqlen_kv): bool, True where a query sees a key, or added to scores.
     A row that sees no key is 0, where torch's kernels differ: 0 or NaN.
 
-    What our kernels do not compute goes to torch's own: an attn_mask on a GPU, beside is_causal (an
+    What our kernels do not compute goes to torch's own: an attn_mask on a GPU (until ours have run
+    on one with masks: flashmoe.backends.sdpa.MASKS_ON_GPUS), beside is_causal (an
     error there), or of a dtype that is neither bool nor float32 nor query's, a scale that
     flash_attn_func refuses, other ranks, dtypes and head dimensions, value's head_dim differing
     from query's, a causal query longer than its keys, subclasses of Tensor (nested, distributed,
@@ -143,8 +145,7 @@ def _is_our_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool)
         return False
     if attn_mask.is_nested or attn_mask.layout != torch.strided or attn_mask.dim() > 4:
         return False
-    # Our kernels for GPUs have masks, too (flash_attn_func), but have not run on one with them.
-    if query.is_cuda:
+    if query.is_cuda and not sdpa.MASKS_ON_GPUS:
         return False
     full = (*query.shape[:3], key.shape[2])
     return (

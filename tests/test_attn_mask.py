@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,8 @@ from random_calls import attn_masks, backends_for
 from support import DEVICE
 
 import flashmoe
-from flashmoe import flash_attn_func
-from flashmoe.backends import BACKENDS
+from flashmoe import api, flash_attn_func
+from flashmoe.backends import BACKENDS, sdpa
 from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.frontend import ops
 from flashmoe.measure.reference import attention_reference
@@ -148,9 +150,9 @@ def test_torch_computes_what_is_not_ours():
     q, k, v = (torch.randn(2, 4, n, 16, device=DEVICE) for n in (5, 7, 7))
     mask = torch.ones(5, 7, dtype=torch.bool, device=DEVICE)
     results = []
-    for sdpa in (torch_sdpa, flashmoe.scaled_dot_product_attention):
+    for compute in (torch_sdpa, flashmoe.scaled_dot_product_attention):
         try:
-            results.append(sdpa(q, k, v, mask, is_causal=True))
+            results.append(compute(q, k, v, mask, is_causal=True))
         except RuntimeError as error:  # whether it is one depends on the kernel that torch chooses
             results.append(str(error))
     assert str(results[0]) == str(results[1])
@@ -326,3 +328,16 @@ def test_patched_sdpa_runs_masks():
     finally:
         unpatch_sdpa()
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_masks_on_gpus_are_ours_when_the_switch_says_so(ours, monkeypatch):
+    monkeypatch.setattr(sdpa, "MASKS_ON_GPUS", ours)
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    on_gpu = SimpleNamespace(
+        is_cuda=True, shape=(2, 4, 5, 16), dtype=torch.bfloat16, device=mask.device
+    )
+    key = SimpleNamespace(shape=(2, 2, 7, 16))
+    assert api._is_our_mask(mask, on_gpu, key, False) is ours
+    on_cpu = SimpleNamespace(**{**vars(on_gpu), "is_cuda": False})
+    assert api._is_our_mask(mask, on_cpu, key, False)

@@ -71,7 +71,7 @@ def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
         (
             "sm90_bwd",
             "64 128 128 3 3 2 1 deterministic local",
-            "expected local, deterministic, softcap, alibi, dropout, whole, packed be",
+            "expected local, deterministic, softcap, alibi, dropout, mask, whole, packed be",
         ),
     ],
 )

@@ -423,15 +423,24 @@ def test_terms_that_nothing_is_compiled_in_for_are_compiled_at_first_use(
     assert "bfloat16 local softcap sink" in caplog.text
 
 
-def test_masks_are_compiled_at_first_use_and_have_no_backward(hopper, compiler):
+def test_masks_are_compiled_at_first_use(hopper, compiler, monkeypatch):
     masked = replace(PROBLEM, terms=("mask",))
     assert CUDA.unsupported(masked, H200) == ""
     assert CUDA.compiled_in(masked, H200) == []
     assert CUDA.default_tile(masked, H200) == CUDA.default_tile(PROBLEM, H200)
     assert Variant.of(masked) == Variant(mask=True)
     assert CUDA.unsupported(replace(masked, seqlen_kv=0), H200) == "has no mask of no keys"
+    monkeypatch.setattr(_extension, "load_kernel", lambda cubin, *target: 7)
+    monkeypatch.setattr(cuda_backend, "_bwd", lambda *arguments: arguments)
     backward = replace(masked, direction="bwd")
-    assert CUDA.unsupported(backward, H200) == "has no mask in this direction"
+    assert CUDA.unsupported(backward, H200) == ""
+    (tile,) = CUDA.compiled_in(replace(backward, terms=()), H200)
+    assert CUDA.default_tile(backward, H200) == tile
+    call, saved = Call("q", "k", "v", 0.5, TERMS), Saved("dout", "out", "lse", "dlse")
+    run = CUDA.bind_backward(backward, tile, deterministic=True)
+    assert run(call, saved)[10:] == (7, 30.0, "slopes", 0.0, None, "mask")
+    (text,) = compiler.compiled
+    assert "VARIANT{.deterministic = true, .mask = true}" in text
 
 
 def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler, monkeypatch):
@@ -468,8 +477,8 @@ def test_a_backward_has_sinks_for_nothing_and_compiles_other_terms(hopper, compi
     plain = ("dout", "q", "k", "v", "out", "lse", "dlse", 0.5, -1, -1, 0)
     assert CUDA.bind_backward(backward, tile)(call, saved) == plain
     with_sinks = call._replace(terms=Terms(sinks="sinks"))
-    dropout = (0.0, None)
-    assert CUDA.bind_backward(sinks, tile)(with_sinks, saved) == (*plain, 0.0, None, *dropout)
+    others = (0.0, None, None)  # dropout and a mask
+    assert CUDA.bind_backward(sinks, tile)(with_sinks, saved) == (*plain, 0.0, None, *others)
     assert not loaded
     # The default without terms, compiled for them, and for a sum of dQ in one order.
     capped = replace(backward, terms=("softcap", "alibi"), head_dim=112, dtype="float16")

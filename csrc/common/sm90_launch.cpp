@@ -132,6 +132,83 @@ cudaError_t launch_schedule(const AttentionParams& p, const Schedule& schedule,
                           SCHEDULE_SMEM_BYTES, stream);
 }
 
+namespace {
+
+// Of what MaskTiles points to: 32-bit entries and words, and bytes.
+struct MaskSizes {
+  long long lists, entries, words, seen;
+  long long bytes() const { return 4 * (entries + words) + seen; }
+};
+
+long long rounded_up(long long n, long long unit) { return (n + unit - 1) / unit * unit; }
+
+MaskSizes mask_sizes(const MaskTilesParams& x, bool has_seen) {
+  const long long lists = x.lists, tiles = lists * x.out.room;
+  return {lists, rounded_up(lists + tiles, 4),
+          rounded_up(tiles * x.out.rows * 4 * MaskTiles::words(x.block_n), 4),
+          has_seen ? rounded_up(tiles, 16) : 0};
+}
+
+MaskTilesParams describe_mask_tiles(const AttentionParams& p, int block_queries, int block_keys,
+                                    bool of_keys) {
+  MaskTilesParams x{};
+  x.attn_mask = p.terms.attn_mask, x.window = p.mask;
+  x.num_rows = p.seqlen_q, x.num_columns = p.seqlen_kv;
+  x.block_m = block_queries, x.block_n = block_keys;
+  if (of_keys) {
+    std::swap(x.attn_mask.row_stride, x.attn_mask.key_stride);
+    std::swap(x.window.left, x.window.right);  // as seen_by of common/mask.h
+    std::swap(x.num_rows, x.num_columns);
+    std::swap(x.block_m, x.block_n);
+  }
+  x.rows_are_keys = of_keys;
+  // Keys that do not exist have to be told from others, queries need not.
+  const bool rows_alike = !of_keys && x.attn_mask.row_stride == 0 && x.window.is_full();
+  const bool columns_alike = of_keys && x.attn_mask.key_stride == 0 && x.window.is_full();
+  const int batches = x.attn_mask.batch_stride == 0 ? 1 : p.batch;
+  x.heads = x.attn_mask.head_stride == 0 ? 1 : p.heads_q;
+  x.blocks = rows_alike ? 1 : (x.num_rows + x.block_m - 1) / x.block_m;
+  x.out.tiles = (x.num_columns + x.block_n - 1) / x.block_n;
+  x.out.room = columns_alike ? 1 : x.out.tiles;
+  x.out.rows = rows_alike ? 1 : x.block_m;
+  x.out.block_stride = x.blocks > 1 ? 1 : 0;
+  x.out.head_stride = x.heads > 1 ? x.blocks : 0;
+  x.out.batch_stride = batches > 1 ? x.heads * x.blocks : 0;
+  const long long lists = static_cast<long long>(batches) * x.heads * x.blocks;
+  x.lists = static_cast<int>(std::min(lists, 0x7fffffffll));  // launch_mask_tiles refuses these
+  return x;
+}
+
+}  // namespace
+
+MaskTilesParams plan_mask_tiles(const AttentionParams& p, int block_queries, int block_keys,
+                                bool of_keys, bool has_seen, void* memory) {
+  MaskTilesParams x = describe_mask_tiles(p, block_queries, block_keys, of_keys);
+  const MaskSizes sizes = mask_sizes(x, has_seen);
+  x.out.lists = static_cast<int*>(memory);
+  x.out.bits = reinterpret_cast<unsigned*>(x.out.lists + sizes.entries);
+  if (has_seen) x.out.seen = reinterpret_cast<unsigned char*>(x.out.bits + sizes.words);
+  return x;
+}
+
+long long mask_tiles_bytes(const AttentionParams& p, int block_queries, int block_keys,
+                           bool of_keys, bool has_seen) {
+  const MaskTilesParams x = describe_mask_tiles(p, block_queries, block_keys, of_keys);
+  return mask_sizes(x, has_seen).bytes();
+}
+
+cudaError_t launch_mask_tiles(const MaskTilesParams& params, cudaStream_t stream) {
+  const MaskSizes sizes = mask_sizes(params, false);
+  // They are counted in 32 bits.
+  if (sizes.entries > 0x7fffffffll || sizes.words > 0x7fffffffll) {
+    return cudaErrorInvalidConfiguration;
+  }
+  MaskTilesParams copy = params;
+  void* arguments[] = {&copy};
+  return cudaLaunchKernel(mask_tiles_entry, dim3(static_cast<unsigned>(sizes.lists)),
+                          dim3(MASK_THREADS), arguments, MASK_SMEM_BYTES, stream);
+}
+
 cudaError_t launch_overlapping(const void* kernel, long long grid, int threads, int smem_bytes,
                                void** arguments, cudaStream_t stream) {
   cudaLaunchAttribute overlap{};

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "common/mask_tiles.h"
 #include "common/params.h"
 #include "common/schedule.h"
 #include "ptx/tensor_map.h"
@@ -93,6 +94,19 @@ extern const void* const schedule_entry;
 // Launches that. What reads the schedule may be launched to overlap it, and waits for it.
 cudaError_t launch_schedule(const AttentionParams& p, const Schedule& schedule,
                             cudaStream_t stream);
+
+// The tiles of p's attn_mask in `memory`, by blocks of so many queries and keys: listed for each
+// block of queries, or with `of_keys` of keys, and with `seen` then if `has_seen`. Nothing is
+// allocated or waited for. And the bytes that they take there, a multiple of 16.
+MaskTilesParams plan_mask_tiles(const AttentionParams& p, int block_queries, int block_keys,
+                                bool of_keys, bool has_seen, void* memory);
+long long mask_tiles_bytes(const AttentionParams& p, int block_queries, int block_keys,
+                           bool of_keys, bool has_seen);
+
+// The kernel that fills them, list_tiles of common/mask_tiles.cuh: its address.
+extern const void* const mask_tiles_entry;
+
+cudaError_t launch_mask_tiles(const MaskTilesParams& params, cudaStream_t stream);
 
 // Launches a kernel that may begin while the one before it ends.
 cudaError_t launch_overlapping(const void* kernel, long long grid, int threads, int smem_bytes,

@@ -201,7 +201,9 @@ class CudaBackend(Backend):
                 return result
             # Sinks are a part of softmax_lse.
             t = call.terms
-            options: tuple[object, ...] = (t.softcap, t.alibi_slopes, t.dropout_p, t.rng_state)
+            options: tuple[object, ...] = (
+                *(t.softcap, t.alibi_slopes, t.dropout_p, t.rng_state, t.attn_mask),
+            )
             if packed:
                 s = call.sequences
                 lengths = (s.cu_seqlens_q, s.cu_seqlens_k, s.seqused_k)

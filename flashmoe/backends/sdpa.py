@@ -25,6 +25,11 @@ from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
+# Whether scaled_dot_product_attention and transformers give masks on a GPU to our kernels, which
+# have not run on one with masks (flash_attn_func does so in any case). False: torch's kernels
+# compute them. True once tests/gpu/test_gpu_masks.py has passed on a GPU.
+MASKS_ON_GPUS = False
+
 # Not by torch.nn.functional, whose name users give to our own function.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from flashmoe.backends import sdpa
 from flashmoe.integrations.keys import (
     KeyMask,
     Packing,
@@ -141,16 +142,16 @@ def attention(
         mask = _packed(mask, *packing)
     terms = Terms(scaling, softcap or 0.0, s_aux, dropout)
     why = _why_by_torch(mask, dropout)
-    # Our kernels for GPUs have such masks, too, but have not run on one with them.
-    if q.is_cuda and (position_bias is not None or not isinstance(mask, KeyMask)):
+    of_keys_alone = mask if position_bias is None and isinstance(mask, KeyMask) else None
+    if q.is_cuda and of_keys_alone is None and not sdpa.MASKS_ON_GPUS:
         why = "a mask or bias of each query and key, on a GPU"
     if why:
         warn_of_torch(type(module).__name__, why)
         return by_torch(q, k, v, mask, position_bias, terms), None
-    if position_bias is not None or not isinstance(mask, KeyMask):
+    if of_keys_alone is None:
         found = by_masked_kernel(q, k, v, mask, position_bias, bool(deterministic), terms)
         return found, None
-    return by_kernel(q, k, v, mask, bool(deterministic), terms), None
+    return by_kernel(q, k, v, of_keys_alone, bool(deterministic), terms), None
 
 
 def _mask_by_hints(

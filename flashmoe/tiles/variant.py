@@ -56,7 +56,9 @@ COMPILED: dict[str, tuple[str, ...]] = {
     "decode": (),  # every kernel of it has them all
     "sm80": (),
     "sm90": ("local", "softcap", "alibi", "sink", "dropout", "mask", "packed"),
-    "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "dropout", "whole", "packed"),
+    "sm90_bwd": (
+        *("local", "deterministic", "softcap", "alibi", "dropout", "mask", "whole", "packed"),
+    ),
 }
 # Those that a general kernel, of which some head dimensions have one, decides at run time. All
 # others have what their line names, and no more.

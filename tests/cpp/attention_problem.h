@@ -75,11 +75,13 @@ class RandomMask {
     const int block_m = 1 << below(8), block_n = 1 << below(8), pattern = below(3);
     const int begin = below(x.seqlen_kv + 1), end = below(4) ? x.seqlen_kv : below(x.seqlen_kv + 1);
     const bool lowest = below(2);
+    const bool poisons = sizes[2] > 1 && sizes[3] > 1 && below(2);  // what the window hides
     std::uniform_real_distribution<double> uniform;
     std::normal_distribution<double> normal;
     for (int b = 0; b < sizes[0]; ++b)
       for (int h = 0; h < sizes[1]; ++h)
-        for (int i = 0; i < sizes[2]; ++i)
+        for (int i = 0; i < sizes[2]; ++i) {
+          const auto [first, count] = seen_keys(x.mask, i, x.seqlen_q, x.seqlen_kv);
           for (int j = 0; j < sizes[3]; ++j) {
             const bool seen = pattern == 0   ? uniform(random) < dense
                               : pattern == 1 ? (i / block_m + j / block_n + h + b) % 3 == 0
@@ -89,9 +91,14 @@ class RandomMask {
               *element = seen;
             } else {
               const double low = lowest ? -format_of(stored).max : -INFINITY;
+              if (poisons && (j < first || j >= first + count)) {
+                encode(stored, (i + j) % 2 ? NAN : INFINITY, element);
+                continue;
+              }
               encode(stored, seen ? (dense == 1 ? 0 : normal(random)) : low, element);
             }
           }
+        }
   }
   const AttnMask& get() const { return mask_; }
 
@@ -337,6 +344,67 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
               dtype == DType::float16 ? "float16" : "bfloat16",
               static_cast<unsigned long long>(seed), wrong.c_str());
   return false;
+}
+
+// A mask of keys, (batch, 1, 1, seqlen_kv), that lets batch b see the first lengths[b]; of the
+// others an added one has `low`. Owns its elements.
+class PaddingMask {
+ public:
+  PaddingMask(AttnMask::Kind kind, const std::vector<int>& lengths, int seqlen_kv, float low)
+      : mask_() {
+    const bool boolean = kind == AttnMask::Kind::boolean;
+    const DType stored = kind == AttnMask::Kind::float32   ? DType::float32
+                         : kind == AttnMask::Kind::float16 ? DType::float16
+                                                           : DType::bfloat16;
+    const size_t bytes = boolean ? 1 : static_cast<size_t>(size_of(stored));
+    bytes_.resize(lengths.size() * static_cast<size_t>(seqlen_kv) * bytes);
+    size_t at = 0;
+    for (const int length : lengths)
+      for (int j = 0; j < seqlen_kv; ++j, at += bytes) {
+        if (boolean) {
+          bytes_[at] = j < length;
+        } else {
+          encode(stored, j < length ? 0 : low, &bytes_[at]);
+        }
+      }
+    mask_.data = bytes_.data(), mask_.kind = kind;
+    mask_.batch_stride = seqlen_kv, mask_.key_stride = 1;
+  }
+  const AttnMask& get() const { return mask_; }
+
+ private:
+  AttnMask mask_;
+  std::vector<uint8_t> bytes_;
+};
+
+// Whether a batch under a padding mask loads as many boxes as its sequences do by themselves, at
+// their lengths: `loads` runs a problem with this mask, or none. Says what is off.
+inline bool padding_costs_lengths(
+    const char* name, const Problem& one,
+    const std::function<long long(const Problem&, const AttnMask&)>& loads) {
+  const std::vector<int> lengths = {one.seqlen_kv, one.seqlen_kv / 3, 1};
+  long long wanted = 0;
+  for (const int length : lengths) {
+    Problem shorter = one;
+    shorter.seqlen_kv = length;
+    wanted += loads(shorter, {});
+  }
+  Problem all = one;
+  all.batch = static_cast<int>(lengths.size());
+  const float finite = -3.38e38f;  // about the lowest of bfloat16
+  using Kind = AttnMask::Kind;
+  for (const auto& [kind, low] :
+       {std::pair{Kind::boolean, 0.f}, std::pair{Kind::float32, -INFINITY},
+        std::pair{Kind::float32, finite}, std::pair{Kind::bfloat16, finite},
+        std::pair{Kind::float16, -INFINITY}}) {
+    const PaddingMask mask(kind, lengths, one.seqlen_kv, low);
+    const long long got = loads(all, mask.get());
+    if (got == wanted) continue;
+    std::printf("%s: %lld boxes loaded under a padding mask of kind %d, not %lld\n", name, got,
+                static_cast<int>(kind), wanted);
+    return false;
+  }
+  return true;
 }
 
 // What a launch returned, in words; nothing for success.

@@ -5,10 +5,9 @@
 #include <climits>
 
 #include "attention_problem.h"
+#include "common/mask_tiles.cuh"
 #include "common/schedule.cuh"
 #include "common/sm90_launch.h"
-#include "forward/sm90/host.h"
-#include "forward/sm90/mask_tiles.cuh"
 
 namespace flashmoe {
 

@@ -105,6 +105,16 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
             s -= terms.alibi_slopes[b * terms.alibi_batch_stride + h] *
                  std::abs(i + k.seqlen - q.seqlen - j);
           }
+          double off_p = 0;  // of a score, by what a mask adds
+          if (terms.attn_mask.is_given()) {
+            const double added = mask_at(terms.attn_mask, b, h, i, j);
+            if (added == -INFINITY || added <= LOWEST_VALUES) continue;
+            s += added, off_p = (std::fabs(added) + std::fabs(row_lse)) * 0x1p-23;
+          }
+          // Not told apart by so large a softmax_lse.
+          if (terms.attn_mask.is_given() && std::fabs(row_lse) >= sm90_backward::LARGEST_LSE) {
+            continue;
+          }
           const double p = std::exp(s - row_lse), slope = scale * (1 - tanh * tanh);
           const double factor = dropout_factor(terms, first_batch + b, h, i, j);
           dp *= factor;
@@ -114,14 +124,16 @@ void reference_gradients(Tensor& q, Tensor& k, Tensor& v, Tensor& out, Tensor& d
           const double off =
               2 * unit * (std::fabs(ds) + p * slope * (delta_terms + 1e-4 * std::fabs(dp))) +
               tiny * scale * std::fabs(dp_centered) +
-              std::fabs(dp_centered) * p * (capped * slope + 0x1p-10 * tanh * tanh * scale);
+              std::fabs(dp_centered) * p *
+                  ((capped + off_p) * slope + 0x1p-10 * tanh * tanh * scale);
           const size_t k_at =
               ((static_cast<size_t>(b) * k.seqlen + j) * k.heads + h / group) * dims;
           for (int d = 0; d < dims; ++d) {
             want.dq[q_at + d] += ds * kj[d], allowed.dq[q_at + d] += off * std::fabs(kj[d]);
             want.dk[k_at + d] += ds * qi[d], allowed.dk[k_at + d] += off * std::fabs(qi[d]);
             want.dv[k_at + d] += p * factor * di[d];
-            allowed.dv[k_at + d] += ((2 * unit + capped) * p + tiny) * factor * std::fabs(di[d]);
+            allowed.dv[k_at + d] +=
+                ((2 * unit + capped + off_p) * p + tiny) * factor * std::fabs(di[d]);
           }
         }
       }
@@ -153,7 +165,8 @@ struct Instance {
 
   // A deterministic kernel counts in its workspace who has added to each block of queries: those
   // blocks of keys and no others that some of its queries see. What is wrong with that, or nothing.
-  std::string compare_turns(const Problem& x, const uint8_t* workspace) const {
+  std::string compare_turns(const Problem& x, const AttnMask& mask,
+                            const uint8_t* workspace) const {
     const int m_blocks = (x.seqlen_q + block_m() - 1) / block_m();
     const size_t blocks = static_cast<size_t>(m_blocks) * x.batch * x.heads_q;
     const size_t sum_bytes = static_cast<size_t>(tile.dq_elements()) * 4;
@@ -161,19 +174,22 @@ struct Instance {
     std::memcpy(turns.data(),
                 workspace + blocks * (static_cast<size_t>(tile.stats_bytes()) + sum_bytes),
                 blocks * sizeof(int));
-    for (int m = 0; m < m_blocks; ++m) {
+    for (size_t block = 0; block < blocks; ++block) {
+      const int m = static_cast<int>(block) % m_blocks;
+      const int b = static_cast<int>(block) / m_blocks / x.heads_q;
+      const int h = static_cast<int>(block) / m_blocks % x.heads_q;
       std::vector<bool> seen(static_cast<size_t>((x.seqlen_kv + block_n() - 1) / block_n()));
       for (int i = m * block_m(); i < std::min((m + 1) * block_m(), x.seqlen_q); ++i) {
         const auto [first, count] = seen_keys(x.mask, i, x.seqlen_q, x.seqlen_kv);
-        for (int j = first; j < first + count; ++j) seen[static_cast<size_t>(j / block_n())] = true;
+        for (int j = first; j < first + count; ++j) {
+          if (mask.is_given() && mask_at(mask, b, h, i, j) <= LOWEST_VALUES) continue;
+          seen[static_cast<size_t>(j / block_n())] = true;
+        }
       }
       const auto wanted = std::count(seen.begin(), seen.end(), true);
-      for (size_t block = static_cast<size_t>(m); block < blocks;
-           block += static_cast<size_t>(m_blocks)) {
-        if (turns[block] == wanted) continue;
-        return std::to_string(turns[block]) + " blocks of keys visited block " + std::to_string(m) +
-               " of queries, not " + std::to_string(wanted);
-      }
+      if (turns[block] == wanted) continue;
+      return std::to_string(turns[block]) + " blocks of keys visited block " + std::to_string(m) +
+             " of queries, not " + std::to_string(wanted);
     }
     return "";
   }
@@ -365,8 +381,11 @@ struct Instance {
     const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
     std::vector<int> order(x.head_dim);
     std::iota(order.begin(), order.end(), 0);
-    const RandomTerms terms(x, random);
-    const auto forward = reference<double>(q, k, v, scale, x.mask, order, terms.get());
+    const RandomTerms terms_but_mask(x, random);
+    const RandomMask attn_mask(x, dtype, random);
+    Terms terms = terms_but_mask.get();
+    terms.attn_mask = attn_mask.get();
+    const auto forward = reference<double>(q, k, v, scale, x.mask, order, terms);
     std::vector<float> lse(forward.lse.begin(), forward.lse.end());
     for (size_t r = 0; r < forward.lse.size(); ++r) {
       const int i = r % x.seqlen_q, h = r / x.seqlen_q % x.heads_q, b = r / x.seqlen_q / x.heads_q;
@@ -381,7 +400,7 @@ struct Instance {
 
     BackwardParams params{};
     params.attention = forward_params(q, k, v, out, lse, scale, x.mask);
-    params.attention.terms = terms.get();
+    params.attention.terms = terms;
     params.attention.terms.sinks = nullptr;
     params.dout = dout.bytes.data();
     params.dlse = given_dlse;
@@ -395,12 +414,13 @@ struct Instance {
     Gradients want(forward.out.size(),
                    static_cast<size_t>(x.batch) * x.seqlen_kv * x.heads_kv * x.head_dim);
     Gradients allowed = want;
-    reference_gradients(q, k, v, out, dout, lse, given_dlse, scale, x.mask, terms.get(), want,
-                        allowed);
+    reference_gradients(q, k, v, out, dout, lse, given_dlse, scale, x.mask, terms, want, allowed);
     if (wrong.empty()) wrong = compare_gradient("dv", dv, want.dv, allowed.dv);
     if (wrong.empty()) wrong = compare_gradient("dk", dk, want.dk, allowed.dk);
     if (wrong.empty()) wrong = compare_gradient("dq", dq, want.dq, allowed.dq);
-    if (wrong.empty() && variant.deterministic) wrong = compare_turns(x, workspace.data());
+    if (wrong.empty() && variant.deterministic) {
+      wrong = compare_turns(x, terms.attn_mask, workspace.data());
+    }
     const auto again = [&] { return launch(params, dtype, workspace, random); };
     if (wrong.empty() && (variant.deterministic || variant.whole)) {
       wrong = compare_bits(dq, dk, dv, again);
@@ -412,6 +432,34 @@ struct Instance {
     return false;
   }
 };
+
+// Boxes that an instance loads for a problem besides K and V, which each thread block does.
+long long loads_of(const Instance& x, const Problem& problem, const AttnMask& mask) {
+  const Problem& p = problem;
+  const auto queries = [&] {
+    return Tensor(DType::bfloat16, p.batch, p.seqlen_q, p.heads_q, p.head_dim, 0, false);
+  };
+  const auto keys = [&] {
+    return Tensor(DType::bfloat16, p.batch, p.seqlen_kv, p.heads_kv, p.head_dim, 0, false);
+  };
+  Tensor q = queries(), out = queries(), dout = queries(), dq = queries();
+  Tensor k = keys(), v = keys(), dk = keys(), dv = keys();
+  for (Tensor* tensor : {&q, &out, &dout, &k, &v}) tensor->fill([] { return 1.; });
+  std::vector<float> lse(static_cast<size_t>(p.batch) * p.heads_q * p.seqlen_q);
+  BackwardParams params{};
+  params.attention = forward_params(q, k, v, out, lse, 0.1f, p.mask);
+  params.attention.terms.attn_mask = mask;
+  params.dout = dout.bytes.data(), params.do_batch_stride = dout.batch_stride;
+  params.do_row_stride = dout.row_stride, params.do_head_stride = dout.head_stride;
+  params.dq = dq.bytes.data(), params.dk = dk.bytes.data(), params.dv = dv.bytes.data();
+  GuardedBytes workspace(
+      static_cast<size_t>(sm90_backward::workspace_bytes(x.tile, x.variant, params.attention)));
+  std::mt19937_64 random(0);
+  const long long before = emulator::tma_loads;
+  if (!x.launch(params, DType::bfloat16, workspace, random).empty()) return -1;
+  const int n_blocks = (p.seqlen_kv + x.block_n() - 1) / x.block_n();
+  return emulator::tma_loads - before - 2ll * n_blocks * p.heads_kv * p.batch * x.tile.panels();
+}
 
 template <Sm90BackwardTile TILE, Variant VARIANT = Variant{}>
 Instance instance(const char* name) {
@@ -429,6 +477,15 @@ constexpr Variant LOCAL{true}, DETERMINISTIC{false, true}, BOTH{true, true},
     SOFTCAP{.softcap = true}, ALIBI{.alibi = true}, DROPOUT{.dropout = true},
     ALL{.local = true, .deterministic = true, .softcap = true, .alibi = true, .dropout = true};
 constexpr Variant WHOLE{.whole = true}, LOCAL_WHOLE{.local = true, .whole = true};
+constexpr Variant MASK{.mask = true}, LOCAL_MASK{.local = true, .mask = true},
+    DETERMINISTIC_MASK{.deterministic = true, .mask = true},
+    SOFTCAP_MASK{.softcap = true, .mask = true}, DROPOUT_MASK{.dropout = true, .mask = true},
+    ALL_MASK{.local = true,
+             .deterministic = true,
+             .softcap = true,
+             .alibi = true,
+             .dropout = true,
+             .mask = true};
 constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = true};
 constexpr Variant DETERMINISTIC_PACKED{.deterministic = true, .packed = true},
     ALL_PACKED{.local = true,
@@ -482,8 +539,30 @@ const Instance INSTANCES[] = {
     instance<{128, 64, 128, 2, 1, 2, true}, DETERMINISTIC_PACKED>(
         "128:64x128-q2-do1-ds2-late-det-packed"),
     instance<{64, 128, 128, 2, 2, 2, false}, ALL_PACKED>("64:128x128-q2-do2-ds2-all-packed"),
+    instance<{64, 128, 128, 3, 3, 2, true}, MASK>("64:128x128-q3-do3-ds2-late-mask"),
+    instance<{96, 64, 128, 3, 2, 1, false}, MASK>("96:64x128-q3-do2-ds1-mask"),
+    instance<{128, 64, 128, 3, 2, 2, true}, MASK>("128:64x128-q3-do2-ds2-late-mask"),
+    instance<{256, 64, 64, 2, 2, 1, false}, MASK>("256:64x64-q2-do2-ds1-mask"),
+    instance<{64, 128, 128, 2, 2, 2, false}, LOCAL_MASK>("64:128x128-q2-do2-ds2-local-mask"),
+    instance<{128, 64, 128, 2, 1, 2, true}, DETERMINISTIC_MASK>(
+        "128:64x128-q2-do1-ds2-late-det-mask"),
+    instance<{64, 128, 128, 3, 3, 2, true}, SOFTCAP_MASK>(
+        "64:128x128-q3-do3-ds2-late-softcap-mask"),
+    instance<{128, 64, 128, 2, 1, 2, true}, DROPOUT_MASK>(
+        "128:64x128-q2-do1-ds2-late-dropout-mask"),
+    instance<{96, 64, 128, 3, 2, 1, false}, ALL_MASK>("96:64x128-q3-do2-ds1-all-mask"),
+    instance<{256, 64, 64, 2, 2, 1, false}, ALL_MASK>("256:64x64-q2-do2-ds1-all-mask"),
 };
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_all(INSTANCES, argc, argv); }
+int main(int argc, char** argv) {
+  constexpr Sm90BackwardTile TILE{64, 128, 128, 2, 2, 2, false};
+  const Instance plain = instance<TILE>("plain"), masked = instance<TILE, MASK>("a mask");
+  const bool is_cheap =
+      padding_costs_lengths("backward", {1, 2, 1, 300, 600, 64, {-1, -1}, 0, false, false, true, 0},
+                            [&](const Problem& x, const AttnMask& mask) {
+                              return loads_of(mask.is_given() ? masked : plain, x, mask);
+                            });
+  return run_all(INSTANCES, argc, argv) || !is_cheap;
+}

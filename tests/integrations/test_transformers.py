@@ -243,3 +243,16 @@ def test_errors() -> None:
         model(random_ids(), output_attentions=True)
     with pytest.raises(ValueError, match="given together"):
         model(random_ids(), cu_seq_lens_q=torch.tensor([0, 26]))
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_whose_kernels_run_masks_on_a_gpu(is_ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours.sdpa, "MASKS_ON_GPUS", is_ours)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(ours, "by_torch", lambda *_: "torch")
+    monkeypatch.setattr(ours, "by_masked_kernel", lambda *_: "ours")
+    monkeypatch.setattr(ours, "warn_of_torch", lambda *_: None)
+    q, k, v = (torch.zeros(1, 2, 5, 16) for _ in "qkv")
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    found, _ = ours.attention(torch.nn.Module(), q, k, v, mask)
+    assert found == ("ours" if is_ours else "torch")

@@ -4,6 +4,7 @@
 #include "backward/sm90/order.cuh"
 #include "backward/sm90/work.cuh"
 #include "common/dropout.h"
+#include "common/mask_tiles.cuh"
 #include "ptx/ld_st.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mbarrier.cuh"
@@ -15,7 +16,8 @@
 
 namespace flashmoe::sm90_backward {
 
-// The queries of a step: a block of a head, and its number over all heads and batches.
+// The queries of a step: a block of a head, and its number over all heads and batches (under a
+// mask it is computed where it is needed).
 struct Queries {
   int m, head;
   long long block;
@@ -174,11 +176,110 @@ struct Consumer {
   __device__ __forceinline__ static float rescale(const AttentionParams& p) {
     return VARIANT.dropout ? dropout_scale(p.terms.dropout_limit) : 1.f;
   }
+  // -infinity where a mask hides a key, by a thread's bits (MaskTiles).
+  __device__ __forceinline__ static void hide(Scores& S_rmem, const unsigned (&bits)[2]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 8; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& s = S_rmem[4 * i + 2 * half + c];
+          s = bits[half] >> (2 * i + c) & 1 ? s : -INFINITY;
+        }
+      }
+    }
+  }
+  // P from S of a step, as exponentiate leaves it.
+  template <typename AnySteps>
+  __device__ __forceinline__ void weigh(const AnySteps& steps, Scores& S_rmem, Operand& P_rmem,
+                                        unsigned minus_lse, float slope,
+                                        const Dropout& dropout) const {
+    const int m_start = steps.m * BLOCK_M, head = steps.head;
+    cap(S_rmem);
+    if constexpr (!VARIANT.mask) {
+      if (steps.template masked<TILE, VARIANT>()) mask(S_rmem, m_start);
+      exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, NoMask{});
+    } else {
+      const AttnMask& mask = p.terms.attn_mask;
+      const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
+      const long long first =
+          work.batch * mask.batch_stride + head * mask.head_stride + key * mask.key_stride;
+      KeyMask of_keys{{0.f, 0.f}};
+      if (steps.is_partial) {
+        hide(S_rmem, steps.bits);
+        if (!mask.is_boolean()) {
+          // Where queries are alike, two values a tile: those of this thread's keys, if any query
+          // sees them.
+          if (mask.row_stride == 0) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              if (steps.bits[half] == 0) continue;
+              const unsigned element = sm90::mask_bits(mask, first + half * 8 * mask.key_stride);
+              of_keys.added[half] = mask_value(mask.kind, element) * LOG2_E;
+            }
+          } else {
+            const long long at = first + (m_start + lane % 4 * 2) * mask.row_stride;
+            const ElementMask of_each{mask, {steps.bits[0], steps.bits[1]}, at};
+            exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_each);
+            return;
+          }
+        }
+      }
+      exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_keys);
+    }
+  }
+  // What a mask adds to minus softmax_lse and an element's score, in units of log 2: nothing; the
+  // same for all queries; or each its own, which is read where it is seen.
+  static constexpr float LOG2_E = 1.4426950408889634f;
+  struct NoMask {
+    static constexpr bool IS_OF_EACH = false;
+    __device__ __forceinline__ void next_queries() {}
+    __device__ __forceinline__ float operator()(float minus_lse, int, int) const {
+      return minus_lse;
+    }
+  };
+  struct KeyMask {
+    static constexpr bool IS_OF_EACH = false;
+    float added[2];
+    __device__ __forceinline__ void next_queries() {}
+    __device__ __forceinline__ float operator()(float minus_lse, int half, int) const {
+      return minus_lse + added[half];
+    }
+  };
+  struct ElementMask {
+    static constexpr bool IS_OF_EACH = true;
+    const AttnMask& mask;
+    unsigned bits[2];  // from the next 8 queries on, as their first element
+    long long first;
+    // Hidden, or what all of them need would be computed first, and fill registers.
+    __device__ __forceinline__ void next_queries() {
+      first += 8 * mask.row_stride;
+      bits[0] >>= 2, bits[1] >>= 2;
+      ptx::hide(first);
+      ptx::hide(bits[0]);
+      ptx::hide(bits[1]);
+    }
+    __device__ __forceinline__ float operator()(float minus_lse, int half, int c) const {
+      if ((bits[half] >> c & 1) == 0) return minus_lse;
+      const long long at = first + c * mask.row_stride + half * 8 * mask.key_stride;
+      const bool is_float = mask.kind == AttnMask::Kind::float32;
+      unsigned element;
+      if (is_float) {
+        element = static_cast<const unsigned*>(mask.data)[at];
+      } else {
+        element = static_cast<const unsigned short*>(mask.data)[at];
+      }
+      const float value = is_float ? __int_as_float(element) : ptx::cvt_f32_x2<T>(element).x;
+      return fmaf(value, LOG2_E, minus_lse);
+    }
+  };
   // P from S, in place and packed. In place it is multiplied by the derivative of softcap, which
   // only dS has, and what is dropped is negative.
+  template <typename AnyMask>
   __device__ __forceinline__ void exponentiate(Scores& S_rmem, Operand& P_rmem, unsigned minus_lse,
                                                int m_start, float slope, const Dropout& dropout,
-                                               int head) const {
+                                               int head, AnyMask with_mask) const {
     // The query that is level with this thread's first key, from its first one on.
     const int key = work.n_start + mine * 64 + warp * 16 + lane / 4;
     const Sequence& s = work.sequence;
@@ -194,8 +295,8 @@ struct Consumer {
         float& s0 = S_rmem[4 * i + 2 * half];
         float& s1 = S_rmem[4 * i + 2 * half + 1];
         const float t0 = s0, t1 = s1;
-        s0 = fmaf(s0, params.scale_log2, l.x);
-        s1 = fmaf(s1, params.scale_log2, l.y);
+        s0 = fmaf(s0, params.scale_log2, with_mask(l.x, half, 0));
+        s1 = fmaf(s1, params.scale_log2, with_mask(l.y, half, 1));
         if constexpr (VARIANT.alibi) {
           const float first = static_cast<float>(level + half * 8);
           s0 = fmaf(-slope, fabsf(first - 8 * i), s0);
@@ -217,8 +318,10 @@ struct Consumer {
           s1 *= ptx::fma_sat(-t1, t1, 1.f);
         }
       }
-      // Or ptxas would keep what the derivatives are computed from while it does exponentials.
-      if (VARIANT.softcap && i % 2 == 1) ptx::pmevent();
+      with_mask.next_queries();
+      // Or ptxas would keep what the derivatives are computed from while it does exponentials, and
+      // load more of a mask ahead than there are registers for.
+      if ((VARIANT.softcap || AnyMask::IS_OF_EACH) && i % 2 == 1) ptx::pmevent();
     }
   }
   // dS = P (dP - delta), packed; P as exponentiate leaves it. With dropout dP of what is dropped is
@@ -284,7 +387,9 @@ struct Consumer {
       store_dQ(dQ_rmem, queries, part);
       return;
     }
-    float* dst = params.dq_sum + queries.block * TILE.dq_elements() + part * (64 * DQ_COLUMNS) +
+    long long block = queries.block;
+    if (VARIANT.mask) block = work.row_block<VARIANT>(params, queries.head) + queries.m;
+    float* dst = params.dq_sum + block * TILE.dq_elements() + part * (64 * DQ_COLUMNS) +
                  threadIdx.x % 128 * 4;
     if (VARIANT.deterministic && first) {
 #pragma unroll
@@ -339,7 +444,7 @@ struct Consumer {
   }
 };
 
-// Where the steps of a thread block are.
+// Where the steps of a thread block are. (ListedSteps: under a mask.)
 struct Steps : Queries {
   int count, m_start, m_first, m_end, m_blocks, direction;
   // Queries before the first and from the second on do not see all keys.
@@ -374,7 +479,7 @@ struct Steps : Queries {
     if (VARIANT.local && (m + 1) * TILE.block_m > all_seen_end) return true;
     return m * TILE.block_m < all_seen;
   }
-  __device__ __forceinline__ void next() {
+  __device__ __forceinline__ void next(bool) {
     block += direction;
     m += direction;
     if (m == m_end) {
@@ -387,5 +492,67 @@ struct Steps : Queries {
     }
   }
 };
+
+// The same under a mask, by its lists. Registers are few: what can be looked up is not kept.
+template <Sm90BackwardTile TILE, Variant VARIANT>
+struct ListedSteps : Queries {
+  const Sm90BackwardParams& params;
+  const Work& work;
+  const int first_row;  // of the warpgroup's keys among the thread block's
+  int count;            // of all heads
+  int index, left;      // in this head's list: the next, and how many are left
+  bool is_partial;
+  unsigned bits[2];  // of a thread's keys, 8 apart (MaskTiles)
+
+  __device__ __forceinline__ static ListedSteps of(const Sm90BackwardParams& params,
+                                                   const Work& work, int first_key) {
+    static_assert(TILE.block_m <= 128, "a word of bits");
+    const int group = params.call.attention.heads_q / params.call.attention.heads_kv;
+    const int head = work.head_kv * group;
+    ListedSteps steps{{0, head - 1, 0}, params, work, first_key - work.n_start, 0, 0, 0, false, {}};
+    for (int h = head; h < head + group; ++h) {
+      steps.count += uniform(MaskList<TILE>::of(params, work, h).count());
+    }
+    steps.next(steps.count > 0);
+    return steps;
+  }
+  // The shuffle tells the compiler that a warp agrees on it.
+  __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
+  // To the next one, if there is one more.
+  __device__ __forceinline__ void next(bool more) {
+    if (!more) return;
+    while (left == 0) {
+      ++head;
+      const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
+      left = uniform(list.count());
+      index = list.template start<VARIANT>(params, work, left);
+    }
+    const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
+    const int entry = uniform(list.entry(index));
+    --left;
+    if (++index == uniform(list.count())) index = 0;
+    m = entry >> 1;
+    is_partial = entry & 1;
+    if (!is_partial) return;
+    const MaskTiles& tiles = params.mask_tiles;
+    const unsigned tile = list.list * static_cast<unsigned>(tiles.room) + (list.is_alike() ? 0 : m);
+    const int row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bits[half] = tiles.bits[(tile * tiles.rows + row + half * 8) * 4 + threadIdx.x % 4];
+    }
+  }
+};
+
+template <Sm90BackwardTile TILE, Variant VARIANT>
+__device__ __forceinline__ auto steps_of(const Sm90BackwardParams& params, const Work& work,
+                                         int first_key) {
+  if constexpr (VARIANT.mask) {
+    return ListedSteps<TILE, VARIANT>::of(params, work, first_key);
+  } else {
+    return Steps::of<TILE, VARIANT>(params, work, first_key);
+  }
+}
 
 }  // namespace flashmoe::sm90_backward

@@ -28,7 +28,7 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
   ptx::fence_registers(dK_rmem);
   ptx::fence_registers(dV_rmem);
 
-  Steps steps = Steps::of<TILE, VARIANT>(params, work, work.n_start + w * 64);
+  auto steps = steps_of<TILE, VARIANT>(params, work, work.n_start + w * 64);
   // S of the step after; the last one has none, and computes its own again for nothing: a branch
   // around it makes ptxas serialize.
   auto start_S = [&](bool more) {
@@ -54,9 +54,7 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
       const unsigned stats = smem.stats + q_ring.stage() * TILE.stats_bytes();
       ptx::mbarrier_wait_parity(smem.full_dO + 8 * do_ring.stage(), do_ring.parity());
       c.start_scores(dP_rmem, smem.V, dO);
-      c.cap(S_rmem);
-      if (steps.masked<TILE, VARIANT>()) c.mask(S_rmem, steps.m * BLOCK_M);
-      c.exponentiate(S_rmem, P_rmem, stats, steps.m * BLOCK_M, slope, dropout, steps.head);
+      c.weigh(steps, S_rmem, P_rmem, stats, slope, dropout);
       c.start_gradient(dV_rmem, P_rmem, dO);
       ptx::wgmma_wait_group<1>();  // dP
       ptx::fence_registers(dP_rmem);
@@ -80,7 +78,7 @@ __device__ __forceinline__ void consume_keys(const Sm90BackwardParams& params,
       q_ring.next();
       do_ring.next();
       ds_ring.next();
-      steps.next();
+      steps.next(step < steps.count);
     }
   }
   ptx::wgmma_wait_group<0>();

@@ -68,7 +68,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
 #pragma unroll
     for (int i = 0; i < TILE.head_dim / 2; ++i) dV_rmem[i] = 0.f;
     ptx::fence_registers(dV_rmem);
-    Steps steps = Steps::of<TILE, VARIANT>(this->params, this->work, this->work.n_start);
+    auto steps = steps_of<TILE, VARIANT>(this->params, this->work, this->work.n_start);
     auto start_S = [&] {
       this->start_scores(S_rmem, smem.K, smem.Q + q_ring.stage() * TILE.q_bytes());
     };
@@ -82,10 +82,8 @@ struct Roles : Consumer<T, TILE, VARIANT> {
 #pragma unroll 1
       for (int step = 1; step <= steps.count; ++step) {
         const float slope = this->slope(steps.head);
-        this->cap(S_rmem);
-        if (steps.masked<TILE, VARIANT>()) this->mask(S_rmem, steps.m * BLOCK_M);
-        this->exponentiate(S_rmem, P_rmem, smem.stats + q_ring.stage() * TILE.stats_bytes(),
-                           steps.m * BLOCK_M, slope, dropout, steps.head);
+        this->weigh(steps, S_rmem, P_rmem, smem.stats + q_ring.stage() * TILE.stats_bytes(), slope,
+                    dropout);
         hand_on(S_rmem);
         ptx::bar_arrive(C::BARRIER_P, C::ALL);
         ptx::mbarrier_wait_parity(smem.full_dO + 8 * do_ring.stage(), do_ring.parity());
@@ -116,7 +114,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(S_rmem);
         do_ring.next();
-        steps.next();
+        steps.next(step < steps.count);
       }
     }
     store_gradient(dV_rmem, &this->params.dv, smem.V, C::rescale(this->p));
@@ -134,7 +132,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
 #pragma unroll
     for (int i = 0; i < TILE.head_dim / 2; ++i) dK_rmem[i] = 0.f;
     ptx::fence_registers(dK_rmem);
-    Steps steps = Steps::of<TILE, VARIANT>(this->params, this->work, this->work.n_start);
+    auto steps = steps_of<TILE, VARIANT>(this->params, this->work, this->work.n_start);
     auto start_dP = [&] {
       this->start_scores(dP_rmem, smem.V, smem.dO + do_ring.stage() * TILE.q_bytes());
     };
@@ -179,7 +177,7 @@ struct Roles : Consumer<T, TILE, VARIANT> {
         ptx::wgmma_wait_group<0>();
         ptx::fence_registers(dP_rmem);
         q_ring.next();
-        steps.next();
+        steps.next(step < steps.count);
       }
     }
     store_gradient(dK_rmem, &this->params.dk, smem.K, this->p.softmax_scale * C::rescale(this->p));

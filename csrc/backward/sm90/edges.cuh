@@ -12,6 +12,8 @@
 namespace flashmoe::sm90_backward {
 
 constexpr int EDGE_THREADS = 256;
+// From here on (2^24 in units of log 2) softmax_lse has no digits left that an exponent is made of.
+constexpr float LARGEST_LSE = 0x1p24f * 0.6931471805599453f;
 
 // Where a thread block of an edge is: one block of queries of a head. They go from the last to the
 // first: what the kernel needs first was touched last, and is in L2; so are the sums it added to
@@ -91,7 +93,7 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
   }
   const Sequence& sequence = work.sequence;
   bool needs_zeros = true;
-  if constexpr (VARIANT.deterministic || VARIANT.whole) {
+  if constexpr ((VARIANT.deterministic && !VARIANT.mask) || VARIANT.whole) {
     // Who adds first stores; there are blocks to which nobody does.
     const KeyRange keys = visible(mask_of<VARIANT>(p), work.m_start, work.m_start + TILE.block_m,
                                   seqlen_q<VARIANT>(p, sequence), seqlen_kv<VARIANT>(p, sequence));
@@ -128,6 +130,8 @@ __device__ __forceinline__ void prepare(const Sm90BackwardParams& params) {
     const long long at = lse_offset<VARIANT>(p, sequence, work.batch, work.head) + my_row;
     lse = p.softmax_lse[at];
     if (params.call.dlse != nullptr) dlse = params.call.dlse[at];
+    // Of a row that sees only a mask's lowest values there is no telling what each weighs: 0.
+    if (VARIANT.mask && fabsf(lse) >= LARGEST_LSE) lse = -INFINITY;
   }
   // Where a row sees nothing, softmax_lse is a constant, and dlse may be NaN.
   float delta = 0.f;

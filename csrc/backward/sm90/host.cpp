@@ -50,6 +50,15 @@ int section_of(const AttentionParams& a, int l2_bytes) {
   return static_cast<int>((pairs + sections - 1) / sections);
 }
 
+// Of what is listed before anything else runs: behind the rest of the workspace.
+long long listed_bytes(const Sm90BackwardTile& tile, const Variant& variant,
+                       const AttentionParams& a) {
+  if (a.terms.attn_mask.is_given()) {
+    return sm90::mask_tiles_bytes(a, tile.block_m, tile.block_n, true, variant.deterministic);
+  }
+  return a.sequences.is_packed() ? sm90::schedule_bytes(a, tile.block_m, tile.block_n) : 0;
+}
+
 }  // namespace
 
 bool can_run(const BackwardParams& p) {
@@ -59,15 +68,14 @@ bool can_run(const BackwardParams& p) {
          sm90::is_fetchable(dout_view(p));
 }
 
-// Statistics, sums of dQ, turns and the ticket, and a packed batch's schedule; a multiple of 16, as
-// each but the turns and the ticket is.
+// Statistics, sums of dQ, turns and the ticket, and a packed batch's schedule or a mask's tiles; a
+// multiple of 16, as each but the turns and the ticket is.
 long long workspace_bytes(const Sm90BackwardTile& tile, const Variant& variant,
                           const AttentionParams& a) {
   const long long blocks = blocks_of_queries(tile, a);
-  const long long schedule =
-      a.sequences.is_packed() ? sm90::schedule_bytes(a, tile.block_m, tile.block_n) : 0;
   const long long sum_bytes = variant.whole ? 0 : blocks * tile.dq_elements() * 4;
-  return stats_bytes(tile, a) + sum_bytes + (blocks + 1 + 3) / 4 * 16 + schedule;
+  return stats_bytes(tile, a) + sum_bytes + (blocks + 1 + 3) / 4 * 16 +
+         listed_bytes(tile, variant, a);
 }
 
 cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const Entries& entries,
@@ -75,11 +83,10 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const E
                    void* workspace) {
   const AttentionParams& a = call.attention;
   const bool packed = a.sequences.is_packed();
+  char* const listed = static_cast<char*>(workspace) + workspace_bytes(tile, variant, a) -
+                       listed_bytes(tile, variant, a);
   Schedule schedule{};
-  if (packed) {
-    char* end = static_cast<char*>(workspace) + workspace_bytes(tile, variant, a);
-    schedule = schedule_of(tile, a, end - sm90::schedule_bytes(a, tile.block_m, tile.block_n));
-  }
+  if (packed) schedule = schedule_of(tile, a, listed);
   const long long n_blocks =
       packed ? schedule.room_keys : (a.seqlen_kv + tile.block_n - 1) / tile.block_n;
   const long long grid = n_blocks * (packed ? 1 : a.batch) * a.heads_kv;
@@ -115,7 +122,8 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const E
     // queries would be at the next head too early.
     const long long pairs = static_cast<long long>(a.batch) * a.heads_kv;
     const long long sections = (pairs + params.section - 1) / params.section;
-    const bool evens_out = a.mask.right >= 0 && a.mask.left < 0 && a.heads_q == a.heads_kv;
+    const bool evens_out = a.mask.right >= 0 && a.mask.left < 0 && a.heads_q == a.heads_kv &&
+                           !a.terms.attn_mask.is_given();
     if (evens_out && sections > 1) params.descending_from = static_cast<int>(sections - 1);
   }
   if (!sm90::encode(&params.q, sm90::q_view(a), tile.block_m, dtype) ||
@@ -145,6 +153,13 @@ cudaError_t launch(const Sm90BackwardTile& tile, const Variant& variant, const E
   };
   if (packed) {
     if (const cudaError_t error = sm90::launch_schedule(a, schedule, stream)) return error;
+  }
+  // What follows begins when this has ended.
+  if (a.terms.attn_mask.is_given()) {
+    const MaskTilesParams found =
+        sm90::plan_mask_tiles(a, tile.block_m, tile.block_n, true, variant.deterministic, listed);
+    params.mask_tiles = found.out;
+    if (const cudaError_t error = sm90::launch_mask_tiles(found, stream)) return error;
   }
   if (const cudaError_t error = run(0, edge_grid, EDGE_THREADS, 0)) return error;
   if (const cudaError_t error = run(1, grid, tile.num_threads(), tile.smem_bytes())) return error;

@@ -11,8 +11,8 @@
 namespace flashmoe::sm90_backward {
 
 // A thread block's steps, as the threads that keep the order go over them: `visit` gets a step's
-// number from 0, its count in device memory, and its block of queries.
-template <Variant VARIANT, typename Visit>
+// number from 0, its count in device memory, its block of queries and their head.
+template <Sm90BackwardTile TILE, Variant VARIANT, typename Visit>
 __device__ __forceinline__ void for_each_step(const Sm90BackwardParams& params, const Work& work,
                                               const Visit& visit) {
   const AttentionParams& p = params.call.attention;
@@ -22,10 +22,21 @@ __device__ __forceinline__ void for_each_step(const Sm90BackwardParams& params, 
   int step = 0;
 #pragma unroll 1
   for (int head = 0; head < group; ++head, turns += params.m_blocks) {
+    if constexpr (VARIANT.mask) {
+      const int head_q = work.head_kv * group + head;
+      const MaskList<TILE> list = MaskList<TILE>::of(params, work, head_q);
+      const int listed = list.count();
+#pragma unroll 1
+      for (int i = 0; i < listed; ++i, ++step) {
+        const int m = list.entry(i) >> 1;
+        visit(step, turns + m, m, head_q);
+      }
+      continue;
+    }
     int m = work.m_start;
 #pragma unroll 1
     for (int i = 0; i < count; ++i, ++step, m += work.direction<VARIANT>()) {
-      visit(step, turns + m, m);
+      visit(step, turns + m, m, head);
     }
   }
 }
@@ -49,16 +60,27 @@ __device__ __forceinline__ void await_turns(const Sm90BackwardParams& params,
   const Mask mask = mask_of<VARIANT>(p);
   const Sequence& s = work.sequence;
   const int n_block = work.n_start / TILE.block_n;
-  for_each_step<VARIANT>(params, work, [&](int step, const int* turn, int m) {
+  for_each_step<TILE, VARIANT>(params, work, [&](int step, const int* turn, int m, int head) {
     // Blocks of keys that see some of these queries are neighbours.
     const int row = m * TILE.block_m;
     const KeyRange keys =
         visible(mask, row, row + TILE.block_m, seqlen_q<VARIANT>(p, s), seqlen_kv<VARIANT>(p, s));
     const int last = (keys.end + TILE.block_n - 1) / TILE.block_n - 1;
-    const int before = work.is_descending ? n_block - keys.begin / TILE.block_n : last - n_block;
+    int before = work.is_descending ? n_block - keys.begin / TILE.block_n : last - n_block;
+    if constexpr (VARIANT.mask) {
+      const MaskTiles& tiles = params.mask_tiles;
+      const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
+      const unsigned char* seen = list.seen(m);
+      before = 0;
+      for (int n = n_block + 1; n < params.n_blocks; ++n) {
+        seen += static_cast<long long>(tiles.block_stride) * tiles.room;
+        before += *seen;
+      }
+    }
     ptx::mbarrier_wait_parity(of_step(smem.passed, step), parity_of_step(step) ^ 1);
     ptx::ld_acquire_gpu_until(turn, before);
-    ptx::st_shared_b32(of_step(smem.first, step), before == 0);
+    // Under a mask there are zeros to add to.
+    ptx::st_shared_b32(of_step(smem.first, step), !VARIANT.mask && before == 0);
     ptx::mbarrier_arrive(of_step(smem.turn, step));
   });
 }
@@ -69,7 +91,7 @@ __device__ __forceinline__ void await_turns(const Sm90BackwardParams& params,
 template <Sm90BackwardTile TILE, Variant VARIANT>
 __device__ __forceinline__ void pass_turns(const Sm90BackwardParams& params, const Smem<TILE>& smem,
                                            const Work& work) {
-  for_each_step<VARIANT>(params, work, [&](int step, int* turn, int) {
+  for_each_step<TILE, VARIANT>(params, work, [&](int step, int* turn, int, int) {
     ptx::mbarrier_wait_parity(of_step(smem.added, step), parity_of_step(step));
     ptx::mbarrier_arrive(of_step(smem.passed, step));
     ptx::red_release_gpu_add(turn, 1);

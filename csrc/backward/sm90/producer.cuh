@@ -34,8 +34,19 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
   for (int head = work.head_kv * group; head < (work.head_kv + 1) * group; ++head) {
     // The launch keeps blocks of queries below 2^31.
     const int row_block = static_cast<int>(work.row_block<VARIANT>(params, head));
+    int i = work.m_first, end = work.m_end<VARIANT>(params), m = work.m_start;
+    [[maybe_unused]] int index = 0;  // in a mask's list
+    const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
+    if constexpr (VARIANT.mask) {
+      i = 0, end = list.count();
+      index = list.template start<VARIANT>(params, work, end);
+    }
 #pragma unroll 1
-    for (int i = work.m_first, m = work.m_start; i < work.m_end<VARIANT>(params); ++i) {
+    for (; i < end; ++i) {
+      if constexpr (VARIANT.mask) {
+        m = list.entry(index) >> 1;
+        if (++index == end) index = 0;
+      }
       const unsigned full_Q = smem.full_Q + 8 * q_ring.stage();
       ptx::mbarrier_wait_parity(smem.empty_Q + 8 * q_ring.stage(), q_ring.parity() ^ 1);
       ptx::mbarrier_arrive_expect_tx(full_Q, TILE.q_bytes() + TILE.stats_bytes());

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward/params.h"
+#include "common/mask_tiles.h"
 #include "common/schedule.h"
 #include "ptx/tensor_map.h"
 
@@ -80,6 +81,7 @@ struct Sm90BackwardParams {
   // Of packed kernels, whose blocks of queries are counted over all sequences: m_blocks and
   // n_blocks are the room for them, and a section has key heads.
   Schedule schedule;
+  MaskTiles mask_tiles;  // with a mask: of blocks of keys
 };
 
 }  // namespace flashmoe

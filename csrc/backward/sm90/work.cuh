@@ -159,6 +159,44 @@ struct Work {
   }
 };
 
+// Of a mask's lists (MaskTiles) the one of a thread block's keys and a query head: the blocks of
+// queries that see some of them.
+template <Sm90BackwardTile TILE>
+struct MaskList {
+  const MaskTiles& tiles;
+  unsigned list;
+
+  __device__ __forceinline__ static MaskList of(const Sm90BackwardParams& params, const Work& work,
+                                                int head) {
+    const MaskTiles& tiles = params.mask_tiles;
+    const int n_block = work.n_start / TILE.block_n;
+    return {tiles, static_cast<unsigned>(work.batch * tiles.batch_stride +
+                                         head * tiles.head_stride + n_block * tiles.block_stride)};
+  }
+  // Whether one block stands for all.
+  __device__ __forceinline__ bool is_alike() const { return tiles.room < tiles.tiles; }
+  __device__ __forceinline__ int at(int index) const {
+    return tiles.lists[list * (tiles.room + 1u) + index];
+  }
+  __device__ __forceinline__ int count() const { return at(0); }
+  // The block << 1, and 1 where not all see all.
+  __device__ __forceinline__ int entry(int index) const {
+    return is_alike() ? index << 1 | (at(1) & 1) : at(1 + index);
+  }
+  // 1 where the block is seen, otherwise 0.
+  __device__ __forceinline__ const unsigned char* seen(int m) const {
+    return tiles.seen + list * static_cast<unsigned>(tiles.room) + (is_alike() ? 0 : m);
+  }
+  // Where to begin: somewhere else than the head's other thread blocks, as m_start of Work.
+  template <Variant VARIANT>
+  __device__ __forceinline__ int start(const Sm90BackwardParams& params, const Work& work,
+                                       int count) const {
+    if (VARIANT.deterministic || params.call.attention.mask.right >= 0) return 0;
+    return static_cast<int>(static_cast<long long>(work.n_start / TILE.block_n) * count /
+                            params.n_blocks);
+  }
+};
+
 // Position in a ring of SIZE buffers and the parity of its current phase, in one register.
 template <int SIZE>
 struct Ring {

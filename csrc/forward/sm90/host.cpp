@@ -36,57 +36,9 @@ bool can_run(const AttentionParams& p) {
   return is_fetchable(q_view(p)) && is_fetchable(k_view(p)) && is_fetchable(v_view(p));
 }
 
-namespace {
-
-// How many lists of tiles a mask has, and words of their bits.
-struct MaskSizes {
-  int batches, heads, blocks, tiles, rows;
-  long long lists() const { return static_cast<long long>(batches) * heads * blocks; }
-  long long entries() const { return (lists() * (tiles + 1) + 3) / 4 * 4; }
-  long long words(const Sm90Tile& tile) const {
-    return lists() * tiles * rows * 4 * MaskTiles::words(tile.block_n);
-  }
-};
-
-MaskSizes mask_sizes(const Sm90Tile& tile, const AttentionParams& a) {
-  const AttnMask& mask = a.terms.attn_mask;
-  const bool rows_alike = mask.row_stride == 0 && a.mask.is_full();
-  MaskSizes sizes;
-  sizes.batches = mask.batch_stride == 0 ? 1 : a.batch;
-  sizes.heads = mask.head_stride == 0 ? 1 : a.heads_q;
-  sizes.blocks = rows_alike ? 1 : (a.seqlen_q + tile.block_m - 1) / tile.block_m;
-  sizes.tiles = (a.seqlen_kv + tile.block_n - 1) / tile.block_n;
-  sizes.rows = rows_alike ? 1 : tile.block_m;
-  return sizes;
-}
-
-cudaError_t launch_mask_tiles(const Sm90Tile& tile, const AttentionParams& a, void* memory,
-                              MaskTiles& found, cudaStream_t stream) {
-  const MaskSizes sizes = mask_sizes(tile, a);
-  // They are counted in 32 bits.
-  if (sizes.entries() > 0x7fffffffll || sizes.words(tile) > 0x7fffffffll) {
-    return cudaErrorInvalidConfiguration;
-  }
-  found.lists = static_cast<int*>(memory);
-  found.bits = reinterpret_cast<unsigned*>(found.lists + sizes.entries());
-  found.tiles = sizes.tiles;
-  found.rows = sizes.rows;
-  found.block_stride = sizes.blocks > 1 ? 1 : 0;
-  found.head_stride = sizes.heads > 1 ? sizes.blocks : 0;
-  found.batch_stride = sizes.batches > 1 ? sizes.heads * sizes.blocks : 0;
-  MaskTilesParams params{a.terms.attn_mask, a.mask,      a.seqlen_q,   a.seqlen_kv, tile.block_m,
-                         tile.block_n,      sizes.heads, sizes.blocks, found};
-  void* arguments[] = {&params};
-  return cudaLaunchKernel(mask_tiles_entry, dim3(static_cast<unsigned>(sizes.lists())),
-                          dim3(MASK_THREADS), arguments, MASK_SMEM_BYTES, stream);
-}
-
-}  // namespace
-
 long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& a) {
   if (a.terms.attn_mask.is_given()) {
-    const MaskSizes sizes = mask_sizes(tile, a);
-    return 4 * (sizes.entries() + sizes.words(tile));
+    return mask_tiles_bytes(a, tile.block_m, tile.block_n, false, false);
   }
   return a.sequences.is_packed() ? schedule_bytes(a, tile.block_m, 0) : 0;
 }
@@ -146,10 +98,10 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   if (const cudaError_t error = allow_smem(kernel, tile.smem_bytes(), device)) return error;
   void* arguments[] = {&params};
   if (a.terms.attn_mask.is_given()) {
-    if (const cudaError_t error =
-            launch_mask_tiles(tile, a, workspace, params.mask_tiles, stream)) {
-      return error;
-    }
+    const MaskTilesParams found =
+        plan_mask_tiles(a, tile.block_m, tile.block_n, false, false, workspace);
+    params.mask_tiles = found.out;
+    if (const cudaError_t error = launch_mask_tiles(found, stream)) return error;
   }
   if (packed) {
     if (const cudaError_t error = launch_schedule(a, params.schedule, stream)) return error;

@@ -12,9 +12,6 @@ namespace flashmoe::sm90 {
 // Whether the TMA can fetch q, k and v: 16-byte aligned rows at positive strides.
 bool can_run(const AttentionParams& params);
 
-// The kernel that fills MaskTiles, list_tiles of mask_tiles.cuh: its address.
-extern const void* const mask_tiles_entry;
-
 // Bytes of device memory that a launch needs besides its tensors: for a packed batch, or a mask.
 long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& params);
 

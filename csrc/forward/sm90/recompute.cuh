@@ -6,7 +6,7 @@
 // are large, or what was rounded by more than the exponent's range, because scores are large.
 #pragma once
 
-#include "forward/sm90/mask_tiles.cuh"
+#include "common/mask_tiles.cuh"
 #include "forward/sm90/softmax.cuh"
 #include "forward/sm90/work.cuh"
 #include "ptx/ld_st.cuh"
@@ -118,12 +118,13 @@ __device__ __forceinline__ void mask_scores(const Sm90Params& params, const Work
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int e_row = row + lane / 4 + e / 2 * 8, e_key = key + lane % 4 * 2 + e % 2;
-    // Keys that do not exist are hidden already.
-    if (e_row >= params.attention.seqlen_q || e_key >= params.attention.seqlen_kv) continue;
+    // What is hidden already, keys that do not exist as well, stays so, whatever the mask has
+    // there.
+    if (S[e] == -INFINITY || e_row >= params.attention.seqlen_q) continue;
     const unsigned bits =
         mask_bits(mask, work.batch * mask.batch_stride + work.head * mask.head_stride +
                             e_row * mask.row_stride + e_key * mask.key_stride);
-    if (mask_hides(mask.kind, bits)) {
+    if (mask_value(mask.kind, bits) == -INFINITY) {
       S[e] = -INFINITY;
     } else if (!mask.is_boolean()) {
       S[e] += mask_term(params, mask.kind, bits);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/dropout.h"
+#include "common/mask_tiles.cuh"
 #include "forward/sm90/work.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/registers.cuh"
@@ -324,38 +325,47 @@ struct TileMask {
     const AttnMask& mask = params.attention.terms.attn_mask;
     const long long first = work.batch * mask.batch_stride + work.head * mask.head_stride +
                             row * mask.row_stride + column * mask.key_stride;
+    const auto added = [&](unsigned element) { return mask_term(params, mask.kind, element); };
     if (mask.is_boolean()) {
-      each(S_rmem, [](float s, int, int) { return s; });
+      each<true>(S_rmem, [](int, int) { return -0.f; });  // which leaves all as they are
+    } else if (mask.row_stride == 0) {
+      each<true>(S_rmem, [&](int, int column) {
+        return added(mask_bits(mask, first + column * mask.key_stride));
+      });
     } else if (mask.kind == AttnMask::Kind::float32) {
-      each(S_rmem, [&](float s, int half, int column) {
-        const unsigned element = static_cast<const unsigned*>(
-            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride];
-        return s + mask_term(params, AttnMask::Kind::float32, element);
+      each<false>(S_rmem, [&](int half, int column) {
+        return added(static_cast<const unsigned*>(
+            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride]);
       });
     } else {
-      each(S_rmem, [&](float s, int half, int column) {
-        const unsigned element = static_cast<const unsigned short*>(
-            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride];
-        return s + mask_term(params, mask.kind, element);
+      each<false>(S_rmem, [&](int half, int column) {
+        return added(static_cast<const unsigned short*>(
+            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride]);
       });
     }
   }
 
  private:
-  // -infinity for keys that are not seen, which are read nowhere, and of the others what `score`
-  // makes of them.
-  template <typename Score>
+  // -infinity for keys that are not seen, whose elements are not read, and to the others what
+  // `added` says: of both rows at once where they are ALIKE.
+  template <bool ALIKE, typename Added>
   __device__ __forceinline__ void each(float (&S_rmem)[TILE.block_n / 2],
-                                       const Score& score) const {
+                                       const Added& added) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int n = 0; n < TILE.block_n / 8; ++n) {
 #pragma unroll
-      for (int n = 0; n < TILE.block_n / 8; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        const auto sees = [&](int half) { return bits[half][n / 16] >> (n % 16 * 2 + i) & 1; };
+        float both = -0.f;
+        if (ALIKE && (sees(0) | sees(1))) both = added(0, 8 * n + i);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int half = 0; half < 2; ++half) {
           float& s = S_rmem[4 * n + 2 * half + i];
-          const bool sees = bits[half][n / 16] >> (n % 16 * 2 + i) & 1;
-          s = sees ? score(s, half, 8 * n + i) : -INFINITY;
+          if (sees(half)) {
+            s += ALIKE ? both : added(half, 8 * n + i);
+          } else {
+            s = -INFINITY;
+          }
         }
       }
     }

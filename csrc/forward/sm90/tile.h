@@ -4,10 +4,10 @@
 #pragma once
 
 #include "common/fast_divisor.h"
+#include "common/mask_tiles.h"
 #include "common/params.h"
 #include "common/schedule.h"
 #include "common/variant.h"
-#include "forward/sm90/mask_tiles.h"
 #include "ptx/tensor_map.h"
 
 namespace flashmoe {

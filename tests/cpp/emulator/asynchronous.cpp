@@ -157,8 +157,11 @@ void cp_async_wait_group(int pending) {
   });
 }
 
+long long tma_loads = 0;
+
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier,
               std::initializer_list<int> start) {
+  ++tma_loads;
   preempt();
   mbarrier_at(barrier);
   if (destination % 128 != 0) fail("a TMA load's destination is not aligned to 128 bytes");

@@ -80,6 +80,7 @@ struct TensorMap {
 };
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier,
               std::initializer_list<int> start);
+extern long long tma_loads;  // how many there have been
 void tma_store(const TensorMap& map, uint32_t source, std::initializer_list<int> start);
 void tma_commit_group();
 void tma_wait_group_read();  // all groups of this thread

@@ -1,4 +1,4 @@
-#include "forward/sm90/mask_tiles.cuh"
+#include "common/mask_tiles.cuh"
 
 namespace flashmoe::sm90 {
 
