@@ -65,7 +65,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
                   "q, k and v must have one dtype");
   STD_TORCH_CHECK(same_device(q, k) && same_device(q, v), "q, k and v must be on one device");
   for (int i = 0; i < k_dims; ++i) {
-    STD_TORCH_CHECK(k.sizes()[i] == v.sizes()[i], "k and v must have one shape");
+    STD_TORCH_CHECK(k.sizes()[i] == v.sizes()[i] || i == k_dims - 1,
+                    "k and v must have one shape but for head_dim");
     STD_TORCH_CHECK(k.sizes()[i] <= INT_MAX, "a dimension exceeds 2^31 - 1");
   }
   for (int i = 0; i < q_dims; ++i) {
@@ -77,8 +78,10 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
                   "k must have q's batch and head_dim");
   STD_TORCH_CHECK(heads_of(k) > 0 && heads_of(q) % heads_of(k) == 0,
                   "q's heads must be a multiple of k's, got ", heads_of(q), " and ", heads_of(k));
-  STD_TORCH_CHECK(head_dim_of(q) % 8 == 0 && head_dim_of(q) >= 8 && head_dim_of(q) <= 256,
-                  "head_dim must be a multiple of 8 and at most 256, got ", head_dim_of(q));
+  for (const int64_t head_dim : {head_dim_of(q), head_dim_of(v)}) {
+    STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 256,
+                    "head_dim must be a multiple of 8 and at most 256, got ", head_dim);
+  }
 }
 
 // Data of an optional tensor that must be contiguous, of `type` and `sizes` (-1: any); null
@@ -286,6 +289,7 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, int6
   params.heads_q = static_cast<int>(heads_of(q));
   params.heads_kv = static_cast<int>(heads_of(k));
   params.head_dim = static_cast<int>(head_dim_of(q));
+  params.head_dim_v = static_cast<int>(head_dim_of(v));
   describe_sequences(params, q, k, options, window_left, window_right);
   params.terms = terms_of(q, params.batch, params.seqlen_kv, options);
   return params;
@@ -302,7 +306,7 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, double 
   check_inputs(q_in, k_in, v_in, options);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
-  const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(q);
+  const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(v);
   const int32_t dtype = dtype_code(q), float32 = aoti_torch_dtype_float32();
   const bool packed = options.cu_seqlens_q.has_value();
   const int64_t batch = packed ? 1 : q.sizes()[0];
@@ -422,9 +426,9 @@ std::tuple<Tensor, Tensor> fwd_cuda_op(
                         attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k,
                         cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k};
   // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel, unless
-  // there is a mask.
+  // there is a mask, or v has a head_dim of its own.
   const bool packed = cu_seqlens_q.has_value();
-  const bool copies = packed || attn_mask.has_value();
+  const bool copies = packed || attn_mask.has_value() || head_dim_of(v) != head_dim_of(q);
   Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), softmax_scale, window_left,
                                window_right, options)
                      : prepare(q, k, v, softmax_scale, window_left, window_right, options);
@@ -501,6 +505,8 @@ std::tuple<Tensor, Tensor> decode_cuda_op(
   STD_TORCH_CHECK(num_splits >= -1, "num_splits must be -1 or more, got ", num_splits);
   STD_TORCH_CHECK(dropout_p == 0, "the decode kernel has no dropout, got dropout_p ", dropout_p);
   STD_TORCH_CHECK(!attn_mask, "the decode kernel has no attn_mask");
+  STD_TORCH_CHECK(head_dim_of(v) == head_dim_of(q), "v must have q's head_dim ", head_dim_of(q),
+                  " for the decode kernel, got ", head_dim_of(v));
   Call call = prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
                       softmax_scale, window_left, window_right, options);
   const DecodeKernel* kernel = find_decode_kernel(handle);
@@ -665,6 +671,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
                         none,    cu_seqlens_q, cu_seqlens_k, seqused_k,   none,
                         none,    none,         max_seqlen_q, max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
+  STD_TORCH_CHECK(head_dim_of(v_in) == head_dim_of(q_in), "v must have q's head_dim ",
+                  head_dim_of(q_in), " for the backward kernel, got ", head_dim_of(v_in));
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const int64_t dims = q_in.dim(), batch_dims = dims - 3;
   for (const Tensor* x : {&dout_in, &out_in}) {
@@ -756,7 +764,7 @@ FLASHMOE_EXPORT const char* flashmoe_build_info() { return flashmoe::build_info;
 
 // The handle of what is in a cubin, a forward kernel or, with `backward`, a backward one, or -1 and
 // why not. `fields` are head_dim and those of csrc/build_config.py's INSTANCE_FIELDS, then those of
-// Variant, `num_fields` of them.
+// Python's Variant, the last of which is head_dim_v; `num_fields` of them.
 FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubin,
                                                [[maybe_unused]] const int* fields, int num_fields,
                                                [[maybe_unused]] int backward,
@@ -776,7 +784,7 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
                                     .mask = flags[6] != 0,
                                     .whole = flags[7] != 0,
                                     .packed = flags[8] != 0};
-    if (num_fields != tile_fields + 9) throw std::runtime_error("fields of another version");
+    if (num_fields != tile_fields + 10) throw std::runtime_error("fields of another version");
     if (backward != 0) {
       return flashmoe::load_backward_kernel(
           cubin, {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6] != 0},
@@ -784,7 +792,7 @@ FLASHMOE_EXPORT long long flashmoe_load_kernel([[maybe_unused]] const void* cubi
     }
     const flashmoe::Sm90Tile tile{fields[0], fields[1],      fields[2],      fields[3],
                                   fields[4], fields[5] != 0, fields[6] != 0, fields[7],
-                                  fields[8], fields[9] != 0};
+                                  fields[8], fields[9] != 0, flags[9]};
     return flashmoe::load_kernel(cubin, tile, variant, dtype);
   } catch (const std::exception& exception) {
     std::snprintf(error, error_size, "%s", exception.what());

@@ -132,12 +132,12 @@ class RandomTerms {
   }
 
   Terms get() const {
-    return {softcap_,
-            reinterpret_cast<const float*>(slopes_.size() ? slopes_.data() : nullptr),
+    return {reinterpret_cast<const float*>(slopes_.size() ? slopes_.data() : nullptr),
             by_batch_,
             reinterpret_cast<const float*>(sinks_.size() ? sinks_.data() : nullptr),
             reinterpret_cast<const long long*>(rng_state_.size() ? rng_state_.data() : nullptr),
             dropout_limit_,
+            softcap_,
             {}};
   }
 
