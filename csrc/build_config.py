@@ -56,6 +56,8 @@ VARIANT_FIELDS = {
     "sm90_bwd": ("local", "deterministic", "softcap", "alibi", "dropout", "whole", "packed"),
     "decode": (),
 }
+# Kernels of which a line may end in V's own head_dim, as v128 (flashmoe/tiles/variant.py).
+HEAD_DIM_V_KERNELS = ("sm90",)
 # Fields of Variant that a general kernel decides at run time. GENERAL_HEAD_DIMS have one each, of
 # their default tile; all other kernels have the fields that their line names, and no more.
 RUNTIME_FIELDS = {
@@ -114,6 +116,16 @@ class Instance(NamedTuple):
         """The features that it has."""
         return RUNTIME_FIELDS[self.kernel] if self.is_general else self.variant
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The fields of csrc/common/variant.h among `computes`."""
+        return tuple(name for name in self.computes if not _head_dim_v(name))
+
+    @property
+    def head_dim_v(self) -> int:
+        """The head_dim of V, where it has its own; 0 where it has not."""
+        return sum(map(_head_dim_v, self.variant))
+
     def to_json(self) -> dict[str, int | str]:
         fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
         return {"kernel": self.kernel, "head_dim": self.head_dim, **fields}
@@ -124,6 +136,11 @@ class Generated(NamedTuple):
 
     registry: Path
     instances: dict[str, list[Path]]
+
+
+def _head_dim_v(word: str) -> int:
+    """128 of `v128`; 0 of other words."""
+    return int(word[1:]) if word[:1] == "v" and word[1:].isdigit() else 0
 
 
 def instances() -> list[Instance]:
@@ -137,6 +154,8 @@ def instances() -> list[Instance]:
                 continue
             columns, variant = words[: 1 + len(names)], tuple(words[1 + len(names) :])
             known = [name for name in VARIANT_FIELDS[kernel] if name in variant]
+            if kernel in HEAD_DIM_V_KERNELS and variant and _head_dim_v(variant[-1]):
+                known.append(variant[-1])
             if len(columns) != 1 + len(names) or not all(column.isdigit() for column in columns):
                 raise ValueError(
                     f"{path.name}:{number}: expected integers for head_dim, {', '.join(names)}, "
@@ -281,7 +300,7 @@ def _sm90_source(instance: Instance) -> str:
         "namespace flashmoe {",
         "",
         f"constexpr Sm90Tile TILE{_sm90_tile(instance)};",
-        f"constexpr Variant VARIANT{_variant(instance.variant)};",
+        f"constexpr Variant VARIANT{_variant(instance.flags)};",
         "template struct LegalSm90Tile<TILE>;",
         "",
     ]
@@ -310,7 +329,7 @@ def _sm90_bwd_source(instance: Instance) -> str:
         "namespace flashmoe {",
         "",
         f"constexpr Sm90BackwardTile TILE{_sm90_bwd_tile(instance)};",
-        f"constexpr Variant VARIANT{_variant(instance.variant)};",
+        f"constexpr Variant VARIANT{_variant(instance.flags)};",
         "template struct LegalSm90BackwardTile<TILE>;",
         "",
     ]
@@ -382,6 +401,8 @@ def _initializer(instance: Instance, flags: tuple[str, ...]) -> str:
     fields = instance.to_json()
     for flag in flags:
         fields[flag] = "true" if fields[flag] else "false"
+    if instance.head_dim_v:
+        fields["head_dim_v"] = instance.head_dim_v
     return "{" + ", ".join(str(value) for name, value in fields.items() if name != "kernel") + "}"
 
 
@@ -406,7 +427,7 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
     general = {i.head_dim: i.symbol for i in forward if i.is_general}
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
-        variant = _variant(instance.computes)
+        variant = _variant(instance.flags)
         if instance.kernel == "sm80":
             unaligned = general[min(d for d in general if d >= head_dim)] + "_unaligned"
             declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
@@ -425,7 +446,7 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
         addresses = ", ".join(
             f"{{{', '.join(f'{symbol}[{dtype}][{i}]' for i in range(3))}}}" for dtype in range(2)
         )
-        variant = _variant(instance.computes)
+        variant = _variant(instance.flags)
         backward_entries.append(f"    {{{_sm90_bwd_tile(instance)}, {variant}, {{{addresses}}}}},")
     for instance in decode:
         fields = instance.to_json()

@@ -13,6 +13,7 @@ from torch import Tensor
 from flashmoe import _extension
 from flashmoe.backends import jit
 from flashmoe.backends.base import Backend, Features, Run, RunBackward, lacking
+from flashmoe.backends.padding import run_backward_padded, run_padded
 from flashmoe.machine.device import Arch
 from flashmoe.machine.environment import variable
 from flashmoe.prediction import costs
@@ -28,7 +29,7 @@ _fwd_packed = torch.ops.flashmoe.fwd_cuda_packed.default
 _bwd = torch.ops.flashmoe.bwd_cuda.default
 _bwd_dense = torch.ops.flashmoe.bwd_cuda_dense.default
 
-_FEATURES = frozenset({"window", "packed", *TERMS}) - {"mask"}
+_FEATURES = frozenset({"window", "packed", "head_dim_v", *TERMS}) - {"mask"}
 # Of Hopper's kernels: the tiles that are chosen from, and the head dimension of an instance.
 _SM90_SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "sm90": {
@@ -73,6 +74,8 @@ class CudaBackend(Backend):
             return "has a backward kernel for compute capability 9.x only"
         if "mask" in problem.terms and problem.seqlen_kv == 0:
             return "has no mask of no keys"
+        if "head_dim_v" in problem.features and problem.layout == "dense" and not problem.seqlen_kv:
+            return "has no head_dim_v of no keys"
         if not _compiled_in(problem, arch) and not _compiles(problem, arch):
             kind = " ".join((problem.dtype, *Variant.of(problem).names))
             return f"no tile is compiled in for {kind}, head_dim {problem.head_dim}"
@@ -81,18 +84,24 @@ class CudaBackend(Backend):
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         """The compiled-in one that is predicted to be fastest; where nothing is predicted, the
         first one listed in csrc/instances for the head dimension that fits this GPU. Where Hopper's
-        kernel is compiled in without the problem's terms, window or lengths alone: what is the
-        default without them, to be compiled when it is first used."""
-        compiled = _compiled_in(problem, arch)
+        kernel is compiled in without the problem's terms, window, lengths or head_dim_v alone: what
+        is the default without them, to be compiled when it is first used."""
+        compiled, asked = _compiled_in(problem, arch), problem
         while not _has_sm90(compiled) and _compiles(problem, arch):
             if problem.terms:
                 problem = replace(problem, terms=())
             elif problem.mask.is_local:
                 problem = replace(problem, mask=causal_if(problem.mask.right >= 0))
-            else:
+            elif problem.layout != "dense":
                 problem = replace(problem, layout="dense")
+            else:
+                problem = replace(problem, head_dim=problem.padded_dim, head_dim_v=None)
             found = _compiled_in(problem, arch)
-            compiled = [tile for tile in found if tile.kernel in _SM90_HEAD_DIMS]
+            compiled = [
+                tile
+                for tile in found
+                if tile.kernel in _SM90_HEAD_DIMS and not tile.violations(arch, asked)
+            ]
         times = {tile: self.predicted(tile, problem, arch) for tile in compiled}
         known = {tile: time for tile, time in times.items() if time is not None}
         return min(known, key=known.__getitem__) if known else compiled[0]
@@ -100,10 +109,13 @@ class CudaBackend(Backend):
     def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
         if tile is None or problem.direction != "fwd":
             return None
-        variant = Variant.of(problem)
-        head_dim = instance_head_dim(tile.kernel, problem.head_dim, variant)
+        needed, variant = _kernel_of(tile.kernel, problem)
+        head_dim = instance_head_dim(tile.kernel, needed, variant)
         if head_dim is None or (head_dim, tile, variant) not in _extension.load().handles:
-            head_dim = sm90_head_dim(problem.head_dim)
+            head_dim = sm90_head_dim(needed)
+        if variant.head_dim_v:
+            # A step takes as long as one of the kernel whose matmuls are together as large.
+            head_dim = (head_dim + variant.head_dim_v) // 2
         return costs.tile_microseconds(tile, head_dim, problem, arch)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
@@ -129,17 +141,17 @@ class CudaBackend(Backend):
         return waits or tile is None or self.is_compiled(tile, problem)
 
     def is_compiled(self, tile: Tile, problem: Problem) -> bool:
-        variant = Variant.of(problem)
-        if _compiled_handle(tile, problem.head_dim, variant) is not None:
+        needed = _kernel_of(tile.kernel, problem)
+        if _compiled_handle(tile, *needed) is not None:
             return True
         return tile.kernel in _SM90_HEAD_DIMS and jit.is_cached(
-            _target(tile, problem.head_dim, problem.dtype, variant)
+            _target(tile, *needed, problem.dtype)
         )
 
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
-        variant = Variant.of(problem)
-        if _compiled_handle(tile, problem.head_dim, variant) is None:
-            jit.precompile(_target(tile, problem.head_dim, problem.dtype, variant))
+        needed = _kernel_of(tile.kernel, problem)
+        if _compiled_handle(tile, *needed) is None:
+            jit.precompile(_target(tile, *needed, problem.dtype))
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         if tile is None:
@@ -158,12 +170,13 @@ class CudaBackend(Backend):
         if tile is None:
             return False
         variant = _backward_variant(tile, problem, deterministic=True)
-        compiled = _compiled_handle(tile, problem.head_dim, variant) is not None
+        compiled = _compiled_handle(tile, problem.padded_dim, variant) is not None
         return compiled or not jit.unavailable()
 
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         assert tile is not None, "the cuda forward needs a tile"
-        handle = _handle(tile, problem.head_dim, problem.dtype, Variant.of(problem))
+        head_dim, variant = _kernel_of(tile.kernel, problem)
+        handle = _handle(tile, head_dim, variant, problem.dtype)
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
@@ -184,9 +197,11 @@ class CudaBackend(Backend):
                 result = _fwd(*arguments, *call.terms, *call.sequences)
             return result
 
+        chosen = run_with_terms if problem.terms else run
         if problem.layout == "packed":
-            return run_packed
-        return run_with_terms if problem.terms else run
+            chosen = run_packed
+        is_padded = problem.head_dim_v is not None and not variant.head_dim_v
+        return run_padded(chosen) if is_padded else chosen
 
     def bind_backward(
         self, problem: Problem, tile: Tile | None, deterministic: bool = False
@@ -195,7 +210,7 @@ class CudaBackend(Backend):
         in any order."""
         assert tile is not None, "the cuda backward needs a tile"
         variant = _backward_variant(tile, problem, deterministic)
-        handle = _handle(tile, problem.head_dim, problem.dtype, variant)
+        handle = _handle(tile, problem.padded_dim, variant, problem.dtype)
         left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
         packed = problem.layout == "packed"
 
@@ -217,7 +232,7 @@ class CudaBackend(Backend):
             result = _bwd(*arguments, *options)
             return result
 
-        return run
+        return run if problem.head_dim_v is None else run_backward_padded(run)
 
 
 def instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | None:
@@ -226,6 +241,22 @@ def instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | Non
     instances = info.backward_instances if kernel == "sm90_bwd" else info.instances
     held = [d for name, d, v in instances if (name, v) == (kernel, variant) and d >= head_dim]
     return min(held, default=None)
+
+
+def _kernel_of(
+    kernel: str, problem: Problem, variant: Variant | None = None
+) -> tuple[int, Variant]:
+    """The head_dim and the variant, the problem's or another, that `kernel` runs a problem with.
+    V has a head_dim of its own in Hopper's forward, where that is compiled in or can be: otherwise
+    the problem is padded."""
+    variant = variant or Variant.of(problem)
+    if kernel == "sm90" and (
+        not variant.head_dim_v
+        or instance_head_dim(kernel, problem.head_dim, variant) is not None
+        or not jit.unavailable()
+    ):
+        return problem.head_dim, variant
+    return problem.padded_dim, replace(variant, head_dim_v=0)
 
 
 def _has_sm90(tiles: list[Tile]) -> bool:
@@ -239,24 +270,31 @@ def _compiles(problem: Problem, arch: Arch) -> bool:
 
 def _compiled_in(problem: Problem, arch: Arch, variant: Variant | None = None) -> list[Tile]:
     """The legal tiles in the binary, Hopper's first, of the problem's variant or another."""
-    info, variant = _extension.load(), variant or Variant.of(problem)
+    info = _extension.load()
     backward = problem.direction == "bwd"
     instances = info.backward_instances if backward else info.instances
-    held = [
-        instances[kernel, head_dim, variant]
-        for kernel in (("sm90_bwd",) if backward else ("sm90", "sm80"))
-        if (head_dim := instance_head_dim(kernel, problem.head_dim, variant)) is not None
-    ]
-    kind = problem.head_dim, problem.dtype, problem.direction
-    return [tile for tiles in held for tile in _legal(tiles, *kind, arch)]
+    kind = problem.head_dim, problem.head_dim_v, problem.dtype, problem.direction
+    found: list[Tile] = []
+    for kernel in ("sm90_bwd",) if backward else ("sm90", "sm80"):
+        needed, of_kernel = _kernel_of(kernel, problem, variant)
+        head_dim = instance_head_dim(kernel, needed, of_kernel)
+        if head_dim is not None:
+            found += _legal(instances[kernel, head_dim, of_kernel], *kind, arch)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
 def _legal(
-    tiles: tuple[Tile, ...], head_dim: int, dtype: str, direction: str, arch: Arch
+    tiles: tuple[Tile, ...],
+    head_dim: int,
+    head_dim_v: int | None,
+    dtype: str,
+    direction: str,
+    arch: Arch,
 ) -> tuple[Tile, ...]:
     """Those that can run; of a problem, their rules ask no more than this."""
-    problem = Problem(1, 1, 1, 1, 1, head_dim, dtype, direction=direction)
+    sizes = (1, 1, 1, 1, 1, head_dim)
+    problem = Problem(*sizes, dtype, direction=direction, head_dim_v=head_dim_v)
     return tuple(tile for tile in tiles if not tile.violations(arch, problem))
 
 
@@ -276,7 +314,7 @@ def _backward_variant(tile: Tile, problem: Problem, deterministic: bool) -> Vari
     if not deterministic and _order_pays(tile, problem):
         faster.append(replace(variant, deterministic=True))
     for other in faster:
-        if _compiled_handle(tile, problem.head_dim, other) is not None:
+        if _compiled_handle(tile, problem.padded_dim, other) is not None:
             return other
     return replace(variant, deterministic=deterministic)
 
@@ -291,33 +329,36 @@ def _order_pays(tile: Tile, problem: Problem) -> bool:
     return many and few_a_head and problem.heads_q == problem.heads_kv
 
 
-def _target(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> jit.Target:
+def _target(tile: Tile, head_dim: int, variant: Variant, dtype: str) -> jit.Target:
     return jit.Target(tile, _SM90_HEAD_DIMS[tile.kernel](head_dim), dtype, variant)
 
 
 @functools.cache
-def _handle(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:
+def _handle(tile: Tile, head_dim: int, variant: Variant, dtype: str) -> int:
     """The handle of the kernel that runs a tile: the compiled-in one, or else it is loaded from the
     cache, or else compiled."""
     handle = _compiled_handle(tile, head_dim, variant)
     if handle is not None:
         return handle
-    target = _target(tile, head_dim, dtype, variant)
+    target = _target(tile, head_dim, variant, dtype)
     return _extension.load_kernel(jit.cubin(target), *target)
 
 
-def _sm90_kind(problem: Problem) -> tuple[str, int]:
-    """Hopper's kernel for a problem, and the head dimension that it is compiled for."""
+def _sm90_kind(problem: Problem) -> tuple[str, int, int]:
+    """Hopper's kernel for a problem, and the head dimensions that it is compiled for: V's is 0
+    where it is the other one."""
     kernel = "sm90_bwd" if problem.direction == "bwd" else "sm90"
-    return kernel, _SM90_HEAD_DIMS[kernel](problem.head_dim)
+    head_dim, variant = _kernel_of(kernel, problem)
+    return kernel, _SM90_HEAD_DIMS[kernel](head_dim), variant.head_dim_v
 
 
 @functools.cache
-def _sm90_reasons(kernel: str, head_dim: int, arch: Arch) -> Mapping[Tile, str]:
-    """Enumerates.reasons for all problems of a head dimension: of the forward that takes a
+def _sm90_reasons(kernel: str, head_dim: int, head_dim_v: int, arch: Arch) -> Mapping[Tile, str]:
+    """Enumerates.reasons for all problems of these head dimensions: of the forward that takes a
     second."""
     direction = "bwd" if kernel == "sm90_bwd" else "fwd"
-    problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16", direction=direction)
+    sizes = (1, 1, 1, 1, 1, head_dim)
+    problem = Problem(*sizes, "bfloat16", direction=direction, head_dim_v=head_dim_v or None)
     return {tile: "".join(tile.violations(arch, problem)[:1]) for tile in _sm90_grid(kernel)}
 
 

@@ -163,9 +163,10 @@ def source(target: Target) -> str:
     values = (
         target.head_dim,
         *(getattr(target.tile, name) for name in _extension.load().fields[target.tile.kernel]),
+        *((target.variant.head_dim_v,) if target.variant.head_dim_v else ()),
     )
     fields = ", ".join(str(value).lower() for value in values)
-    variant = ", ".join(f".{name} = true" for name in target.variant.names)
+    variant = ", ".join(f".{name} = true" for name in target.variant.flags)
     text = _SOURCES[target.tile.kernel]
     return _PREFIX + text.format(fields=fields, variant=variant, type=_CXX_TYPE[target.dtype])
 

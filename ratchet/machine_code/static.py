@@ -36,7 +36,7 @@ _MOST_ROWS = 200
 _TILES = {
     "sm80": (re.compile(r"Sm80TileI((?:Li\d+E)+)E"), ("block_m", "block_n", "num_stages")),
     "sm90": (
-        re.compile(r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*__"),
+        re.compile(r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*?(?:_v(?P<v>\d+))?__"),
         ("block_m", "block_n", "num_stages", "q_stages"),
     ),
     "sm90_bwd": (
@@ -129,7 +129,8 @@ def dynamic_shared(name: str) -> int:
         if match := spelled.search(name):
             head_dim, *shape = map(int, re.findall(r"\d+", match[1]))
             values: dict[str, Any] = dict(zip(fields, shape, strict=False))
-            return _SMEM_BYTES[kernel](Tile(kernel, **values), head_dim)
+            own_dim = [int(match["v"])] if match.groupdict().get("v") else []
+            return _SMEM_BYTES[kernel](Tile(kernel, **values), head_dim, *own_dim)
     return 0
 
 
