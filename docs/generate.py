@@ -25,6 +25,7 @@ FEATURES = (
     ("sink", "attention sinks", "4", "no"),
     ("mask", "`attn_mask`", "no", "yes"),
     ("dropout", "`dropout_p`", "2", "yes"),
+    ("head_dim_v", "v of another head_dim than q and k", "3, 4", "yes"),
     ("packed", "packed sequences", "2, 3, 4", "`varlen_attn`"),
     ("cache", "KV cache with lengths", "2, 3, 4", "no"),
     ("paged", "paged KV cache", "2, 3, 4", "no"),

@@ -79,7 +79,7 @@ class SdpaBackend(Backend):
 
 def attend_by_sdpa(call: Call, causal: bool) -> Tensor:
     """out, contiguous and differentiable. `causal` needs seqlen_q equal to seqlen_kv."""
-    if call.q.shape[-1] != call.v.shape[-1]:  # its fused kernels have one head_dim for all
+    if call.q.shape[-1] != call.v.shape[-1]:  # not all of its kernels take two
         return cut(attend_by_sdpa(padded_call(call), causal), call.v.shape[-1])
     if call.q.numel() == 0:  # some of its kernels return no tensor then
         return call.q.contiguous() + (call.k.sum() + call.v.sum())

@@ -719,7 +719,8 @@ def attention_forward(
     head_dim) and softmax_lse (batch, heads_q, seqlen_q) in float32; a row that sees no key has out
     0 and lse -inf. A key that no query sees is not read past its block_m x block_n tile; inside
     such a tile it is read, and NaN or inf in V there spreads. use_tma reads K and V through the
-    tensor memory accelerator, where that can. Without `launch` the kernel is only compiled, and the results are not computed.
+    tensor memory accelerator, where that can. Without `launch` the kernel is only compiled, and the
+    results are not computed.
     """
     q, k, v, softmax_scale = call[:4]
     batch, seqlen_q, heads_q, _ = q.shape

@@ -180,7 +180,7 @@ class Problem:
         return max(self.head_dim, self.value_dim)
 
     @property
-    def _dims(self) -> str:
+    def dims(self) -> str:
         """`192`, or `192v128`."""
         return (
             f"{self.head_dim}" if self.head_dim_v is None else f"{self.head_dim}v{self.value_dim}"
@@ -233,7 +233,7 @@ class Problem:
     def bucket_kind(self) -> str:
         """The part of the bucket that is exact."""
         group = self.heads_q // self.heads_kv
-        return f"{self.direction}-{self.dtype}-{self.kind}-d{self._dims}-g{group}"
+        return f"{self.direction}-{self.dtype}-{self.kind}-d{self.dims}-g{group}"
 
     @property
     def bucket_sizes(self) -> dict[str, int]:
@@ -258,7 +258,7 @@ class Problem:
         if self.lengths:
             rows, keys = (sum(x[i] * x[2] for x in self.lengths) for i in (0, 1))
             kind += f" of {rows}x{keys}"
-        return f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self._dims} {self.dtype}{kind}"
+        return f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.dims} {self.dtype}{kind}"
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; the mask as `causal`, and `window` [left, right] where it is neither full nor
