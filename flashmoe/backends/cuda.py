@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -86,22 +86,17 @@ class CudaBackend(Backend):
         first one listed in csrc/instances for the head dimension that fits this GPU. Where Hopper's
         kernel is compiled in without the problem's terms, window, lengths or head_dim_v alone: what
         is the default without them, to be compiled when it is first used."""
-        compiled, asked = _compiled_in(problem, arch), problem
-        while not _has_sm90(compiled) and _compiles(problem, arch):
-            if problem.terms:
-                problem = replace(problem, terms=())
-            elif problem.mask.is_local:
-                problem = replace(problem, mask=causal_if(problem.mask.right >= 0))
-            elif problem.layout != "dense":
-                problem = replace(problem, layout="dense")
-            else:
-                problem = replace(problem, head_dim=problem.padded_dim, head_dim_v=None)
-            found = _compiled_in(problem, arch)
-            compiled = [
-                tile
-                for tile in found
-                if tile.kernel in _SM90_HEAD_DIMS and not tile.violations(arch, asked)
-            ]
+        compiled = _compiled_in(problem, arch)
+        if not _has_sm90(compiled) and _compiles(problem, arch):
+            for simpler in _simpler(problem):
+                found = [
+                    tile
+                    for tile in _compiled_in(simpler, arch)
+                    if tile.kernel in _SM90_HEAD_DIMS and not tile.violations(arch, problem)
+                ]
+                if found:
+                    compiled, problem = found, simpler
+                    break
         times = {tile: self.predicted(tile, problem, arch) for tile in compiled}
         known = {tile: time for tile, time in times.items() if time is not None}
         return min(known, key=known.__getitem__) if known else compiled[0]
@@ -263,9 +258,23 @@ def _has_sm90(tiles: list[Tile]) -> bool:
     return any(tile.kernel in _SM90_HEAD_DIMS for tile in tiles)
 
 
+def _simpler(problem: Problem) -> Iterator[Problem]:
+    """The problem without terms, then without a window, too, then of dense sequences, and last of
+    one head_dim."""
+    yield (problem := replace(problem, terms=()))
+    if problem.mask.is_local:
+        yield (problem := replace(problem, mask=causal_if(problem.mask.right >= 0)))
+    yield (problem := replace(problem, layout="dense", lengths=()))
+    yield _padded(problem)
+
+
+def _padded(problem: Problem) -> Problem:
+    return replace(problem, head_dim=problem.padded_dim, head_dim_v=None)
+
+
 def _compiles(problem: Problem, arch: Arch) -> bool:
     """Whether tiles of Hopper's kernel can be compiled here, of any variant."""
-    return _has_sm90(_compiled_in(problem, arch, PLAIN)) and not jit.unavailable()
+    return _has_sm90(_compiled_in(_padded(problem), arch, PLAIN)) and not jit.unavailable()
 
 
 def _compiled_in(problem: Problem, arch: Arch, variant: Variant | None = None) -> list[Tile]:
