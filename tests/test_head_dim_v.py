@@ -102,8 +102,16 @@ def test_inputs_of_a_problem(layout, direction):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("dims", DIMS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dims", "dtype"),
+    [
+        ((192, 128), torch.bfloat16),
+        ((64, 32), torch.float16),
+        ((40, 24), torch.float32),
+        ((128, 256), torch.float32),
+    ],
+    ids=str,
+)
 def test_forward_and_backward_of_every_backend(dims, dtype, mask):
     q, k, v = qkv(dims, dtype, heads=(2, 1))
     call = Call(q, k, v, dims[0] ** -0.5)
@@ -113,7 +121,7 @@ def test_forward_and_backward_of_every_backend(dims, dtype, mask):
     check_backward(call, Saved(dout, out, lse.float()), mask)
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("dims", [(192, 128), (20, 30)], ids=str)
 def test_gradients_through_our_function(dims):
     q, k, v = (x.requires_grad_() for x in qkv(dims))
     out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
@@ -175,7 +183,7 @@ def test_a_cache(dims, paged):
     assert_forward_matches(out, lse, call, CAUSAL)
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("dims", [(192, 128), (40, 60)], ids=str)
 def test_compiled_without_graph_breaks(dims):
     q, k, v = (x.requires_grad_() for x in qkv(dims, layout="contiguous"))
     compiled = torch.compile(flash_attn_func, fullgraph=True, backend="aot_eager")
