@@ -48,8 +48,8 @@ def features() -> str:
         f"ones), head_dim up to {MAX_HEAD_DIM} (padded to a multiple of 8), full and causal "
         "attention of any two lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with "
         "its gradient. "
-        "`backend=` names one; without it the fastest that can is taken. Where v has another head_dim "
-        "than q, `decode`, `cuda` but for Hopper's forward, and `triton`'s backward pad.",
+        "`backend=` names one; without it the fastest that can is taken. Where v has another "
+        "head_dim than q, `decode`, `cuda` but for Hopper's forward, and `triton`'s backward pad.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in backends)} | flash-attn | SDPA |",
         f"|:--|{':--|' * len(backends)}:--|:--|",

@@ -75,6 +75,7 @@ class Params(ctypes.Structure):
         ("is_causal", ctypes.c_int),
         ("window_left", ctypes.c_int),
         ("window_right", ctypes.c_int),
+        ("head_dim_v", ctypes.c_int),
     )
 
 
@@ -88,6 +89,7 @@ class Sm90Tile(ctypes.Structure):
         ("exp2_fma", ctypes.c_int),
         ("ctas_per_sm", ctypes.c_int),
         ("serial", ctypes.c_bool),
+        ("head_dim_v", ctypes.c_int),
     )
 
 
@@ -190,6 +192,7 @@ def run(
             for axis, dim in (("batch", 0), ("row", 1), ("head", 2)):
                 setattr(params, f"{tensor}_{axis}_stride", x.stride(dim))
         params.batch, params.seqlen_q, params.heads_q, params.head_dim = q.shape
+        params.head_dim_v = v.shape[3]
         params.seqlen_kv, params.heads_kv = k.shape[1], k.shape[2]
         params.softmax_scale = q.shape[3] ** -0.5
         params.is_causal = int(causal)
