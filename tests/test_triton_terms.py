@@ -49,10 +49,12 @@ def assert_close(actual: Tensor, expected: Tensor, same_dtype: Tensor) -> None:
     dropout_p=st.sampled_from((0.0, 0.3)),
     dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
     magnitude=st.sampled_from((1.0, 8.0)),
+    head_dim_v=st.sampled_from((24, 8, 40)),
+    tma=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_terms_forward_and_backward(
-    lengths, group, mask, softcap, slopes, sink, dropout_p, dtype, magnitude, seed
+    lengths, group, mask, softcap, slopes, sink, dropout_p, dtype, magnitude, head_dim_v, tma, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     batch, heads_kv, head_dim = 2, 2, 24
@@ -62,7 +64,9 @@ def test_terms_forward_and_backward(
         return torch.randn(shape, generator=generator)
 
     q = (random(batch, lengths[0], heads, head_dim) * magnitude).to(DEVICE, dtype)
-    k, v = (random(batch, lengths[1], heads_kv, head_dim).to(DEVICE, dtype) for _ in "kv")
+    k, v = (
+        random(batch, lengths[1], heads_kv, d).to(DEVICE, dtype) for d in (head_dim, head_dim_v)
+    )
     alibi = {"": None, "heads": random(heads), "batch": random(batch, heads)}[slopes]
     alibi = None if alibi is None else alibi.abs().to(DEVICE)
     sinks = (random(heads) * 3).to(DEVICE) if sink else None
@@ -74,11 +78,12 @@ def test_terms_forward_and_backward(
         *(getattr(problem, n) for n in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv")),
         *(head_dim, problem.dtype, mask),
         terms=names,
+        head_dim_v=head_dim_v,
     )
     call = Call(q, k, v, head_dim**-0.5, terms)
     tile = TRITON.default_tile(problem, arch(DEVICE))
     assert not TRITON.unsupported(problem, arch(DEVICE))
-    out, lse = TRITON.bind(problem, tile)(call)
+    out, lse = TRITON.bind(problem, replace(tile, tma=tma))(call)
 
     def judge(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -86,13 +91,12 @@ def test_terms_forward_and_backward(
         gradients = torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)))
         return (out.detach(), *gradients, lse.detach())
 
-    dout, dlse = random(*q.shape).to(DEVICE, dtype), random(*lse.shape).to(DEVICE)
+    dout, dlse = random(*out.shape).to(DEVICE, dtype), random(*lse.shape).to(DEVICE)
     expected, same = judge(torch.float64), judge(dtype)
     seen = expected[-1] != -torch.inf
     dlse = dlse * seen  # of a row without keys and sink the reference's gradient is no number
     expected, same = judge(torch.float64), judge(dtype)
     saved = Saved(dout, out, lse, dlse)
-    tile = TRITON.default_tile(problem, arch(DEVICE))
     gradients = TRITON.bind_backward(problem, tile)(call, saved)
     torch.testing.assert_close(lse.double(), expected[-1], rtol=1e-5, atol=1e-4)
     for actual, right, reference in zip((out, *gradients), expected, same, strict=False):
