@@ -49,12 +49,10 @@ def assert_close(actual: Tensor, expected: Tensor, same_dtype: Tensor) -> None:
     dropout_p=st.sampled_from((0.0, 0.3)),
     dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
     magnitude=st.sampled_from((1.0, 8.0)),
-    head_dim_v=st.sampled_from((24, 8, 40)),
-    tma=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_terms_forward_and_backward(
-    lengths, group, mask, softcap, slopes, sink, dropout_p, dtype, magnitude, head_dim_v, tma, seed
+    lengths, group, mask, softcap, slopes, sink, dropout_p, dtype, magnitude, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     batch, heads_kv, head_dim = 2, 2, 24
@@ -64,9 +62,7 @@ def test_terms_forward_and_backward(
         return torch.randn(shape, generator=generator)
 
     q = (random(batch, lengths[0], heads, head_dim) * magnitude).to(DEVICE, dtype)
-    k, v = (
-        random(batch, lengths[1], heads_kv, d).to(DEVICE, dtype) for d in (head_dim, head_dim_v)
-    )
+    k, v = (random(batch, lengths[1], heads_kv, head_dim).to(DEVICE, dtype) for _ in "kv")
     alibi = {"": None, "heads": random(heads), "batch": random(batch, heads)}[slopes]
     alibi = None if alibi is None else alibi.abs().to(DEVICE)
     sinks = (random(heads) * 3).to(DEVICE) if sink else None
@@ -78,12 +74,11 @@ def test_terms_forward_and_backward(
         *(getattr(problem, n) for n in ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv")),
         *(head_dim, problem.dtype, mask),
         terms=names,
-        head_dim_v=head_dim_v,
     )
     call = Call(q, k, v, head_dim**-0.5, terms)
     tile = TRITON.default_tile(problem, arch(DEVICE))
     assert not TRITON.unsupported(problem, arch(DEVICE))
-    out, lse = TRITON.bind(problem, replace(tile, tma=tma))(call)
+    out, lse = TRITON.bind(problem, tile)(call)
 
     def judge(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -91,16 +86,43 @@ def test_terms_forward_and_backward(
         gradients = torch.autograd.grad((out, lse), leaves, (dout.to(dtype), dlse.to(dtype)))
         return (out.detach(), *gradients, lse.detach())
 
-    dout, dlse = random(*out.shape).to(DEVICE, dtype), random(*lse.shape).to(DEVICE)
+    dout, dlse = random(*q.shape).to(DEVICE, dtype), random(*lse.shape).to(DEVICE)
     expected, same = judge(torch.float64), judge(dtype)
     seen = expected[-1] != -torch.inf
     dlse = dlse * seen  # of a row without keys and sink the reference's gradient is no number
     expected, same = judge(torch.float64), judge(dtype)
     saved = Saved(dout, out, lse, dlse)
+    tile = TRITON.default_tile(problem, arch(DEVICE))
     gradients = TRITON.bind_backward(problem, tile)(call, saved)
     torch.testing.assert_close(lse.double(), expected[-1], rtol=1e-5, atol=1e-4)
     for actual, right, reference in zip((out, *gradients), expected, same, strict=False):
         assert_close(actual, right.nan_to_num(), reference.nan_to_num())
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("head_dims", [(24, 40), (40, 24)])
+def test_values_of_another_head_dim(head_dims, tma):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(2, rows, heads, d, generator=generator).to(DEVICE)
+        for rows, heads, d in (
+            *((19, 4, head_dims[0]), (23, 2, head_dims[0])),
+            *((23, 2, head_dims[1]), (19, 4, head_dims[1])),
+        )
+    )
+    call, mask = Call(q, k, v, 0.2), Mask(-1, 0)
+    problem = Problem.of_call(call, mask)
+    tile = TRITON.default_tile(problem, arch(DEVICE))
+    out, lse = TRITON.bind(problem, replace(tile, tma=tma))(call)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = attention_reference(*leaves, 0.2, mask)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    backward = replace(problem, direction="bwd")
+    actual = TRITON.bind_backward(backward, replace(tile, tma=tma))(call, Saved(dout, out, lse))
+    right = torch.autograd.grad(expected, leaves, dout.double())
+    for gradient, wanted in zip(actual, right, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (3, 2)])
