@@ -105,6 +105,16 @@ class Instance(NamedTuple):
         runtime: tuple[str, ...] = _variant.RUNTIME.get(self.kernel, ())
         return runtime if self.is_general else self.variant
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The fields of csrc/common/variant.h among `computes`."""
+        return tuple(name for name in self.computes if not _head_dim_v(name))
+
+    @property
+    def head_dim_v(self) -> int:
+        """The head_dim of V, where it has its own; 0 where it has not."""
+        return sum(map(_head_dim_v, self.variant))
+
     def to_json(self) -> dict[str, int | str]:
         fields = dict(zip(INSTANCE_FIELDS[self.kernel], self.shape, strict=True))
         return {"kernel": self.kernel, "head_dim": self.head_dim, **fields}
@@ -115,6 +125,11 @@ class Generated(NamedTuple):
 
     registry: Path
     instances: dict[str, list[Path]]
+
+
+def _head_dim_v(word: str) -> int:
+    """128 of `v128`; 0 of other words."""
+    return int(word[1:]) if word[:1] == "v" and word[1:].isdigit() else 0
 
 
 def instances() -> list[Instance]:
@@ -129,6 +144,8 @@ def instances() -> list[Instance]:
                 continue
             columns, variant = words[: 1 + len(names)], tuple(words[1 + len(names) :])
             known = [name for name in variants if name in variant]
+            if kernel in _variant.OWN_HEAD_DIM_V and variant and _head_dim_v(variant[-1]):
+                known.append(variant[-1])
             if len(columns) != 1 + len(names) or not all(column.isdigit() for column in columns):
                 raise ValueError(
                     f"{path.name}:{number}: expected integers for head_dim, {', '.join(names)}, "
@@ -273,7 +290,7 @@ def _sm90_source(instance: Instance) -> str:
         "namespace flashmoe {",
         "",
         f"constexpr Sm90Tile TILE{_struct(instance)};",
-        f"constexpr Variant VARIANT{_variant.initializer(instance.variant)};",
+        f"constexpr Variant VARIANT{_variant.initializer(instance.flags)};",
         "template struct LegalSm90Tile<TILE>;",
         "",
     ]
@@ -302,7 +319,7 @@ def _sm90_bwd_source(instance: Instance) -> str:
         "namespace flashmoe {",
         "",
         f"constexpr Sm90BackwardTile TILE{_struct(instance)};",
-        f"constexpr Variant VARIANT{_variant.initializer(instance.variant)};",
+        f"constexpr Variant VARIANT{_variant.initializer(instance.flags)};",
         "template struct LegalSm90BackwardTile<TILE>;",
         "",
     ]
@@ -358,6 +375,8 @@ def _decode_tile(instance: Instance) -> str:
 def _struct(instance: Instance) -> str:
     """The initializer of its Sm90Tile or Sm90BackwardTile."""
     tile = dict(zip(INSTANCE_FIELDS[instance.kernel], instance.shape, strict=True))
+    if instance.head_dim_v:
+        tile["head_dim_v"] = instance.head_dim_v
     text: str = _fields.initializer(instance.head_dim, tile)
     return text
 
@@ -383,7 +402,7 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
     general = {i.head_dim: i.symbol for i in forward if i.is_general}
     for instance in forward:
         head_dim, symbol = instance.head_dim, instance.symbol
-        variant = _variant.initializer(instance.computes)
+        variant = _variant.initializer(instance.flags)
         if instance.kernel == "sm80":
             unaligned = general[min(d for d in general if d >= head_dim)] + "_unaligned"
             declarations.append(f"cudaError_t {symbol}({_ARGUMENTS});")
@@ -402,7 +421,7 @@ def _registry_source(listed: list[Instance], archs: tuple[str, ...], cuda_versio
         addresses = ", ".join(
             f"{{{', '.join(f'{symbol}[{dtype}][{i}]' for i in range(3))}}}" for dtype in range(2)
         )
-        variant = _variant.initializer(instance.computes)
+        variant = _variant.initializer(instance.flags)
         backward_entries.append(f"    {{{_struct(instance)}, {variant}, {{{addresses}}}}},")
     for instance in decode:
         declarations.append(f"cudaError_t {instance.symbol}({_DECODE_ARGUMENTS});")

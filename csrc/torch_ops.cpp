@@ -99,7 +99,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
                   "q, k and v must have one dtype");
   STD_TORCH_CHECK(same_device(q, k) && same_device(q, v), "q, k and v must be on one device");
   for (int i = 0; i < k_dims; ++i) {
-    STD_TORCH_CHECK(k.sizes()[i] == v.sizes()[i], "k and v must have one shape");
+    STD_TORCH_CHECK(k.sizes()[i] == v.sizes()[i] || i == k_dims - 1,
+                    "k and v must have one shape but for head_dim");
     STD_TORCH_CHECK(k.sizes()[i] <= INT_MAX, "a dimension exceeds 2^31 - 1");
   }
   for (int i = 0; i < q_dims; ++i) {
@@ -111,8 +112,10 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
                   "k must have q's batch and head_dim");
   STD_TORCH_CHECK(heads_of(k) > 0 && heads_of(q) % heads_of(k) == 0,
                   "q's heads must be a multiple of k's, got ", heads_of(q), " and ", heads_of(k));
-  STD_TORCH_CHECK(head_dim_of(q) % 8 == 0 && head_dim_of(q) >= 8 && head_dim_of(q) <= 256,
-                  "head_dim must be a multiple of 8 and at most 256, got ", head_dim_of(q));
+  for (const int64_t head_dim : {head_dim_of(q), head_dim_of(v)}) {
+    STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 256,
+                    "head_dim must be a multiple of 8 and at most 256, got ", head_dim);
+  }
 }
 
 // Data of an optional tensor that must be contiguous, of `type` and `sizes` (-1: any); null
@@ -320,6 +323,7 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, int6
   params.heads_q = static_cast<int>(heads_of(q));
   params.heads_kv = static_cast<int>(heads_of(k));
   params.head_dim = static_cast<int>(head_dim_of(q));
+  params.head_dim_v = static_cast<int>(head_dim_of(v));
   describe_sequences(params, q, k, options, window_left, window_right);
   params.terms = terms_of(q, params.batch, params.seqlen_kv, options);
   return params;
@@ -337,7 +341,7 @@ Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const S
   STD_TORCH_CHECK(scores.softmax_scale > 0, "softmax_scale must be positive, got ",
                   scores.softmax_scale);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
-  const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(q);
+  const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(v);
   const int32_t dtype = dtype_code(q), float32 = aoti_torch_dtype_float32();
   const bool packed = options.cu_seqlens_q.has_value();
   const int64_t batch = packed ? 1 : q.sizes()[0];
@@ -452,9 +456,9 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel, unless
-  // there is a mask.
+  // there is a mask, or v has a head_dim of its own.
   const bool packed = options.cu_seqlens_q.has_value();
-  const bool copies = packed || options.attn_mask.has_value();
+  const bool copies = packed || options.attn_mask.has_value() || head_dim_of(v) != head_dim_of(q);
   Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), scores, options)
                      : prepare(q, k, v, scores, options);
   const Kernel* kernel = find_kernel(handle);
@@ -530,6 +534,8 @@ std::tuple<Tensor, Tensor> run_decode(const Tensor& q, const Tensor& k, const Te
   STD_TORCH_CHECK(options.dropout_p == 0, "the decode kernel has no dropout, got dropout_p ",
                   options.dropout_p);
   STD_TORCH_CHECK(!options.attn_mask, "the decode kernel has no attn_mask");
+  STD_TORCH_CHECK(head_dim_of(v) == head_dim_of(q), "v must have q's head_dim ", head_dim_of(q),
+                  " for the decode kernel, got ", head_dim_of(v));
   Call call =
       prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v), scores, options);
   const DecodeKernel* kernel = find_decode_kernel(handle);
@@ -707,6 +713,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
                         .max_seqlen_q = max_seqlen_q,
                         .max_seqlen_k = max_seqlen_k};
   check_inputs(q_in, k_in, v_in, options);
+  STD_TORCH_CHECK(head_dim_of(v_in) == head_dim_of(q_in), "v must have q's head_dim ",
+                  head_dim_of(q_in), " for the backward kernel, got ", head_dim_of(v_in));
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
   const int64_t dims = q_in.dim(), batch_dims = dims - 3;
   for (const Tensor* x : {&dout_in, &out_in}) {

@@ -25,6 +25,7 @@ FEATURES = (
     ("sink", "attention sinks", "4", "no"),
     ("mask", "`attn_mask`", "no", "yes"),
     ("dropout", "`dropout_p`", "2", "yes"),
+    ("head_dim_v", "v of another head_dim than q and k", "3, 4", "yes"),
     ("packed", "packed sequences", "2, 3, 4", "`varlen_attn`"),
     ("cache", "KV cache with lengths", "2, 3, 4", "no"),
     ("paged", "paged KV cache", "2, 3, 4", "no"),
@@ -47,7 +48,8 @@ def features() -> str:
         f"ones), head_dim up to {MAX_HEAD_DIM} (padded to a multiple of 8), full and causal "
         "attention of any two lengths, grouped heads (GQA, MQA), any strides, and softmax_lse with "
         "its gradient. "
-        "`backend=` names one; without it the fastest that can is taken.",
+        "`backend=` names one; without it the fastest that can is taken. Where v has another "
+        "head_dim than q, `decode`, `cuda` but for Hopper's forward, and `triton`'s backward pad.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in backends)} | flash-attn | SDPA |",
         f"|:--|{':--|' * len(backends)}:--|:--|",

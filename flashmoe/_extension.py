@@ -121,7 +121,7 @@ def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, chosen: Var
 
     Raises RuntimeError when CUDA cannot load it.
     """
-    structs = tile_struct(tile, head_dim), variant_struct(chosen)
+    structs = tile_struct(tile, head_dim, chosen.head_dim_v), variant_struct(chosen)
     given = (x for struct in structs for x in (ctypes.byref(struct), ctypes.sizeof(struct)))
     error = ctypes.create_string_buffer(512)
     is_backward, is_bfloat16 = int(tile.kernel == "sm90_bwd"), int(dtype == "bfloat16")
@@ -134,9 +134,11 @@ def load_kernel(cubin: bytes, tile: Tile, head_dim: int, dtype: str, chosen: Var
     return handle
 
 
-def tile_struct(tile: Tile, head_dim: int) -> ctypes.Structure:
-    """An Sm90Tile or an Sm90BackwardTile."""
+def tile_struct(tile: Tile, head_dim: int, head_dim_v: int = 0) -> ctypes.Structure:
+    """An Sm90Tile, which ends in head_dim_v, or an Sm90BackwardTile."""
     values = {"head_dim": head_dim} | {name: getattr(tile, name) for name in columns(tile.kernel)}
+    if tile.kernel in variant.OWN_HEAD_DIM_V:
+        values["head_dim_v"] = head_dim_v
     return _struct(values, FLAGS)
 
 

@@ -145,12 +145,24 @@ class Drawn:
         self.dtype = draw(st.sampled_from(DTYPES))
         self.heads_kv = draw(st.integers(1, 2))
         self.heads_q = self.heads_kv * draw(st.integers(1, 3))
-        self.head_dim = 8 * draw(st.integers(1, max_head_dim // 8))
+        head_dims = st.integers(1, max_head_dim // 8).map(lambda n: 8 * n)
+        self.head_dim = draw(head_dims)
+        self.head_dim_v = draw(st.one_of(st.just(self.head_dim), head_dims))
         self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
-    def tensor(self, batch: int, rows: int, heads: int) -> Tensor:
+    def queries(self, batch: int, rows: int) -> Tensor:
+        return self._tensor(batch, rows, self.heads_q, self.head_dim)
+
+    def keys(self, batch: int, rows: int) -> tuple[Tensor, Tensor]:
+        """And values."""
+        k, v = (
+            self._tensor(batch, rows, self.heads_kv, head_dim)
+            for head_dim in (self.head_dim, self.head_dim_v)
+        )
+        return k, v
+
+    def _tensor(self, *shape: int) -> Tensor:
         layout = self.draw(st.sampled_from(LAYOUTS))
-        shape = (batch, rows, heads, self.head_dim)
         return guarded(shape, self.dtype, layout, DEVICE, self.generator)
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, batch: int) -> Call:
@@ -172,9 +184,8 @@ def lengths() -> st.SearchStrategy[int]:
 @st.composite
 def dense_calls(draw: st.DrawFn) -> Call:
     drawn, batch = Drawn(draw), draw(st.integers(1, 2))
-    q = drawn.tensor(batch, draw(lengths()), drawn.heads_q)
-    seqlen_kv = draw(lengths())
-    k, v = (drawn.tensor(batch, seqlen_kv, drawn.heads_kv) for _ in "kv")
+    q = drawn.queries(batch, draw(lengths()))
+    k, v = drawn.keys(batch, draw(lengths()))
     return drawn.call(q, k, v, DENSE, batch)
 
 
@@ -183,7 +194,7 @@ def packed_queries(draw: st.DrawFn, drawn: Drawn, batch: int) -> tuple[Tensor, S
     """With rows in front of the first sequence and behind the last that are in none."""
     lens = draw(st.lists(lengths(), min_size=batch, max_size=batch))
     cu_seqlens = torch.tensor([draw(st.integers(0, 3)), *lens]).cumsum(0)
-    q = drawn.tensor(1, int(cu_seqlens[-1]) + draw(st.integers(0, 3)), drawn.heads_q)[0]
+    q = drawn.queries(1, int(cu_seqlens[-1]) + draw(st.integers(0, 3)))[0]
     longest = max(lens) + draw(st.integers(0, 5))
     return q, Sequences(cu_seqlens_q=int32(cu_seqlens), max_seqlen_q=longest)
 
@@ -196,7 +207,7 @@ def packed_calls(draw: st.DrawFn) -> Call:
     lens = draw(st.lists(lengths(), min_size=batch, max_size=batch))
     cu_seqlens = torch.tensor([draw(st.integers(0, 3)), *lens]).cumsum(0)
     total = int(cu_seqlens[-1]) + draw(st.integers(0, 3))
-    k, v = (drawn.tensor(1, total, drawn.heads_kv)[0] for _ in "kv")
+    k, v = (x[0] for x in drawn.keys(1, total))
     sequences = sequences._replace(cu_seqlens_k=int32(cu_seqlens), max_seqlen_k=max(lens))
     if draw(st.booleans()):
         used = [draw(st.integers(0, length)) for length in lens]
@@ -212,7 +223,7 @@ def cached_calls(draw: st.DrawFn) -> Call:
         q, sequences = draw(packed_queries(drawn, batch))
     else:
         seqlen_q = draw(st.one_of(st.just(1), st.integers(1, 20)))
-        q, sequences = drawn.tensor(batch, seqlen_q, drawn.heads_q), DENSE
+        q, sequences = drawn.queries(batch, seqlen_q), DENSE
     page_size, capacity = draw(lengths()), 70
     if draw(st.booleans()):
         page_size = max(page_size, 1)
@@ -227,7 +238,7 @@ def cached_calls(draw: st.DrawFn) -> Call:
         shape = (batches, capacity)
         index = torch.randperm(batches, generator=drawn.generator)[:batch]
         sequences = sequences._replace(cache_batch_idx=int32(index))
-    k, v = (drawn.tensor(*shape, drawn.heads_kv) for _ in "kv")
+    k, v = drawn.keys(*shape)
     used = [min(draw(lengths()), capacity) for _ in range(batch)]
     sequences = sequences._replace(seqused_k=int32(used))
     if draw(st.booleans()):
@@ -294,7 +305,7 @@ def assert_forward_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Ma
     plus rounding: of the result, and in float32, which is all that kernels compute scores in, of
     the largest score. Rows that see nothing are exactly 0."""
     expected, expected_lse = sequences_reference(call, mask)
-    assert out.shape == call.q.shape
+    assert out.shape == (*call.q.shape[:-1], call.v.shape[-1])
     assert out.dtype == call.q.dtype
     assert out.is_contiguous()
     if lse is not None:

@@ -56,6 +56,23 @@ def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
     assert local.symbol == plain.symbol + "_local"
 
 
+def test_a_line_may_end_with_the_head_dim_of_v(build_config: ModuleType, tmp_path: Path) -> None:
+    path = build_config.CSRC / "instances" / "sm90.txt"
+    path.write_text(f"{LINE} local v32\n", encoding="utf-8")
+    (found,) = (x for x in build_config.instances() if x.kernel == "sm90")
+    assert (found.variant, found.flags, found.head_dim_v) == (("local", "v32"), ("local",), 32)
+    assert found.symbol == "fwd_sm90_64_128_64_3_1_0_0_0_2_1_local_v32"
+    generated = build_config.generate(tmp_path / "generated", ("90",), "13.0")
+    text = generated.registry.read_text(encoding="utf-8")
+    tile = "{64, 128, 64, 3, 1, false, false, 0, 2, true, 32}"
+    assert f"nullptr, {tile}, {{.local = true}}, {{{found.symbol}[0]" in text
+    info = json.loads(re.search(r'R"\((.*)\)"', text)[1])  # type: ignore[index]
+    assert ["local", "v32"] in [y for x in info["instances"] for y in x["variants"]]
+    source = generated.instances["sm90"][0].read_text(encoding="utf-8")
+    assert f"constexpr Sm90Tile TILE{tile};" in source
+    assert "constexpr Variant VARIANT{.local = true};" in source
+
+
 @pytest.mark.parametrize(
     ("kernel", "line", "message"),
     [
@@ -67,7 +84,9 @@ def test_a_line_may_name_its_variant(build_config: ModuleType) -> None:
         ("sm90", f"{LINE} local local", "sm90.txt:1: expected local, .* behind"),
         ("sm90", f"{LINE} 1", "sm90.txt:1: expected local, .* behind"),
         ("sm90", "64 128 local", "sm90.txt:1: expected integers for head_dim, block_m"),
+        ("sm90", f"{LINE} v32 local", "sm90.txt:1: expected local, .* behind"),
         ("sm80", "64 128 64 2 4 local", "sm80.txt:1: expected nothing behind"),
+        ("sm80", "64 128 64 2 4 v32", "sm80.txt:1: expected nothing behind"),
         (
             "sm90_bwd",
             "64 128 128 3 3 2 1 deterministic local",

@@ -20,6 +20,7 @@ from flashmoe.backends import cuda as cuda_backend
 from flashmoe.backends.base import Default, first_default
 from flashmoe.machine.device import Arch
 from flashmoe.planning import database, plan
+from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved, Terms
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import Problem
@@ -443,6 +444,92 @@ def test_masks_are_compiled_at_first_use(hopper, compiler, monkeypatch):
     assert "VARIANT{.deterministic = true, .mask = true}" in text
 
 
+def test_values_of_another_head_dim_are_compiled_at_first_use(hopper, compiler, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(_extension, "load_kernel", lambda cubin, *target: loaded.append(target))
+    monkeypatch.setattr(cuda_backend, "_fwd_dense", lambda *arguments: arguments)
+    narrow = replace(PROBLEM, head_dim=120, head_dim_v=40)
+    assert CUDA.unsupported(narrow, H200) == ""
+    # mma.sync's kernels are padded.
+    assert CUDA.compiled_in(narrow, H200) == [SM80]
+    chosen = plan.make_plan(narrow, DEVICE)
+    assert (chosen.backend, chosen.tile) == ("cuda", CUDA.default_tile(narrow, H200))
+    assert chosen.tile in BUILT_IN
+    assert not CUDA.is_compiled(SMALL, narrow)
+    arguments = CUDA.bind(narrow, SMALL)(Call("q", "k", "v", 0.5))
+    assert arguments == ("q", "k", "v", 0.5, -1, -1, None)
+    assert loaded == [(SMALL, 128, "bfloat16", Variant(head_dim_v=48))]
+    (text,) = compiler.compiled
+    assert "TILE{128, 64, 48, 1, 1, false, false, 0, 1, false, 48};" in text
+    assert "VARIANT{};" in text
+    assert CUDA.is_compiled(SMALL, narrow)
+    # More of its tiles fit than of one head_dim, and they are all legal.
+    tiles = CUDA.tiles(narrow, H200)
+    assert len(tiles) > len(CUDA.tiles(PROBLEM, H200))
+    assert all(not tile.violations(H200, narrow) for tile in tiles[::50])
+    wide = replace(PROBLEM, head_dim=64, head_dim_v=128)
+    assert CUDA.default_tile(wide, H200) in BUILT_IN
+    assert CUDA.unsupported(replace(narrow, seqlen_kv=0), H200) == "has no head_dim_v of no keys"
+
+
+def test_a_compiled_in_kernel_of_two_head_dims(hopper, compiler, monkeypatch):
+    tile, variant = Tile.parse("sm90:128x80-stages2"), Variant(head_dim_v=64)
+    own = replace(
+        hopper,
+        instances=hopper.instances | {("sm90", 128, variant): (tile,)},
+        handles=hopper.handles | {(128, tile, variant): 9},
+    )
+    monkeypatch.setattr(_extension, "load", lambda: own)
+    monkeypatch.setattr(cuda_backend, "_fwd_dense", lambda *arguments: arguments)
+    narrow = replace(PROBLEM, head_dim=120, head_dim_v=56)
+    assert CUDA.compiled_in(narrow, H200) == [tile, SM80]
+    assert CUDA.default_tile(narrow, H200) == tile
+    assert CUDA.bind(narrow, tile)(Call("q", "k", "v", 0.5))[-1] == 9
+    # As long as one of head_dim 96, whose matmuls are together as large.
+    assert CUDA.predicted(tile, narrow, H200) == costs.tile_microseconds(tile, 96, narrow, H200)
+    # A window is a variant of its own.
+    windowed = replace(narrow, mask=Mask(100, 0))
+    assert not CUDA.is_compiled(tile, windowed)
+    assert CUDA.default_tile(windowed, H200) == tile
+
+
+def test_without_a_compiler_values_are_padded(hopper, no_compiler, monkeypatch):
+    shapes = []
+
+    def forward(q, k, v, *rest):
+        shapes.append((q.shape[-1], k.shape[-1], v.shape[-1], rest[-1]))
+        return torch.ones_like(v), "softmax_lse"
+
+    monkeypatch.setattr(cuda_backend, "_fwd_dense", forward)
+    narrow = replace(PROBLEM, head_dim=120, head_dim_v=40)
+    assert CUDA.unsupported(narrow, H200) == ""
+    assert CUDA.compiled_in(narrow, H200) == [*BUILT_IN, SM80]
+    assert CUDA.default_tile(narrow, H200) == CUDA.default_tile(
+        replace(PROBLEM, head_dim=120), H200
+    )
+    q, v = torch.ones(2, 3, 4, 120), torch.ones(2, 3, 4, 40)
+    for tile, handle in ((SM80, 0), (COMPILED, 1)):
+        out, lse = CUDA.bind(narrow, tile)(Call(q, q, v, 0.5))
+        assert (out.shape, out.is_contiguous(), lse) == (v.shape, True, "softmax_lse")
+        assert shapes.pop() == (120, 120, 120, handle)
+
+
+def test_a_backward_of_two_head_dims_is_padded(hopper, compiler, monkeypatch):
+    def backward(dout, q, k, v, out, *rest):
+        assert {x.shape[-1] for x in (dout, q, k, v, out)} == {120}
+        return q, k, v
+
+    monkeypatch.setattr(cuda_backend, "_bwd_dense", backward)
+    for head_dim, head_dim_v in ((120, 40), (40, 120)):
+        narrow = replace(PROBLEM, direction="bwd", head_dim=head_dim, head_dim_v=head_dim_v)
+        (tile,) = CUDA.compiled_in(narrow, H200)
+        q, v = torch.randn(2, 3, 4, head_dim), torch.randn(2, 3, 4, head_dim_v)
+        gradients = CUDA.bind_backward(narrow, tile)(Call(q, q, v, 0.5), Saved(v, v, "lse"))
+        for actual, given in zip(gradients, (q, q, v), strict=True):
+            torch.testing.assert_close(actual, given, rtol=0, atol=0)
+            assert actual.is_contiguous()
+
+
 def test_without_a_compiler_terms_need_a_compiled_in_kernel(hopper, no_compiler, monkeypatch):
     capped = replace(PROBLEM, terms=("softcap",))
     assert CUDA.unsupported(capped, H200) == (
@@ -561,6 +648,7 @@ def compiles():
     entries = {
         TARGET: (b"attention",),
         jit.Target(replace(SMALL, exp2_fma=4), 80, "float16", LOCAL): (b"attention",),
+        jit.Target(SMALL, 80, "float16", Variant(head_dim_v=48)): (b"attention",),
         jit.Target(backward, 96, "bfloat16", Variant(alibi=True, packed=True)): (
             *(b"prepare", b"attention_backward", b"finish"),
         ),

@@ -125,7 +125,7 @@ def test_arguments_are_in_the_order_of_the_signatures(
         "tile": (32, 64, 2, 4),
         "use_tma": use_tma,
     }
-    forward = triton_fwd._planned(triton_fwd._Kind(has_sinks=False, **kind))
+    forward = triton_fwd._planned(triton_fwd._Kind(has_sinks=False, head_dim_v=32, **kind))
     backward = triton_bwd._planned(triton_bwd._Kind(dout_strides=strides, has_dlse=True, **kind))
     launches = [forward.launch, backward.prepare, backward.dkdv, backward.dq]
     bounds = [x for x in (forward.bounds, backward.seen_by, backward.seen) if x is not None]

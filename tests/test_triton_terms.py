@@ -99,6 +99,32 @@ def test_terms_forward_and_backward(
         assert_close(actual, right.nan_to_num(), reference.nan_to_num())
 
 
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("head_dims", [(24, 40), (40, 24)])
+def test_values_of_another_head_dim(head_dims, tma):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(2, rows, heads, d, generator=generator).to(DEVICE)
+        for rows, heads, d in (
+            *((19, 4, head_dims[0]), (23, 2, head_dims[0])),
+            *((23, 2, head_dims[1]), (19, 4, head_dims[1])),
+        )
+    )
+    call, mask = Call(q, k, v, 0.2), Mask(-1, 0)
+    problem = Problem.of_call(call, mask)
+    tile = TRITON.default_tile(problem, arch(DEVICE))
+    out, lse = TRITON.bind(problem, replace(tile, tma=tma))(call)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = attention_reference(*leaves, 0.2, mask)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    backward = replace(problem, direction="bwd")
+    actual = TRITON.bind_backward(backward, replace(tile, tma=tma))(call, Saved(dout, out, lse))
+    right = torch.autograd.grad(expected, leaves, dout.double())
+    for gradient, wanted in zip(actual, right, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [(-1, 0), (3, 2)])
 def test_packed_and_paged_calls_one_sequence_at_a_time(window):
     generator = torch.Generator().manual_seed(1)

@@ -344,16 +344,17 @@ INCLUDES = ("-I", str(ROOT / "csrc"))
 HEADER = f'#include "{ROOT}/csrc/forward/sm90/tile.h"\n'
 
 
-def sm90_initializer(tile: Tile, head_dim: int) -> str:
-    values = (head_dim, *(getattr(tile, name) for name in _extension.load().fields["sm90"]))
+def sm90_initializer(tile: Tile, head_dim: int, head_dim_v: int = 0) -> str:
+    fields = _extension.load().fields["sm90"]
+    values = (head_dim, *(getattr(tile, name) for name in fields), head_dim_v)
     return "flashmoe::Sm90Tile{" + ", ".join(str(value).lower() for value in values) + "}"
 
 
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
     space = [
-        (head_dim, Tile("sm90", m, n, stages, 1, False, q, False, q_regs, 3, ctas, serial))
-        for head_dim in (16, 64, 80, 128, 256)
+        (dims, Tile("sm90", m, n, stages, 1, False, q, False, q_regs, 3, ctas, serial))
+        for dims in ((16, 0), (64, 0), (80, 0), (128, 0), (256, 0), (192, 128), (64, 80), (80, 256))
         for m, n in ((64, 32), (128, 176), (192, 80), (256, 64))
         for stages, q, q_regs, ctas, serial in (
             (1, 1, False, 1, False),
@@ -361,7 +362,7 @@ def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
             (2, 1, False, 2, True),
         )
     ]
-    array = ", ".join(sm90_initializer(tile, head_dim) for head_dim, tile in space)
+    array = ", ".join(sm90_initializer(tile, *dims) for dims, tile in space)
     (tmp_path / "numbers.cpp").write_text(
         f"#include <cstdio>\n#include <initializer_list>\n{HEADER}"
         f"int main() {{\n  for (const auto& t : {{{array}}}) {{\n"
@@ -373,9 +374,9 @@ def test_python_and_cpp_agree_on_the_numbers_of_sm90(tmp_path):
         [CXX, "-std=c++20", *INCLUDES, tmp_path / "numbers.cpp", "-o", program], check=True
     )
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    for line, (head_dim, tile) in zip(said.splitlines(), space, strict=True):
-        expected = (sm90_smem_bytes(tile, head_dim), *sm90_registers(tile, head_dim))
-        assert tuple(map(int, line.split())) == expected, (head_dim, tile)
+    for line, (dims, tile) in zip(said.splitlines(), space, strict=True):
+        expected = (sm90_smem_bytes(tile, *dims), *sm90_registers(tile, *dims))
+        assert tuple(map(int, line.split())) == expected, (dims, tile)
 
 
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")

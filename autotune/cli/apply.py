@@ -83,11 +83,8 @@ def winning_lines(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, 
             continue  # sdpa without a tile, or of another version
         if tile.kernel not in instances.COLUMNS:
             continue
-        of_kernel = counts.setdefault(tile.kernel, {})
-        of_head_dim = of_kernel.setdefault(
-            instances.head_dim_of(tile.kernel, entry.problem.head_dim), {}
-        )
         line = instances.line_of(entry.problem, tile)
+        of_head_dim = counts.setdefault(tile.kernel, {}).setdefault(int(line.split()[0]), {})
         of_head_dim[line] = of_head_dim.get(line, 0) + 1
     return {
         kernel: {

@@ -9,11 +9,6 @@ from flashmoe.tiles import PLAIN, Tile, Variant, columns, instance_head_dim, sm9
 COLUMNS = {kernel: columns(kernel) for kernel in ("sm80", "sm90")}
 
 
-def head_dim_of(kernel: str, head_dim: int) -> int:
-    """The head dimension of the instance that runs `head_dim`."""
-    return sm90_head_dim(head_dim) if kernel == "sm90" else instance_head_dim(head_dim)
-
-
 def line(head_dim: int, tile: Tile, variant: Variant = PLAIN) -> str:
     """The tile's line; `head_dim` is the instance's."""
     return " ".join([*(str(int(x)) for x in (head_dim, *_values(tile))), *variant.names])
@@ -21,9 +16,10 @@ def line(head_dim: int, tile: Tile, variant: Variant = PLAIN) -> str:
 
 def line_of(problem: Problem, tile: Tile) -> str:
     """The line of the instance that runs a tile for a problem."""
-    # The other kernel decides at run time what variants are for.
-    variant = Variant.of(problem) if tile.kernel == "sm90" else PLAIN
-    return line(head_dim_of(tile.kernel, problem.head_dim), tile, variant)
+    if tile.kernel == "sm90":
+        return line(sm90_head_dim(problem.head_dim), tile, Variant.of(problem))
+    # The other kernel decides at run time what variants are for, and has one head_dim for all.
+    return line(instance_head_dim(problem.padded_dim), tile)
 
 
 def _values(tile: Tile) -> list[int]:

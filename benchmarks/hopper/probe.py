@@ -76,6 +76,7 @@ class Params(ctypes.Structure):
         ("is_causal", ctypes.c_int),
         ("window_left", ctypes.c_int),
         ("window_right", ctypes.c_int),
+        ("head_dim_v", ctypes.c_int),
     )
 
 
@@ -84,7 +85,7 @@ class Sm90Tile(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_bool if name in FLAGS else ctypes.c_int)
-        for name in ("head_dim", *columns("sm90"))
+        for name in ("head_dim", *columns("sm90"), "head_dim_v")
     )
 
 
@@ -187,6 +188,7 @@ def run(
             for axis, dim in (("batch", 0), ("row", 1), ("head", 2)):
                 setattr(params, f"{tensor}_{axis}_stride", x.stride(dim))
         params.batch, params.seqlen_q, params.heads_q, params.head_dim = q.shape
+        params.head_dim_v = v.shape[3]
         params.seqlen_kv, params.heads_kv = k.shape[1], k.shape[2]
         params.softmax_scale = q.shape[3] ** -0.5
         params.is_causal = int(causal)

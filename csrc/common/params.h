@@ -10,9 +10,10 @@ namespace flashmoe {
 
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
-// Layout: q, out (batch, seqlen_q, heads_q, head_dim); k, v (batch, seqlen_kv, heads_kv, head_dim);
-// softmax_lse (batch, heads_q, seqlen_q), contiguous, natural logarithm, -inf for a row that
-// attends to nothing (its out row is 0). Strides are in elements; the last dimension is contiguous.
+// Layout: q (batch, seqlen_q, heads_q, head_dim), out the same of head_dim_v; k (batch, seqlen_kv,
+// heads_kv, head_dim), v the same of head_dim_v; softmax_lse (batch, heads_q, seqlen_q),
+// contiguous, natural logarithm, -inf for a row that attends to nothing (its out row is 0). Strides
+// are in elements; the last dimension is contiguous.
 struct AttentionParams {
   const void* q;
   const void* k;
@@ -27,6 +28,7 @@ struct AttentionParams {
   float softmax_scale;  // finite and positive
   int is_causal;        // whether mask has a limit on the right: all that plain kernels ask of it
   Mask mask;
+  int head_dim_v;
   Terms terms;
   Sequences sequences;
 };

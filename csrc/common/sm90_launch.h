@@ -62,10 +62,14 @@ inline TensorView k_view(const AttentionParams& p) {
   return keys_view(p, p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride);
 }
 inline TensorView v_view(const AttentionParams& p) {
-  return keys_view(p, p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
+  TensorView v = keys_view(p, p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride);
+  v.head_dim = p.head_dim_v;
+  return v;
 }
 inline TensorView out_view(const AttentionParams& p) {
-  return queries_view(p, p.out, p.o_batch_stride, p.o_row_stride, p.o_head_stride);
+  TensorView out = queries_view(p, p.out, p.o_batch_stride, p.o_row_stride, p.o_head_stride);
+  out.head_dim = p.head_dim_v;
+  return out;
 }
 
 // Whether the TMA can fetch it: aligned to 16 bytes, at positive strides that are.

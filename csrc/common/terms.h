@@ -20,7 +20,6 @@ struct AttnMask {
 // In this order: score = softmax_scale * q k^T, then softcap, then ALiBi, then the mask; the
 // softmax's sum then has the sink's exponential, too, and so has softmax_lse.
 struct Terms {
-  float softcap;  // above 0: a score becomes softcap * tanh(score / softcap). 0: it stays
   // Null, or by (batch, query head), of stride 0 where batches share them:
   // -slope * |i + seqlen_kv - seqlen_q - j| is added to the score of query i and key j.
   const float* alibi_slopes;
@@ -32,6 +31,7 @@ struct Terms {
   // become 0 or are divided by the share of those that stay.
   const long long* rng_state;
   unsigned dropout_limit;  // the share of weights that stay, times 2^16, minus 1
+  float softcap;           // above 0: a score becomes softcap * tanh(score / softcap). 0: it stays
   AttnMask attn_mask;
 };
 

@@ -53,7 +53,10 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
   const bool lacks =
       kernel.launch == nullptr && ((kernel.variant.softcap && params.terms.softcap == 0) ||
                                    (kernel.variant.dropout && params.terms.rng_state == nullptr));
-  if (params.head_dim > kernel.head_dim || dtype == DType::float32 ||
+  const int head_dim_v = kernel.tile.head_dim_v;
+  const bool fits_v =
+      head_dim_v > 0 ? params.head_dim_v <= head_dim_v : params.head_dim_v == params.head_dim;
+  if (params.head_dim > kernel.head_dim || !fits_v || dtype == DType::float32 ||
       !kernel.variant.covers(params) || lacks) {
     return cudaErrorInvalidValue;
   }
@@ -65,7 +68,7 @@ cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, 
   // Keys that do not exist have no address to describe to the TMA.
   if ((params.seqlen_kv == 0 && !packed) || !sm90::can_run(params)) {
     const Kernel* fallback = sm80_default(params);
-    if (fallback == nullptr) return cudaErrorNotSupported;
+    if (fallback == nullptr || params.head_dim_v != params.head_dim) return cudaErrorNotSupported;
     return launch_forward(*fallback, params, dtype, device, stream, nullptr);
   }
   const void* entry = kernel.entries[dtype == DType::bfloat16];

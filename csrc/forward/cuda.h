@@ -16,7 +16,8 @@ using ForwardLauncher = cudaError_t (*)(const AttentionParams& params, DType dty
                                         cudaStream_t stream);
 
 // One tile that can run problems of at most head_dim: columns past theirs are zero-filled. Either
-// sm80, by two launchers, or sm90, by the kernels of both dtypes.
+// sm80, by two launchers, or sm90, by the kernels of both dtypes. Of a head_dim_v other than
+// head_dim only an sm90 tile that has one runs.
 struct Kernel {
   int head_dim;
   ForwardLauncher launch;
@@ -38,9 +39,9 @@ long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, 
 long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params);
 
 // Launches `kernel`, or the default sm80 kernel where the TMA cannot fetch the tensors, unless they
-// are packed: cudaErrorNotSupported. Needs batch, heads_q and seqlen_q above 0, and a `workspace`
-// of forward_workspace_bytes, aligned to 16. A window needs a local variant, terms and packed
-// batches need theirs: cudaErrorInvalidValue without.
+// are packed, or head_dim_v is not head_dim: cudaErrorNotSupported. Needs batch, heads_q and
+// seqlen_q above 0, and a `workspace` of forward_workspace_bytes, aligned to 16. A window needs a
+// local variant, terms and packed batches need theirs: cudaErrorInvalidValue without.
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,
                            int device, cudaStream_t stream, void* workspace);
 

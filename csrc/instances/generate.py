@@ -20,7 +20,8 @@ MIN_SPEEDUP = 1.01
 _HEAD = f"""\
 # Written by generate.py: tiles of the Hopper forward kernel that are compiled ahead of time, each
 # for float16 and bfloat16. The others are compiled when they are asked for.
-# A line may end with what its variant is for (csrc/common/variant.h): local ones compute windows.
+# A line may end with what its variant is for (csrc/common/variant.h): local ones compute windows;
+# and last with the head_dim of V where it has its own.
 # head_dim {" ".join(instances.COLUMNS["sm90"])}
 """
 

@@ -13,8 +13,8 @@ from flashmoe.spec.call import Call, Saved
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
-# out as q (contiguous), and softmax_lse (batch, heads_q, seqlen_q), float32, natural logarithm;
-# None where the backend does not return it.
+# out as q, with v's head_dim (contiguous), and softmax_lse (batch, heads_q, seqlen_q), float32,
+# natural logarithm; None where the backend does not return it.
 Run = Callable[[Call], tuple[Tensor, Tensor | None]]
 # dq, dk, dv, contiguous, as q, k and v.
 RunBackward = Callable[[Call, Saved], tuple[Tensor, Tensor, Tensor]]
@@ -163,7 +163,7 @@ def first_default(defaults: Iterable[Default], problem: Problem, arch: Arch) -> 
     """The tile of the first entry that applies to `problem` and is legal; None without one."""
     for default in defaults:
         if (
-            problem.head_dim <= default.head_dim
+            problem.padded_dim <= default.head_dim
             and default.causal in (None, problem.mask.right >= 0)
             and problem.seqlen_q >= default.min_seqlen_q
             and not default.tile.violations(arch, problem)

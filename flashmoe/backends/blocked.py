@@ -31,7 +31,9 @@ _BLOCK_M = 256
 class BlockedBackend(Backend):
     name = "blocked"
     features: ClassVar[Features] = {
-        "bwd": frozenset({"window", "softcap", "alibi", "sink", "dropout", "mask", "packed"})
+        "bwd": frozenset(
+            {"window", "head_dim_v", "softcap", "alibi", "sink", "dropout", "mask", "packed"}
+        )
     }
 
     def unavailable(self, device: torch.device) -> str:
@@ -78,18 +80,18 @@ def attention_backward(
         dmask = torch.zeros(attn_mask.shape, dtype=torch.float32, device=q.device)
     if not (q.numel() and k.numel()):
         return _results(call, _zeros(q), _zeros(k), _zeros(v), dmask)
-    batch, seqlen_q, heads_q, head_dim = q.shape
+    batch, seqlen_q, heads_q, _ = q.shape
     seqlen_kv, heads_kv = k.shape[1], k.shape[2]
     dtype = matmul_dtype(q)
     # (batch, heads_kv, group, seqlen_q, head_dim): a KV head broadcasts over its group of queries.
-    grouped = (batch, seqlen_q, heads_kv, heads_q // heads_kv, head_dim)
+    grouped = (batch, seqlen_q, heads_kv, heads_q // heads_kv, -1)
     qh, doh = (x.to(dtype).reshape(grouped).permute(0, 2, 3, 1, 4) for x in (q, dout))
     kh, vh = (x.to(dtype).permute(0, 2, 1, 3).unsqueeze(2) for x in (k, v))
     if attn_mask is not None:  # (batch, heads_kv, group, seqlen_q, seqlen_kv)
         attn_mask = attn_mask.expand(batch, heads_q, seqlen_q, seqlen_kv)
         attn_mask = attn_mask.view(batch, heads_kv, -1, seqlen_q, seqlen_kv)
     dq = _zeros(qh)
-    dk, dv = (x.new_zeros(batch, heads_kv, seqlen_kv, head_dim) for x in (kh, vh))
+    dk, dv = (x.new_zeros(batch, heads_kv, seqlen_kv, x.shape[-1]) for x in (kh, vh))
     # (heads_kv, group, 1, 1), or with a batch in front.
     slopes, sinks = (
         None if x is None else x.to(dtype).reshape(*x.shape[:-1], heads_kv, -1, 1, 1)

@@ -27,7 +27,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     features: ClassVar[Features] = {
-        "fwd": frozenset({"window", *TERMS, "packed", "cache", "paged"})
+        "fwd": frozenset({"window", "head_dim_v", *TERMS, "packed", "cache", "paged"})
     }
 
     def unavailable(self, device: torch.device) -> str:
@@ -36,7 +36,7 @@ class CpuBackend(Backend):
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         """block_m 256, 512 for head_dim above 64 (Zen 3, 2 threads, float32: within 2 % of the best
         of a sweep at seqlen 128 to 2048), less where the threads would run out of blocks."""
-        block_m = 256 if problem.head_dim <= 64 else 512
+        block_m = 256 if problem.padded_dim <= 64 else 512
         rows = problem.seqlen_q * (problem.heads_q // problem.heads_kv)
         while (
             block_m // 2 >= _MIN_BLOCK_M
@@ -75,7 +75,7 @@ class CpuBackend(Backend):
             result: tuple[Tensor, Tensor] = _fwd(*call[:4], *fixed, *call.terms, *call.sequences)
             return result
 
-        return run_with_options if problem.features - {"window"} else run
+        return run_with_options if problem.features - {"window", "head_dim_v"} else run
 
 
 def _considered() -> list[Tile]:

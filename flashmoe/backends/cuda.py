@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from flashmoe import _extension
 from flashmoe.backends import jit
 from flashmoe.backends.base import Backend, Features, Run, RunBackward, lacking
+from flashmoe.backends.padding import run_backward_padded, run_padded
 from flashmoe.machine.device import Arch
 from flashmoe.machine.environment import variable
 from flashmoe.prediction import costs
@@ -30,7 +31,7 @@ _bwd_dense = _extension.kernel_op("bwd_cuda_dense")
 
 
 def _features(kernel: str) -> frozenset[str]:
-    return frozenset({"window", "packed", *(set(COMPILED[kernel]) & set(TERMS))})
+    return frozenset({"window", "packed", "head_dim_v", *(set(COMPILED[kernel]) & set(TERMS))})
 
 
 # Of Hopper's kernels, the head dimension of an instance.
@@ -60,6 +61,8 @@ class CudaBackend(Backend):
             return "has a backward kernel for compute capability 9.x only"
         if "mask" in problem.terms and problem.seqlen_kv == 0:
             return "has no mask of no keys"
+        if "head_dim_v" in problem.features and problem.layout == "dense" and not problem.seqlen_kv:
+            return "has no head_dim_v of no keys"
         if not _compiled_in(problem, arch) and not _compiles(problem, arch):
             kind = " ".join((problem.dtype, *Variant.of(problem).names))
             return f"no tile is compiled in for {kind}, head_dim {problem.head_dim}"
@@ -68,18 +71,19 @@ class CudaBackend(Backend):
     def default_tile(self, problem: Problem, arch: Arch) -> Tile | None:
         """The compiled-in one that is predicted to be fastest; where nothing is predicted, the
         first one listed in csrc/instances for the head dimension that fits this GPU. Where Hopper's
-        kernel is compiled in without the problem's terms, window or lengths alone: what is the
-        default without them, to be compiled when it is first used."""
+        kernel is compiled in without the problem's terms, window, lengths or head_dim_v alone: what
+        is the default without them, to be compiled when it is first used."""
         compiled = _compiled_in(problem, arch)
-        while not _has_sm90(compiled) and _compiles(problem, arch):
-            if problem.terms:
-                problem = replace(problem, terms=())
-            elif problem.mask.is_local:
-                problem = replace(problem, mask=causal_if(problem.mask.right >= 0))
-            else:
-                problem = replace(problem, layout="dense")
-            found = _compiled_in(problem, arch)
-            compiled = [tile for tile in found if tile.kernel in _SM90_HEAD_DIMS]
+        if not _has_sm90(compiled) and _compiles(problem, arch):
+            for simpler in _simpler(problem):
+                found = [
+                    tile
+                    for tile in _compiled_in(simpler, arch)
+                    if tile.kernel in _SM90_HEAD_DIMS and not tile.violations(arch, problem)
+                ]
+                if found:
+                    compiled, problem = found, simpler
+                    break
         times = {tile: self.predicted(tile, problem, arch) for tile in compiled}
         known = {tile: time for tile, time in times.items() if time is not None}
         return min(known, key=known.__getitem__) if known else compiled[0]
@@ -87,10 +91,13 @@ class CudaBackend(Backend):
     def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
         if tile is None or problem.direction != "fwd":
             return None
-        variant = Variant.of(problem)
-        head_dim = instance_head_dim(tile.kernel, problem.head_dim, variant)
+        needed, variant = _kernel_of(tile.kernel, problem)
+        head_dim = instance_head_dim(tile.kernel, needed, variant)
         if head_dim is None or (head_dim, tile, variant) not in _extension.load().handles:
-            head_dim = sm90_head_dim(problem.head_dim)
+            head_dim = sm90_head_dim(needed)
+        if variant.head_dim_v:
+            # A step takes as long as one of the kernel whose matmuls are together as large.
+            head_dim = (head_dim + variant.head_dim_v) // 2
         return costs.tile_microseconds(tile, head_dim, problem, arch)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
@@ -116,17 +123,17 @@ class CudaBackend(Backend):
         return waits or tile is None or self.is_compiled(tile, problem)
 
     def is_compiled(self, tile: Tile, problem: Problem) -> bool:
-        variant = Variant.of(problem)
-        if _compiled_handle(tile, problem.head_dim, variant) is not None:
+        needed = _kernel_of(tile.kernel, problem)
+        if _compiled_handle(tile, *needed) is not None:
             return True
         return tile.kernel in _SM90_HEAD_DIMS and jit.is_cached(
-            _target(tile, problem.head_dim, problem.dtype, variant)
+            _target(tile, *needed, problem.dtype)
         )
 
     def precompile(self, tile: Tile, problem: Problem, device: torch.device) -> None:
-        variant = Variant.of(problem)
-        if _compiled_handle(tile, problem.head_dim, variant) is None:
-            jit.precompile(_target(tile, problem.head_dim, problem.dtype, variant))
+        needed = _kernel_of(tile.kernel, problem)
+        if _compiled_handle(tile, *needed) is None:
+            jit.precompile(_target(tile, *needed, problem.dtype))
 
     def rejects(self, tile: Tile | None, problem: Problem, arch: Arch) -> str:
         if tile is None:
@@ -145,18 +152,20 @@ class CudaBackend(Backend):
         if tile is None:
             return False
         variant = _backward_variant(tile, problem, deterministic=True)
-        compiled = _compiled_handle(tile, problem.head_dim, variant) is not None
+        compiled = _compiled_handle(tile, problem.padded_dim, variant) is not None
         return compiled or not jit.unavailable()
 
     def handle(self, problem: Problem, tile: Tile | None, deterministic: bool = False) -> int:
         assert tile is not None, "the cuda backend needs a tile"
-        variant = Variant.of(problem)
         if problem.direction == "bwd":
             variant = _backward_variant(tile, problem, deterministic)
-        return _handle(tile, problem.head_dim, problem.dtype, variant)
+            return _handle(tile, problem.padded_dim, variant, problem.dtype)
+        return _handle(tile, *_kernel_of(tile.kernel, problem), problem.dtype)
 
     def bind(self, problem: Problem, tile: Tile | None) -> Run:
         handle = self.handle(problem, tile)
+        assert tile is not None, "handle has one"
+        _, variant = _kernel_of(tile.kernel, problem)
         left, right = problem.mask.left, problem.mask.right
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
@@ -178,9 +187,11 @@ class CudaBackend(Backend):
                 result = _fwd(q, k, v, scale, left, right, handle, *terms, *s)
             return result
 
+        chosen = run_with_terms if problem.terms else run
         if problem.layout == "packed":
-            return run_packed
-        return run_with_terms if problem.terms else run
+            chosen = run_packed
+        is_padded = problem.head_dim_v is not None and not variant.head_dim_v
+        return run_padded(chosen) if is_padded else chosen
 
     def bind_backward(
         self, problem: Problem, tile: Tile | None, deterministic: bool = False
@@ -211,7 +222,7 @@ class CudaBackend(Backend):
             result = _bwd(*arguments, *options)
             return result
 
-        return run
+        return run if problem.head_dim_v is None else run_backward_padded(run)
 
 
 def instance_head_dim(kernel: str, head_dim: int, variant: Variant) -> int | None:
@@ -228,35 +239,72 @@ def _instance_head_dim(
     return min(held, default=None)
 
 
+def _kernel_of(
+    kernel: str, problem: Problem, variant: Variant | None = None
+) -> tuple[int, Variant]:
+    """The head_dim and the variant, the problem's or another, that `kernel` runs a problem with.
+    V has a head_dim of its own in Hopper's forward, where that is compiled in or can be: otherwise
+    the problem is padded."""
+    variant = variant or Variant.of(problem)
+    if kernel == "sm90" and (
+        not variant.head_dim_v
+        or instance_head_dim(kernel, problem.head_dim, variant) is not None
+        or not jit.unavailable()
+    ):
+        return problem.head_dim, variant
+    return problem.padded_dim, replace(variant, head_dim_v=0)
+
+
 def _has_sm90(tiles: list[Tile]) -> bool:
     return any(tile.kernel in _SM90_HEAD_DIMS for tile in tiles)
 
 
+def _simpler(problem: Problem) -> Iterator[Problem]:
+    """The problem without terms, then without a window, too, then of dense sequences, and last of
+    one head_dim."""
+    yield (problem := replace(problem, terms=()))
+    if problem.mask.is_local:
+        yield (problem := replace(problem, mask=causal_if(problem.mask.right >= 0)))
+    yield (problem := replace(problem, layout="dense", lengths=()))
+    yield _padded(problem)
+
+
+def _padded(problem: Problem) -> Problem:
+    return replace(problem, head_dim=problem.padded_dim, head_dim_v=None)
+
+
 def _compiles(problem: Problem, arch: Arch) -> bool:
     """Whether tiles of Hopper's kernel can be compiled here, of any variant."""
-    return _has_sm90(_compiled_in(problem, arch, PLAIN)) and not jit.unavailable()
+    return _has_sm90(_compiled_in(_padded(problem), arch, PLAIN)) and not jit.unavailable()
 
 
 def _compiled_in(problem: Problem, arch: Arch, variant: Variant | None = None) -> list[Tile]:
     """The legal tiles in the binary, Hopper's first, of the problem's variant or another."""
-    info, variant = _extension.load(), variant or Variant.of(problem)
+    info = _extension.load()
     backward = problem.direction == "bwd"
     instances = info.backward_instances if backward else info.instances
-    held = [
-        instances[kernel, head_dim, variant]
-        for kernel in (("sm90_bwd",) if backward else ("sm90", "sm80"))
-        if (head_dim := instance_head_dim(kernel, problem.head_dim, variant)) is not None
-    ]
-    kind = problem.head_dim, problem.dtype, problem.direction
-    return [tile for tiles in held for tile in _legal(tiles, *kind, arch)]
+    kind = problem.head_dim, problem.head_dim_v, problem.dtype, problem.direction
+    found: list[Tile] = []
+    for kernel in ("sm90_bwd",) if backward else ("sm90", "sm80"):
+        needed, of_kernel = _kernel_of(kernel, problem, variant)
+        head_dim = instance_head_dim(kernel, needed, of_kernel)
+        if head_dim is not None:
+            found += _legal(instances[kernel, head_dim, of_kernel], *kind, arch)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
 def _legal(
-    tiles: tuple[Tile, ...], head_dim: int, dtype: str, direction: str, arch: Arch
+    tiles: tuple[Tile, ...],
+    head_dim: int,
+    head_dim_v: int | None,
+    dtype: str,
+    direction: str,
+    arch: Arch,
 ) -> tuple[Tile, ...]:
     """Those that can run; of a problem, their rules ask no more than this."""
-    problem = Problem(1, 1, 1, 1, 1, head_dim, dtype, direction=direction)
+    sizes = (1, 1, 1, 1, 1, head_dim)
+    problem = Problem(*sizes, dtype, direction=direction, head_dim_v=head_dim_v)
     return tuple(tile for tile in tiles if not tile.violations(arch, problem))
 
 
@@ -276,7 +324,7 @@ def _backward_variant(tile: Tile, problem: Problem, deterministic: bool) -> Vari
     if not deterministic and _order_pays(tile, problem):
         faster.append(replace(variant, deterministic=True))
     for other in faster:
-        if _compiled_handle(tile, problem.head_dim, other) is not None:
+        if _compiled_handle(tile, problem.padded_dim, other) is not None:
             return other
     return replace(variant, deterministic=deterministic)
 
@@ -291,33 +339,36 @@ def _order_pays(tile: Tile, problem: Problem) -> bool:
     return many and few_a_head and problem.heads_q == problem.heads_kv
 
 
-def _target(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> jit.Target:
+def _target(tile: Tile, head_dim: int, variant: Variant, dtype: str) -> jit.Target:
     return jit.Target(tile, _SM90_HEAD_DIMS[tile.kernel](head_dim), dtype, variant)
 
 
 @functools.cache
-def _handle(tile: Tile, head_dim: int, dtype: str, variant: Variant) -> int:
+def _handle(tile: Tile, head_dim: int, variant: Variant, dtype: str) -> int:
     """The handle of the kernel that runs a tile: the compiled-in one, or else it is loaded from the
     cache, or else compiled."""
     handle = _compiled_handle(tile, head_dim, variant)
     if handle is not None:
         return handle
-    target = _target(tile, head_dim, dtype, variant)
+    target = _target(tile, head_dim, variant, dtype)
     return _extension.load_kernel(jit.cubin(target), *target)
 
 
-def _sm90_kind(problem: Problem) -> tuple[str, int]:
-    """Hopper's kernel for a problem, and the head dimension that it is compiled for."""
+def _sm90_kind(problem: Problem) -> tuple[str, int, int]:
+    """Hopper's kernel for a problem, and the head dimensions that it is compiled for: V's is 0
+    where it is the other one."""
     kernel = "sm90_bwd" if problem.direction == "bwd" else "sm90"
-    return kernel, _SM90_HEAD_DIMS[kernel](problem.head_dim)
+    head_dim, variant = _kernel_of(kernel, problem)
+    return kernel, _SM90_HEAD_DIMS[kernel](head_dim), variant.head_dim_v
 
 
 @functools.cache
-def _sm90_reasons(kernel: str, head_dim: int, arch: Arch) -> Mapping[Tile, str]:
-    """Enumerates.reasons for all problems of a head dimension: of the forward that takes a
+def _sm90_reasons(kernel: str, head_dim: int, head_dim_v: int, arch: Arch) -> Mapping[Tile, str]:
+    """Enumerates.reasons for all problems of these head dimensions: of the forward that takes a
     second."""
     direction = "bwd" if kernel == "sm90_bwd" else "fwd"
-    problem = Problem(1, 1, 1, 1, 1, head_dim, "bfloat16", direction=direction)
+    sizes = (1, 1, 1, 1, 1, head_dim)
+    problem = Problem(*sizes, "bfloat16", direction=direction, head_dim_v=head_dim_v or None)
     return {tile: "".join(tile.violations(arch, problem)[:1]) for tile in _sm90_grid(kernel)}
 
 

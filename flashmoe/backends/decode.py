@@ -11,6 +11,7 @@ from torch import Tensor
 from flashmoe import _extension
 from flashmoe.backends.base import Backend, Features, Run, lacking
 from flashmoe.backends.cuda import CudaBackend
+from flashmoe.backends.padding import run_padded
 from flashmoe.machine.device import Arch
 from flashmoe.spec.call import Call
 from flashmoe.spec.problem import Problem
@@ -31,7 +32,7 @@ class DecodeBackend(Backend):
 
     name = "decode"
     features: ClassVar[Features] = {
-        "fwd": frozenset({"window", "softcap", "alibi", "sink", "cache", "paged"})
+        "fwd": frozenset({"window", "softcap", "alibi", "sink", "head_dim_v", "cache", "paged"})
     }
 
     def __init__(self, cuda: CudaBackend) -> None:
@@ -115,9 +116,10 @@ class DecodeBackend(Backend):
             result: tuple[Tensor, Tensor] = _decode(*call[:4], *fixed, *call.terms, *call.sequences)
             return result
 
+        chosen = run if problem.layout == "dense" else run_cached
         if problem.terms:
-            return run_with_options
-        return run if problem.layout == "dense" else run_cached
+            chosen = run_with_options
+        return chosen if problem.head_dim_v is None else run_padded(chosen)
 
 
 def _rows(problem: Problem) -> int:
@@ -135,7 +137,7 @@ def _num_splits(tile: Tile, problem: Problem) -> int:
 def _instance_head_dim(problem: Problem) -> int:
     """The smallest head dimension that is compiled in and holds the problem's; 0 without one."""
     compiled = {head_dim for _, head_dim, _ in _extension.load().decode_instances}
-    return min((d for d in compiled if d >= problem.head_dim), default=0)
+    return min((d for d in compiled if d >= problem.padded_dim), default=0)
 
 
 def _listed(tiles: list[Tile]) -> str:

@@ -15,10 +15,10 @@ from flashmoe.spec.sequence import rows_of_keys, sequences_of
 
 
 def forward_of_each(call: Call, attend: Run) -> tuple[Tensor, Tensor]:
-    """out as q, and softmax_lse (heads_q, total_q) where q is packed, else (batch, heads_q,
-    seqlen_q). Rows of q in no sequence have out 0 and softmax_lse -inf."""
+    """out as q, with v's head_dim, and softmax_lse (heads_q, total_q) where q is packed, else
+    (batch, heads_q, seqlen_q). Rows of q in no sequence have out 0 and softmax_lse -inf."""
     q = call.q
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_zeros(*q.shape[:-1], call.v.shape[-1])
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     lse = torch.full(shape, float("-inf"), dtype=torch.float32, device=q.device)
     for index, rows, _, dense in each_sequence(call):

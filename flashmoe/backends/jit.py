@@ -161,9 +161,11 @@ def source(target: Target) -> str:
     """The translation unit; its headers are in KERNEL_SOURCES."""
     tile = target.tile
     values = {name: getattr(tile, name) for name in columns(tile.kernel)}
+    if target.variant.head_dim_v:
+        values["head_dim_v"] = target.variant.head_dim_v
     return _PREFIX + _SOURCES[tile.kernel].format(
         fields=fields.initializer(target.head_dim, values),
-        variant=variant.initializer(target.variant.names),
+        variant=variant.initializer(target.variant.flags),
         type=_CXX_TYPE[target.dtype],
     )
 

@@ -18,6 +18,7 @@ from flashmoe.backends.base import (
     matmul_dtype,
     reject_without_tiles,
 )
+from flashmoe.backends.padding import cut, padded_call
 from flashmoe.machine.device import Arch, arch
 from flashmoe.prediction import costs, kernels
 from flashmoe.spec.call import Call
@@ -41,7 +42,7 @@ _READ_BYTES = 16
 
 class SdpaBackend(Backend):
     name = "sdpa"
-    features: ClassVar[Features] = {"fwd": frozenset()}
+    features: ClassVar[Features] = {"fwd": frozenset({"head_dim_v"})}
 
     def unavailable(self, device: torch.device) -> str:
         return ""
@@ -83,6 +84,8 @@ class SdpaBackend(Backend):
 
 def attend_by_sdpa(call: Call, causal: bool) -> Tensor:
     """out, contiguous and differentiable. `causal` needs seqlen_q equal to seqlen_kv."""
+    if call.q.shape[-1] != call.v.shape[-1]:  # not all of its kernels take two
+        return cut(attend_by_sdpa(padded_call(call), causal), call.v.shape[-1])
     if call.q.numel() == 0:  # some of its kernels return no tensor then
         return call.q.contiguous() + (call.k.sum() + call.v.sum())
     attend = _on_cuda if call.q.is_cuda else _on_cpu

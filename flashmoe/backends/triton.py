@@ -23,6 +23,7 @@ from flashmoe.backends.base import (
     reject_illegal,
 )
 from flashmoe.backends.each import backward_of_each, forward_of_each
+from flashmoe.backends.padding import run_backward_padded
 from flashmoe.machine.device import Arch
 from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved, Terms
@@ -97,8 +98,8 @@ class TritonBackend(Backend):
     name = "triton"
     # Packed and cached ones are computed one sequence at a time.
     features: ClassVar[Features] = {
-        "fwd": frozenset({"window", *_TERMS, "packed", "cache", "paged"}),
-        "bwd": frozenset({"window", *_TERMS, "packed"}),
+        "fwd": frozenset({"window", "head_dim_v", *_TERMS, "packed", "cache", "paged"}),
+        "bwd": frozenset({"window", "head_dim_v", *_TERMS, "packed"}),
     }
 
     def unavailable(self, device: torch.device) -> str:
@@ -125,7 +126,7 @@ class TritonBackend(Backend):
         """Only where it was calibrated."""
         if tile is None or problem.direction != "fwd" or problem.layout != "dense":
             return None
-        head_dim = tiles.triton.triton_head_dim(problem.head_dim)
+        head_dim = tiles.triton.triton_head_dim(problem.padded_dim)
         return costs.tile_microseconds(tile, head_dim, problem, arch)
 
     def tiles(self, problem: Problem, arch: Arch) -> list[Tile]:
@@ -157,10 +158,12 @@ class TritonBackend(Backend):
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        q = empty(batch, problem.seqlen_q, problem.heads_q, problem.head_dim)
-        k, v = (
-            empty(batch, problem.seqlen_kv, problem.heads_kv, problem.head_dim) for _ in range(2)
+        is_forward = problem.direction == "fwd"
+        head_dims = (
+            (problem.head_dim, problem.value_dim) if is_forward else (problem.padded_dim,) * 2
         )
+        q = empty(batch, problem.seqlen_q, problem.heads_q, head_dims[0])
+        k, v = (empty(batch, problem.seqlen_kv, problem.heads_kv, d) for d in head_dims)
         of_heads = empty(problem.heads_q, dtype=torch.float32)
         terms = Terms(
             float("softcap" in problem.terms),
@@ -173,7 +176,7 @@ class TritonBackend(Backend):
             else None,
         )
         call = Call(q, k, v, float(problem.head_dim**-0.5), terms)
-        if problem.direction == "fwd":
+        if is_forward:
             attention_forward(call, problem.mask, **_options(tile), launch=False)
             return
         lse = empty(batch, problem.heads_q, problem.seqlen_q, dtype=torch.float32)
@@ -207,7 +210,8 @@ class TritonBackend(Backend):
         def run_packed(call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
             return backward_of_each(call, saved, run)
 
-        return run_packed if problem.layout == "packed" else run
+        chosen = run_packed if problem.layout == "packed" else run
+        return chosen if problem.head_dim_v is None else run_backward_padded(chosen)
 
 
 def _options(tile: Tile) -> dict[str, Any]:

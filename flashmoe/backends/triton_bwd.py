@@ -477,8 +477,10 @@ def _planned(kind: _Kind) -> _Planned:
     section_kv, section_q = 1, 1
     if mask.is_causal:
         # A program of the first pass reads Q and dO of a group of heads, one of the second K and V.
-        section_kv = heads_per_section(batch * heads_kv, 1, group * seqlen_q, head_dim, itemsize)
-        section_q = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, itemsize)
+        section_kv = heads_per_section(
+            batch * heads_kv, 1, group * seqlen_q, 2 * head_dim, itemsize
+        )
+        section_q = heads_per_section(batch * heads_q, group, seqlen_kv, 2 * head_dim, itemsize)
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
     # Triton 3.10 no longer fuses multiply and add unasked.
     options = {"enable_fp_fusion": True}

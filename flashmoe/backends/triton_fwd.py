@@ -262,10 +262,11 @@ def _attend(
     acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, end,
     seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, start_m, seed, offset,
     drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    IS_LOCAL: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
-    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, MASKED: tl.constexpr,
+    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin..end (a multiple of BLOCK_N apart) to the running softmax of a tile.
 
@@ -321,7 +322,7 @@ def _attend(
         row_max = new_max
         acc = acc * rescale[:, None]
         v = _load_tile(
-            v_base, batch, head_kv, start, stride_vn, seqlen_kv, offs_n, HEAD_DIM, BLOCK_D,
+            v_base, batch, head_kv, start, stride_vn, seqlen_kv, offs_n, HEAD_DIM_V, BLOCK_DV,
             BLOCK_N, MASKED and not EVEN_N, USE_TMA,
         )  # fmt: skip
         acc = _dot(probs.to(v.dtype), v, acc, PRECISION)
@@ -332,11 +333,12 @@ def _attend(
 def _attend_all(
     q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
     seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, start_m, seed,
-    offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn, HEAD_DIM:
-    tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL:
-    tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
-    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, MASK_ROWS:
-    tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr,
+    EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr,
+    DROPOUT: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The tile's output before normalization, its row sums and maxima, from all keys it sees, and
     from the sink, which they begin with."""
@@ -347,28 +349,28 @@ def _attend_all(
         unit = scale if CAREFUL and not (SOFTCAP or ALIBI or MASK == "added") else 1.0
         row_max = tl.zeros([BLOCK_M], tl.float32) + sink * LOG2_E / unit
         row_sum += tl.math.exp2(-shift)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if IS_LOCAL and MASK == "":
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-            begin, full_begin, seqlen_kv, level_key, window_left, window_right, scale,
-            softcap, slope, start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q,
-            stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
+            acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin,
+            full_begin, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+            start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn,
+            HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
             EVEN_N, SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, CAREFUL,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-        full_begin, full_end, seqlen_kv, level_key, window_left, window_right, scale,
-        softcap, slope, start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q,
-        stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, MASK != "",
-        EVEN_N, SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, CAREFUL,
+        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, full_begin,
+        full_end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, start_m,
+        seed, offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn, HEAD_DIM,
+        BLOCK_D, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, MASK != "", EVEN_N,
+        SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, CAREFUL,
     )  # fmt: skip
     if (CAUSAL or IS_LOCAL or not EVEN_N) and MASK == "":
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, batch, head_kv,
-            full_end, end, seqlen_kv, level_key, window_left, window_right, scale,
-            softcap, slope, start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q,
-            stride_mm, stride_mn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
+            full_end, end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope,
+            start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn,
+            HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, True,
             EVEN_N, SOFTCAP, ALIBI, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, CAREFUL,
         )  # fmt: skip
     return acc, row_sum, row_max
@@ -394,14 +396,13 @@ def _attend_all(
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, sinks_ptr, rng_ptr, mask_ptr, bounds_ptr,
     scale, softcap, drop_limit, drop_scale, stride_slopes, stride_mb, stride_mh, stride_mm,
-    stride_mn, bounds_b, bounds_h, bounds_m,
-    stride_qb, stride_qm, stride_qh, stride_kb,
-    stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, batch_heads, heads_q, group, seqlen_q,
-    seqlen_kv, heads_per_section, window_left, window_right, HEAD_DIM: tl.constexpr, BLOCK_D:
-    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, IS_LOCAL:
-    tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI:
-    tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, MASK_ROWS:
-    tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    stride_mn, bounds_b, bounds_h, bounds_m, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn,
+    stride_kh, stride_vb, stride_vn, stride_vh, batch_heads, heads_q, group, seqlen_q, seqlen_kv,
+    heads_per_section, window_left, window_right, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, IS_LOCAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     tile, batch_head = _tile_of_program(
@@ -438,8 +439,8 @@ def _attention_forward_kernel(
         q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end, end,
         seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink, start_m, seed,
         offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn, HEAD_DIM, BLOCK_D,
-        BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK, DROPOUT, MASK, MASK_ROWS,
-        USE_TMA, PRECISION, False,
+        HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK,
+        DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, False,
     )  # fmt: skip
     # What overflowed is not finite; a row that has seen no key keeps -inf as its maximum.
     lost = (row_max != float("-inf")) & ~(tl.abs(row_max) < COARSE_MAXIMUM)
@@ -449,8 +450,8 @@ def _attention_forward_kernel(
             q, k_base, v_base, stride_kn, stride_vn, batch, head_kv, begin, full_begin, full_end,
             end, seqlen_kv, level_key, window_left, window_right, scale, softcap, slope, sink,
             start_m, seed, offset, drop_head, drop_limit, mask_base, seqlen_q, stride_mm, stride_mn,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N, SOFTCAP, ALIBI, SINK,
-            DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, True,
+            HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, IS_LOCAL, EVEN_N,
+            SOFTCAP, ALIBI, SINK, DROPOUT, MASK, MASK_ROWS, USE_TMA, PRECISION, True,
         )  # fmt: skip
         row_max = row_max * (1.0 if SOFTCAP or ALIBI or MASK == "added" else scale)
         row_max += 0.0 if q.dtype == tl.float16 else CAREFUL_SHIFT
@@ -462,7 +463,9 @@ def _attention_forward_kernel(
     acc = acc / row_sum[:, None]
     if DROPOUT:
         acc = acc * drop_scale
-    _store_rows(out_ptr, acc, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM, BLOCK_D)
+    _store_rows(
+        out_ptr, acc, batch, head, start_m, heads_q, seqlen_q, offs_m, HEAD_DIM_V, BLOCK_DV
+    )  # fmt: skip
     lse_pointers = lse_ptr + batch_head.to(tl.int64) * seqlen_q + rows
     tl.store(lse_pointers, lse, mask=rows < seqlen_q)
 
@@ -495,9 +498,10 @@ def slope_stride(slopes: Tensor | None) -> int:
     return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
 
 
-def heads_per_section(heads: int, group: int, seqlen_kv: int, head_dim: int, itemsize: int) -> int:
-    """How many query heads (`group` of them read one head of K and V) run through L2 together."""
-    kv_bytes = max(1, 2 * seqlen_kv * head_dim * itemsize)
+def heads_per_section(heads: int, group: int, seqlen_kv: int, columns: int, itemsize: int) -> int:
+    """How many query heads (`group` of them read one head of K and V, which have so many columns
+    together) run through L2 together."""
+    kv_bytes = max(1, seqlen_kv * columns * itemsize)
     return min(heads, max(1, _L2_BUDGET_BYTES // kv_bytes) * group)
 
 
@@ -637,6 +641,7 @@ class _Kind(NamedTuple):
 
     q_shape: torch.Size
     kv_shape: torch.Size
+    head_dim_v: int
     q_strides: tuple[int, ...]
     k_strides: tuple[int, ...]
     v_strides: tuple[int, ...]
@@ -656,6 +661,7 @@ class _Kind(NamedTuple):
 class _Planned(NamedTuple):
     launch: Repeated
     block_d: int
+    block_dv: int
     bounds: MaskBounds | None
 
 
@@ -667,8 +673,9 @@ def _planned(kind: _Kind) -> _Planned:
     mask, group, itemsize = kind.mask, heads_q // heads_kv, kind.dtype.itemsize
     section = 1
     if mask.is_causal:
-        section = heads_per_section(batch * heads_q, group, seqlen_kv, head_dim, itemsize)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+        columns = head_dim + kind.head_dim_v
+        section = heads_per_section(batch * heads_q, group, seqlen_kv, columns, itemsize)
+    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, kind.head_dim_v))
     sizes = (batch, heads_q, seqlen_q, seqlen_kv)
     bounds = mask_bounds(kind.attn_mask, sizes, block_m, block_n)
     numbers = (
@@ -679,7 +686,8 @@ def _planned(kind: _Kind) -> _Planned:
         *window_limits(mask, seqlen_q, seqlen_kv),
     )  # fmt: skip
     constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "HEAD_DIM_V": kind.head_dim_v,
+        "BLOCK_DV": block_dv, "BLOCK_M": block_m, "BLOCK_N": block_n,
         "CAUSAL": mask.is_causal, "IS_LOCAL": mask.is_local,
         "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_kv % block_n == 0,
         "SOFTCAP": kind.softcap > 0, "ALIBI": kind.slopes is not None, "SINK": kind.has_sinks,
@@ -690,7 +698,7 @@ def _planned(kind: _Kind) -> _Planned:
     options = {"num_stages": num_stages, "num_warps": num_warps, "enable_fp_fusion": True}
     grid = triton.cdiv(seqlen_q, block_m) * batch * heads_q
     launch = Launch(_attention_forward_kernel, grid, numbers, constants, options)
-    return _Planned(Repeated(launch), block_d, bounds)
+    return _Planned(Repeated(launch), block_d, block_dv, bounds)
 
 
 def attention_forward(
@@ -707,15 +715,16 @@ def attention_forward(
     """softmax(softmax_scale * Q K^T) V, with the call's terms, and the natural log-sum-exp of every
     row of scores.
 
-    The last dimension of q, k and v is contiguous. Returns out (contiguous, as q) and softmax_lse
-    (batch, heads_q, seqlen_q) in float32; a row that sees no key has out 0 and lse -inf. A key that
-    no query sees is not read past its block_m x block_n tile; inside such a tile it is read, and
-    NaN or inf in V there spreads. use_tma reads K and V through the tensor memory accelerator,
-    where that can. Without `launch` the kernel is only compiled, and the results are not computed.
+    The last dimension of q, k and v is contiguous. Returns out (contiguous, as q, with v's
+    head_dim) and softmax_lse (batch, heads_q, seqlen_q) in float32; a row that sees no key has out
+    0 and lse -inf. A key that no query sees is not read past its block_m x block_n tile; inside
+    such a tile it is read, and NaN or inf in V there spreads. use_tma reads K and V through the
+    tensor memory accelerator, where that can. Without `launch` the kernel is only compiled, and the
+    results are not computed.
     """
     q, k, v, softmax_scale = call[:4]
     batch, seqlen_q, heads_q, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads_q, seqlen_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
@@ -727,15 +736,16 @@ def attention_forward(
         return out.zero_(), unseen if sinks is None else unseen.copy_(sinks[:, None])
     use_tma = use_tma and can_use_tma(k, v)
     kind = _Kind(
-        q.shape, k.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, softmax_scale,
-        softcap, None if slopes is None else slope_stride(slopes), sinks is not None, dropout_p,
-        MaskKind.of(attn_mask), mask, (block_m, block_n, num_stages, num_warps), use_tma,
+        q.shape, k.shape, v.shape[3], q.stride(), k.stride(), v.stride(), q.dtype, q.device,
+        softmax_scale, softcap, None if slopes is None else slope_stride(slopes),
+        sinks is not None, dropout_p, MaskKind.of(attn_mask), mask,
+        (block_m, block_n, num_stages, num_warps), use_tma,
     )  # fmt: skip
     planned = _planned(kind)
     tensors = (
         q,
         tma_descriptor(k, block_n, planned.block_d) if use_tma else k,
-        tma_descriptor(v, block_n, planned.block_d) if use_tma else v,
+        tma_descriptor(v, block_n, planned.block_dv) if use_tma else v,
         out,
         lse,
         lse if slopes is None else slopes,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashmoe.backends.base import Run
+from flashmoe.backends.padding import cut, padded
 from flashmoe.backends.sdpa import attend_by_sdpa
 from flashmoe.frontend import ops
 from flashmoe.frontend.eager import EagerAttention, PlainAttention
@@ -227,23 +227,20 @@ def _validated(
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With columns of 0 up to the one head_dim that kernels take, a multiple of 8: they add nothing
-    to a score, and are cut from out."""
-    head_dim = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
-    q, k, v = (
-        x if x.shape[-1] == head_dim else F.pad(x, (0, head_dim - x.shape[-1])) for x in (q, k, v)
-    )
+    """With columns of 0 up to the multiples of 8 that kernels take: they add nothing to a score,
+    and are cut from out."""
+    q, k, v = (padded(x, -(-x.shape[-1] // 8) * 8) for x in (q, k, v))
     return q, k, v
 
 
 def _is_padded(q: Tensor, v: Tensor) -> bool:
-    return q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 != 0
+    return q.shape[-1] % 8 != 0 or v.shape[-1] % 8 != 0
 
 
 def _cut(result: Result, head_dim: int) -> Result:
     if isinstance(result, Tensor):
-        return result[..., :head_dim].contiguous()
-    return result[0][..., :head_dim].contiguous(), *result[1:]
+        return cut(result, head_dim)
+    return cut(result[0], head_dim), *result[1:]
 
 
 def _asks_for_sdpa(asked: Asked, terms: Terms, sequences: Sequences) -> bool:

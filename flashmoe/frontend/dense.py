@@ -36,8 +36,7 @@ def flash_attn_func(
             256. Any strides; without a contiguous last dimension it is copied.
         k, v: (batch, seqlen_kv, heads_kv, head_dim), v's head_dim_v its own, at most 256; heads_q
             must be a multiple of heads_kv, and query head h uses head h // (heads_q // heads_kv).
-            Unless head_dim and head_dim_v are one multiple of 8, all three are copied, padded to
-            the next one.
+            What is no multiple of 8 is copied, padded to the next one.
         dropout_p: from 0 to less than 1: the probability that a weight becomes 0; the others are
             divided by 1 - dropout_p, which is rounded to a multiple of 2**-16. softmax_lse has none
             of it. Which ones, torch's generator of q's device decides.

@@ -63,7 +63,7 @@ class Training:
         return run
 
     def _number(self, backward: Plan, problem: Problem) -> float:
-        if not node.NODE_ON_GPUS or self._problem.terms or self._problem.layout != "dense":
+        if not node.NODE_ON_GPUS or self._problem.features - {"window"}:
             return 0.0
         plan = self._forward.plan
         forward = BACKENDS[plan.backend].handle(self._problem, plan.tile)

@@ -212,14 +212,14 @@ def _fake_append(
     return rotated, seqused_k.new_empty(seqused_k.shape)
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     # (batch, heads, seqlen), or (heads, total).
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+    return _fake_attention_without_lse(q, k, v), q.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_attention_without_lse(q: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape)
+def _fake_attention_without_lse(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 def _fake_attention_mask_backward(*arguments: Any) -> Tensor:

@@ -141,9 +141,9 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0, guard: in
         x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         return x.to(dtype)
 
-    def rows_of(batch: int, rows: int, heads: int, room: int = 0) -> Tensor:
+    def rows_of(batch: int, rows: int, heads: int, head_dim: int) -> Tensor:
         """(batch, rows, heads, head_dim), or (rows, heads, head_dim) without a batch."""
-        x = normal(max(batch, 1), rows + guard, heads, problem.head_dim)
+        x = normal(max(batch, 1), rows + guard, heads, head_dim)
         x[:, rows:] = float("nan")
         return x[:, :rows] if batch else x[0, :rows]
 
@@ -157,7 +157,8 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0, guard: in
     packed_q, packed_k = problem.layout.startswith("packed"), problem.layout == "packed"
     batch, heads_q, heads_kv = len(lengths), problem.heads_q, problem.heads_kv
     queries = (0, sum(seqlens_q)) if packed_q else (batch, problem.seqlen_q)
-    q, dout = (rows_of(*queries, heads_q) for _ in range(2))
+    head_dims = problem.head_dim, problem.value_dim
+    q, dout = (rows_of(*queries, heads_q, head_dim) for head_dim in head_dims)
     keys = (0, sum(seqlens_kv)) if packed_k else (batch, problem.seqlen_kv)
     sequences = Sequences()
     if packed_q:
@@ -174,7 +175,7 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0, guard: in
         k, v, table = _pages(seqlens_kv, problem, normal, rng)
         sequences = sequences._replace(block_table=table)
     else:
-        k, v = (rows_of(*keys, heads_kv) for _ in range(2))
+        k, v = (rows_of(*keys, heads_kv, head_dim) for head_dim in head_dims)
         if problem.layout.endswith("cache"):
             for index, used in enumerate(seqlens_kv):
                 k[index, used:] = v[index, used:] = float("nan")
@@ -223,13 +224,16 @@ def _sums(lengths: list[int]) -> list[int]:
 def _pages(
     used: list[int], problem: Problem, normal: Callable[..., Tensor], rng: random.Random
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v (num_pages, PAGE_SIZE, heads_kv, head_dim) in no order, the last page being of no
-    sequence, and the block table."""
+    """k and v (num_pages, PAGE_SIZE, heads_kv, head_dim or head_dim_v) in no order, the last page
+    being of no sequence, and the block table."""
     columns = max(-(-problem.seqlen_kv // PAGE_SIZE), 1)
     needed = [-(-length // PAGE_SIZE) for length in used]
     order = list(range(sum(needed)))
     rng.shuffle(order)
-    k, v = (normal(len(order) + 1, PAGE_SIZE, problem.heads_kv, problem.head_dim) for _ in range(2))
+    k, v = (
+        normal(len(order) + 1, PAGE_SIZE, problem.heads_kv, head_dim)
+        for head_dim in (problem.head_dim, problem.value_dim)
+    )
     rows, taken = [], iter(order)
     for length, count in zip(used, needed, strict=True):
         pages = [next(taken) for _ in range(count)]

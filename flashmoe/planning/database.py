@@ -1,6 +1,6 @@
 """The tuned database: which plan won for each problem bucket, in one JSON file per device model.
 
-A bucket (Problem.bucket) is exact in direction, dtype, mask, head_dim and group size; batch *
+A bucket (Problem.bucket) is exact in direction, dtype, mask, head_dims and group size; batch *
 heads_q, seqlen_q and seqlen_kv are rounded up to powers of two.
 """
 
@@ -180,8 +180,8 @@ def _neighbours(
 
 
 def nearest(entries: Mapping[str, Entry], problem: Problem) -> list[Entry]:
-    """Entries of the same direction, dtype and head_dim, the nearest bucket first: what a search
-    may try first."""
+    """Entries of the same direction, dtype and head dimensions, the nearest bucket first: what a
+    search may try first."""
 
     def steps(entry: Entry) -> float:
         here, there = problem.bucket_sizes, entry.problem.bucket_sizes
@@ -198,7 +198,7 @@ def nearest(entries: Mapping[str, Entry], problem: Problem) -> list[Entry]:
         for entry in entries.values()
         if entry.problem.direction == problem.direction
         and entry.problem.dtype == problem.dtype
-        and entry.problem.head_dim == problem.head_dim
+        and entry.problem.dims == problem.dims
     ]
     return sorted(related, key=steps)
 

@@ -161,7 +161,7 @@ def sdpa_microseconds(problem: Problem, arch: Arch) -> dict[str, float]:
     if known is None or problem.direction != "fwd" or problem.dtype == "float32":
         return {}
     named = {
-        kernel: (work, known.named(kernels.sdpa_name(kernel, problem.head_dim)))
+        kernel: (work, known.named(kernels.sdpa_name(kernel, problem.padded_dim)))
         for kernel, work in kernels.sdpa_works(problem, arch.sm_count).items()
     }
     return {kernel: microseconds(work, costs) for kernel, (work, costs) in named.items() if costs}

@@ -62,7 +62,7 @@ def sdpa_works(problem: Problem, sm_count: int) -> dict[str, Work]:
     than were measured, and other kernels, there are none."""
     if problem.seqlen_q < _FEWEST_QUERIES:
         return {}
-    wide, long = problem.head_dim > 64, problem.head_dim > 128
+    wide, long = problem.padded_dim > 64, problem.padded_dim > 128
     chosen = tiled_work(problem, sm_count, 128, 64 if long else 128)
     block_n = 64 if long else 128 if wide else 256
     few = tiled_work(problem, sm_count, 64, block_n, per_sm=2)

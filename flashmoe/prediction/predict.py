@@ -147,7 +147,7 @@ def tiled_work(
         masked=not problem.mask.is_full,
         ahead=ahead,
         idle=idle,
-        ragged=problem.head_dim % _ALIGNED != 0,
+        ragged=any(d % _ALIGNED for d in (problem.head_dim, problem.value_dim)),
         nbytes=problem.bytes,
     )
 

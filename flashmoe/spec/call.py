@@ -39,8 +39,8 @@ DENSE = Sequences()
 
 
 class Call(NamedTuple):
-    """q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv, heads_kv, head_dim), or as
-    `sequences` says, with any strides."""
+    """q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_kv, heads_kv, head_dim), v the same
+    of a head_dim_v, or as `sequences` says, with any strides."""
 
     q: Tensor
     k: Tensor

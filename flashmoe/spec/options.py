@@ -74,6 +74,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "seqlen": {"type": whole, "metavar": "N", "help": "length of the queries"},
     "seqlen_kv": {"type": whole, "metavar": "N", "help": "length of the keys; of a cache its room"},
     "head_dim": {"type": _head_dim, "metavar": "N"},
+    "head_dim_v": {"type": _head_dim, "metavar": "N", "help": "of v and out (default: --head-dim)"},
     "dtype": {"choices": tuple(DTYPE_BYTES)},
     "causal": {"action": argparse.BooleanOptionalAction},
     "window": {"type": parse_window, "metavar": "LEFT,RIGHT", "help": _WINDOW_HELP},
@@ -149,8 +150,10 @@ def problems_of(given: Mapping[str, Any], device_type: str) -> tuple[Problem, ..
             terms=tuple(term for name, term in _TERMS.items() if option.get(name)),
             layout=layout,
             lengths=lengths,
+            head_dim_v=option.get("head_dim_v"),
         )
     except ValueError as error:
-        raise ValueError(f"--{str(error).replace('head_dim', 'head-dim', 1)}") from None
+        text = str(error).replace("head_dim_v", "head-dim-v", 1).replace("head_dim", "head-dim", 1)
+        raise ValueError(f"--{text}") from None
     chosen = DIRECTIONS if direction == BOTH else (direction,)
     return tuple(replace(forward, direction=each) for each in chosen)

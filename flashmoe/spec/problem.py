@@ -35,9 +35,9 @@ def _require_integer(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One attention problem: q (batch, seqlen_q, heads_q, head_dim), k and v (batch, seqlen_kv,
-    heads_kv, head_dim). `mask` says which keys a query sees; limits that hide nothing are dropped.
-    `terms` are some of TERMS.
+    """One attention problem: q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_kv, heads_kv,
+    head_dim) and v the same of `value_dim`: head_dim_v, which is None where it is head_dim. `mask`
+    says which keys a query sees; limits that hide nothing are dropped. `terms` are some of TERMS.
 
     Where `layout` is not dense, batch counts the sequences, and seqlen_q and seqlen_kv are upper
     bounds of their lengths. Packed sizes, which differ from call to call, are rounded up to powers
@@ -60,6 +60,7 @@ class Problem:
     terms: tuple[str, ...] = ()
     layout: str = "dense"
     lengths: tuple[tuple[int, int, int], ...] = ()
+    head_dim_v: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "seqlen_q", "seqlen_kv", "head_dim"):
@@ -70,10 +71,15 @@ class Problem:
             raise ValueError(
                 f"heads_q must be a multiple of heads_kv ({self.heads_kv}), got {self.heads_q}"
             )
-        if self.head_dim % 8 or not 8 <= self.head_dim <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"head_dim must be a multiple of 8 and at most {MAX_HEAD_DIM}, got {self.head_dim}"
-            )
+        for name in ("head_dim", "head_dim_v"):
+            size = getattr(self, name)
+            if name == "head_dim_v" and size is None:
+                continue
+            _require_integer(name, size, 0)
+            if size % 8 or not 8 <= size <= MAX_HEAD_DIM:
+                raise ValueError(
+                    f"{name} must be a multiple of 8 and at most {MAX_HEAD_DIM}, got {size}"
+                )
         if not isinstance(self.mask, Mask):
             raise ValueError(f"mask must be a Mask, got {self.mask!r}")
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
@@ -91,6 +97,8 @@ class Problem:
                 f"terms must not have mask unless layout is dense, got {self.layout!r}"
             )
         # One problem has one spelling.
+        if self.head_dim_v == self.head_dim:
+            object.__setattr__(self, "head_dim_v", None)
         object.__setattr__(self, "terms", tuple(t for t in TERMS if t in self.terms))
         if self.layout.startswith("packed"):
             rounded = ("batch", "seqlen_q", "seqlen_kv")
@@ -149,14 +157,33 @@ class Problem:
             direction=direction,
             terms=call.terms.names,
             layout=sequences.layout,
+            head_dim_v=call.v.shape[-1],
         )
 
     @property
     def features(self) -> frozenset[str]:
         """What a kernel must have beyond full and causal attention of equal head counts."""
         window = {"window"} if self.mask.is_local else set()
+        own_dim = set() if self.head_dim_v is None else {"head_dim_v"}
         layout = set(self.layout.split("-")) - {"dense"}
-        return frozenset(window | layout | set(self.terms))
+        return frozenset(window | own_dim | layout | set(self.terms))
+
+    @property
+    def value_dim(self) -> int:
+        """The head_dim of v and out."""
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+    @property
+    def padded_dim(self) -> int:
+        """The one head_dim that kernels without a head_dim_v run it with."""
+        return max(self.head_dim, self.value_dim)
+
+    @property
+    def dims(self) -> str:
+        """`192`, or `192v128`."""
+        return (
+            f"{self.head_dim}" if self.head_dim_v is None else f"{self.head_dim}v{self.value_dim}"
+        )
 
     @property
     def kind(self) -> str:
@@ -176,30 +203,28 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """4 * head_dim for each visible (query, key) pair of each query head; backward 2.5 times
-        that."""
-        each = 4 if self.direction == "fwd" else 10
+        """Of each visible (query, key) pair of each query head, 2 for every product: head_dim in
+        Q K^T and value_dim in P V; backward head_dim in three matmuls and value_dim in two."""
+        of_k, of_v = (2, 2) if self.direction == "fwd" else (6, 4)
         pairs = sum(count * self.mask.pairs(q, k) for q, k, count in self.histogram)
-        return each * self.heads_q * pairs * self.head_dim
+        return self.heads_q * pairs * (of_k * self.head_dim + of_v * self.value_dim)
 
     @property
     def bytes(self) -> float:
         """Bytes of device memory traffic when each tensor is read or written once."""
         size = DTYPE_BYTES[self.dtype]
         rows, keys = (sum(x[i] * x[2] for x in self.histogram) for i in (0, 1))
-        q = float(rows * self.heads_q * self.head_dim * size)
-        kv = float(keys * self.heads_kv * self.head_dim * size)
+        columns = self.head_dim + self.value_dim  # q and out, k and v; and their gradients
+        both = float(size * columns * (rows * self.heads_q + keys * self.heads_kv))
         lse = 4.0 * rows * self.heads_q
-        if self.direction == "fwd":
-            return 2 * q + 2 * kv + lse  # q, out; k, v
-        return 4 * q + 4 * kv + lse  # q, out, dout, dq; k, v, dk, dv
+        return (both if self.direction == "fwd" else 2 * both) + lse
 
     @property
     def bucket(self) -> str:
         """The key under which tuned results are stored.
 
-        Exact in direction, dtype, mask, head_dim and group size; batch * heads_q, seqlen_q and
-        seqlen_kv rounded up to a power of two.
+        Exact in direction, dtype, mask, head dimensions and group size; batch * heads_q, seqlen_q
+        and seqlen_kv rounded up to a power of two.
         """
         return "-".join([self.bucket_kind, *(f"{a}{n}" for a, n in self.bucket_sizes.items())])
 
@@ -207,7 +232,7 @@ class Problem:
     def bucket_kind(self) -> str:
         """The part of the bucket that is exact."""
         group = self.heads_q // self.heads_kv
-        return f"{self.direction}-{self.dtype}-{self.kind}-d{self.head_dim}-g{group}"
+        return f"{self.direction}-{self.dtype}-{self.kind}-d{self.dims}-g{group}"
 
     @property
     def bucket_sizes(self) -> dict[str, int]:
@@ -232,13 +257,11 @@ class Problem:
         if self.lengths:
             rows, keys = (sum(x[i] * x[2] for x in self.lengths) for i in (0, 1))
             kind += f" of {rows}x{keys}"
-        return (
-            f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.head_dim} {self.dtype}{kind}"
-        )
+        return f"{self.direction} b{self.batch} h{heads} s{seqlen} d{self.dims} {self.dtype}{kind}"
 
     def to_json(self) -> dict[str, Any]:
         """Its fields; the mask as `causal`, and `window` [left, right] where it is neither full nor
-        causal; terms, layout and lengths only where there are any."""
+        causal; terms, layout, lengths and head_dim_v only where there are any."""
         data = dataclasses.asdict(self) | {"causal": self.mask.is_causal}
         if self.mask.is_local:
             data["window"] = [self.mask.left, self.mask.right]
@@ -250,6 +273,8 @@ class Problem:
         data["lengths"] = [list(each) for each in self.lengths]
         if not self.lengths:
             del data["lengths"]
+        if self.head_dim_v is None:
+            del data["head_dim_v"]
         return data
 
     @classmethod

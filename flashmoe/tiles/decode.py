@@ -55,7 +55,7 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     if tile.ctas_per_sm < 1 or tile.num_warps * tile.ctas_per_sm > 32:
         yield f"ctas_per_sm must be from 1 to 32 / num_warps, got {tile.ctas_per_sm}"
         return
-    head_dim = next(d for d in DECODE_HEAD_DIMS if d >= problem.head_dim)
+    head_dim = next(d for d in DECODE_HEAD_DIMS if d >= problem.padded_dim)
     smem = decode_smem_bytes(tile, head_dim)
     if smem > arch.smem_per_block:
         yield f"shared memory of {smem} bytes exceeds the {arch.smem_per_block} of {arch.name}"

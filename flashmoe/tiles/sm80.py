@@ -44,7 +44,7 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield f"block_n must be a multiple of 16 from 16 to 256, got {tile.block_n}"
     if not 1 <= tile.num_stages <= 4:
         yield f"num_stages must be from 1 to 4, got {tile.num_stages}"
-    head_dim = instance_head_dim(problem.head_dim)
+    head_dim = instance_head_dim(problem.padded_dim)
     smem = sm80_smem_bytes(tile, head_dim)
     if smem > arch.smem_per_block:
         yield f"shared memory of {smem} bytes exceeds the {arch.smem_per_block} of {arch.name}"

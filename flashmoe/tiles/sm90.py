@@ -26,11 +26,17 @@ def sm90_head_dim(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
-def sm90_smem_bytes(tile: Tile, head_dim: int) -> int:
-    """Shared memory of the sm90 kernel: q_stages buffers of Q, num_stages each of K and V, 16-bit
-    in panels of 64 columns, and what its warps tell each other."""
-    row = 128 * -(-head_dim // 64)
-    return 512 + row * (tile.block_m * tile.q_stages + 2 * tile.block_n * tile.num_stages)
+def sm90_smem_bytes(tile: Tile, head_dim: int, head_dim_v: int = 0) -> int:
+    """Shared memory of the sm90 kernel: q_stages buffers of Q (of O, where that is wider and leaves
+    through one), num_stages each of K and V, 16-bit in panels of 64 columns, and what its warps
+    tell each other. head_dim_v: 0 where it is head_dim."""
+    k_row, v_row = (128 * -(-d // 64) for d in (head_dim, head_dim_v or head_dim))
+    q_row = max(k_row, v_row) if tile.q_stages > 1 else k_row
+    return (
+        512
+        + q_row * tile.block_m * tile.q_stages
+        + (k_row + v_row) * tile.block_n * tile.num_stages
+    )
 
 
 def sm90_entry_registers(tile: Tile) -> int:
@@ -38,11 +44,13 @@ def sm90_entry_registers(tile: Tile) -> int:
     return min(65536 // (128 * (tile.block_m // 64 + 1) * tile.ctas_per_sm) // 8 * 8, 255)
 
 
-def sm90_registers(tile: Tile, head_dim: int) -> tuple[int, int]:
+def sm90_registers(tile: Tile, head_dim: int, head_dim_v: int = 0) -> tuple[int, int]:
     """Registers that a consumer thread of the sm90 kernel needs for O, S, P beside it, Q where it
-    is kept there, and the rest; and those that setmaxnreg gives it."""
-    needed = head_dim // 2 + tile.block_n // 2 + (0 if tile.serial else tile.block_n // 4)
-    long_rows, two_buffers = head_dim > 128, tile.q_stages > 1
+    is kept there, and the rest; and those that setmaxnreg gives it. head_dim_v: 0 where it is
+    head_dim."""
+    columns = head_dim_v or head_dim
+    needed = columns // 2 + tile.block_n // 2 + (0 if tile.serial else tile.block_n // 4)
+    long_rows, two_buffers = columns > 128, tile.q_stages > 1
     more = bool(tile.exp2_fma or long_rows or two_buffers) + (long_rows and two_buffers)
     needed += _OTHER_REGISTERS + more * _MORE_REGISTERS
     if tile.q_in_registers:
@@ -80,23 +88,23 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield f"block_n must be a multiple of 16 from 32 to 256, got {tile.block_n}"
     if not bounded:
         return
-    head_dim = sm90_head_dim(problem.head_dim)
+    head_dim, head_dim_v = map(sm90_head_dim, (problem.head_dim, problem.value_dim))
     # P and Q are of one size then, and ptxas 13.0 gives them the same registers: every tile of keys
     # but the first was wrong (ptxas 13.5 does not).
     if tile.serial and tile.q_in_registers and tile.block_n == head_dim:
         yield f"serial with Q in registers needs block_n other than head_dim {head_dim}"
-    smem = sm90_smem_bytes(tile, head_dim)
+    smem = sm90_smem_bytes(tile, head_dim, head_dim_v)
     # Each resident block takes 1 KiB besides, of which smem_per_block leaves room for one.
     limit = (arch.smem_per_block + 1024) // tile.ctas_per_sm - 1024
     if smem > limit:
         each = " each" if tile.ctas_per_sm > 1 else ""
         yield f"shared memory of {smem} bytes{each} exceeds the {limit} of {arch.name}"
-    columns, entry = max(head_dim, tile.block_n), sm90_entry_registers(tile)
+    columns, entry = max(head_dim_v, tile.block_n), sm90_entry_registers(tile)
     if columns // 2 + _WGMMA_REGISTERS > entry:
         yield (
             f"registers: a wgmma of {columns} columns needs {columns // 2 + _WGMMA_REGISTERS}, and "
             f"a thread starts with {entry}"
         )
-    needed, given = sm90_registers(tile, head_dim)
+    needed, given = sm90_registers(tile, head_dim, head_dim_v)
     if needed > given:
         yield f"registers: a thread needs {needed}, and {given} are there without spills"

@@ -39,7 +39,7 @@ def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
         yield "the sm90_bwd kernel has no forward"
     if problem.dtype not in ("float16", "bfloat16"):
         yield f"dtype must be float16 or bfloat16 for the sm90_bwd kernel, got {problem.dtype}"
-    head_dim = sm90_bwd_head_dim(problem.head_dim)
+    head_dim = sm90_bwd_head_dim(problem.padded_dim)
     block_m = 128 if head_dim == 64 else 64
     if tile.block_m != block_m:
         yield f"block_m must be {block_m} at head_dim {head_dim}, got {tile.block_m}"

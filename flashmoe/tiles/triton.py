@@ -26,11 +26,14 @@ def triton_smem_bytes(tile: Tile, problem: Problem) -> int:
     Q and dO) and num_stages buffers of the other two with their statistics, unpipelined with one
     more where there is no wgmma; of a mask num_stages buffers, as if it were float32; and
     scratch."""
-    row = DTYPE_BYTES[problem.dtype] * triton_head_dim(problem.head_dim)
+    k_row, v_row, row = (
+        DTYPE_BYTES[problem.dtype] * triton_head_dim(d)
+        for d in (problem.head_dim, problem.value_dim, problem.padded_dim)
+    )
     m, n, stages = tile.block_m, tile.block_n, tile.num_stages
     mask = 4 * m * n * stages if "mask" in problem.terms else 0
     if problem.direction == "fwd":
-        return row * (m + 2 * stages * n) + mask + 1024
+        return k_row * m + (k_row + v_row) * stages * n + mask + 1024
     buffers = 2 * stages + (stages == 1)
     return row * (2 * n + buffers * m) + 8 * stages * m + mask + 1024
 
@@ -38,11 +41,11 @@ def triton_smem_bytes(tile: Tile, problem: Problem) -> int:
 def triton_registers(tile: Tile, problem: Problem) -> float:
     """Registers of a thread that the triton kernels' large fragments take: forward O, and S with P
     in half its width; backward dK, dV, S, dP and what is visited."""
-    head_dim = triton_head_dim(problem.head_dim)
     m, n = tile.block_m, tile.block_n
     if problem.direction == "fwd":
-        elements = m * (head_dim + 1.5 * n)
+        elements = m * (triton_head_dim(problem.value_dim) + 1.5 * n)
     else:
+        head_dim = triton_head_dim(problem.padded_dim)
         elements = 2.0 * n * head_dim + 2.0 * m * n + m * head_dim
     return elements / (32 * tile.num_warps)
 

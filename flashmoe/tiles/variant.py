@@ -1,9 +1,10 @@
 """What a CUDA kernel is compiled for besides the plain dense call. csrc/common/variant.h has the
-same fields (a test compares them). It imports nothing of flashmoe, because csrc/build_config.py
+same fields but for head_dim_v, which is the tile's (a test compares them). It imports nothing of flashmoe, because csrc/build_config.py
 reads it where nothing is installed yet."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 class Variant:
     """local: any window; without, a kernel computes full and causal attention. deterministic: a
     backward's dQ is the same bits every time. whole: a backward's thread block has all keys of a
-    head, and its dQ is, too. packed: lengths are read on the device. The others:
-    terms of that name."""
+    head, and its dQ is, too. packed: lengths are read on the device. head_dim_v: the columns of V
+    and O that a forward is compiled for, where V has a head_dim of its own; 0 where it has not. The
+    others: terms of that name."""
 
     local: bool = False
     deterministic: bool = False
@@ -28,22 +30,41 @@ class Variant:
     mask: bool = False
     whole: bool = False
     packed: bool = False
+    head_dim_v: int = 0
 
     @classmethod
     def of(cls, problem: Problem) -> Variant:
-        """The one that computes a problem. To a backward sinks are a part of softmax_lse."""
-        terms = {x: True for x in problem.terms if x != "sink" or problem.direction == "fwd"}
-        return cls(local=problem.mask.is_local, packed=problem.layout == "packed", **terms)
+        """The one that computes a problem. To a backward sinks are a part of softmax_lse, and V is
+        padded to the head_dim of K, or K to V's."""
+        is_forward = problem.direction == "fwd"
+        terms = {x: True for x in problem.terms if x != "sink" or is_forward}
+        own_dim = problem.head_dim_v or 0
+        return cls(
+            local=problem.mask.is_local,
+            packed=problem.layout == "packed",
+            head_dim_v=-(-own_dim // 16) * 16 if is_forward else 0,
+            **terms,
+        )
 
     @classmethod
     def named(cls, names: Iterable[str]) -> Variant:
         """The inverse of names. Raises TypeError for one that is unknown."""
-        return cls(**dict.fromkeys(names, True))
+        flags = dict.fromkeys(names, True)
+        head_dim_v = 0
+        for name in [name for name in flags if re.fullmatch(r"v\d+", name)]:
+            head_dim_v = int(name[1:])
+            del flags[name]
+        return cls(head_dim_v=head_dim_v, **flags)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The FLAGS that are set."""
+        return tuple(name for name in FLAGS if getattr(self, name))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The fields that are set, as lists of instances spell a variant."""
-        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+        """As lists of instances spell a variant: flags, then head_dim_v as `v128`."""
+        return (*self.flags, *((f"v{self.head_dim_v}",) if self.head_dim_v else ()))
 
 
 PLAIN = Variant()
@@ -60,6 +81,8 @@ COMPILED: dict[str, tuple[str, ...]] = {
         *("local", "deterministic", "softcap", "alibi", "dropout", "mask", "whole", "packed"),
     ),
 }
+# Families of which a line may end in a head_dim of V's own, as v128.
+OWN_HEAD_DIM_V = ("sm90",)
 # Those that a general kernel, of which some head dimensions have one, decides at run time. All
 # others have what their line names, and no more.
 RUNTIME = {"sm80": ("local", "softcap", "alibi", "sink", "dropout")}

@@ -36,7 +36,7 @@ _MOST_ROWS = 200
 # what its variant is for.
 _SYMBOLS = {
     "sm80": r"Sm80TileI((?:Li\d+E)+)E",
-    "sm90": r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*__",
+    "sm90": r"fwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*?(?:_v(?P<v>\d+))?__",
     "sm90_bwd": r"bwd_sm90_(\d+(?:_\d+)+)(?:_[a-z]+)*_attention_backward__",
     "decode": r"DecodeTileI((?:Li\d+E)+)E",
 }
@@ -125,7 +125,8 @@ def dynamic_shared(name: str) -> int:
         if match := spelled.search(name):
             head_dim, *shape = map(int, re.findall(r"\d+", match[1]))
             values: dict[str, Any] = dict(zip(fields, shape, strict=False))
-            return _SMEM_BYTES[kernel](Tile(kernel, **values), head_dim)
+            own_dim = [int(match["v"])] if match.groupdict().get("v") else []
+            return _SMEM_BYTES[kernel](Tile(kernel, **values), head_dim, *own_dim)
     return 0
 
 

@@ -16,13 +16,15 @@ from flashmoe.spec.problem import DTYPE_BYTES, LAYOUTS, TERMS, Problem
 DIRECTIONS = {"fwd": ("fwd",), "bwd": ("bwd",), "fwdbwd": ("fwd", "bwd")}
 _WORDS = {"fwd": "forward", "bwd": "backward", "fwdbwd": "training"}
 NAME_FORM = (
-    f"({'|'.join(DIRECTIONS)})-bBATCH-hHEADS[kKV_HEADS]-sSEQLEN[xSEQLEN_KV]-dHEAD_DIM-DTYPE"
+    f"({'|'.join(DIRECTIONS)})-bBATCH-hHEADS[kKV_HEADS]-sSEQLEN[xSEQLEN_KV]-dHEAD_DIM[vHEAD_DIM_V]"
+    "-DTYPE"
     f"[-causal|-window-LEFT-RIGHT]{''.join(f'[-{term}]' for term in TERMS)}"
     f"[-{'|-'.join(LAYOUTS[1:])}]"
 )
 _NAME = re.compile(
     rf"(?P<mode>{'|'.join(DIRECTIONS)})-b(?P<batch>\d+)-h(?P<heads_q>\d+)(?:k(?P<heads_kv>\d+))?"
     r"-s(?P<seqlen_q>\d+)(?:x(?P<seqlen_kv>\d+))?-d(?P<head_dim>\d+)"
+    r"(?:v(?P<head_dim_v>\d+))?"
     rf"-(?P<dtype>{'|'.join(DTYPE_BYTES)})(?:-(?P<mask>causal|window-\w+-\w+))?"
     rf"(?P<terms>{''.join(f'(?:-{term})?' for term in TERMS)})"
     rf"(?:-(?P<layout>{'|'.join(LAYOUTS[1:])}))?"
@@ -62,7 +64,7 @@ class Case:
         p = self.problem
         heads = f"h{p.heads_q}" + (f"k{p.heads_kv}" if p.heads_kv != p.heads_q else "")
         seqlen = f"s{p.seqlen_q}" + (f"x{p.seqlen_kv}" if p.seqlen_kv != p.seqlen_q else "")
-        sizes = "-".join((self.mode, f"b{p.batch}", heads, seqlen, f"d{p.head_dim}", p.dtype))
+        sizes = "-".join((self.mode, f"b{p.batch}", heads, seqlen, f"d{p.dims}", p.dtype))
         return f"{sizes}-{p.kind}".replace("-full", "")
 
     @property
@@ -72,6 +74,8 @@ class Case:
         p = self.problem
         decoded = p.seqlen_q < _DECODED < p.seqlen_kv and not self.backward
         features = [name for name in (*LAYOUTS, "window", *TERMS) if name in p.features - {"cache"}]
+        if p.head_dim_v is not None:
+            features.append("head_dim_v")
         return ", ".join(("decode" if decoded else _WORDS[self.mode], *features))
 
     @property
@@ -135,6 +139,7 @@ def parse(name: str) -> Case:
             parse_mask(match["mask"] or "full"),
             terms=tuple(match["terms"].split("-")[1:]),
             layout=match["layout"] or "dense",
+            head_dim_v=n.get("head_dim_v"),
         )
         if (problem.batch, problem.seqlen_q) != (n["batch"], n["seqlen_q"]):
             raise ValueError("batch and seqlen_q must be powers of two where they are packed")

@@ -128,7 +128,7 @@ def test_the_line_that_compiles_winners_in_does_so(
     line = blocks(text, "sh")[0].replace("python", sys.executable, 1)
     subprocess.run(["sh", "-euc", line], check=True, capture_output=True)
     listed = (tmp_path / "csrc" / "instances" / f"{tile.kernel}.txt").read_text(encoding="utf-8")
-    assert instances.line(instances.head_dim_of(tile.kernel, 120), tile) in listed.splitlines()
+    assert instances.line_of(PROBLEM, tile) in listed.splitlines()
 
 
 @pytest.mark.parametrize(

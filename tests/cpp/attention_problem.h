@@ -25,12 +25,15 @@ struct Problem {
   float softcap;
   bool alibi, sink, masked;
   float dropout_p = 0;
+  int head_dim_v = 0;  // 0: head_dim
 
+  int value_dim() const { return head_dim_v > 0 ? head_dim_v : head_dim; }
   std::string text() const {
     std::string text;
     for (const int n : {batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim}) {
       text += std::to_string(n) + " ";
     }
+    if (head_dim_v > 0) text += "head_dim_v " + std::to_string(head_dim_v) + " ";
     text += "window " + std::to_string(mask.left) + " " + std::to_string(mask.right);
     if (softcap > 0) text += ", softcap " + std::to_string(softcap);
     if (dropout_p > 0) text += ", dropout " + std::to_string(dropout_p);
@@ -139,12 +142,12 @@ class RandomTerms {
   }
 
   Terms get() const {
-    return {softcap_,
-            reinterpret_cast<const float*>(slopes_.size() ? slopes_.data() : nullptr),
+    return {reinterpret_cast<const float*>(slopes_.size() ? slopes_.data() : nullptr),
             by_batch_,
             reinterpret_cast<const float*>(sinks_.size() ? sinks_.data() : nullptr),
             reinterpret_cast<const long long*>(rng_state_.size() ? rng_state_.data() : nullptr),
             dropout_limit_,
+            softcap_,
             {}};
   }
 
@@ -199,9 +202,9 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
       return where + ": softmax_lse " + std::to_string(lse[r]) + ", not " +
              std::to_string(want.lse[r]);
     }
-    for (int d = 0; d < q.head_dim; ++d) {
-      const double got = out.get(b, i, h, d), wanted = want.out[r * q.head_dim + d];
-      const double summed = summands.out[r * q.head_dim + d];
+    for (int d = 0; d < v.head_dim; ++d) {
+      const double got = out.get(b, i, h, d), wanted = want.out[r * v.head_dim + d];
+      const double summed = summands.out[r * v.head_dim + d];
       // Scores as low as a mask may make them are rounded by their magnitude.
       const double rounding = terms.attn_mask.is_given() ? std::fabs(want.lse[r]) * 0x1p-23 : 0;
       const double error = unit + cap_error(terms) + std::min(rounding, 1e-2);
@@ -219,12 +222,13 @@ inline std::string compare(Tensor& q, Tensor& k, Tensor& v, Tensor& out,
 }
 
 // Shapes around a tile's, where blocks of rows see all, some or none of the keys; with windows and
-// terms where the variant has them.
+// terms where the variant has them. `head_dim_v`: the tile's, 0 where it has none of its own.
 inline Problem random_problem(int head_dim, int block_m, int block_n, Variant variant,
-                              std::mt19937_64& random) {
+                              std::mt19937_64& random, int head_dim_v = 0) {
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
   Problem x;
   x.head_dim = head_dim - 8 * below(3);
+  if (head_dim_v > 0) x.head_dim_v = head_dim_v - 8 * below(std::min(3, head_dim_v / 8));
   x.batch = 1 + below(2);
   x.heads_kv = 1 + below(2);
   x.heads_q = x.heads_kv * (1 + below(2));
@@ -290,8 +294,8 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
   const int pad = aligned ? 8 : 5;
   Tensor q(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, pad, heads_first);
   Tensor k(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, pad, heads_first);
-  Tensor v(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.head_dim, pad, !heads_first);
-  Tensor out(dtype, x.batch, x.seqlen_q, x.heads_q, x.head_dim, 8, heads_first);
+  Tensor v(dtype, x.batch, x.seqlen_kv, x.heads_kv, x.value_dim(), pad, !heads_first);
+  Tensor out(dtype, x.batch, x.seqlen_q, x.heads_q, x.value_dim(), 8, heads_first);
   const float scale = 1 / std::sqrt(static_cast<float>(x.head_dim));
   std::normal_distribution<double> normal;
   // Some rows are large, so that maxima grow late and by much: by more than 2^80 where they are
@@ -300,7 +304,7 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
   for (Tensor* tensor : {&q, &k, &v}) {
     int element = 0, size = 1;
     tensor->fill([&] {
-      if (element++ % x.head_dim == 0) {
+      if (element++ % tensor->head_dim == 0) {
         size = random() % 8 != 0 ? 1 : tensor == &v ? 4 : large;
       }
       return size * normal(random);
@@ -323,7 +327,7 @@ inline bool check(const std::string& name, const Problem& x, bool aligned, uint6
     for (int b = 0; b < x.batch; ++b)
       for (int s = 0; s < x.seqlen_kv; ++s)
         for (int h = 0; h < x.heads_kv; ++h)
-          for (int d = 0; d < x.head_dim; ++d)
+          for (int d = 0; d < x.value_dim(); ++d)
             v.set(b, s, h, d, v.get(b, s, h, d) * (1 - x.dropout_p));
   }
   const RandomTerms terms_but_mask(x, random);
@@ -425,7 +429,7 @@ int run_all(const Instances& instances, int argc, char** argv) {
     for (const auto& instance : instances) {
       if (std::string(instance.name).find(only) == std::string::npos) continue;
       const Problem x = random_problem(instance.head_dim(), instance.block_m(), instance.block_n(),
-                                       instance.may(), random);
+                                       instance.may(), random, instance.head_dim_v());
       failures += !instance.check(x, random());
       ++runs;
     }

@@ -185,7 +185,7 @@ class Values {
   std::vector<Float> values_;
 };
 
-// out (batch, heads_q, seqlen_q, head_dim) and lse (batch, heads_q, seqlen_q).
+// out (batch, heads_q, seqlen_q, v's head_dim) and lse (batch, heads_q, seqlen_q).
 template <typename Float>
 struct Result {
   std::vector<Float> out, lse;
@@ -203,7 +203,8 @@ inline AttentionParams forward_params(Tensor& q, Tensor& k, Tensor& v, Tensor& o
   p.q_head_stride = q.head_stride, p.k_head_stride = k.head_stride;
   p.v_head_stride = v.head_stride, p.o_head_stride = out.head_stride;
   p.batch = q.batch, p.heads_q = q.heads, p.heads_kv = k.heads;
-  p.seqlen_q = q.seqlen, p.seqlen_kv = k.seqlen, p.head_dim = q.head_dim;
+  p.seqlen_q = q.seqlen, p.seqlen_kv = k.seqlen;
+  p.head_dim = q.head_dim, p.head_dim_v = v.head_dim;
   p.softmax_scale = scale, p.mask = mask, p.is_causal = mask.right >= 0;
   return p;
 }
@@ -253,7 +254,7 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
                         int first_batch = 0) {
   const Values<Float> q_values(q), k_values(k), v_values(v);
   const size_t rows = static_cast<size_t>(q.batch) * q.heads * q.seqlen;
-  Result<Float> result{std::vector<Float>(rows * q.head_dim), std::vector<Float>(rows)};
+  Result<Float> result{std::vector<Float>(rows * v.head_dim), std::vector<Float>(rows)};
   std::vector<Float> scores;
   for (size_t r = 0; r < rows; ++r) {
     const int i = r % q.seqlen, h = r / q.seqlen % q.heads, b = r / q.seqlen / q.heads;
@@ -282,7 +283,7 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
     max = std::fmax(max, sink);
     if (max == -INFINITY) max = 0;
     sum += std::exp(sink - max);
-    Float* out_row = &result.out[r * q.head_dim];
+    Float* out_row = &result.out[r * v.head_dim];
     for (int n = 0; n < visible; ++n) {
       const Float p = std::exp(scores[n] - max);
       if (scores[n] == -INFINITY) continue;
@@ -290,10 +291,10 @@ Result<Float> reference(Tensor& q, Tensor& k, Tensor& v, float scale, Mask mask,
       sum += p;
       const auto factor =
           static_cast<Float>(dropout_factor(terms, first_batch + b, h, i, first + n));
-      for (int d = 0; d < q.head_dim && factor != 0; ++d) out_row[d] += p * factor * v_row[d];
+      for (int d = 0; d < v.head_dim && factor != 0; ++d) out_row[d] += p * factor * v_row[d];
     }
     result.lse[r] = sum == 0 ? -INFINITY : max + std::log(sum);
-    for (int d = 0; d < q.head_dim; ++d) out_row[d] = sum == 0 ? 0 : out_row[d] / sum;
+    for (int d = 0; d < v.head_dim; ++d) out_row[d] = sum == 0 ? 0 : out_row[d] / sum;
   }
   return result;
 }

@@ -64,10 +64,11 @@ struct PackedProblem {
 // Sequences of no row, of one, of about a tile; few, or more than a warp has lanes. With rows
 // behind the last one, unless `exact`; with keys that do not count where there is `seqused_k`.
 inline PackedProblem random_packed_problem(int head_dim, int block_m, int block_n, Variant variant,
-                                           bool seqused_k, std::mt19937_64& random) {
+                                           bool seqused_k, std::mt19937_64& random,
+                                           int head_dim_v = 0) {
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
   PackedProblem x;
-  x.all = random_problem(head_dim, block_m, block_n, variant, random);
+  x.all = random_problem(head_dim, block_m, block_n, variant, random, head_dim_v);
   const bool many = below(4) == 0;
   x.all.batch = many ? 30 + below(40) : 1 + below(5);
   const auto length = [&](int block) {
@@ -128,7 +129,7 @@ struct OneSequence {
   OneSequence(const PackedProblem& x, int b, Tensor& packed_q, Tensor& packed_k, Tensor& packed_v)
       : q(packed_q.dtype, 1, x.seqlen_q(b), x.all.heads_q, x.all.head_dim, 0, false),
         k(packed_q.dtype, 1, x.seqlen_kv(b), x.all.heads_kv, x.all.head_dim, 0, false),
-        v(packed_q.dtype, 1, x.seqlen_kv(b), x.all.heads_kv, x.all.head_dim, 0, false) {
+        v(packed_q.dtype, 1, x.seqlen_kv(b), x.all.heads_kv, x.all.value_dim(), 0, false) {
     copy_rows(packed_q, x.q_begin(b), q);
     copy_rows(packed_k, x.k_begin(b), k);
     copy_rows(packed_v, x.k_begin(b), v);
@@ -170,8 +171,8 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
   const bool heads_first = random() % 2;
   Tensor q(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 8, heads_first);
   Tensor k(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 8, heads_first);
-  Tensor v(dtype, 1, x.total_k, x.all.heads_kv, x.all.head_dim, 8, !heads_first);
-  Tensor out(dtype, 1, x.total_q, x.all.heads_q, x.all.head_dim, 8, heads_first);
+  Tensor v(dtype, 1, x.total_k, x.all.heads_kv, x.all.value_dim(), 8, !heads_first);
+  Tensor out(dtype, 1, x.total_q, x.all.heads_q, x.all.value_dim(), 8, heads_first);
   fill_rows(q, x, false, random), fill_rows(k, x, true, random), fill_rows(v, x, true, random);
   // Nobody may see more of a sequence than it has: in one of them everything is NaN.
   const int poisoned = static_cast<int>(random() % (2u * static_cast<unsigned>(x.batch())));
@@ -181,7 +182,8 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
         for (int d = 0; d < x.all.head_dim; ++d) q.set(0, s, h, d, NAN);
     for (int s = x.k_begin(poisoned); s < x.k_begin(poisoned) + x.seqlen_kv(poisoned); ++s)
       for (int h = 0; h < x.all.heads_kv; ++h)
-        for (int d = 0; d < x.all.head_dim; ++d) k.set(0, s, h, d, NAN), v.set(0, s, h, d, NAN);
+        for (Tensor* tensor : {&k, &v})
+          for (int d = 0; d < tensor->head_dim; ++d) tensor->set(0, s, h, d, NAN);
   }
   std::fill(out.bytes.begin(), out.bytes.end(), POISON);
   std::vector<float> lse(static_cast<size_t>(x.all.heads_q) * x.total_q, NAN);
@@ -201,7 +203,7 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
   for (int b = 0; b < x.batch() && wrong.empty() && !bad; ++b) {
     if (b == poisoned) continue;
     OneSequence mine(x, b, q, k, v);
-    Tensor mine_out(dtype, 1, x.seqlen_q(b), x.all.heads_q, x.all.head_dim, 0, false);
+    Tensor mine_out(dtype, 1, x.seqlen_q(b), x.all.heads_q, x.all.value_dim(), 0, false);
     copy_rows(out, x.q_begin(b), mine_out);
     std::vector<float> mine_lse;
     for (int h = 0; h < x.all.heads_q; ++h)
@@ -214,7 +216,7 @@ inline bool check_packed(const std::string& name, const PackedProblem& x, uint64
   for (int s = x.cu_seqlens_q.back(); s < x.total_q && wrong.empty() && !bad; ++s)
     for (int h = 0; h < x.all.heads_q; ++h) {
       bool zero = lse[static_cast<size_t>(h) * x.total_q + s] == -INFINITY;
-      for (int d = 0; d < x.all.head_dim; ++d) zero = zero && out.get(0, s, h, d) == 0;
+      for (int d = 0; d < x.all.value_dim(); ++d) zero = zero && out.get(0, s, h, d) == 0;
       if (!zero) wrong = "row " + std::to_string(s) + " is in no sequence, and not 0 and -infinity";
     }
   const long long touched = wrong.empty() ? written_outside(out) : 0;

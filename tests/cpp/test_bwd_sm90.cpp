@@ -154,6 +154,7 @@ struct Instance {
   Entry entries[2][3];  // float16, bfloat16
 
   int head_dim() const { return tile.head_dim; }
+  int head_dim_v() const { return 0; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
   // Sinks are in softmax_lse.

@@ -218,9 +218,12 @@ struct Instance {
     p.batch = x.batch, p.seqlen_q = x.seqlen_q, p.seqlen_kv = x.seqlen_kv;
     p.mask.left = x.mask.left < x.seqlen_kv ? x.mask.left : -1;
     p.mask.right = x.mask.right < x.seqlen_q ? x.mask.right : -1;
-    p.terms = {x.softcap, x.slopes.empty() ? nullptr : x.slopes.data(),
-               heads_q,   x.sinks.empty() ? nullptr : x.sinks.data(),
-               nullptr,   0,
+    p.terms = {x.slopes.empty() ? nullptr : x.slopes.data(),
+               heads_q,
+               x.sinks.empty() ? nullptr : x.sinks.data(),
+               nullptr,
+               0,
+               x.softcap,
                {}};
     p.sequences = {pointer(x.cu_seqlens_q),
                    pointer(x.cu_seqlens_k),

@@ -47,14 +47,16 @@ struct Case {
   CpuIsa isa = CpuIsa::generic;
   float softcap = 0;
   bool alibi = false, sink = false, dropout = false;
+  int head_dim_v = 0;  // 0: head_dim
 
+  int value_dim() const { return head_dim_v != 0 ? head_dim_v : head_dim; }
   std::string name() const {
     char text[256];
     std::snprintf(text, sizeof(text),
-                  "b%d sq%d skv%d hq%d hkv%d d%d window%d,%d dtype%d tile%dx%d threads%d pad%d "
+                  "b%d sq%d skv%d hq%d hkv%d d%d,%d window%d,%d dtype%d tile%dx%d threads%d pad%d "
                   "heads_first%d isa%d softcap%g alibi%d sink%d dropout%d",
-                  batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, mask.left, mask.right,
-                  static_cast<int>(dtype), block_m, block_n, threads, pad, heads_first,
+                  batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim, value_dim(), mask.left,
+                  mask.right, static_cast<int>(dtype), block_m, block_n, threads, pad, heads_first,
                   static_cast<int>(isa), softcap, alibi, sink, dropout);
     return text;
   }
@@ -103,8 +105,8 @@ struct Problem {
       : c(c),
         q(c.dtype, c.batch, c.seqlen_q, c.heads_q, c.head_dim, c.pad, c.heads_first),
         k(c.dtype, c.batch, c.seqlen_kv, c.heads_kv, c.head_dim, c.pad, c.heads_first),
-        v(c.dtype, c.batch, c.seqlen_kv, c.heads_kv, c.head_dim, c.pad, !c.heads_first),
-        out(c.dtype, c.batch, c.seqlen_q, c.heads_q, c.head_dim, c.pad, c.heads_first) {
+        v(c.dtype, c.batch, c.seqlen_kv, c.heads_kv, c.value_dim(), c.pad, !c.heads_first),
+        out(c.dtype, c.batch, c.seqlen_q, c.heads_q, c.value_dim(), c.pad, c.heads_first) {
     std::mt19937 engine(seed);
     std::normal_distribution<double> normal;
     for (Tensor* tensor : {&q, &k, &v}) tensor->fill([&] { return normal(engine); });
@@ -120,12 +122,12 @@ struct Problem {
   }
 
   Terms terms() const {
-    return {c.softcap,
-            c.alibi ? slopes.data() : nullptr,
+    return {c.alibi ? slopes.data() : nullptr,
             c.heads_q,
             c.sink ? sinks.data() : nullptr,
             c.dropout ? rng_state : nullptr,
             45000,
+            c.softcap,
             {}};
   }
 
@@ -169,8 +171,8 @@ struct Problem {
       CHECK(close(lse[r], want.lse[r], lse_bound),
             "lse %.9g, want %.9g within %.3g at b%d h%d i%d of %s", lse[r], want.lse[r], lse_bound,
             b, h, i, c.name().c_str());
-      for (int d = 0; d < c.head_dim; ++d) {
-        const double want_d = want.out[r * c.head_dim + d], got_d = got.row(b, i, h)[d];
+      for (int d = 0; d < c.value_dim(); ++d) {
+        const double want_d = want.out[r * c.value_dim() + d], got_d = got.row(b, i, h)[d];
         CHECK(close(got_d, want_d, out_bound + half_ulp(c.dtype, want_d)),
               "out %.9g, want %.9g within %.3g at b%d h%d i%d d%d of %s", got_d, want_d, out_bound,
               b, h, i, d, c.name().c_str());
@@ -284,6 +286,11 @@ void test_sweeps(CpuIsa isa) {
                     head_dim);
     problem.run();
     problem.check();
+    Case narrow{1, 9, 21, 2, 1, head_dim, CAUSAL, dtype, 17, 12, 2, 8, false, 0, isa};
+    narrow.head_dim_v = 264 - head_dim;
+    Problem of_two(narrow, head_dim);
+    of_two.run();
+    of_two.check();
   }
   for (int seqlen = 1; seqlen <= 100; ++seqlen) {
     Problem problem({1, seqlen, 101 - seqlen, 2, 1, 24, seqlen % 2 ? FULL : CAUSAL, DType::float32,
@@ -640,7 +647,7 @@ void test_threads_do_not_change_the_result(CpuIsa isa) {
 
 void test_bad_arguments() {
   const Case good{1, 4, 4, 2, 1, 16, FULL};
-  std::vector<std::pair<Case, const char*>> bad(10, {good, "got 12"});
+  std::vector<std::pair<Case, const char*>> bad(11, {good, "got 12"});
   bad[0].first.head_dim = 12;
   bad[1].first.head_dim = 264, bad[1].second = "got 264";
   bad[2].first.heads_kv = 3, bad[2].second = "heads_kv";
@@ -651,6 +658,7 @@ void test_bad_arguments() {
   bad[7].first.scale = -0.5f, bad[7].second = "softmax_scale must be finite and positive, got -0.5";
   bad[8].first.scale = INFINITY, bad[8].second = "softmax_scale";
   bad[9].first.scale = NAN, bad[9].second = "softmax_scale";
+  bad[10].first.head_dim_v = 20, bad[10].second = "got 20";
   for (const auto& [c, expected] : bad) {
     Case shape = c;
     shape.dtype = DType::float32;

@@ -16,6 +16,7 @@ struct Instance {
   cudaError_t (*launch)(const AttentionParams&, DType, int, cudaStream_t);
 
   int head_dim() const { return shape[0]; }
+  int head_dim_v() const { return 0; }
   int block_m() const { return shape[1]; }
   int block_n() const { return shape[2]; }
   Variant may() const {

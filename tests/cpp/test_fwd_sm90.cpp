@@ -22,6 +22,7 @@ struct Instance {
   void (*entries[2])(const Sm90Params&);  // float16, bfloat16
 
   int head_dim() const { return tile.head_dim; }
+  int head_dim_v() const { return tile.head_dim_v; }
   int block_m() const { return tile.block_m; }
   int block_n() const { return tile.block_n; }
   Variant may() const { return variant; }
@@ -42,8 +43,8 @@ struct Instance {
     };
     if (!variant.packed) return flashmoe::check(name, x, true, seed, launch);
     std::mt19937_64 random(seed);
-    const PackedProblem packed =
-        random_packed_problem(tile.head_dim, tile.block_m, tile.block_n, variant, true, random);
+    const PackedProblem packed = random_packed_problem(tile.head_dim, tile.block_m, tile.block_n,
+                                                       variant, true, random, tile.head_dim_v);
     return check_packed(name, packed, random(), launch);
   }
 };
@@ -93,7 +94,7 @@ constexpr Variant PACKED{.packed = true}, LOCAL_PACKED{.local = true, .packed = 
                .packed = true};
 
 // head_dim, block_m, block_n, num_stages, q_stages, pingpong, q_in_registers, exp2_fma,
-// ctas_per_sm, serial
+// ctas_per_sm, serial, head_dim_v
 const Instance INSTANCES[] = {
     instance<{64, 128, 64, 2, 1, true, false, 0, 1, false}>("64:128x64-stages2-pingpong"),
     instance<{64, 64, 48, 1, 1, false, false, 0, 2, false}>("64:64x48-stages1-ctas2"),
@@ -175,6 +176,28 @@ const Instance INSTANCES[] = {
         "80:128x32-stages4-pingpong-qreg-serial-all-mask"),
     instance<{128, 64, 80, 2, 2, false, false, 0, 1, false}, ALL_MASK>(
         "128:64x80-stages2-q2-all-mask"),
+    // V narrower than K and wider, of panels that are full or not; O through a buffer of Q that is
+    // too narrow for it, and through one that is too wide.
+    instance<{192, 128, 128, 2, 1, true, true, 0, 1, false, 128}>(
+        "192v128:128x128-stages2-pingpong-qreg"),
+    instance<{192, 64, 64, 2, 1, false, false, 0, 2, false, 128}>("192v128:64x64-stages2-ctas2"),
+    instance<{192, 64, 64, 2, 1, false, false, 0, 2, false, 128}, LOCAL>(
+        "192v128:64x64-stages2-ctas2-local"),
+    instance<{192, 128, 48, 2, 1, true, true, 0, 1, false, 128}, PACKED>(
+        "192v128:128x48-stages2-pingpong-qreg-packed"),
+    instance<{64, 128, 64, 2, 1, true, false, 0, 1, false, 32}>("64v32:128x64-stages2-pingpong"),
+    instance<{48, 64, 48, 1, 1, false, false, 0, 2, false, 32}, LOCAL_PACKED>(
+        "48v32:64x48-stages1-ctas2-local-packed"),
+    instance<{48, 256, 64, 3, 1, false, false, 0, 1, true, 80}, LOCAL>(
+        "48v80:256x64-stages3-serial-local"),
+    instance<{64, 192, 32, 3, 2, true, false, 5, 1, false, 96}>(
+        "64v96:192x32-stages3-q2-pingpong-fma5"),
+    instance<{128, 64, 80, 2, 2, false, false, 0, 1, false, 64}, ALL>(
+        "128v64:64x80-stages2-q2-all"),
+    instance<{64, 256, 48, 2, 2, false, false, 0, 1, true, 96}, ALL_PACKED>(
+        "64v96:256x48-stages2-q2-serial-all-packed"),
+    instance<{96, 128, 64, 2, 1, false, true, 0, 1, false, 64}, ALL_MASK>(
+        "96v64:128x64-stages2-qreg-all-mask"),
 };
 
 }  // namespace

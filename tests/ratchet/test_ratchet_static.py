@@ -134,6 +134,7 @@ BACKWARD = (
     "ENS_18Sm90BackwardParamsE"
 )
 LOCAL = SM90.replace("46fwd", "52fwd").replace("__nv", "_local__nv")
+NARROW_V = SM90.replace("46fwd", "56fwd").replace("__nv", "_local_v64__nv")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,7 @@ LOCAL = SM90.replace("46fwd", "52fwd").replace("__nv", "_local__nv")
         (SM80, 2 * 96 * (128 + 2 * 2 * 32)),
         (SM90, 512 + 2 * 128 * (192 + 2 * 2 * 112)),
         (LOCAL, 512 + 2 * 128 * (192 + 2 * 2 * 112)),
+        (NARROW_V, 512 + 2 * 128 * (192 + 2 * 112) + 2 * 64 * 2 * 112),
         # K and V, three buffers of Q and two of dO and dS, and 256 for what is told in between.
         (BACKWARD, 256 + 256 * (2 * 128 + 64 * (3 + 2)) + 2 * 64 * 128 * 2 + 8 * 64 * 3),
         (BACKWARD.replace("attention_backward", "finish"), 0),

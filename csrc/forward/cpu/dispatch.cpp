@@ -217,7 +217,7 @@ void clear_rows(const AttentionParams& params, DType dtype, int begin, int end) 
   for (long long row = begin; row < end; ++row) {
     for (long long head = 0; head < params.heads_q; ++head) {
       const long long offset = row * params.o_row_stride + head * params.o_head_stride;
-      std::memset(static_cast<char*>(params.out) + offset * size, 0, params.head_dim * size);
+      std::memset(static_cast<char*>(params.out) + offset * size, 0, params.head_dim_v * size);
       params.softmax_lse[head * params.sequences.total_q + row] = -INFINITY;
     }
   }
@@ -255,8 +255,10 @@ CpuIsa best_cpu_isa() {
 
 void fwd_cpu(const AttentionParams& params, DType dtype, int block_m, int block_n, CpuIsa isa,
              ParallelFor parallel_for, int num_threads) {
-  check(params.head_dim % 8 == 0 && params.head_dim >= 8 && params.head_dim <= 256,
-        "head_dim must be a multiple of 8 from 8 to 256", params.head_dim);
+  for (const int head_dim : {params.head_dim, params.head_dim_v}) {
+    check(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 256,
+          "head_dim and head_dim_v must be multiples of 8 from 8 to 256", head_dim);
+  }
   check(params.heads_kv > 0, "heads_kv must be positive", params.heads_kv);
   check(params.heads_q % params.heads_kv == 0, "heads_q must be a multiple of heads_kv",
         params.heads_q);

@@ -48,7 +48,7 @@ struct BlockForward {
 
   const AttentionParams& params;
   const CpuTask& task;
-  const int head_dim;
+  const int head_dim, head_dim_v;
   const int group;
   const int seqlen_q, seqlen_kv;  // of the task's sequence
   const int q_batch;              // 0 where q is packed
@@ -58,13 +58,13 @@ struct BlockForward {
   // unless that could overflow where nothing else does.
   const float score_scale;
   const int block_n;         // a multiple of KEY_GROUP
-  const long long o_stride;  // head_dim rounded up to whole vectors
+  const long long o_stride;  // head_dim_v rounded up to whole vectors
 
   const long long v_stride;  // one line more than a column: columns must not share cache sets
 
   float* q_t;        // [panel][head_dim][PANEL]
   float* k_tile;     // [block_n / KEY_GROUP][head_dim][KEY_GROUP]
-  float* v_tile;     // [head_dim / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
+  float* v_tile;     // [head_dim_v / V_COLUMNS][v_stride], columns of [block_n][V_COLUMNS]
   float* s_t;        // [block_n][PANEL] scores, then probabilities
   float* o;          // [row][o_stride], not yet divided by row_sum
   float* row_max;    // [row], of the scores before score_scale, which is positive
@@ -85,6 +85,7 @@ struct BlockForward {
       : params(params),
         task(task),
         head_dim(params.head_dim),
+        head_dim_v(params.head_dim_v),
         group(params.heads_q / params.heads_kv),
         seqlen_q(task.sequence.seqlen_q),
         seqlen_kv(task.sequence.seqlen_kv),
@@ -95,7 +96,7 @@ struct BlockForward {
                         ? 1.0f
                         : params.softmax_scale),
         block_n(static_cast<int>(round_up(block_n, KEY_GROUP))),
-        o_stride(round_up(params.head_dim, WIDTH)),
+        o_stride(round_up(params.head_dim_v, WIDTH)),
         v_stride(static_cast<long long>(this->block_n) * V_COLUMNS + ALIGN_FLOATS) {
     const long long rows = round_up(block_m, PANEL);
     long long used = 0;
@@ -106,7 +107,7 @@ struct BlockForward {
     };
     q_t = take(rows * head_dim);
     k_tile = take(static_cast<long long>(this->block_n) * head_dim);
-    v_tile = take(round_up(head_dim, V_COLUMNS) / V_COLUMNS * v_stride);
+    v_tile = take(round_up(head_dim_v, V_COLUMNS) / V_COLUMNS * v_stride);
     s_t = take(static_cast<long long>(this->block_n) * PANEL);
     o = take(rows * o_stride);
     row_max = take(rows);
@@ -156,9 +157,9 @@ struct BlockForward {
 
   // Rows of a (seqlen, heads, head_dim) tensor lie too far apart for the hardware prefetchers, and
   // at power-of-two distances they share cache sets: fetch a few rows ahead, no more.
-  void prefetch_row(const T* row) const {
+  void prefetch_row(const T* row, int columns) const {
     constexpr int LINE = 64 / static_cast<int>(sizeof(T));
-    for (int d = 0; d < head_dim; d += LINE) __builtin_prefetch(row + d);
+    for (int d = 0; d < columns; d += LINE) __builtin_prefetch(row + d);
   }
 
   void pack_q(long long panel_begin, int rows, float* q_panel) const {
@@ -171,7 +172,7 @@ struct BlockForward {
     for (int lane = 0; lane < round_up(rows, WIDTH); lane += 8) {
       for (int i = 0; i < 8; ++i) {
         const T* q = src(lane + i);
-        prefetch_row(src(lane + i + 4));
+        prefetch_row(src(lane + i + 4), head_dim);
         for (int d = 0; d < head_dim; d += 8) {
           Vec::eight_store(q_rows + i * head_dim + d, Vec::eight_load(q + d));
         }
@@ -216,7 +217,7 @@ struct BlockForward {
     const auto row = [&](int n) { return row_of(n < keys ? n : keys - 1); };
     for (int n = 0; n < keys; n += KEY_GROUP) {
       const T *k0 = row(n), *k1 = row(n + 1), *k2 = row(n + 2), *k3 = row(n + 3);
-      for (int i = 0; i < KEY_GROUP; ++i) prefetch_row(row(n + KEY_GROUP + i));
+      for (int i = 0; i < KEY_GROUP; ++i) prefetch_row(row(n + KEY_GROUP + i), head_dim);
       for (int d = 0; d < head_dim; d += 8) {
         Vec::store_interleaved(Vec::eight_load(k0 + d), Vec::eight_load(k1 + d),
                                Vec::eight_load(k2 + d), Vec::eight_load(k3 + d),
@@ -231,9 +232,9 @@ struct BlockForward {
     for (int n = 0; n < keys; ++n) {
       const T* v = row(n);
       float* dst = v_tile + n * V_COLUMNS;
-      prefetch_row(row(n + KEY_GROUP));
+      prefetch_row(row(n + KEY_GROUP), head_dim_v);
       for (int d = 0; d < o_stride; d += 8) {
-        const auto v_d = d < head_dim ? Vec::eight_load(v + d) : Vec::eight_set1(0.0f);
+        const auto v_d = d < head_dim_v ? Vec::eight_load(v + d) : Vec::eight_set1(0.0f);
         Vec::eight_store(dst + d / V_COLUMNS * v_stride + d % V_COLUMNS, v_d);
       }
     }
@@ -526,7 +527,7 @@ struct BlockForward {
     T* dst = static_cast<T*>(params.out) +
              q_offset(row, params.o_batch_stride, params.o_row_stride, params.o_head_stride);
     const auto scale = Vec::eight_set1(factor);
-    for (int d = 0; d < head_dim; d += 8) {
+    for (int d = 0; d < head_dim_v; d += 8) {
       const auto o_d = empty ? scale : Vec::eight_load(o + local * o_stride + d);
       Vec::eight_store(dst + d, Vec::eight_mul(o_d, scale));
     }
@@ -539,7 +540,7 @@ struct BlockForward {
   bool o_is_finite() const {
     for (long long row = 0; row < task.row_end - task.row_begin; ++row) {
       if (row_sum[row] == 0.0f) continue;  // without keys: whatever the scratch held
-      for (int d = 0; d < head_dim; ++d) {
+      for (int d = 0; d < head_dim_v; ++d) {
         if (!(__builtin_fabsf(o[row * o_stride + d]) < __builtin_inff())) return false;
       }
     }

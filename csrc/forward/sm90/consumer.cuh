@@ -46,7 +46,7 @@ template <typename T, Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TILE>& smem, int w) {
   using S = Smem<TILE>;
   static_assert(TILE.block_n % 16 == 0 && TILE.block_n >= 32, "BLOCK_N: a multiple of 16");
-  constexpr int HEAD_DIM = TILE.head_dim, BLOCK_N = TILE.block_n;
+  constexpr int HEAD_DIM = TILE.head_dim, O_COLUMNS = TILE.o_columns(), BLOCK_N = TILE.block_n;
   constexpr int CONSUMERS = TILE.consumers();
   constexpr int Q_FRAGMENTS = TILE.q_in_registers ? HEAD_DIM / 16 : 1;
   // A warpgroup may see nothing of the tiles that another begins with, or have no rows at all.
@@ -59,7 +59,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
 
-  float O_rmem[HEAD_DIM / 2];
+  float O_rmem[O_COLUMNS / 2];
   float S_rmem[BLOCK_N / 2];
   unsigned P_rmem[BLOCK_N / 16][4];
   unsigned Q_rmem[Q_FRAGMENTS][4];
@@ -106,9 +106,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   auto wait_K = [&](bool known = false) {
     ptx::mbarrier_wait_parity_unless(known, smem.full_K + 8 * k_ring.stage(), k_ring.parity());
   };
-  auto K_descriptor = [&] { return Descriptor(smem.K + k_ring.stage() * S::KV_BYTES, 16); };
+  auto K_descriptor = [&] { return Descriptor(smem.K + k_ring.stage() * S::K_BYTES, 16); };
   auto V_descriptor = [&] {
-    return Descriptor(smem.V + v_ring.stage() * S::KV_BYTES, BLOCK_N * 128);
+    return Descriptor(smem.V + v_ring.stage() * S::V_BYTES, BLOCK_N * 128);
   };
   auto start_S = [&](Descriptor K_desc) {
     ptx::wgmma_fence();
@@ -152,7 +152,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BLOCK_N / 16; ++k) {
-      ptx::Wgmma<T, HEAD_DIM>::rs(O_rmem, P_rmem[k], V_desc.at(k * 2048), 1);
+      ptx::Wgmma<T, O_COLUMNS>::rs(O_rmem, P_rmem[k], V_desc.at(k * 2048), 1);
     }
     ptx::wgmma_commit_group();
   };
@@ -226,14 +226,14 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
     float pending = 0.f;
     if (P_pending && ptx::IS_BFLOAT16<T>) {
       wait_V();
-      pending = largest_magnitude<S::KV_BYTES>(smem.V + v_ring.stage() * S::KV_BYTES);
+      pending = largest_magnitude<S::V_BYTES>(smem.V + v_ring.stage() * S::V_BYTES);
     }
-    if (!is_lost<HEAD_DIM, VARIANT>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
+    if (!is_lost<O_COLUMNS, VARIANT>(O_rmem, softmax.minus_max, softmax.row_sum, pending)) return;
     const Work work = read_work<VARIANT>(smem, work_ring.stage());
-    Rows<HEAD_DIM> rows;
-    recompute_rows<T, VARIANT>(params, work, work.m_start + w * 64 + warp * 16, rows);
+    Rows<O_COLUMNS> rows;
+    recompute_rows<T, TILE, VARIANT>(params, work, work.m_start + w * 64 + warp * 16, rows);
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = rows.O[i / 4][i % 4];
+    for (int i = 0; i < O_COLUMNS / 2; ++i) O_rmem[i] = rows.O[i / 4][i % 4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.minus_max[half] = rows.minus_max[half];
@@ -315,7 +315,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   };
 
 #pragma unroll
-  for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0.f;
+  for (int i = 0; i < O_COLUMNS / 2; ++i) O_rmem[i] = 0.f;
   float rescale[2];
   if constexpr (TILE.uses_pingpong()) {
     if (w == CONSUMERS - 1) ptx::bar_arrive(1, 256);
@@ -384,7 +384,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
           softmax.template update<true>(S_rmem, rescale);
         } else if constexpr (!LAGS) {
           if (softmax.template update<false>(S_rmem, rescale)) {
-            rescale_O<HEAD_DIM>(O_rmem, rescale);
+            rescale_O<O_COLUMNS>(O_rmem, rescale);
           }
         }
         trace(12);
@@ -497,7 +497,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
         trace(12);
         finish_O();
         trace(7);
-        if (grew) rescale_O<HEAD_DIM>(O_rmem, rescale);
+        if (grew) rescale_O<O_COLUMNS>(O_rmem, rescale);
       }
       exponentiate();
       trace(5);

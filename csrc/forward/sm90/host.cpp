@@ -14,7 +14,7 @@ namespace {
 int section_heads(const AttentionParams& a, long long num_m_blocks, long long grid, int l2_bytes) {
   const double batch_heads = static_cast<double>(a.batch) * a.heads_q;
   const double group = a.heads_q / a.heads_kv;
-  const double group_bytes = 4. * a.head_dim * (a.seqlen_kv + a.seqlen_q * group);
+  const double group_bytes = 2. * (a.head_dim + a.head_dim_v) * (a.seqlen_kv + a.seqlen_q * group);
   const double in_l2 = l2_bytes / 3. / std::max(group_bytes, 1.) * group;
   const double leveled = std::min(2., num_m_blocks / 4.) * grid / num_m_blocks;
   const double wanted = std::min(std::max(in_l2, leveled), batch_heads);

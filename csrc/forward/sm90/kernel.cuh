@@ -45,7 +45,7 @@ __device__ __forceinline__ void attention_forward(const Sm90Params& params) {
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<TILE.producer_registers(VARIANT)>();
     if (threadIdx.x == 0) produce<TILE, VARIANT>(params, smem);
-    if (VARIANT.packed && threadIdx.x >= 32) clear_rest<T>(params.attention);
+    if (VARIANT.packed && threadIdx.x >= 32) clear_rest<T, TILE>(params.attention);
   } else {
     ptx::setmaxnreg_inc<TILE.consumer_registers(VARIANT)>();
     consume<T, TILE, VARIANT>(params, smem, warpgroup - 1);

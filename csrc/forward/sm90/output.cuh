@@ -14,9 +14,9 @@ namespace flashmoe::sm90 {
 template <typename T, Sm90Tile TILE, Variant VARIANT>
 struct Output {
   using S = Smem<TILE>;
-  static constexpr int HEAD_DIM = TILE.head_dim, CONSUMERS = TILE.consumers();
+  static constexpr int O_COLUMNS = TILE.o_columns(), CONSUMERS = TILE.consumers();
   static constexpr float LN_2 = 0.6931471805599453f;
-  using Sums = float[HEAD_DIM / 2];
+  using Sums = float[O_COLUMNS / 2];
 
   const Sm90Params& params;
   const S& smem;
@@ -74,7 +74,7 @@ struct Output {
     const unsigned staged = smem.Q + buffer * S::Q_BYTES;
     const int row = warp * 16 + lane % 16;
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+    for (int d = 0; d < O_COLUMNS / 8; d += 2) {
       const unsigned x[4] = {packed(O_rmem, d, 0, scale), packed(O_rmem, d, 1, scale),
                              packed(O_rmem, d + 1, 0, scale), packed(O_rmem, d + 1, 1, scale)};
       const int chunk = (d % 8 + lane / 16) ^ (row & 7);
@@ -86,7 +86,7 @@ struct Output {
       const Place place = q_place<VARIANT>(work.sequence);
       const int row = work.m_start + w * 64;
 #pragma unroll
-      for (int panel = 0; panel < S::PANELS; ++panel) {
+      for (int panel = 0; panel < S::O_PANELS; ++panel) {
         store_box<VARIANT>(&params.o, staged + panel * 8192, panel * 64, row, work.head, work.batch,
                            place);
       }
@@ -103,7 +103,8 @@ struct Output {
     const int mine = GROUPS == 4 ? lane & 3 : lane & 1;
     const int column0 = mine * 8 + (GROUPS == 4 ? 0 : (lane & 2) * 2);
     T* out_row = out_of(work) + row * p.o_row_stride + column0;
-    const int columns = row < seqlen_q<VARIANT>(p, work.sequence) ? p.head_dim - column0 : 0;
+    const int columns =
+        row < seqlen_q<VARIANT>(p, work.sequence) ? out_columns<TILE>(p) - column0 : 0;
 #pragma unroll
     for (int d = FIRST; d < LAST; d += GROUPS) {
       unsigned x[GROUPS];
@@ -129,11 +130,11 @@ struct Output {
   }
   __device__ __forceinline__ void store_direct(const Sums& O_rmem, const Work& work,
                                                const float (&scale)[2]) const {
-    constexpr int FOURS = HEAD_DIM / 32 * 4;
+    constexpr int FOURS = O_COLUMNS / 32 * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       store_columns<4, 0, FOURS>(O_rmem, work, scale, half);
-      store_columns<2, FOURS, HEAD_DIM / 8>(O_rmem, work, scale, half);
+      store_columns<2, FOURS, O_COLUMNS / 8>(O_rmem, work, scale, half);
     }
   }
   __device__ __forceinline__ void store(Sums& O_rmem, const Work& work, int buffer,
@@ -147,7 +148,7 @@ struct Output {
       store_direct(O_rmem, work, scale);
     }
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; ++i) O_rmem[i] = 0.f;
+    for (int i = 0; i < O_COLUMNS / 2; ++i) O_rmem[i] = 0.f;
   }
   // The TMA has read what store staged in `buffer`: room for another Q.
   __device__ __forceinline__ void release_staged(int buffer) const {
@@ -165,7 +166,7 @@ struct Output {
     for (int half = 0; half < 2; ++half) {
       const int row = row_of(work, half);
 #pragma unroll 1
-      for (int column = (lane & 3) * 8; column < p.head_dim; column += 32) {
+      for (int column = (lane & 3) * 8; column < out_columns<TILE>(p); column += 32) {
         ptx::st_global_v4_if(row < seqlen_q<VARIANT>(p, work.sequence),
                              out_of(work) + row * p.o_row_stride + column, 0, 0, 0, 0);
       }
@@ -175,9 +176,9 @@ struct Output {
 
 // Rows of packed tensors behind the last sequence, as if they saw no key: by the 96 threads from 32
 // on of each thread block.
-template <typename T>
+template <typename T, Sm90Tile TILE>
 __device__ __forceinline__ void clear_rest(const AttentionParams& p) {
-  const int chunks = p.head_dim / 8;  // of 16 bytes, in a row of a head
+  const int chunks = out_columns<TILE>(p) / 8;  // of 16 bytes, in a row of a head
   for (int row = packed_end(p.sequences.cu_seqlens_q, p.batch, p.sequences.total_q) + blockIdx.x;
        row < p.sequences.total_q; row += gridDim.x) {
     T* out = static_cast<T*>(p.out) + row * p.o_row_stride;

@@ -70,7 +70,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
       const int buffer = q_ring.stage() * TILE.consumers() + w;
       const unsigned full = smem.full_Q + 8 * buffer, dst = smem.Q + buffer * S::Q_BYTES;
       ptx::mbarrier_wait_parity(smem.empty_Q + 8 * buffer, q_ring.parity() ^ 1);
-      ptx::mbarrier_arrive_expect_tx(full, S::Q_BYTES);
+      ptx::mbarrier_arrive_expect_tx(full, S::PANELS * 8192);
 #pragma unroll 1
       for (int panel = 0; panel < S::PANELS; ++panel) {
         const int row = work.m_start + w * 64;
@@ -81,13 +81,14 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
     q_ring.next();
   };
   Place kv_place{};
-  auto load = [&](const ptx::TensorMap* map, unsigned dst, unsigned full, unsigned empty,
-                  int head_kv, int batch, int n, Ring<TILE.num_stages>& ring) {
+  auto load = [&](int panels, const ptx::TensorMap* map, unsigned dst, unsigned full,
+                  unsigned empty, int head_kv, int batch, int n, Ring<TILE.num_stages>& ring) {
+    const int bytes = panels * TILE.block_n * 128;
     ptx::mbarrier_wait_parity(empty + 8 * ring.stage(), ring.parity() ^ 1);
-    ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage(), S::KV_BYTES);
+    ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage(), bytes);
 #pragma unroll 1
-    for (int panel = 0; panel < S::PANELS; ++panel) {
-      load_box<VARIANT>(dst + ring.stage() * S::KV_BYTES + panel * TILE.block_n * 128, map,
+    for (int panel = 0; panel < panels; ++panel) {
+      load_box<VARIANT>(dst + ring.stage() * bytes + panel * TILE.block_n * 128, map,
                         full + 8 * ring.stage(), panel * 64, n * TILE.block_n, head_kv, batch,
                         kv_place);
     }
@@ -100,17 +101,19 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   auto load_K = [&](int n) {
     if constexpr (VARIANT.mask) {
       n = listed_at(params.mask_tiles, list, n + 1) >> 1;
-      load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n, k_ring);
+      load(S::PANELS, &params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n, k_ring);
     } else {
-      load(&params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n, k_ring);
+      load(S::PANELS, &params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n,
+           k_ring);
     }
   };
   auto load_V = [&](int n) {
     if constexpr (VARIANT.mask) {
       n = listed_at(params.mask_tiles, list, n + 1) >> 1;
-      load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n, v_ring);
+      load(S::O_PANELS, &params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n, v_ring);
     } else {
-      load(&params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n, v_ring);
+      load(S::O_PANELS, &params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n,
+           v_ring);
     }
   };
   // The last tile of V of a block of rows is fetched with the next one's first of K.

@@ -53,8 +53,8 @@ __device__ __forceinline__ float largest_magnitude(unsigned smem) {
 
 // Whether the fast path did lose something in a row of this warp. O is what it added up, but for
 // probabilities that still multiply values of up to `pending`.
-template <int HEAD_DIM, Variant VARIANT>
-__device__ __forceinline__ bool is_lost(const float (&O_rmem)[HEAD_DIM / 2],
+template <int O_COLUMNS, Variant VARIANT>
+__device__ __forceinline__ bool is_lost(const float (&O_rmem)[O_COLUMNS / 2],
                                         const float (&minus_max)[2], const float (&row_sum)[2],
                                         float pending) {
   bool lost = largest_maximum<VARIANT>(minus_max) >= COARSE_MAXIMUM;
@@ -64,15 +64,15 @@ __device__ __forceinline__ bool is_lost(const float (&O_rmem)[HEAD_DIM / 2],
     lost |= !(row_sum[half] < TOO_LARGE && row_sum[half] * pending < 0x1p120f);
   }
 #pragma unroll
-  for (int i = 0; i < HEAD_DIM / 2; ++i) lost |= !(fabsf(O_rmem[i]) < 0x1p126f);
+  for (int i = 0; i < O_COLUMNS / 2; ++i) lost |= !(fabsf(O_rmem[i]) < 0x1p126f);
   return __any_sync(0xffffffff, lost);
 }
 
 // A thread's part of 16 rows of O, as mma_m16n8k16 leaves it, with their maxima and its shares of
 // their sums (see Softmax).
-template <int HEAD_DIM>
+template <int O_COLUMNS>
 struct Rows {
-  float O[HEAD_DIM / 8][4];
+  float O[O_COLUMNS / 8][4];
   float minus_max[2], row_sum[2];
 };
 
@@ -133,9 +133,9 @@ __device__ __forceinline__ void mask_scores(const Sm90Params& params, const Work
 }
 
 // The 16 rows of one warp from `row` on.
-template <typename T, Variant VARIANT, int HEAD_DIM>
+template <typename T, Sm90Tile TILE, Variant VARIANT>
 __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const Work& work, int row,
-                                               Rows<HEAD_DIM>& rows) {
+                                               Rows<TILE.o_columns()>& rows) {
   // Enough for O to stay finite over 2^24 keys of the largest values.
   constexpr float SHIFT = ptx::IS_BFLOAT16<T> ? 24.f : 0.f;
   const AttentionParams& p = params.attention;
@@ -207,7 +207,7 @@ __device__ __forceinline__ void recompute_rows(const Sm90Params& params, const W
     }
     const int key = n + lane % 4 * 2;
 #pragma unroll 1
-    for (int d = 0; d < p.head_dim; d += 8) {
+    for (int d = 0; d < out_columns<TILE>(p); d += 8) {
       auto load = [&](int i) -> unsigned {
         return key + i < seqlen_kv<VARIANT>(p, sequence) ? v[(key + i) * p.v_row_stride + d] : 0;
       };

@@ -372,11 +372,11 @@ struct TileMask {
   }
 };
 
-template <int HEAD_DIM>
-__device__ __forceinline__ void rescale_O(float (&O_rmem)[HEAD_DIM / 2],
+template <int O_COLUMNS>
+__device__ __forceinline__ void rescale_O(float (&O_rmem)[O_COLUMNS / 2],
                                           const float (&rescale)[2]) {
 #pragma unroll
-  for (int d = 0; d < HEAD_DIM / 8; ++d) {
+  for (int d = 0; d < O_COLUMNS / 8; ++d) {
     O_rmem[4 * d] *= rescale[0];
     O_rmem[4 * d + 1] *= rescale[0];
     O_rmem[4 * d + 2] *= rescale[1];

@@ -23,18 +23,26 @@ struct Sm90Tile {
   int exp2_fma;         // sixteenths of the exponentials computed on the FMA pipes
   int ctas_per_sm;
   bool serial;  // a warpgroup's softmax waits for its matmuls: P takes the registers of S
+  // Columns of V and O, a multiple of 16 up to 256, where they are not to be those of Q and K: 0.
+  int head_dim_v = 0;
 
+  constexpr int o_columns() const { return head_dim_v > 0 ? head_dim_v : head_dim; }
   constexpr int consumers() const { return block_m / 64; }
   constexpr int num_threads() const { return 128 * (consumers() + 1); }
   constexpr bool uses_pingpong() const { return pingpong && consumers() > 1; }
   // O leaves through the buffer of its Q, which is free when Q of the next block has another.
   constexpr bool stages_output() const { return q_stages > 1; }
   constexpr int panels() const { return (head_dim + 63) / 64; }  // of 64 columns, 128 bytes
-  constexpr int q_bytes() const { return 64 * 128 * panels(); }  // of one warpgroup and stage
-  constexpr int kv_bytes() const { return block_n * 128 * panels(); }
+  constexpr int o_panels() const { return (o_columns() + 63) / 64; }
+  // Of one warpgroup and stage: Q, and O where it takes that buffer.
+  constexpr int q_bytes() const {
+    return 64 * 128 * (stages_output() && o_panels() > panels() ? o_panels() : panels());
+  }
+  constexpr int k_bytes() const { return block_n * 128 * panels(); }
+  constexpr int v_bytes() const { return block_n * 128 * o_panels(); }
   // 512 for the mbarriers and what the scheduler writes.
   constexpr int smem_bytes() const {
-    return 512 + consumers() * q_stages * q_bytes() + 2 * num_stages * kv_bytes();
+    return 512 + consumers() * q_stages * q_bytes() + num_stages * (k_bytes() + v_bytes());
   }
   // What ptxas may use at entry, and what setmaxnreg makes of it.
   constexpr int entry_registers() const {
@@ -55,15 +63,15 @@ struct Sm90Tile {
   }
   // What ptxas must have at entry to compile the larger wgmma, whatever setmaxnreg adds.
   constexpr int wgmma_registers() const {
-    return (head_dim > block_n ? head_dim : block_n) / 2 + 30;
+    return (o_columns() > block_n ? o_columns() : block_n) / 2 + 30;
   }
   // What a consumer thread needs: O, S, P beside it, Q where it is kept there, and the rest, which
   // is more with the exponential's polynomial, long rows of O, or two buffers of Q.
   constexpr int needed_registers() const {
-    return head_dim / 2 + block_n / 2 + (serial ? 0 : block_n / 4) +
+    return o_columns() / 2 + block_n / 2 + (serial ? 0 : block_n / 4) +
            (q_in_registers ? head_dim / 4 + 4 : 0) + 28 +
-           (exp2_fma > 0 || head_dim > 128 || q_stages > 1 ? 4 : 0) +
-           (head_dim > 128 && q_stages > 1 ? 4 : 0);
+           (exp2_fma > 0 || o_columns() > 128 || q_stages > 1 ? 4 : 0) +
+           (o_columns() > 128 && q_stages > 1 ? 4 : 0);
   }
 };
 
@@ -72,6 +80,8 @@ template <Sm90Tile TILE>
 struct LegalSm90Tile {
   static_assert(TILE.head_dim % 16 == 0 && TILE.head_dim >= 16 && TILE.head_dim <= 256,
                 "head_dim: a multiple of 16 from 16 to 256");
+  static_assert(TILE.head_dim_v % 16 == 0 && TILE.head_dim_v >= 0 && TILE.head_dim_v <= 256,
+                "head_dim_v: a multiple of 16 up to 256");
   static_assert(TILE.block_m % 64 == 0 && TILE.block_m >= 64 && TILE.block_m <= 256,
                 "block_m: 64, 128, 192 or 256");
   static_assert(TILE.block_n % 16 == 0 && TILE.block_n >= 32 && TILE.block_n <= 256,

@@ -119,11 +119,17 @@ __device__ __forceinline__ Work packed_work_at(const Sm90Params& params, int ind
   return work;
 }
 
+// Columns of out and v that there are, of the tile's o_columns.
+template <Sm90Tile TILE>
+__device__ __forceinline__ int out_columns(const AttentionParams& p) {
+  return TILE.head_dim_v > 0 ? p.head_dim_v : p.head_dim;
+}
+
 template <Sm90Tile TILE>
 struct Smem {
-  static constexpr int PANELS = TILE.panels();
+  static constexpr int PANELS = TILE.panels(), O_PANELS = TILE.o_panels();
   static constexpr int Q_BYTES = TILE.q_bytes();  // of one warpgroup and stage
-  static constexpr int KV_BYTES = TILE.kv_bytes();
+  static constexpr int K_BYTES = TILE.k_bytes(), V_BYTES = TILE.v_bytes();
   // A block of rows that is multiplied, one that is fetched, and one more that has no keys.
   static constexpr int WORK_SLOTS = 3;
   // Of a slot's Work 16 bytes are published, and behind everything else 16 of its sequence by
@@ -135,8 +141,8 @@ struct Smem {
     constexpr int C = TILE.consumers(), QS = TILE.q_stages, S = TILE.num_stages;
     Q = base;
     K = Q + C * QS * Q_BYTES;
-    V = K + S * KV_BYTES;
-    work = V + S * KV_BYTES;
+    V = K + S * K_BYTES;
+    work = V + S * V_BYTES;
     full_Q = work + WORK_SLOTS * sizeof(int4);
     empty_Q = full_Q + 8 * C * QS;
     full_K = empty_Q + 8 * C * QS;
