@@ -10,6 +10,10 @@
 //   dK[key][:]     += dS^T[key][row] * Q[row][:]
 // The rows of a block are brought to float32 once, the keys of a tile once for each block. The sums
 // of dK and dV of all keys stay in memory, those of dQ until the block is done.
+//
+// softmax_lse is rounded to float32: at 20 that makes every P of a row wrong by up to 1e-6 of it.
+// In 16 bits nobody sees that. In float32 P of all tiles is computed before the rest and kept, and
+// divided by its sums.
 #pragma once
 
 #include "backward/cpu/task.h"
@@ -25,6 +29,7 @@ struct BlockBackward : BlockForward<Vec, T> {
   static constexpr int PANEL = Vec::PANEL, WIDTH = Vec::WIDTH, V_COLUMNS = Vec::V_COLUMNS;
   // softmax_lse is rounded by more than P may be where it is larger: those rows' maximum and sum
   // are computed again.
+  static constexpr bool IS_EXACT = sizeof(T) == sizeof(float);
   static constexpr float LARGEST_LSE = 4096.0f, LARGEST_SHIFT = 1e37f;
   using Forward::alpha;
   using Forward::block_n;
@@ -52,9 +57,10 @@ struct BlockBackward : BlockForward<Vec, T> {
   float* do_cut;   // [panel][head_dim_v / V_COLUMNS][row_stride]
   float* k_cut;    // [head_dim / V_COLUMNS][k_stride]
   float* v_tile;   // [block_n / KEY_GROUP][head_dim_v][KEY_GROUP]
+  float* p_t;      // [block_n][PANEL] P; in float32 [tile][panel] of those
   float* ds_t;     // [block_n][PANEL] dP, then dS
   float* kept_t;   // [block_n][PANEL] P without what is dropped; with dropout
-  float* slope_t;  // [block_n][PANEL] derivatives of softcap; with softcap
+  float* slope_t;  // likewise derivatives of softcap; with softcap
   float* dq;       // [row][d_stride]
   float* dk;       // [key][d_stride]
   float* dv;       // [key][dv_stride]
@@ -80,15 +86,16 @@ struct BlockBackward : BlockForward<Vec, T> {
       return pointer;
     };
     const Terms& terms = params.terms;
-    const long long square = static_cast<long long>(this->block_n) * PANEL;
+    const long long tiles = IS_EXACT ? tiles_room() * panels : 1;
     do_t = take(rows * head_dim_v);
     q_cut = take(panels * columns(head_dim) * row_stride);
     do_cut = take(panels * columns(head_dim_v) * row_stride);
     k_cut = take(columns(head_dim) * k_stride);
     v_tile = take(static_cast<long long>(this->block_n) * head_dim_v);
-    ds_t = take(square);
-    kept_t = terms.rng_state != nullptr ? take(square) : s_t;
-    slope_t = terms.softcap > 0 ? take(square) : nullptr;
+    ds_t = take(square());
+    p_t = IS_EXACT ? take(tiles * square()) : s_t;
+    kept_t = terms.rng_state != nullptr ? take(square()) : nullptr;
+    slope_t = terms.softcap > 0 ? take(tiles * square()) : nullptr;
     dq = take(rows * d_stride);
     delta = take(rows);
     inverse = take(rows);
@@ -101,6 +108,11 @@ struct BlockBackward : BlockForward<Vec, T> {
     }
     floats = used;
   }
+
+  // Floats of P of a tile and panel.
+  long long square() const { return static_cast<long long>(block_n) * PANEL; }
+  // Tiles that a block of rows may see: they begin where its keys do.
+  long long tiles_room() const { return (params.seqlen_kv + block_n - 1) / block_n; }
 
   // Of dk and dv of a part of a task.
   long long part_floats() const { return params.seqlen_kv * (d_stride + dv_stride); }
@@ -165,22 +177,21 @@ struct BlockBackward : BlockForward<Vec, T> {
   void stage_k(long long n_begin, int keys) const {
     this->interleave(keys, [&](int n) { return k_row(n_begin + n); }, head_dim, k_tile);
   }
-  void stage_keys(long long n_begin, int keys) const {
-    const auto v_of = [&](int n) { return v_row(n_begin + n); };
-    stage_k(n_begin, keys);
-    this->interleave(keys, v_of, head_dim_v, v_tile);
+  void stage_rest(long long n_begin, int keys) const {
+    this->interleave(keys, [&](int n) { return v_row(n_begin + n); }, head_dim_v, v_tile);
     this->cut_columns(keys, [&](int n) { return k_row(n_begin + n); }, head_dim, k_cut, k_stride);
   }
 
   // S^T of what a panel sees of the staged keys, with its terms but for the mask's limits.
   template <int NV>
-  void compute_scores(long long panel_begin, int rows, long long first_key, const Seen& seen) {
+  void compute_scores(long long panel_begin, int rows, long long first_key, const Seen& seen,
+                      float* slope) {
     const long long local = panel_begin - block_begin;
     qk_panel<Vec, NV>(seen.keys, k_tile + seen.skipped * head_dim, q_t + local * head_dim, head_dim,
                       s_t);
     if (this->is_capped()) {
       this->template cap_scores<NV>(seen.keys);
-      if (slope_t != nullptr) differentiate_cap<NV>(seen.keys);
+      if (slope != nullptr) differentiate_cap<NV>(seen.keys, slope);
     }
     if (this->is_added_to()) {
       this->template add_terms<NV>(panel_begin, rows, first_key, seen.keys);
@@ -189,12 +200,12 @@ struct BlockBackward : BlockForward<Vec, T> {
   }
 
   template <int NV>
-  FLASHMOE_NOINLINE void differentiate_cap(int keys) const {
+  FLASHMOE_NOINLINE void differentiate_cap(int keys, float* slope) const {
     const auto one = Vec::set1(1.0f), per_cap = Vec::set1(1.0f / params.terms.softcap);
     for (int n = 0; n < keys; ++n) {
       for (int j = 0; j < NV * WIDTH; j += WIDTH) {
         const auto x = Vec::mul(Vec::load(s_t + n * PANEL + j), per_cap);
-        Vec::store(slope_t + n * PANEL + j, Vec::sub(one, Vec::mul(x, x)));
+        Vec::store(slope + n * PANEL + j, Vec::sub(one, Vec::mul(x, x)));
       }
     }
   }
@@ -229,37 +240,53 @@ struct BlockBackward : BlockForward<Vec, T> {
   void add_statistics(long long panel_begin, int rows, long long n_begin, int tile_keys) {
     const Seen seen = this->template seen_of<NV>(panel_begin, rows, n_begin, tile_keys);
     if (seen.keys == 0) return;
-    compute_scores<NV>(panel_begin, rows, n_begin + seen.skipped, seen);
+    compute_scores<NV>(panel_begin, rows, n_begin + seen.skipped, seen, nullptr);
     if (seen.common_begin > 0) this->template mask_first<NV>(seen.common_begin);
     const long long local = panel_begin - block_begin;
     this->template softmax_panel<NV>(seen.common_end, seen.keys, row_max + local, row_sum + local);
   }
 
-  // P^T from S^T, in place; 0 where a row does not see a key.
+  // P^T from S^T in s_t, 0 where a row does not see a key; in float32 it is added to `sum`.
   template <int NV>
-  FLASHMOE_NOINLINE void exponentiate(const Seen& seen, const float* max, const float* factor) {
+  FLASHMOE_NOINLINE void exponentiate(const Seen& seen, const float* max, const float* factor,
+                                      float* sum, float* p) const {
     const auto neg_inf = Vec::set1(-__builtin_inff());
     const auto scale = Vec::set1(score_scale * LOG2_E);
     for (int j = 0; j < NV * WIDTH; j += WIDTH) {
       const auto max_j = Vec::load(max + j), factor_j = Vec::load(factor + j);
       const auto begin = Vec::load(key_begin + j), end = Vec::load(key_end + j);
+      auto sum_j = Vec::load(sum + j);
       for (int n = 0; n < seen.keys; ++n) {
-        float* s = s_t + n * PANEL + j;
-        auto x = Vec::load(s);
+        auto x = Vec::load(s_t + n * PANEL + j);
         if (n < seen.common_begin || n >= seen.common_end) {
           const auto key = Vec::set1(static_cast<float>(n));
           x = Vec::select_greater(begin, key, neg_inf, Vec::select_greater(end, key, x, neg_inf));
         }
         // The difference is scaled, not the scores: scaling a score rounds it by its own magnitude.
         const auto power = exp2_nonpositive<Vec>(Vec::mul(Vec::sub(x, max_j), scale));
-        Vec::store(s, Vec::mul(power, factor_j));
+        const auto weight = Vec::mul(power, factor_j);
+        Vec::store(p + n * PANEL + j, weight);
+        if (IS_EXACT) sum_j = Vec::add(sum_j, weight);
+      }
+      if (IS_EXACT) Vec::store(sum + j, sum_j);
+    }
+  }
+
+  // P^T[keys] times a factor of each row.
+  template <int NV>
+  FLASHMOE_NOINLINE void scale_rows(int keys, const float* factor, float* p) const {
+    for (int j = 0; j < NV * WIDTH; j += WIDTH) {
+      const auto factor_j = Vec::load(factor + j);
+      for (int n = 0; n < keys; ++n) {
+        Vec::store(p + n * PANEL + j, Vec::mul(Vec::load(p + n * PANEL + j), factor_j));
       }
     }
   }
 
   // dS^T = P^T * (dP^T - delta), in place of dP^T, with what softcap and dropout do to it.
   template <int NV>
-  FLASHMOE_NOINLINE void differentiate(int keys, const float* delta_of_rows) const {
+  FLASHMOE_NOINLINE void differentiate(int keys, const float* delta_of_rows, const float* p,
+                                       const float* slope) const {
     const bool drops = params.terms.rng_state != nullptr;
     const auto zero = Vec::set1(0.0f);
     const auto rescale = Vec::set1(dropout_factor());
@@ -272,8 +299,8 @@ struct BlockBackward : BlockForward<Vec, T> {
           const auto kept = Vec::load(kept_t + n * PANEL + j);
           dp = Vec::select_greater(kept, zero, Vec::mul(dp, rescale), zero);
         }
-        auto ds = Vec::mul(Vec::load(s_t + n * PANEL + j), Vec::sub(dp, delta_j));
-        if (slope_t != nullptr) ds = Vec::mul(ds, Vec::load(slope_t + n * PANEL + j));
+        auto ds = Vec::mul(Vec::load(p + n * PANEL + j), Vec::sub(dp, delta_j));
+        if (slope != nullptr) ds = Vec::mul(ds, Vec::load(slope + n * PANEL + j));
         Vec::store(x, ds);
       }
     }
@@ -303,42 +330,70 @@ struct BlockBackward : BlockForward<Vec, T> {
     }
   }
 
+  // Sets P of what a panel sees of a tile, and with softcap its derivative.
   template <int NV>
-  FLASHMOE_NOINLINE void add_gradients(long long panel_begin, int rows, long long n_begin,
-                                       int tile_keys) {
+  FLASHMOE_NOINLINE void weigh(long long panel_begin, int rows, long long n_begin, int tile_keys,
+                               long long place) {
     if constexpr (NV > 1) {
       if (rows <= (NV - 1) * WIDTH) {
-        return add_gradients<NV - 1>(panel_begin, rows, n_begin, tile_keys);
+        return weigh<NV - 1>(panel_begin, rows, n_begin, tile_keys, place);
+      }
+    }
+    const Seen seen = this->template seen_of<NV>(panel_begin, rows, n_begin, tile_keys);
+    if (seen.keys == 0) return;
+    const long long local = panel_begin - block_begin;
+    compute_scores<NV>(panel_begin, rows, n_begin + seen.skipped, seen,
+                       slope_t == nullptr ? nullptr : slope_t + place);
+    exponentiate<NV>(seen, row_max + local, inverse + local, row_sum + local, p_t + place);
+  }
+
+  // Adds what a panel and a tile have of the gradients.
+  template <int NV>
+  FLASHMOE_NOINLINE void add_gradients(long long panel_begin, int rows, long long n_begin,
+                                       int tile_keys, long long place) {
+    if constexpr (NV > 1) {
+      if (rows <= (NV - 1) * WIDTH) {
+        return add_gradients<NV - 1>(panel_begin, rows, n_begin, tile_keys, place);
       }
     }
     const Seen seen = this->template seen_of<NV>(panel_begin, rows, n_begin, tile_keys);
     if (seen.keys == 0) return;
     const long long local = panel_begin - block_begin, panel = local / PANEL;
     const long long first_key = n_begin + seen.skipped;
-    compute_scores<NV>(panel_begin, rows, first_key, seen);
-    exponentiate<NV>(seen, row_max + local, inverse + local);
+    float* p = p_t + place;
+    if (IS_EXACT) scale_rows<NV>(seen.keys, row_sum + local, p);
+    const float* kept = p;
     if (params.terms.rng_state != nullptr) {
-      const float* end = s_t + static_cast<long long>(seen.keys) * PANEL;
-      float* to = kept_t;
-      for (const float* from = s_t; from < end; from += WIDTH, to += WIDTH) {
-        Vec::store(to, Vec::load(from));
-      }
-      float* p = s_t;
+      __builtin_memcpy(kept_t, p, static_cast<unsigned long>(seen.keys) * PANEL * sizeof(float));
+      float* scores = s_t;
       s_t = kept_t;
       this->drop_weights(panel_begin, rows, first_key, seen.keys);
-      s_t = p;
+      s_t = scores;
+      kept = kept_t;
     }
-    add_product<Lines::of_result>(seen.keys, rows, kept_t,
+    add_product<Lines::of_result>(seen.keys, rows, kept,
                                   do_cut + panel * columns(head_dim_v) * row_stride, row_stride,
                                   dv + first_key * dv_stride, dv_stride);
     qk_panel<Vec, NV>(seen.keys, v_tile + seen.skipped * head_dim_v, do_t + local * head_dim_v,
                       head_dim_v, ds_t);
-    differentiate<NV>(seen.keys, delta + local);
+    differentiate<NV>(seen.keys, delta + local, p, slope_t == nullptr ? nullptr : slope_t + place);
     add_product<Lines::of_sum>(rows, seen.keys, ds_t, k_cut + seen.skipped * V_COLUMNS, k_stride,
                                dq + local * d_stride, d_stride);
     add_product<Lines::of_result>(seen.keys, rows, ds_t,
                                   q_cut + panel * columns(head_dim) * row_stride, row_stride,
                                   dk + first_key * d_stride, d_stride);
+  }
+
+  // Makes row_sum what P has to be multiplied by for its sum, a sink's included, to be 1.
+  void invert_sums(long long begin, long long end) const {
+    for (long long row = begin; row < end; ++row) {
+      const long long i = row - begin;
+      if (params.terms.sinks != nullptr) {
+        const float sink = params.terms.sinks[this->query_head(row)];
+        row_sum[i] += __builtin_expf((sink / score_scale - row_max[i]) * score_scale) * inverse[i];
+      }
+      row_sum[i] = row_sum[i] == 0.0f ? 0.0f : 1.0f / row_sum[i];
+    }
   }
 
   template <typename Visit>
@@ -382,10 +437,28 @@ struct BlockBackward : BlockForward<Vec, T> {
     for (long long row = begin; row < end; ++row) coarse |= is_coarse(row);
     if (coarse) recompute_statistics(begin, end);
     fill_zeros(dq, (end - begin) * d_stride);
+    const long long panels = round_up(end - begin, PANEL) / PANEL;
+    const long long first = this->visible_keys(begin).begin;
+    // Where P of a tile and panel is kept.
+    const auto place = [&](long long n, long long row) {
+      return IS_EXACT ? ((n - first) / block_n * panels + (row - begin) / PANEL) * square() : 0;
+    };
+    if (IS_EXACT) {
+      fill_zeros(row_sum, panels * PANEL);
+      for_each_tile(begin, end, [&](long long n, int keys) {
+        stage_k(n, keys);
+        for_each_panel(begin, end, [&](long long row, int rows) {
+          weigh<PANEL / WIDTH>(row, rows, n, keys, place(n, row));
+        });
+      });
+      invert_sums(begin, end);
+    }
     for_each_tile(begin, end, [&](long long n, int keys) {
-      stage_keys(n, keys);
-      for_each_panel(begin, end, [&](long long panel, int rows) {
-        add_gradients<PANEL / WIDTH>(panel, rows, n, keys);
+      if (!IS_EXACT) stage_k(n, keys);
+      stage_rest(n, keys);
+      for_each_panel(begin, end, [&](long long row, int rows) {
+        if (!IS_EXACT) weigh<PANEL / WIDTH>(row, rows, n, keys, 0);
+        add_gradients<PANEL / WIDTH>(row, rows, n, keys, place(n, row));
       });
     });
     for (long long row = begin; row < end; ++row) {
