@@ -13,8 +13,8 @@ namespace flashmoe {
 namespace {
 
 constexpr long long MOST_FLOATS_OF_SUMS = 32 << 20;
-// Of P that float32 keeps for a block of rows.
-constexpr long long MOST_WEIGHTS = 4 << 20, FEWEST_ROWS = 64;
+// Of P that are kept for a block of rows.
+constexpr long long MOST_WEIGHTS = 2 << 20, FEWEST_ROWS = 64;
 // Keys whose sums are added up at a time.
 constexpr int COMBINED_KEYS = 64;
 
@@ -132,9 +132,7 @@ void bwd_cpu(const BackwardParams& params, DType dtype, int block_m, int block_n
   }
   if (work.sequences.empty()) return;
   work.block_m = std::min<long long>(block_m, most_rows);
-  if (dtype == DType::float32) {
-    work.block_m = std::min(work.block_m, std::max(MOST_WEIGHTS / most_keys, FEWEST_ROWS));
-  }
+  work.block_m = std::min(work.block_m, std::max(MOST_WEIGHTS / most_keys, FEWEST_ROWS));
   work.block_n = std::min(block_n, most_keys);
   // The longest first, for what is left for the end to be small.
   std::stable_sort(work.sequences.begin(), work.sequences.end(),

@@ -1,19 +1,21 @@
 // The CPU backward kernel, over a vector type Vec of one instruction set, made of the forward's
 // parts. Like those it has internal linkage and uses nothing of std.
 //
-// Per task (rows of one kv head), block of block_m rows, tile of block_n keys and panel of rows:
+// Per task (rows of one kv head) and block of block_m rows, for tiles of block_n keys and panels of
+// rows, first of all tiles
 //   P^T[key][row]   from S^T as in the forward, and softmax_lse
-//   dV[key][:]     += P^T[key][row] * dO[row][:]
 //   dP^T[key][row]  = V[key][:] . dO^T[:][row]
+// which are kept, and with the sums of P and of P * dP of each row, of all tiles again
 //   dS^T            = P^T * (dP^T - delta)
+//   dV[key][:]     += P^T[key][row] * dO[row][:]
 //   dQ[row][:]     += dS^T[key][row] * K[key][:]
 //   dK[key][:]     += dS^T[key][row] * Q[row][:]
+// Neither softmax_lse nor out would do instead of the sums: both are rounded, which at a
+// softmax_lse of 20 makes every P of a row wrong by 1e-6 of it, and in 16 bits delta by more than
+// what is left of dP where one key has all the weight.
+//
 // The rows of a block are brought to float32 once, the keys of a tile once for each block. The sums
 // of dK and dV of all keys stay in memory, those of dQ until the block is done.
-//
-// softmax_lse is rounded to float32: at 20 that makes every P of a row wrong by up to 1e-6 of it.
-// In 16 bits nobody sees that. In float32 P of all tiles is computed before the rest and kept, and
-// divided by its sums.
 #pragma once
 
 #include "backward/cpu/task.h"
@@ -29,7 +31,6 @@ struct BlockBackward : BlockForward<Vec, T> {
   static constexpr int PANEL = Vec::PANEL, WIDTH = Vec::WIDTH, V_COLUMNS = Vec::V_COLUMNS;
   // softmax_lse is rounded by more than P may be where it is larger: those rows' maximum and sum
   // are computed again.
-  static constexpr bool IS_EXACT = sizeof(T) == sizeof(float);
   static constexpr float LARGEST_LSE = 4096.0f, LARGEST_SHIFT = 1e37f;
   using Forward::alpha;
   using Forward::block_n;
@@ -57,14 +58,15 @@ struct BlockBackward : BlockForward<Vec, T> {
   float* do_cut;   // [panel][head_dim_v / V_COLUMNS][row_stride]
   float* k_cut;    // [head_dim / V_COLUMNS][k_stride]
   float* v_tile;   // [block_n / KEY_GROUP][head_dim_v][KEY_GROUP]
-  float* p_t;      // [block_n][PANEL] P; in float32 [tile][panel] of those
-  float* ds_t;     // [block_n][PANEL] dP, then dS
-  float* kept_t;   // [block_n][PANEL] P without what is dropped; with dropout
+  float* p_t;      // [tile][panel][block_n][PANEL] P, negative where it is dropped
+  float* dp_t;     // likewise dP
   float* slope_t;  // likewise derivatives of softcap; with softcap
+  float* ds_t;     // [block_n][PANEL] dS
+  float* kept_t;   // [block_n][PANEL] P without what is dropped; with dropout
   float* dq;       // [row][d_stride]
   float* dk;       // [key][d_stride]
   float* dv;       // [key][dv_stride]
-  float* delta;    // [row], of the current block
+  float* delta;    // [row], of the current block: the sum of P * dP first
   float* inverse;  // [row] what P of row_max is to be multiplied by
   long long block_begin = 0;  // the current block's first row
   long long floats;
@@ -86,16 +88,17 @@ struct BlockBackward : BlockForward<Vec, T> {
       return pointer;
     };
     const Terms& terms = params.terms;
-    const long long tiles = IS_EXACT ? tiles_room() * panels : 1;
+    const long long kept = (params.seqlen_kv + this->block_n - 1) / this->block_n * panels * square();
     do_t = take(rows * head_dim_v);
     q_cut = take(panels * columns(head_dim) * row_stride);
     do_cut = take(panels * columns(head_dim_v) * row_stride);
     k_cut = take(columns(head_dim) * k_stride);
     v_tile = take(static_cast<long long>(this->block_n) * head_dim_v);
+    p_t = take(kept);
+    dp_t = take(kept);
+    slope_t = terms.softcap > 0 ? take(kept) : nullptr;
     ds_t = take(square());
-    p_t = IS_EXACT ? take(tiles * square()) : s_t;
     kept_t = terms.rng_state != nullptr ? take(square()) : nullptr;
-    slope_t = terms.softcap > 0 ? take(tiles * square()) : nullptr;
     dq = take(rows * d_stride);
     delta = take(rows);
     inverse = take(rows);
@@ -111,14 +114,11 @@ struct BlockBackward : BlockForward<Vec, T> {
 
   // Floats of P of a tile and panel.
   long long square() const { return static_cast<long long>(block_n) * PANEL; }
-  // Tiles that a block of rows may see: they begin where its keys do.
-  long long tiles_room() const { return (params.seqlen_kv + block_n - 1) / block_n; }
 
   // Of dk and dv of a part of a task.
   long long part_floats() const { return params.seqlen_kv * (d_stride + dv_stride); }
   static long long columns(int head_dim) { return (head_dim + V_COLUMNS - 1) / V_COLUMNS; }
 
-  // Of dO, out and softmax_lse.
   void stage_rows(long long begin, int rows) const {
     const long long local = begin - block_begin;
     this->pack_q(begin, rows, q_t + local * head_dim);
@@ -140,28 +140,11 @@ struct BlockBackward : BlockForward<Vec, T> {
     this->cut_columns(rows, dout_row, head_dim_v,
                       do_cut + panel * columns(head_dim_v) * row_stride, row_stride);
     for (int i = 0; i < rows; ++i) {
-      const T* out = static_cast<const T*>(params.out) +
-                     this->q_offset(begin + i, params.o_batch_stride, params.o_row_stride,
-                                    params.o_head_stride);
-      const long long place = this->lse_offset(begin + i);
-      const float lse = params.softmax_lse[place];
-      const bool is_empty = lse == -__builtin_inff();
-      float sum = dot(dout_row(i), out);
-      if (b.dlse != nullptr && !is_empty) sum -= b.dlse[place];
-      delta[local + i] = sum;
+      const float lse = params.softmax_lse[this->lse_offset(begin + i)];
       // Of a row that sees nothing P is 0.
-      row_max[local + i] = is_empty ? __builtin_inff() : lse / score_scale;
+      row_max[local + i] = lse == -__builtin_inff() ? __builtin_inff() : lse / score_scale;
       inverse[local + i] = 1.0f;
     }
-  }
-
-  float dot(const T* a, const T* b) const {
-    float sums[8] = {}, products[8];
-    for (int d = 0; d < head_dim_v; d += 8) {
-      Vec::eight_store(products, Vec::eight_mul(Vec::eight_load(a + d), Vec::eight_load(b + d)));
-      for (int i = 0; i < 8; ++i) sums[i] += products[i];
-    }
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   }
 
   bool is_coarse(long long row) const {
@@ -174,11 +157,13 @@ struct BlockBackward : BlockForward<Vec, T> {
   const T* k_row(long long n) const { return this->k_head + n * params.k_row_stride; }
   const T* v_row(long long n) const { return this->v_head + n * params.v_row_stride; }
 
+  void stage_v(long long n_begin, int keys) const {
+    this->interleave(keys, [&](int n) { return v_row(n_begin + n); }, head_dim_v, v_tile);
+  }
   void stage_k(long long n_begin, int keys) const {
     this->interleave(keys, [&](int n) { return k_row(n_begin + n); }, head_dim, k_tile);
   }
-  void stage_rest(long long n_begin, int keys) const {
-    this->interleave(keys, [&](int n) { return v_row(n_begin + n); }, head_dim_v, v_tile);
+  void cut_k(long long n_begin, int keys) const {
     this->cut_columns(keys, [&](int n) { return k_row(n_begin + n); }, head_dim, k_cut, k_stride);
   }
 
@@ -246,16 +231,15 @@ struct BlockBackward : BlockForward<Vec, T> {
     this->template softmax_panel<NV>(seen.common_end, seen.keys, row_max + local, row_sum + local);
   }
 
-  // P^T from S^T in s_t, 0 where a row does not see a key; in float32 it is added to `sum`.
+  // P^T from S^T in s_t, 0 where a row does not see a key, and its sums.
   template <int NV>
-  FLASHMOE_NOINLINE void exponentiate(const Seen& seen, const float* max, const float* factor,
-                                      float* sum, float* p) const {
+  FLASHMOE_NOINLINE void exponentiate(const Seen& seen, long long local, float* p) const {
     const auto neg_inf = Vec::set1(-__builtin_inff());
     const auto scale = Vec::set1(score_scale * LOG2_E);
     for (int j = 0; j < NV * WIDTH; j += WIDTH) {
-      const auto max_j = Vec::load(max + j), factor_j = Vec::load(factor + j);
+      const auto max_j = Vec::load(row_max + local + j), factor = Vec::load(inverse + local + j);
       const auto begin = Vec::load(key_begin + j), end = Vec::load(key_end + j);
-      auto sum_j = Vec::load(sum + j);
+      auto sum = Vec::load(row_sum + local + j);
       for (int n = 0; n < seen.keys; ++n) {
         auto x = Vec::load(s_t + n * PANEL + j);
         if (n < seen.common_begin || n >= seen.common_end) {
@@ -264,44 +248,55 @@ struct BlockBackward : BlockForward<Vec, T> {
         }
         // The difference is scaled, not the scores: scaling a score rounds it by its own magnitude.
         const auto power = exp2_nonpositive<Vec>(Vec::mul(Vec::sub(x, max_j), scale));
-        const auto weight = Vec::mul(power, factor_j);
+        const auto weight = Vec::mul(power, factor);
         Vec::store(p + n * PANEL + j, weight);
-        if (IS_EXACT) sum_j = Vec::add(sum_j, weight);
+        sum = Vec::add(sum, weight);
       }
-      if (IS_EXACT) Vec::store(sum + j, sum_j);
+      Vec::store(row_sum + local + j, sum);
     }
   }
 
-  // P^T[keys] times a factor of each row.
+  // Adds P * dP to delta. With dropout P of `kept` says what is dropped: P becomes negative there,
+  // and dP 0, which is multiplied by what the others are.
   template <int NV>
-  FLASHMOE_NOINLINE void scale_rows(int keys, const float* factor, float* p) const {
-    for (int j = 0; j < NV * WIDTH; j += WIDTH) {
-      const auto factor_j = Vec::load(factor + j);
-      for (int n = 0; n < keys; ++n) {
-        Vec::store(p + n * PANEL + j, Vec::mul(Vec::load(p + n * PANEL + j), factor_j));
-      }
-    }
-  }
-
-  // dS^T = P^T * (dP^T - delta), in place of dP^T, with what softcap and dropout do to it.
-  template <int NV>
-  FLASHMOE_NOINLINE void differentiate(int keys, const float* delta_of_rows, const float* p,
-                                       const float* slope) const {
+  FLASHMOE_NOINLINE void add_delta(int keys, long long local, float* p, float* dp) const {
     const bool drops = params.terms.rng_state != nullptr;
-    const auto zero = Vec::set1(0.0f);
-    const auto rescale = Vec::set1(dropout_factor());
+    const auto zero = Vec::set1(0.0f), rescale = Vec::set1(dropout_factor());
     for (int j = 0; j < NV * WIDTH; j += WIDTH) {
-      const auto delta_j = Vec::load(delta_of_rows + j);
+      auto sum = Vec::load(delta + local + j);
       for (int n = 0; n < keys; ++n) {
-        float* x = ds_t + n * PANEL + j;
-        auto dp = Vec::load(x);
+        const long long at = n * PANEL + j;
+        const auto weight = Vec::load(p + at);
+        auto x = Vec::load(dp + at);
         if (drops) {
-          const auto kept = Vec::load(kept_t + n * PANEL + j);
-          dp = Vec::select_greater(kept, zero, Vec::mul(dp, rescale), zero);
+          const auto kept = Vec::load(kept_t + at);
+          x = Vec::select_greater(kept, zero, Vec::mul(x, rescale), zero);
+          Vec::store(p + at, Vec::select_greater(kept, zero, weight, Vec::sub(zero, weight)));
+          Vec::store(dp + at, x);
         }
-        auto ds = Vec::mul(Vec::load(p + n * PANEL + j), Vec::sub(dp, delta_j));
-        if (slope != nullptr) ds = Vec::mul(ds, Vec::load(slope + n * PANEL + j));
-        Vec::store(x, ds);
+        sum = Vec::fma(weight, x, sum);
+      }
+      Vec::store(delta + local + j, sum);
+    }
+  }
+
+  // dS^T = P^T * (dP^T - delta), P being `p` times `inverse`.
+  template <int NV>
+  FLASHMOE_NOINLINE void differentiate(int keys, long long local, const float* p, const float* dp,
+                                       const float* slope) const {
+    const auto zero = Vec::set1(0.0f);
+    for (int j = 0; j < NV * WIDTH; j += WIDTH) {
+      const auto delta_j = Vec::load(delta + local + j), factor = Vec::load(inverse + local + j);
+      for (int n = 0; n < keys; ++n) {
+        const long long at = n * PANEL + j;
+        auto weight = Vec::load(p + at);
+        if (kept_t != nullptr) {
+          Vec::store(kept_t + at, Vec::max(weight, zero));
+          weight = Vec::max(weight, Vec::sub(zero, weight));
+        }
+        auto ds = Vec::mul(Vec::mul(weight, factor), Vec::sub(Vec::load(dp + at), delta_j));
+        if (slope != nullptr) ds = Vec::mul(ds, Vec::load(slope + at));
+        Vec::store(ds_t + at, ds);
       }
     }
   }
@@ -330,7 +325,7 @@ struct BlockBackward : BlockForward<Vec, T> {
     }
   }
 
-  // Sets P of what a panel sees of a tile, and with softcap its derivative.
+  // Sets P, dP and with softcap its derivative of what a panel sees of a tile, and adds to the sums.
   template <int NV>
   FLASHMOE_NOINLINE void weigh(long long panel_begin, int rows, long long n_begin, int tile_keys,
                                long long place) {
@@ -341,10 +336,21 @@ struct BlockBackward : BlockForward<Vec, T> {
     }
     const Seen seen = this->template seen_of<NV>(panel_begin, rows, n_begin, tile_keys);
     if (seen.keys == 0) return;
-    const long long local = panel_begin - block_begin;
-    compute_scores<NV>(panel_begin, rows, n_begin + seen.skipped, seen,
+    const long long local = panel_begin - block_begin, first_key = n_begin + seen.skipped;
+    float *p = p_t + place, *dp = dp_t + place;
+    compute_scores<NV>(panel_begin, rows, first_key, seen,
                        slope_t == nullptr ? nullptr : slope_t + place);
-    exponentiate<NV>(seen, row_max + local, inverse + local, row_sum + local, p_t + place);
+    exponentiate<NV>(seen, local, p);
+    if (kept_t != nullptr) {
+      __builtin_memcpy(kept_t, p, static_cast<unsigned long>(seen.keys) * PANEL * sizeof(float));
+      float* scores = s_t;
+      s_t = kept_t;
+      this->drop_weights(panel_begin, rows, first_key, seen.keys);
+      s_t = scores;
+    }
+    qk_panel<Vec, NV>(seen.keys, v_tile + seen.skipped * head_dim_v, do_t + local * head_dim_v,
+                      head_dim_v, dp);
+    add_delta<NV>(seen.keys, local, p, dp);
   }
 
   // Adds what a panel and a tile have of the gradients.
@@ -360,23 +366,11 @@ struct BlockBackward : BlockForward<Vec, T> {
     if (seen.keys == 0) return;
     const long long local = panel_begin - block_begin, panel = local / PANEL;
     const long long first_key = n_begin + seen.skipped;
-    float* p = p_t + place;
-    if (IS_EXACT) scale_rows<NV>(seen.keys, row_sum + local, p);
-    const float* kept = p;
-    if (params.terms.rng_state != nullptr) {
-      __builtin_memcpy(kept_t, p, static_cast<unsigned long>(seen.keys) * PANEL * sizeof(float));
-      float* scores = s_t;
-      s_t = kept_t;
-      this->drop_weights(panel_begin, rows, first_key, seen.keys);
-      s_t = scores;
-      kept = kept_t;
-    }
-    add_product<Lines::of_result>(seen.keys, rows, kept,
+    differentiate<NV>(seen.keys, local, p_t + place, dp_t + place,
+                      slope_t == nullptr ? nullptr : slope_t + place);
+    add_product<Lines::of_result>(seen.keys, rows, kept_t != nullptr ? kept_t : p_t + place,
                                   do_cut + panel * columns(head_dim_v) * row_stride, row_stride,
                                   dv + first_key * dv_stride, dv_stride);
-    qk_panel<Vec, NV>(seen.keys, v_tile + seen.skipped * head_dim_v, do_t + local * head_dim_v,
-                      head_dim_v, ds_t);
-    differentiate<NV>(seen.keys, delta + local, p, slope_t == nullptr ? nullptr : slope_t + place);
     add_product<Lines::of_sum>(rows, seen.keys, ds_t, k_cut + seen.skipped * V_COLUMNS, k_stride,
                                dq + local * d_stride, d_stride);
     add_product<Lines::of_result>(seen.keys, rows, ds_t,
@@ -384,15 +378,28 @@ struct BlockBackward : BlockForward<Vec, T> {
                                   dk + first_key * d_stride, d_stride);
   }
 
-  // Makes row_sum what P has to be multiplied by for its sum, a sink's included, to be 1.
-  void invert_sums(long long begin, long long end) const {
+  // Once the sums are known: makes `inverse` what P has to be multiplied by, delta what is taken
+  // from dP, and divides dO by the sum, which dV then needs no more.
+  void normalize(long long begin, long long end) const {
     for (long long row = begin; row < end; ++row) {
       const long long i = row - begin;
+      float sum = row_sum[i];
       if (params.terms.sinks != nullptr) {
         const float sink = params.terms.sinks[this->query_head(row)];
-        row_sum[i] += __builtin_expf((sink / score_scale - row_max[i]) * score_scale) * inverse[i];
+        sum += __builtin_expf((sink / score_scale - row_max[i]) * score_scale) * inverse[i];
       }
-      row_sum[i] = row_sum[i] == 0.0f ? 0.0f : 1.0f / row_sum[i];
+      // A row that sees nothing has no sum, and a softmax_lse that depends on nothing.
+      const float factor = row_sum[i] == 0.0f ? 0.0f : 1.0f / sum;
+      inverse[i] = factor;
+      delta[i] *= factor;
+      if (backward.dlse != nullptr && factor != 0.0f) delta[i] -= backward.dlse[this->lse_offset(row)];
+      float* dout = do_cut + i / PANEL * columns(head_dim_v) * row_stride + i % PANEL * V_COLUMNS;
+      const auto scale = Vec::set1(factor);
+      for (long long column = 0; column < columns(head_dim_v); ++column, dout += row_stride) {
+        for (int d = 0; d < V_COLUMNS; d += WIDTH) {
+          Vec::store(dout + d, Vec::mul(Vec::load(dout + d), scale));
+        }
+      }
     }
   }
 
@@ -439,25 +446,23 @@ struct BlockBackward : BlockForward<Vec, T> {
     fill_zeros(dq, (end - begin) * d_stride);
     const long long panels = round_up(end - begin, PANEL) / PANEL;
     const long long first = this->visible_keys(begin).begin;
-    // Where P of a tile and panel is kept.
+    // Where what is kept of a tile and panel is.
     const auto place = [&](long long n, long long row) {
-      return IS_EXACT ? ((n - first) / block_n * panels + (row - begin) / PANEL) * square() : 0;
+      return ((n - first) / block_n * panels + (row - begin) / PANEL) * square();
     };
-    if (IS_EXACT) {
-      fill_zeros(row_sum, panels * PANEL);
-      for_each_tile(begin, end, [&](long long n, int keys) {
-        stage_k(n, keys);
-        for_each_panel(begin, end, [&](long long row, int rows) {
-          weigh<PANEL / WIDTH>(row, rows, n, keys, place(n, row));
-        });
-      });
-      invert_sums(begin, end);
-    }
+    fill_zeros(row_sum, panels * PANEL);
+    fill_zeros(delta, panels * PANEL);
     for_each_tile(begin, end, [&](long long n, int keys) {
-      if (!IS_EXACT) stage_k(n, keys);
-      stage_rest(n, keys);
+      stage_k(n, keys);
+      stage_v(n, keys);
       for_each_panel(begin, end, [&](long long row, int rows) {
-        if (!IS_EXACT) weigh<PANEL / WIDTH>(row, rows, n, keys, 0);
+        weigh<PANEL / WIDTH>(row, rows, n, keys, place(n, row));
+      });
+    });
+    normalize(begin, end);
+    for_each_tile(begin, end, [&](long long n, int keys) {
+      cut_k(n, keys);
+      for_each_panel(begin, end, [&](long long row, int rows) {
         add_gradients<PANEL / WIDTH>(row, rows, n, keys, place(n, row));
       });
     });
