@@ -21,6 +21,7 @@ CPU_SOURCES = (
     "forward/cpu/generic.cpp",
     "forward/cpu/avx2.cpp",
     "forward/cpu/avx512.cpp",
+    "backward/cpu/dispatch.cpp",
 )
 # Host code of the CUDA kernels; needs the toolkit's headers, not nvcc.
 CUDA_SOURCES = (

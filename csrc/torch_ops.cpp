@@ -19,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "backward/cpu/backward.h"
 #include "common/params.h"
 #include "forward/cpu/forward.h"
 #include "instances/registry.h"
@@ -405,6 +406,95 @@ std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, co
   return run_cpu(q, k, v, {softmax_scale, window_left, window_right}, block_m, block_n, {});
 }
 
+// What a backward is given of the forward.
+void check_saved(const Tensor& dout, const Tensor& q, const Tensor& v, const Tensor& out,
+                 const Tensor& softmax_lse, const std::optional<Tensor>& dlse) {
+  const int64_t dims = q.dim(), batch_dims = dims - 3;
+  for (const Tensor* x : {&dout, &out}) {
+    STD_TORCH_CHECK(x->dim() == dims && x->scalar_type() == q.scalar_type() && same_device(*x, q),
+                    "dout and out must have q's dtype, device and dimensions");
+    for (int64_t i = 0; i < dims; ++i) {
+      STD_TORCH_CHECK(x->sizes()[i] == (i + 1 < dims ? q : v).sizes()[i],
+                      "dout and out must have q's shape, with v's head_dim");
+    }
+  }
+  for (const Tensor* x : {&softmax_lse, dlse ? &*dlse : &softmax_lse}) {
+    const auto sizes = x->sizes();
+    STD_TORCH_CHECK(
+        x->dim() == dims - 1 && x->scalar_type() == ScalarType::Float && same_device(*x, q) &&
+            (batch_dims == 0 || sizes[0] == q.sizes()[0]) && sizes[batch_dims] == heads_of(q) &&
+            sizes[batch_dims + 1] == rows_of(q) && x->is_contiguous(),
+        "softmax_lse and dlse must be contiguous float32 (batch, heads_q, seqlen_q), or "
+        "(heads_q, total_q) of a packed batch");
+  }
+}
+
+void describe_saved(BackwardParams& params, const Tensor& dout, const Tensor& out,
+                    const Tensor& softmax_lse, const std::optional<Tensor>& dlse) {
+  params.attention.out = out.data_ptr();
+  const auto o_strides = strides_of(out), do_strides = strides_of(dout);
+  params.attention.o_batch_stride = o_strides[0];
+  params.attention.o_row_stride = o_strides[1];
+  params.attention.o_head_stride = o_strides[2];
+  params.attention.softmax_lse = static_cast<float*>(softmax_lse.data_ptr());
+  params.dout = dout.data_ptr();
+  if (dlse) params.dlse = static_cast<const float*>(dlse->data_ptr());
+  params.do_batch_stride = do_strides[0];
+  params.do_row_stride = do_strides[1];
+  params.do_head_stride = do_strides[2];
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd_cpu_op(
+    const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+    const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
+    double softmax_scale, int64_t window_left, int64_t window_right, int64_t block_m,
+    int64_t block_n, double softcap, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks, double dropout_p, const std::optional<Tensor>& rng_state,
+    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
+                  "block_m and block_n must be positive, got ", block_m, " and ", block_n);
+  const Options options{.softcap = softcap,
+                        .alibi_slopes = alibi_slopes,
+                        .sinks = sinks,
+                        .dropout_p = dropout_p,
+                        .rng_state = rng_state,
+                        .attn_mask = attn_mask,
+                        .cu_seqlens_q = cu_seqlens_q,
+                        .cu_seqlens_k = cu_seqlens_k,
+                        .seqused_k = seqused_k,
+                        .max_seqlen_q = max_seqlen_q,
+                        .max_seqlen_k = max_seqlen_k};
+  check_inputs(q_in, k_in, v_in, options);
+  check_saved(dout_in, q_in, v_in, out_in, softmax_lse, dlse);
+  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
+  const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
+  const Tensor out = last_contiguous(out_in), dout = last_contiguous(dout_in);
+  Tensor dq = empty_contiguous_like(q), dk = empty_contiguous_like(k),
+         dv = empty_contiguous_like(v);
+  BackwardParams params{};
+  params.attention = describe(q, k, v, window_left, window_right, options);
+  params.attention.softmax_scale = static_cast<float>(softmax_scale);
+  describe_saved(params, dout, out, softmax_lse, dlse);
+  params.dq = dq.data_ptr();
+  params.dk = dk.data_ptr();
+  params.dv = dv.data_ptr();
+  bwd_cpu(params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n), best_cpu_isa(),
+          torch_parallel_for_range, static_cast<int>(torch::stable::get_num_threads()));
+  return {std::move(dq), std::move(dk), std::move(dv)};
+}
+
+// Of calls without options, whose defaults would cost each call a microsecond.
+std::tuple<Tensor, Tensor, Tensor> bwd_cpu_dense_op(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& softmax_lse, const std::optional<Tensor>& dlse, double softmax_scale,
+    int64_t window_left, int64_t window_right, int64_t block_m, int64_t block_n) {
+  const std::optional<Tensor> none;
+  return bwd_cpu_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right,
+                    block_m, block_n, 0, none, none, 0, none, none, none, none, none, 0, 0);
+}
+
 #ifdef FLASHMOE_WITH_CUDA
 
 bool is_cpu(const Tensor& x) {
@@ -716,25 +806,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
   STD_TORCH_CHECK(head_dim_of(v_in) == head_dim_of(q_in), "v must have q's head_dim ",
                   head_dim_of(q_in), " for the backward kernel, got ", head_dim_of(v_in));
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
-  const int64_t dims = q_in.dim(), batch_dims = dims - 3;
-  for (const Tensor* x : {&dout_in, &out_in}) {
-    STD_TORCH_CHECK(
-        x->dim() == dims && x->scalar_type() == q_in.scalar_type() && same_device(*x, q_in),
-        "dout and out must have q's dtype, device and dimensions");
-    for (int64_t i = 0; i < dims; ++i) {
-      STD_TORCH_CHECK(x->sizes()[i] == q_in.sizes()[i], "dout and out must have q's shape");
-    }
-  }
-  for (const Tensor* x : {&softmax_lse, dlse ? &*dlse : &softmax_lse}) {
-    const auto sizes = x->sizes();
-    STD_TORCH_CHECK(
-        x->dim() == dims - 1 && x->scalar_type() == ScalarType::Float && same_device(*x, q_in) &&
-            (batch_dims == 0 || sizes[0] == q_in.sizes()[0]) &&
-            sizes[batch_dims] == heads_of(q_in) && sizes[batch_dims + 1] == rows_of(q_in) &&
-            x->is_contiguous(),
-        "softmax_lse and dlse must be contiguous float32 (batch, heads_q, seqlen_q), or "
-        "(heads_q, total_q) of a packed batch");
-  }
+  check_saved(dout_in, q_in, v_in, out_in, softmax_lse, dlse);
   const BackwardKernel* kernel = find_backward_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
   STD_TORCH_CHECK(head_dim_of(q_in) <= kernel->tile.head_dim, "kernel ", handle,
@@ -749,17 +821,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
   BackwardParams params{};
   params.attention = describe(q, k, v, window_left, window_right, options);
   params.attention.softmax_scale = static_cast<float>(softmax_scale);
-  params.attention.out = out.data_ptr();
-  const auto o_strides = strides_of(out), do_strides = strides_of(dout);
-  params.attention.o_batch_stride = o_strides[0];
-  params.attention.o_row_stride = o_strides[1];
-  params.attention.o_head_stride = o_strides[2];
-  params.attention.softmax_lse = static_cast<float*>(softmax_lse.data_ptr());
-  params.dout = dout.data_ptr();
-  if (dlse) params.dlse = static_cast<const float*>(dlse->data_ptr());
-  params.do_batch_stride = do_strides[0];
-  params.do_row_stride = do_strides[1];
-  params.do_head_stride = do_strides[2];
+  describe_saved(params, dout, out, softmax_lse, dlse);
   params.dq = dq.data_ptr();
   params.dk = dk.data_ptr();
   params.dv = dv.data_ptr();
@@ -1007,6 +1069,17 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
       "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel) -> "
       "(Tensor dq, Tensor dk, Tensor dv)");
   m.def(
+      "bwd_cpu_dense(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int block_m, "
+      "int block_n) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "bwd_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int block_m, "
+      "int block_n, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+      "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "
+      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "
+      "int max_seqlen_q=0, int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
       "fwd_cpu(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
       "int window_right, int block_m, int block_n, " FLASHMOE_OPTIONS
       ") -> (Tensor out, Tensor softmax_lse)");
@@ -1045,6 +1118,8 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) {
   m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op));
   m.impl("fwd_cpu_dense", TORCH_BOX(&flashmoe::fwd_cpu_dense_op));
+  m.impl("bwd_cpu", TORCH_BOX(&flashmoe::bwd_cpu_op));
+  m.impl("bwd_cpu_dense", TORCH_BOX(&flashmoe::bwd_cpu_dense_op));
 }
 
 #ifdef FLASHMOE_WITH_CUDA

@@ -386,7 +386,7 @@ def _largest_score(call: Call) -> float:
 def _orders(call: Call) -> list[Tensor]:
     """Orders in which head_dim may be added up: one computation's rounding may be lucky."""
     generator = torch.Generator().manual_seed(0)
-    count = 4 if call.q.numel() < 1 << 15 else 2
+    count = 16 if call.q.numel() < 1 << 12 else 4 if call.q.numel() < 1 << 15 else 2
     return [torch.randperm(call.q.shape[-1], generator=generator).to(DEVICE) for _ in range(count)]
 
 

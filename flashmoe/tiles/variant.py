@@ -1,6 +1,6 @@
 """What a CUDA kernel is compiled for besides the plain dense call. csrc/common/variant.h has the
-same fields but for head_dim_v, which is the tile's (a test compares them). It imports nothing of flashmoe, because csrc/build_config.py
-reads it where nothing is installed yet."""
+same fields but for head_dim_v, which is the tile's (a test compares them). It imports nothing of
+flashmoe, because csrc/build_config.py reads it where nothing is installed yet."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "backward/cpu/kernel.h"
 #include "forward/cpu/x86.h"
 
 namespace flashmoe {
@@ -49,6 +50,7 @@ struct Avx2 : X86Eight {
 }  // namespace
 
 const CpuKernel cpu_kernel_avx2 = {scratch_floats<Avx2>, run_task<Avx2>};
+const CpuBackwardKernel cpu_backward_avx2 = cpu_backward_of<Avx2>();
 
 }  // namespace flashmoe
 

@@ -12,6 +12,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
 #endif
 
+#include "backward/cpu/kernel.h"
 #include "forward/cpu/x86.h"
 
 namespace flashmoe {
@@ -52,6 +53,7 @@ struct Avx512 : X86Eight {
 }  // namespace
 
 const CpuKernel cpu_kernel_avx512 = {scratch_floats<Avx512>, run_task<Avx512>};
+const CpuBackwardKernel cpu_backward_avx512 = cpu_backward_of<Avx512>();
 
 }  // namespace flashmoe
 

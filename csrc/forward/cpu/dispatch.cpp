@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "forward/cpu/forward.h"
-#include "forward/cpu/mask.h"
+#include "forward/cpu/host.h"
 #include "forward/cpu/task.h"
 
 namespace flashmoe {
@@ -33,11 +32,6 @@ CpuIsa detect_cpu_isa() {
   return CpuIsa::generic;
 }
 
-CpuIsa detected_cpu_isa() {
-  static const CpuIsa isa = detect_cpu_isa();
-  return isa;
-}
-
 CpuIsa choose_cpu_isa() {
   const CpuIsa detected = detected_cpu_isa();
   const char* wanted = std::getenv("FLASHMOE_CPU_ISA");
@@ -51,11 +45,6 @@ CpuIsa choose_cpu_isa() {
                               " on this machine, got '" + wanted + "'");
 }
 
-template <typename T>
-void check(bool ok, const char* what, T got) {
-  if (!ok) throw std::invalid_argument(std::string(what) + ", got " + std::to_string(got));
-}
-
 const CpuKernel& kernel_of(CpuIsa isa) {
   check(isa >= CpuIsa::generic && isa <= detected_cpu_isa(), "isa must be one this CPU supports",
         static_cast<int>(isa));
@@ -66,23 +55,6 @@ const CpuKernel& kernel_of(CpuIsa isa) {
   return cpu_kernel_generic;
 }
 
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-
-// Kept per thread between calls: fresh pages would cost more than a small problem.
-float* thread_scratch(long long floats) {
-  thread_local std::unique_ptr<float[], AlignedDelete> scratch;
-  thread_local long long capacity = 0;
-  if (capacity < floats) {
-    scratch.reset();
-    capacity = 0;
-    scratch.reset(new (std::align_val_t(64)) float[floats]);
-    capacity = floats;
-  }
-  return scratch.get();
-}
-
 // The tasks of one sequence, of all its heads.
 struct SequenceTasks {
   Sequence sequence;
@@ -90,34 +62,6 @@ struct SequenceTasks {
   long long first_task, row_blocks;
   bool is_masked;
 };
-
-// Whether lengths differ between sequences, or lie elsewhere than in a dense batch.
-bool has_lengths(const Sequences& s) {
-  return s.cu_seqlens_q != nullptr || s.cu_seqlens_k != nullptr || s.seqused_k != nullptr ||
-         s.leftpad_k != nullptr || s.cache_batch_idx != nullptr || s.block_table != nullptr;
-}
-
-// Whether attn_mask is the same for all queries of a sequence, and nothing but it depends on where
-// keys are: what it hides in front and behind need not be there.
-bool is_padding(const AttentionParams& p) {
-  const AttnMask& mask = p.terms.attn_mask;
-  return mask.is_given() && mask.head_stride == 0 && mask.row_stride == 0 && p.mask.is_full() &&
-         p.terms.alibi_slopes == nullptr && p.terms.rng_state == nullptr;
-}
-
-// Cuts what such a mask hides in front and behind. Returns whether it says more than that.
-bool cut_padding(const AttnMask& mask, int batch, Sequence& sequence) {
-  const MaskRow row = mask_row(mask, batch, 0, 0);
-  int begin = 0, end = sequence.seqlen_kv;
-  while (begin < end && row[begin] == -INFINITY) ++begin;
-  while (begin < end && row[end - 1] == -INFINITY) --end;
-  sequence.k_begin += begin;
-  sequence.seqlen_kv = end - begin;
-  for (; begin < end; ++begin) {
-    if (row[begin] != 0) return true;
-  }
-  return false;
-}
 
 struct Work {
   const AttentionParams& params;
@@ -172,21 +116,10 @@ struct Work {
 
   // Sets block_m, block_n, tasks and sequences of a call whose sequences differ.
   void list_sequences() {
-    const Sequences& s = params.sequences;
     long long most_rows = 1;
     int most_keys = 1;
     for (int i = 0; i < params.batch; ++i) {
-      Sequence found = sequence_at(s, i, params.seqlen_q, params.seqlen_kv);
-      int kv_batch = 0;
-      bool is_masked = false;
-      if (!has_lengths(s)) {
-        kv_batch = i;
-        is_masked = cut_padding(params.terms.attn_mask, i, found);
-      } else if (s.cu_seqlens_k == nullptr) {
-        if (s.num_pages == 0) found.seqlen_kv = 0;
-        const int wanted = s.cache_batch_idx != nullptr ? s.cache_batch_idx[i] : i;
-        if (s.block_table == nullptr) kv_batch = clamped(wanted, 0, s.num_pages - 1);
-      }
+      const auto [found, kv_batch, is_masked] = sequence_of(params, i);
       if (rows_of(found) == 0) continue;
       sequences.push_back({found, i, kv_batch, 0, 0, is_masked});
       most_rows = std::max(most_rows, rows_of(found));
@@ -248,6 +181,11 @@ void work_until_done(long long, long long, void* context) {
 
 }  // namespace
 
+CpuIsa detected_cpu_isa() {
+  static const CpuIsa isa = detect_cpu_isa();
+  return isa;
+}
+
 CpuIsa best_cpu_isa() {
   static const CpuIsa isa = choose_cpu_isa();
   return isa;
@@ -255,22 +193,7 @@ CpuIsa best_cpu_isa() {
 
 void fwd_cpu(const AttentionParams& params, DType dtype, int block_m, int block_n, CpuIsa isa,
              ParallelFor parallel_for, int num_threads) {
-  for (const int head_dim : {params.head_dim, params.head_dim_v}) {
-    check(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 256,
-          "head_dim and head_dim_v must be multiples of 8 from 8 to 256", head_dim);
-  }
-  check(params.heads_kv > 0, "heads_kv must be positive", params.heads_kv);
-  check(params.heads_q % params.heads_kv == 0, "heads_q must be a multiple of heads_kv",
-        params.heads_q);
-  check(dtype >= DType::float32 && dtype <= DType::bfloat16, "dtype must be 0, 1 or 2",
-        static_cast<int>(dtype));
-  check(std::isfinite(params.softmax_scale) && params.softmax_scale > 0,
-        "softmax_scale must be finite and positive", params.softmax_scale);
-  check(std::isfinite(params.terms.softcap) && params.terms.softcap >= 0,
-        "softcap must be finite and 0 or positive", params.terms.softcap);
-  check(block_m > 0, "block_m must be positive", block_m);
-  check(block_n > 0, "block_n must be positive", block_n);
-
+  check_problem(params, dtype, block_m, block_n);
   const Sequences& s = params.sequences;
   if (s.cu_seqlens_q != nullptr) clear_rows_between(params, dtype);
   Work work{params, dtype, kernel_of(isa), block_m, block_n, 0, {}};

@@ -1,6 +1,6 @@
 // Any CPU: four floats with the compiler's vector extension, which becomes SSE2, NEON, ... by
 // itself.
-#include "forward/cpu/kernel.h"
+#include "backward/cpu/kernel.h"
 
 namespace flashmoe {
 namespace {
@@ -126,5 +126,6 @@ struct Generic {
 }  // namespace
 
 const CpuKernel cpu_kernel_generic = {scratch_floats<Generic>, run_task<Generic>};
+const CpuBackwardKernel cpu_backward_generic = cpu_backward_of<Generic>();
 
 }  // namespace flashmoe

@@ -72,7 +72,7 @@ struct BlockForward {
   float* alpha;      // [PANEL] exp2(old max - new max) of the current panel and tile
   float* key_begin;  // [PANEL] first key each row of the current panel sees, counted from the
   float* key_end;    // [PANEL] first that is computed of the current tile, and past its last
-  float* q_rows;     // [8][head_dim]
+  float* unpacked;   // [8][head_dim or head_dim_v]
   float* slopes;     // [PANEL] of ALiBi, of each row of the current panel, per score_scale
   float* positions;  // [PANEL] the key level with each row, counted as key_begin
   const T** k_rows;  // [block_n] of the current tile, where they are in pages
@@ -115,7 +115,7 @@ struct BlockForward {
     alpha = take(PANEL);
     key_begin = take(PANEL);
     key_end = take(PANEL);
-    q_rows = take(8 * head_dim);
+    unpacked = take(8 * (head_dim > head_dim_v ? head_dim : head_dim_v));
     slopes = take(PANEL);
     positions = take(PANEL);
     constexpr long long POINTER_FLOATS = sizeof(const T*) / sizeof(float);
@@ -155,6 +155,14 @@ struct BlockForward {
            query_head(row) * head_stride;
   }
 
+  // Where a row's softmax_lse is.
+  long long lse_offset(long long row) const {
+    const Sequences& s = params.sequences;
+    const long long rows = s.cu_seqlens_q != nullptr ? s.total_q : params.seqlen_q;
+    const long long head = static_cast<long long>(q_batch) * params.heads_q + query_head(row);
+    return head * rows + task.sequence.q_begin + row / group;
+  }
+
   // Rows of a (seqlen, heads, head_dim) tensor lie too far apart for the hardware prefetchers, and
   // at power-of-two distances they share cache sets: fetch a few rows ahead, no more.
   void prefetch_row(const T* row, int columns) const {
@@ -162,36 +170,43 @@ struct BlockForward {
     for (int d = 0; d < columns; d += LINE) __builtin_prefetch(row + d);
   }
 
-  void pack_q(long long panel_begin, int rows, float* q_panel) const {
-    // Lanes behind the last row repeat it; nobody reads their results.
+  // Transposes the rows of `base` from panel_begin on to `panel`, [columns][PANEL]. Lanes behind
+  // the last row repeat it; nobody reads their results.
+  void pack(const void* base, long long batch_stride, long long row_stride, long long head_stride,
+            int columns, long long panel_begin, int rows, float* panel) const {
     const auto src = [&](int lane) {
       const long long row = panel_begin + (lane < rows ? lane : rows - 1);
-      return static_cast<const T*>(params.q) +
-             q_offset(row, params.q_batch_stride, params.q_row_stride, params.q_head_stride);
+      return static_cast<const T*>(base) + q_offset(row, batch_stride, row_stride, head_stride);
     };
     for (int lane = 0; lane < round_up(rows, WIDTH); lane += 8) {
       for (int i = 0; i < 8; ++i) {
-        const T* q = src(lane + i);
-        prefetch_row(src(lane + i + 4), head_dim);
-        for (int d = 0; d < head_dim; d += 8) {
-          Vec::eight_store(q_rows + i * head_dim + d, Vec::eight_load(q + d));
+        const T* x = src(lane + i);
+        prefetch_row(src(lane + i + 4), columns);
+        for (int d = 0; d < columns; d += 8) {
+          Vec::eight_store(unpacked + i * columns + d, Vec::eight_load(x + d));
         }
       }
-      for (int d = 0; d < head_dim; d += 8) {
-        Vec::transpose_8x8(q_rows + d, head_dim, q_panel + d * PANEL + lane, PANEL);
+      for (int d = 0; d < columns; d += 8) {
+        Vec::transpose_8x8(unpacked + d, columns, panel + d * PANEL + lane, PANEL);
       }
     }
+  }
+  void pack_q(long long panel_begin, int rows, float* panel) const {
+    pack(params.q, params.q_batch_stride, params.q_row_stride, params.q_head_stride, head_dim,
+         panel_begin, rows, panel);
   }
 
   // Brings keys [n_begin, n_begin + keys) and their values to k_tile and v_tile.
   void stage(long long n_begin, int keys) const {
     if (in_pages()) {
       find_rows(n_begin, keys);
-      stage_k(keys, [&](int n) { return k_rows[n]; });
-      stage_v(keys, [&](int n) { return v_rows[n]; });
+      interleave(keys, [&](int n) { return k_rows[n]; }, head_dim, k_tile);
+      cut_columns(keys, [&](int n) { return v_rows[n]; }, head_dim_v, v_tile, v_stride);
     } else {
-      stage_k(keys, [&](int n) { return k_head + (n_begin + n) * params.k_row_stride; });
-      stage_v(keys, [&](int n) { return v_head + (n_begin + n) * params.v_row_stride; });
+      const auto k_row = [&](int n) { return k_head + (n_begin + n) * params.k_row_stride; };
+      const auto v_row = [&](int n) { return v_head + (n_begin + n) * params.v_row_stride; };
+      interleave(keys, k_row, head_dim, k_tile);
+      cut_columns(keys, v_row, head_dim_v, v_tile, v_stride);
     }
   }
 
@@ -212,45 +227,54 @@ struct BlockForward {
     }
   }
 
+  // Rows in groups of KEY_GROUP, those of a group interleaved: [count / KEY_GROUP][columns][4].
   template <typename Row>
-  void stage_k(int keys, const Row& row_of) const {
-    const auto row = [&](int n) { return row_of(n < keys ? n : keys - 1); };
-    for (int n = 0; n < keys; n += KEY_GROUP) {
-      const T *k0 = row(n), *k1 = row(n + 1), *k2 = row(n + 2), *k3 = row(n + 3);
-      for (int i = 0; i < KEY_GROUP; ++i) prefetch_row(row(n + KEY_GROUP + i), head_dim);
-      for (int d = 0; d < head_dim; d += 8) {
-        Vec::store_interleaved(Vec::eight_load(k0 + d), Vec::eight_load(k1 + d),
-                               Vec::eight_load(k2 + d), Vec::eight_load(k3 + d),
-                               k_tile + n * head_dim + d * KEY_GROUP);
+  void interleave(int count, const Row& row_of, int columns, float* dst) const {
+    const auto row = [&](int n) { return row_of(n < count ? n : count - 1); };
+    for (int n = 0; n < count; n += KEY_GROUP) {
+      const T *x0 = row(n), *x1 = row(n + 1), *x2 = row(n + 2), *x3 = row(n + 3);
+      for (int i = 0; i < KEY_GROUP; ++i) prefetch_row(row(n + KEY_GROUP + i), columns);
+      for (int d = 0; d < columns; d += 8) {
+        Vec::store_interleaved(Vec::eight_load(x0 + d), Vec::eight_load(x1 + d),
+                               Vec::eight_load(x2 + d), Vec::eight_load(x3 + d),
+                               dst + n * columns + d * KEY_GROUP);
       }
     }
   }
 
+  // Rows in columns of V_COLUMNS, column_stride apart, the last one filled with zeros to whole
+  // vectors.
   template <typename Row>
-  void stage_v(int keys, const Row& row_of) const {
-    const auto row = [&](int n) { return row_of(n < keys ? n : keys - 1); };
-    for (int n = 0; n < keys; ++n) {
-      const T* v = row(n);
-      float* dst = v_tile + n * V_COLUMNS;
-      prefetch_row(row(n + KEY_GROUP), head_dim_v);
-      for (int d = 0; d < o_stride; d += 8) {
-        const auto v_d = d < head_dim_v ? Vec::eight_load(v + d) : Vec::eight_set1(0.0f);
-        Vec::eight_store(dst + d / V_COLUMNS * v_stride + d % V_COLUMNS, v_d);
+  void cut_columns(int count, const Row& row_of, int columns, float* dst,
+                   long long column_stride) const {
+    const auto row = [&](int n) { return row_of(n < count ? n : count - 1); };
+    for (int n = 0; n < count; ++n) {
+      const T* x = row(n);
+      prefetch_row(row(n + KEY_GROUP), columns);
+      for (int d = 0; d < round_up(columns, WIDTH); d += 8) {
+        const auto x_d = d < columns ? Vec::eight_load(x + d) : Vec::eight_set1(0.0f);
+        Vec::eight_store(dst + n * V_COLUMNS + d / V_COLUMNS * column_stride + d % V_COLUMNS, x_d);
       }
     }
   }
 
-  // Makes scores of S^T[keys][rows], whose keys are counted from first_key, what the terms say.
+  bool is_capped() const { return params.terms.softcap > 0; }
+
+  // Caps the scores of S^T[keys][rows].
   template <int NV>
-  FLASHMOE_NOINLINE void apply_terms(long long panel_begin, int rows, long long first_key,
-                                     int keys) const {
+  FLASHMOE_NOINLINE void cap_scores(int keys) const {
+    const float softcap = params.terms.softcap;
+    const float most = 0x1.fffffep127f, factor = params.softmax_scale / softcap;
+    softcap_panel<Vec, NV>(keys, factor < most ? factor : most, softcap, s_t);
+  }
+
+  // Makes scores of S^T[keys][rows], whose keys are counted from first_key, what ALiBi says, or
+  // where something is to be added to them, scales them.
+  template <int NV>
+  FLASHMOE_NOINLINE void add_terms(long long panel_begin, int rows, long long first_key,
+                                   int keys) const {
     const Terms& terms = params.terms;
-    float scale = params.softmax_scale / score_scale;
-    if (terms.softcap > 0) {
-      const float most = 0x1.fffffep127f, factor = params.softmax_scale / terms.softcap;
-      softcap_panel<Vec, NV>(keys, factor < most ? factor : most, terms.softcap, s_t);
-      scale = 1.0f;
-    }
+    const float scale = is_capped() ? 1.0f : params.softmax_scale / score_scale;
     if (terms.alibi_slopes != nullptr) {
       for (int lane = 0; lane < NV * WIDTH; ++lane) {
         const long long row = panel_begin + (lane < rows ? lane : rows - 1);
@@ -433,6 +457,49 @@ struct BlockForward {
     }
   }
 
+  // What a panel of rows sees of a tile: `keys` of them from its `skipped` on, a multiple of
+  // KEY_GROUP, in which K is staged. All rows see those from common_begin to common_end - 1.
+  struct Seen {
+    int skipped, keys, common_begin, common_end;
+  };
+
+  // And sets key_begin and key_end. No keys: no row sees any.
+  template <int NV>
+  FLASHMOE_INLINE Seen seen_of(long long panel_begin, int rows, long long n_begin, int tile_keys) {
+    // Some row of the panel sees [first.begin, last.end), all see [last.begin, first.end).
+    const KeyRange first = visible_keys(panel_begin), last = visible_keys(panel_begin + rows - 1);
+    const auto in_tile = [&](int key) {
+      return static_cast<int>(clamp<long long>(key - n_begin, 0, tile_keys));
+    };
+    if (in_tile(first.begin) == in_tile(last.end)) return {};
+    const int skipped = in_tile(first.begin) / KEY_GROUP * KEY_GROUP;
+    const int keys = in_tile(last.end) - skipped;
+    const int common_begin = in_tile(last.begin) - skipped;
+    const int common_end = in_tile(first.end) - skipped;
+    const int n_first = static_cast<int>(n_begin) + skipped;
+    if (task.is_masked &&
+        !mask_sees_any(panel_begin, panel_begin + rows, n_first, n_first + keys)) {
+      return {};
+    }
+    if (common_begin == 0 && common_end == keys) {
+      for (int i = 0; i < NV * WIDTH; ++i) key_begin[i] = 0.0f;
+      for (int i = 0; i < NV * WIDTH; ++i) key_end[i] = static_cast<float>(keys);
+      return {skipped, keys, common_begin, common_end};
+    }
+    int position = static_cast<int>(panel_begin / group);
+    // Lanes behind the last row have its limits.
+    for (int i = 0; i < NV * WIDTH; ++position) {
+      const KeyRange seen = visible_at(position);
+      const int next = static_cast<int>((position + 1ll) * group - panel_begin);
+      const int end = next < rows ? next : NV * WIDTH;
+      for (; i < end; ++i) {
+        key_begin[i] = static_cast<float>(in_tile(seen.begin) - skipped);
+        key_end[i] = static_cast<float>(in_tile(seen.end) - skipped);
+      }
+    }
+    return {skipped, keys, common_begin, common_end};
+  }
+
   // Adds the staged keys [n_begin, n_begin + tile_keys) to one panel of rows. Not inlined: three
   // copies in add_keys cost 1 % (Zen 4, 1024 x 1024, head_dim 64).
   template <int NV>
@@ -443,46 +510,18 @@ struct BlockForward {
         return add_tile<NV - 1>(panel_begin, rows, n_begin, tile_keys);
       }
     }
-    // Some row of the panel sees [first.begin, last.end), all see [last.begin, first.end).
-    const KeyRange first = visible_keys(panel_begin), last = visible_keys(panel_begin + rows - 1);
-    const auto in_tile = [&](int key) {
-      return static_cast<int>(clamp<long long>(key - n_begin, 0, tile_keys));
-    };
-    if (in_tile(first.begin) == in_tile(last.end)) return;
-    const int skipped = in_tile(first.begin) / KEY_GROUP * KEY_GROUP;  // K is staged in groups
-    const int keys = in_tile(last.end) - skipped;
-    const int common_begin = in_tile(last.begin) - skipped;
-    const int common_end = in_tile(first.end) - skipped;
-    const int n_first = static_cast<int>(n_begin) + skipped;
-    if (task.is_masked &&
-        !mask_sees_any(panel_begin, panel_begin + rows, n_first, n_first + keys)) {
-      return;
-    }
-    if (common_begin == 0 && common_end == keys) {
-      for (int i = 0; i < NV * WIDTH; ++i) key_begin[i] = 0.0f;
-      for (int i = 0; i < NV * WIDTH; ++i) key_end[i] = static_cast<float>(keys);
-    } else {
-      int position = static_cast<int>(panel_begin / group);
-      // Lanes behind the last row have its limits.
-      for (int i = 0; i < NV * WIDTH; ++position) {
-        const KeyRange seen = visible_at(position);
-        const int next = static_cast<int>((position + 1ll) * group - panel_begin);
-        const int end = next < rows ? next : NV * WIDTH;
-        for (; i < end; ++i) {
-          key_begin[i] = static_cast<float>(in_tile(seen.begin) - skipped);
-          key_end[i] = static_cast<float>(in_tile(seen.end) - skipped);
-        }
-      }
-    }
+    const auto [skipped, keys, common_begin, common_end] =
+        seen_of<NV>(panel_begin, rows, n_begin, tile_keys);
+    if (keys == 0) return;
 
     const long long local = panel_begin - task.row_begin;
     qk_panel<Vec, NV>(keys, k_tile + skipped * head_dim, q_t + local * head_dim, head_dim, s_t);
-    if (params.terms.softcap > 0 || is_added_to()) {
-      apply_terms<NV>(panel_begin, rows, n_begin + skipped, keys);
-    }
-    if (task.is_masked) add_mask(panel_begin, rows, n_first, keys);
+    if (is_capped()) cap_scores<NV>(keys);
+    if (is_added_to()) add_terms<NV>(panel_begin, rows, n_begin + skipped, keys);
+    if (task.is_masked) add_mask(panel_begin, rows, n_begin + skipped, keys);
     if (common_begin > 0) mask_first<NV>(common_begin);
-    bool first_keys = first.begin >= n_begin;  // of the panel: its O is not yet set
+    // Of the panel: its O is not yet set.
+    bool first_keys = visible_keys(panel_begin).begin >= n_begin;
     if (task.is_masked) {
       first_keys = true;
       for (int i = 0; i < rows; ++i) first_keys &= row_sum[local + i] == 0.0f;
@@ -531,10 +570,7 @@ struct BlockForward {
       const auto o_d = empty ? scale : Vec::eight_load(o + local * o_stride + d);
       Vec::eight_store(dst + d, Vec::eight_mul(o_d, scale));
     }
-    const Sequences& s = params.sequences;
-    const long long lse_rows = s.cu_seqlens_q != nullptr ? s.total_q : params.seqlen_q;
-    const long long batch_head = static_cast<long long>(q_batch) * params.heads_q + query_head(row);
-    params.softmax_lse[batch_head * lse_rows + task.sequence.q_begin + row / group] = lse;
+    params.softmax_lse[lse_offset(row)] = lse;
   }
 
   bool o_is_finite() const {

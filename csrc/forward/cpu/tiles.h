@@ -160,10 +160,15 @@ FLASHMOE_NOINLINE void qk_panel(int keys, const float* k, const float* q_t, int 
 // What becomes of the old O when a tile is added to it.
 enum class Accumulate : int { overwrite, rescale, add };
 
+// How P is stored: a line of PANEL for each key that is summed over, or for each row of the result.
+enum class Lines : int { of_sum, of_result };
+
 // O[ROWS][NV vectors] = alpha[row] * O + sum over keys of P^T[key][row] * V[key][:]
-template <class Vec, int ROWS, int NV>
+template <class Vec, int ROWS, int NV, Lines LINES = Lines::of_sum>
 FLASHMOE_INLINE void pv_tile(int keys, const float* p_t, const float* v, Accumulate accumulate,
                              const float* alpha, float* o, long long o_stride) {
+  constexpr int OF_KEY = LINES == Lines::of_sum ? Vec::PANEL : 1;
+  constexpr int OF_ROW = LINES == Lines::of_sum ? 1 : Vec::PANEL;
   typename Vec::Reg acc[ROWS][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
@@ -177,7 +182,7 @@ FLASHMOE_INLINE void pv_tile(int keys, const float* p_t, const float* v, Accumul
     for (int j = 0; j < NV; ++j) v_n[j] = Vec::load(v + n * Vec::V_COLUMNS + j * Vec::WIDTH);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const auto p_i = Vec::set1(p_t[n * Vec::PANEL + i]);
+      const auto p_i = Vec::set1(p_t[n * OF_KEY + i * OF_ROW]);
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[i][j] = Vec::fma(p_i, v_n[j], acc[i][j]);
     }
@@ -196,15 +201,15 @@ FLASHMOE_INLINE void pv_tile(int keys, const float* p_t, const float* v, Accumul
   }
 }
 
-template <class Vec, int ROWS, int NV>
+template <class Vec, int ROWS, int NV, Lines LINES = Lines::of_sum>
 FLASHMOE_NOINLINE void pv_rows(int rows, int keys, const float* p_t, const float* v,
                                Accumulate accumulate, const float* alpha, float* o,
                                long long o_stride) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      pv_tile<Vec, ROWS, NV>(keys, p_t, v, accumulate, alpha, o, o_stride);
+      pv_tile<Vec, ROWS, NV, LINES>(keys, p_t, v, accumulate, alpha, o, o_stride);
     } else {
-      pv_rows<Vec, ROWS - 1, NV>(rows, keys, p_t, v, accumulate, alpha, o, o_stride);
+      pv_rows<Vec, ROWS - 1, NV, LINES>(rows, keys, p_t, v, accumulate, alpha, o, o_stride);
     }
   }
 }
