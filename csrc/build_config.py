@@ -60,6 +60,8 @@ LAUNCH_SOURCES = {
     "sm90": ("common/schedule.cu", "common/mask_tiles.cu"),
     "decode": ("decode/append.cu",),
 }
+# nvcc needs a second for each file besides its kernels.
+INSTANCES_A_FILE = 3
 # General kernels take three times as long to compile: other head dimensions run in the next one's.
 GENERAL_HEAD_DIMS = (64, 128, 256)
 # What tiles compiled at run time include, besides the generated wgmma.cuh.
@@ -211,11 +213,13 @@ def generate(directory: Path, archs: tuple[str, ...], cuda_version: str) -> Gene
         if i.kernel in _variant.RUNTIME and i.head_dim in GENERAL_HEAD_DIMS
     )
     sources: dict[str, list[Path]] = {}
-    for instance in listed:
-        path = directory / f"{instance.symbol}.cu"
-        _write(path, _INSTANCE_SOURCES[instance.kernel](instance))
-        sources.setdefault(instance.kernel, []).append(path)
-    for kernel, paths in sources.items():
+    # Last those that take the least time, for no job to be left alone at the end.
+    for kernel in sorted({i.kernel for i in listed}, reverse=True):
+        texts = [_INSTANCE_SOURCES[kernel](i) for i in listed if i.kernel == kernel]
+        paths = sources[kernel] = []
+        for begin in range(0, len(texts), INSTANCES_A_FILE):
+            paths.append(directory / f"{kernel}_{begin}.cu")
+            _write(paths[-1], "\n".join(texts[begin : begin + INSTANCES_A_FILE]))
         paths += [CSRC / source for source in LAUNCH_SOURCES.get(kernel, ())]
     registry = directory / "registry.cpp"
     _write(registry, _registry_source(listed, archs, cuda_version))
@@ -257,12 +261,11 @@ _DECODE_ARGUMENTS = _ARGUMENTS.replace("AttentionParams", "decoding::DecodeParam
 
 # In the order of DType.
 _SM90_DTYPES = ("__half", "__nv_bfloat16")
-# What runs one after the other: its launch bounds (threads, thread blocks of an SM at once), and
-# what it depends on besides the dtype.
+# What runs one after the other, and its launch bounds: threads, thread blocks of an SM at once.
 _SM90_BWD_FUNCTIONS = {
-    "prepare": ("sm90_backward::EDGE_THREADS, 4", "TILE, VARIANT"),
-    "attention_backward": ("TILE.num_threads(), 1", "TILE, VARIANT"),
-    "finish": ("sm90_backward::EDGE_THREADS, 4", "TILE, VARIANT"),
+    "prepare": "sm90_backward::EDGE_THREADS, 4",
+    "attention_backward": "{tile}.num_threads(), 1",
+    "finish": "sm90_backward::EDGE_THREADS, 4",
 }
 
 
@@ -284,23 +287,27 @@ def _sm80_source(instance: Instance) -> str:
     return "\n".join([*lines, "}  // namespace flashmoe", ""])
 
 
-def _sm90_source(instance: Instance) -> str:
+def _constants(instance: Instance, tile: str) -> tuple[str, str, list[str]]:
+    """The names of an instance's tile, which is a `tile` of C++, and variant; and their lines."""
+    names = f"{instance.symbol}_tile", f"{instance.symbol}_variant"
     lines = [
-        '#include "forward/sm90/kernel.cuh"',
-        "",
-        "namespace flashmoe {",
-        "",
-        f"constexpr Sm90Tile TILE{_struct(instance)};",
-        f"constexpr Variant VARIANT{_variant.initializer(instance.flags)};",
-        "template struct LegalSm90Tile<TILE>;",
+        f"constexpr {tile} {names[0]}{_struct(instance)};",
+        f"constexpr Variant {names[1]}{_variant.initializer(instance.flags)};",
+        f"static_assert(sizeof(Legal{tile}<{names[0]}>) > 0);",
         "",
     ]
+    return *names, lines
+
+
+def _sm90_source(instance: Instance) -> str:
+    tile, variant, constants = _constants(instance, "Sm90Tile")
+    lines = ['#include "forward/sm90/kernel.cuh"', "", "namespace flashmoe {", "", *constants]
     # nvcc 13.0 cannot call a kernel that has a template parameter of class type.
     for dtype in _SM90_DTYPES:
         lines += [
-            "__global__ void __launch_bounds__(TILE.num_threads(), TILE.ctas_per_sm)",
+            f"__global__ void __launch_bounds__({tile}.num_threads(), {tile}.ctas_per_sm)",
             f"    {instance.symbol}{dtype}(const __grid_constant__ Sm90Params params) {{",
-            f"  sm90::attention_forward<{dtype}, TILE, VARIANT>(params);",
+            f"  sm90::attention_forward<{dtype}, {tile}, {variant}>(params);",
             "}",
             "",
         ]
@@ -314,23 +321,15 @@ def _sm90_source(instance: Instance) -> str:
 
 
 def _sm90_bwd_source(instance: Instance) -> str:
-    lines = [
-        '#include "backward/sm90/kernel.cuh"',
-        "",
-        "namespace flashmoe {",
-        "",
-        f"constexpr Sm90BackwardTile TILE{_struct(instance)};",
-        f"constexpr Variant VARIANT{_variant.initializer(instance.flags)};",
-        "template struct LegalSm90BackwardTile<TILE>;",
-        "",
-    ]
+    tile, variant, constants = _constants(instance, "Sm90BackwardTile")
+    lines = ['#include "backward/sm90/kernel.cuh"', "", "namespace flashmoe {", "", *constants]
     for dtype in _SM90_DTYPES:
-        for function, (bounds, arguments) in _SM90_BWD_FUNCTIONS.items():
+        for function, bounds in _SM90_BWD_FUNCTIONS.items():
             lines += [
-                f"__global__ void __launch_bounds__({bounds})",
+                f"__global__ void __launch_bounds__({bounds.format(tile=tile)})",
                 f"    {instance.symbol}_{function}{dtype}("
                 "const __grid_constant__ Sm90BackwardParams params) {",
-                f"  sm90_backward::{function}<{dtype}, {arguments}>(params);",
+                f"  sm90_backward::{function}<{dtype}, {tile}, {variant}>(params);",
                 "}",
                 "",
             ]

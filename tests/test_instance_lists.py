@@ -69,8 +69,8 @@ def test_a_line_may_end_with_the_head_dim_of_v(build_config: ModuleType, tmp_pat
     info = json.loads(re.search(r'R"\((.*)\)"', text)[1])  # type: ignore[index]
     assert ["local", "v32"] in [y for x in info["instances"] for y in x["variants"]]
     source = generated.instances["sm90"][0].read_text(encoding="utf-8")
-    assert f"constexpr Sm90Tile TILE{tile};" in source
-    assert "constexpr Variant VARIANT{.local = true};" in source
+    assert f"constexpr Sm90Tile {found.symbol}_tile{tile};" in source
+    assert f"constexpr Variant {found.symbol}_variant{{.local = true}};" in source
 
 
 @pytest.mark.parametrize(
@@ -123,20 +123,34 @@ def test_kernels_are_registered_with_what_they_can_do(
     assert listed == [[[]], [[]], [["local"]]]
     assert ["local", "sink"] in general
     assert [] not in general
-    plain, general = (path.read_text(encoding="utf-8") for path in found.instances["sm80"])
+    (sm80,) = (path.read_text(encoding="utf-8") for path in found.instances["sm80"])
+    plain, general = sm80.split("#include")[1:]
     assert "Sm80Tile<64, 128, 64, 2, 4>, true, false>" in plain
     assert "Sm80Tile<64, 128, 64, 2, 4>, true, true>" in general
     assert "Sm80Tile<64, 128, 64, 2, 4>, false, true>" in general
     assert "late_dq" in info["backward_instances"][0]
     assert "{64, 128, 128, 3, 3, 2, true}, {.local = true, .deterministic = true}, {" in text
     (backward,) = (path.read_text(encoding="utf-8") for path in found.instances["sm90_bwd"])
-    assert "attention_backward<__half, TILE, VARIANT>" in backward
-    *listed, schedule, mask_tiles = found.instances["sm90"]
+    name = "bwd_sm90_64_128_128_3_3_2_1_local_deterministic"
+    assert f"attention_backward<__half, {name}_tile, {name}_variant>" in backward
+    instances, schedule, mask_tiles = found.instances["sm90"]
     assert (schedule.name, mask_tiles.name) == ("schedule.cu", "mask_tiles.cu")
-    plain, local = (path.read_text(encoding="utf-8") for path in listed)
-    assert "constexpr Variant VARIANT{};" in plain
-    assert "constexpr Variant VARIANT{.local = true};" in local
-    assert "attention_forward<__half, TILE, VARIANT>" in plain
+    plain, local = instances.read_text(encoding="utf-8").split("#include")[1:]
+    name = "fwd_sm90_64_128_64_3_1_0_0_0_2_1"
+    assert f"constexpr Variant {name}_variant{{}};" in plain
+    assert f"constexpr Variant {name}_local_variant{{.local = true}};" in local
+    assert f"attention_forward<__half, {name}_tile, {name}_variant>" in plain
+
+
+def test_instances_share_files_and_each_is_in_one(build_config: ModuleType, tmp_path: Path) -> None:
+    lines = "".join(f"64 128 {n} 3 1 0 0 0 2 1\n" for n in range(32, 129, 16))
+    (build_config.CSRC / "instances" / "sm90.txt").write_text(lines, encoding="utf-8")
+    found = build_config.generate(tmp_path / "generated", ("90",), "13.0").instances["sm90"]
+    texts = [path.read_text(encoding="utf-8") for path in found if path.stem.startswith("sm90_")]
+    counts = [text.count("constexpr Sm90Tile") for text in texts]
+    assert counts == [build_config.INSTANCES_A_FILE] * 2 + [7 - 2 * build_config.INSTANCES_A_FILE]
+    symbols = re.findall(r"constexpr Sm90Tile (\w+)_tile", "".join(texts))
+    assert symbols == [x.symbol for x in build_config.instances() if x.kernel == "sm90"]
 
 
 def test_machine_code_comes_from_the_oldest_ptx(build_config: ModuleType) -> None:
