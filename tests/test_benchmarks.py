@@ -472,3 +472,17 @@ def test_libraries_that_are_installed_are_peers(
     assert {row["section"] for row in rows if "FA3" in row["samples"]} >= {"softcap", "plain"}
     rows = run(packed, monkeypatch, tmp_path, "--only", "mixed", "chunks")["rows"]
     assert all({"FA3", "FA4"} <= {*row["samples"]} for row in rows), [r["failed"] for r in rows]
+
+
+def test_training_on_a_cpu_beside_torch(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, output = load("cpu_training"), tmp_path / "table.json"
+    options = ("--shrink", "64", "--rounds", "1", "--threads", "1", "--tiles")
+    monkeypatch.setattr(sys, "argv", ["x.py", *options, "--output", str(output)])
+    module.main()
+    document = json.loads(output.read_text(encoding="utf-8"))
+    assert len(document["rows"]) == len(module.ROWS)
+    names = {"ours", "torch", *map(str, module.TILES)}
+    assert all(set(row["backward_ms"]) == names for row in document["rows"])
+    assert all(ms > 0 for row in document["rows"] for ms in row["step_ms"].values())

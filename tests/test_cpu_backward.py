@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_calls import assert_backward_matches, dense_call, packed_call, random_terms
+from random_calls import assert_backward_matches, dense_call, packed_call
 from support import DEVICE
 from torch import Tensor
 
@@ -137,4 +137,3 @@ def test_every_instruction_set(isa: str) -> None:
     if "FLASHMOE_CPU_ISA must be one of" in done.stderr:
         pytest.skip(f"this CPU has no {isa}")
     assert done.returncode == 0, done.stderr
-
