@@ -16,7 +16,7 @@ from flashmoe.machine.device import Arch, arch, slug
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning import database
 from flashmoe.planning.plan import Plan, make_plan, reload_databases, repeatable
-from flashmoe.spec.mask import CAUSAL
+from flashmoe.spec.mask import CAUSAL, Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
@@ -304,6 +304,12 @@ def test_sdpa_plan_is_used_and_never_asked_for_lse(user_database):
     torch.testing.assert_close(flashmoe.flash_attn_func(q.detach(), k.detach(), v.detach()), out)
 
 
+def on_amx(monkeypatch, has_it):
+    """On a CPU that has AMX, or not, whatever runs the test."""
+    here = dataclasses.replace(arch(CPU), amx=has_it)
+    monkeypatch.setattr(flashmoe.planning.plan, "arch", lambda device: here)
+
+
 @pytest.mark.parametrize(
     ("changes", "backend"),
     [
@@ -320,7 +326,8 @@ def test_sdpa_plan_is_used_and_never_asked_for_lse(user_database):
         ({"seqlen_q": 1, "mask": CAUSAL}, "sdpa"),
     ],
 )
-def test_a_query_or_two_on_a_cpu_go_to_sdpa(user_database, changes, backend):
+def test_a_query_or_two_on_a_cpu_go_to_sdpa(user_database, changes, backend, monkeypatch):
+    on_amx(monkeypatch, False)
     problem = dataclasses.replace(PROBLEM, **changes)
     assert make_plan(problem, CPU).backend == backend
     assert make_plan(problem, CPU, need_lse=True).backend == "cpu"
@@ -429,3 +436,16 @@ def test_deterministic_gradients_that_nobody_has_are_refused(monkeypatch):
         monkeypatch.setattr(backend, "repeats", lambda tile, problem: False)
     with pytest.raises(ValueError, match=r"deterministic must be False for bwd .*got True"):
         repeatable(Plan("cuda", None, "test"), problem, cpu)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_bfloat16_goes_to_torch_where_only_torch_has_its_instructions(
+    user_database, amx, monkeypatch
+):
+    on_amx(monkeypatch, amx)
+    for dtype in ("bfloat16", "float16", "float32"):
+        problem = Problem(1, 4, 4, 300, 300, 64, dtype)
+        assert make_plan(problem, CPU).backend == ("sdpa" if amx and dtype == "bfloat16" else "cpu")
+        assert make_plan(problem, CPU, need_lse=True).backend == "cpu"
+        for changes in ({"direction": "bwd"}, {"mask": Mask(20, 0)}):
+            assert make_plan(dataclasses.replace(problem, **changes), CPU).backend == "cpu"

@@ -16,7 +16,8 @@ import torch
 class Arch:
     """What a tile must fit, and how fast that is. `capability` is the CUDA compute capability,
     (0, 0) for a CPU; `smem_per_block` is the opt-in shared memory of one thread block in bytes;
-    `clock` in kHz and `bandwidth` of memory in bytes a second are peaks, 0 where unknown."""
+    `clock` in kHz and `bandwidth` of memory in bytes a second are peaks, 0 where unknown; `amx`:
+    whether a CPU multiplies matrices of bfloat16 in an instruction."""
 
     kind: str
     name: str
@@ -25,6 +26,7 @@ class Arch:
     smem_per_block: int = 0
     clock: int = 0
     bandwidth: float = 0.0
+    amx: bool = False
 
 
 def cpu_name() -> str:
@@ -42,7 +44,8 @@ def arch(device: torch.device) -> Arch:
     """The Arch of a torch device; a CUDA device without an index is the current one when first
     asked for. Raises ValueError for any other kind of device."""
     if device.type == "cpu":
-        return Arch("cpu", cpu_name())
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        return Arch("cpu", cpu_name(), amx=has_amx())
     if device.type != "cuda":
         raise ValueError(f"device must be cpu or cuda, got {device}")
     properties = torch.cuda.get_device_properties(device)
