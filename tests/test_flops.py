@@ -75,6 +75,13 @@ def test_a_gradient_of_a_mask_is_counted():
     assert counted(step) == 2 * 64 * 2 * 16 * (2 + 5 + 2)
 
 
+def test_arguments_of_an_op_may_have_names():
+    q = tensor(1, 8, 2, 16).detach()
+    rest = {"window_left": -1, "window_right": 0, "backend": "", "tile": ""}
+    found = counted(attention, q, q, v=q, softmax_scale=0.25, **rest)
+    assert found == 2 * 64 * 2 * 32
+
+
 def test_tensors_without_values_count_the_longest_sequences():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

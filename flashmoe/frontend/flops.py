@@ -9,7 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flashmoe.frontend.ops import Arguments, saved_call
+from flashmoe.frontend.ops import (
+    Arguments,
+    attention_packed_backward,
+    attention_split,
+    saved_call,
+)
 from flashmoe.spec.call import Call
 from flashmoe.spec.sequence import sequences_of
 
@@ -38,19 +43,29 @@ def _flops(call: Call, of_q: int, of_v: int) -> int:
     return 2 * _pairs(call) * call.q.shape[-2] * columns
 
 
+def _positional(op: torch._ops.OpOverload, arguments: tuple[Any, ...], named: Any) -> list[Any]:
+    """Those of an op, or of one that has fewer, some given by name."""
+    known = op._schema.arguments
+    given = {x.name: value for x, value in zip(known, arguments, strict=False)} | named
+    return [given.get(x.name, x.default_value) for x in known]
+
+
 @register_flop_formula(
     [_ops.attention, _ops.attention_without_lse, _ops.attention_packed, _ops.attention_split],
     get_raw=True,
 )
 def forward_flops(*arguments: Any, out_val: Any = None, **named: Any) -> int:
-    return _flops(Arguments.of(*arguments, **named).call, 1, 1)
+    given = _positional(attention_split, arguments, named)
+    return _flops(Arguments.of(*given).call, 1, 1)
 
 
 @register_flop_formula([_ops.attention_backward, _ops.attention_packed_backward], get_raw=True)
 def backward_flops(*arguments: Any, out_val: Any = None, **named: Any) -> int:
-    return _flops(saved_call(*arguments, **named)[0].call, 3, 2)
+    given = _positional(attention_packed_backward, arguments, named)
+    return _flops(saved_call(*given)[0].call, 3, 2)
 
 
 @register_flop_formula([_ops.attention_mask_backward], get_raw=True)
 def mask_backward_flops(*arguments: Any, out_val: Any = None, **named: Any) -> int:
-    return _flops(saved_call(*arguments, **named)[0].call, 1, 1)
+    given = _positional(attention_packed_backward, arguments, named)
+    return _flops(saved_call(*given)[0].call, 1, 1)
