@@ -114,8 +114,8 @@ SCRIPT = """
 import sys
 import torch
 sys.path.insert(0, sys.argv[1])
-from test_cpu_backward import gradients, random_call, random_terms, saved_of
-from random_calls import assert_backward_matches
+from test_cpu_backward import gradients, random_call, saved_of
+from random_calls import assert_backward_matches, random_terms
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 for mask in (FULL, CAUSAL, Mask(30, 2)):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -138,7 +138,8 @@ def test_what_is_listed_is_legal_and_not_too_much(build_config: ModuleType) -> N
         fields = one.to_json()
         head_dim = fields.pop("head_dim")
         tile = Tile(**fields)
-        problem = Problem(1, 1, 1, 512, 512, head_dim, "bfloat16")
+        own = one.head_dim_v or None
+        problem = Problem(1, 1, 1, 512, 512, head_dim, "bfloat16", head_dim_v=own)
         assert not tile.violations(ARCHS["nvidia-h200"], problem), f"{head_dim}: {tile}"
 
 

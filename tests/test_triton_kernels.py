@@ -302,11 +302,11 @@ def test_every_order_of_programs_covers_every_tile(
 
 
 def test_a_section_of_heads_fits_in_l2() -> None:
-    # 32 MiB hold four heads of 8 MiB, each read by `group` query heads.
-    assert heads_per_section(32, 1, 16384, 128, 2) == 4
-    assert heads_per_section(32, 4, 16384, 128, 2) == 16
-    assert heads_per_section(3, 1, 16, 16, 2) == 3
-    assert heads_per_section(8, 2, 2**24, 128, 2) == 2
+    # 32 MiB hold four heads whose K and V have 8 MiB, each read by `group` query heads.
+    assert heads_per_section(32, 1, 16384, 2 * 128, 2) == 4
+    assert heads_per_section(32, 4, 16384, 2 * 128, 2) == 16
+    assert heads_per_section(3, 1, 16, 2 * 16, 2) == 3
+    assert heads_per_section(8, 2, 2**24, 2 * 128, 2) == 2
 
 
 def test_the_accelerator_is_used_only_where_it_can_read() -> None:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 def rules(tile: Tile, arch: Arch, problem: Problem) -> Iterator[str]:
     if arch.kind != "cpu":
         yield f"the cpu kernel runs on cpu tensors, not on {arch.kind}"
-    if problem.direction != "fwd":
-        yield "the cpu kernel has no tile for the backward"
     for name, value in (("block_m", tile.block_m), ("block_n", tile.block_n)):
         if not 1 <= value <= 4096:
             yield f"{name} must be from 1 to 4096, got {value}"

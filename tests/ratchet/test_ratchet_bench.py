@@ -22,6 +22,7 @@ from flashmoe.ratchet.measuring.suite import parse
 from flashmoe.ratchet.results import files
 from flashmoe.ratchet.results.values import CaseResult
 from flashmoe.ratchet.sota import providers
+from flashmoe.spec.call import Call
 
 GOOD, BAD = "fwd-b1-h2-s40-d16-float32", "fwd-b1-h4k2-s33-d24-float32-causal"
 NAMES = ("out", "dq", "dk", "dv")
@@ -445,9 +446,10 @@ def test_the_yardstick_is_torchs_own_whatever_bears_its_name(
     )
     (answer,) = run_worker(GOOD)
     assert answer["sdpa"]["status"] == "ok", answer
-    case = parse(GOOD)
-    (attend,) = (p.make(case) for p in providers.PROVIDERS if p.name == "sdpa-math")
-    attend(*(torch.randn(1, 2, 40, 16) for _ in range(3)))
+    case, q = parse(GOOD), torch.randn(1, 40, 2, 16)
+    call = Call(q, q, q, 0.25)
+    (attend,) = (p.make(case, call) for p in providers.PROVIDERS if p.name == "sdpa-math")
+    attend(*(x.transpose(1, 2) for x in call[:3]))
 
 
 def test_the_yardstick_alone(tmp_path: Path) -> None:
