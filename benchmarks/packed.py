@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from decode import PAGE_SIZES, in_cache, of_cache, state_pages
 from sides import PACKED, against, differs, judged, ours, timed
-from tables import Row, Table, listed, measures, over_peers, parser_of
+from tables import Row, Table, listed, measures, over_peers, run_sections
 
 from flashmoe.measure.inputs import Inputs, make_inputs
 from flashmoe.spec.call import Sequences
@@ -93,7 +93,7 @@ def packed_of(dense: Inputs) -> Inputs:
 
 @measures
 def equal_row(table: Table, section: str, problem: Problem) -> Row | None:
-    """Packed is "ours", beside the dense call."""
+    """The packed call, as "ours", and the dense one in one row."""
     dense = make_inputs(problem, table.device)
     calls, failed, wrong = against(packed_of(dense), table.peers(PACKED))
     calls["ours, dense"] = timed(ours(dense), dense)
@@ -230,11 +230,7 @@ SECTIONS = {
 
 
 def main() -> int:
-    table = Table(parser_of(__doc__, seconds=240).parse_args())
-    for section, state in SECTIONS.items():
-        if table.wants(section):
-            state(table)
-    return table.finish()
+    return run_sections(__doc__, SECTIONS, seconds=240)
 
 
 if __name__ == "__main__":

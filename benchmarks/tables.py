@@ -1,5 +1,5 @@
-"""What the tables here share: rows timed side by side beside the limits of the same run, verdicts
-on what a table must show, and the JSON of a run.
+"""What the tables of benchmarks/ share: rows that are timed side by side with the limits of the
+same run, verdicts on what a table must show, and the JSON of a run.
 
 A script makes a Table of its arguments, adds rows and states verdicts:
 
@@ -243,7 +243,7 @@ class Table:
         return row
 
     def fail(self, label: str, why: object) -> None:
-        """Ours is wrong, or raised: told, kept, and the run goes on."""
+        """Print and keep that ours is wrong, or raised; the run goes on."""
         text = " ".join(str(why).split()) or type(why).__name__
         self.wrong.append(f"{label}: {text[:500]}")
         print(f"WRONG {self.wrong[-1]}", flush=True)
@@ -374,7 +374,7 @@ def _bound(at_least: float | None, at_most: float | None) -> tuple[float, Callab
 
 
 def text_of(row: Row) -> str:
-    """The row as it is printed: times with efficiencies, and ours beside the best peer."""
+    """A printed row: times, efficiencies, and how ours compares with the best peer."""
     unit, scale = ("us", 1e6) if row.seconds() < 1e-3 else ("ms", 1e3)
     parts = [
         f"{name} {row.seconds(name) * scale:.4g}"
@@ -416,3 +416,14 @@ def shrunk(problem: Problem, by: int) -> Problem:
             for q, k, count in problem.lengths[: 4 if problem.layout.startswith("packed") else 0]
         ),
     )
+
+
+def run_sections(
+    doc: str | None, sections: Mapping[str, Callable[[Table], None]], seconds: float
+) -> int:
+    """The command line of a script whose tables are `sections`; returns its exit code."""
+    table = Table(parser_of(doc, seconds=seconds).parse_args())
+    for section, state in sections.items():
+        if table.wants(section):
+            state(table)
+    return table.finish()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from hopper.backward import ROWS
 from sides import SDPA, against, ours, timed
-from tables import Row, Table, listed, measures, over_peers, parser_of
+from tables import Row, Table, listed, measures, over_peers, run_sections
 from windows import SPECS, WIDE, window_row
 
 from flashmoe.measure.inputs import make_inputs
@@ -175,11 +175,7 @@ SECTIONS = {
 
 
 def main() -> int:
-    table = Table(parser_of(__doc__, seconds=300).parse_args())
-    for section, state in SECTIONS.items():
-        if table.wants(section):
-            state(table)
-    return table.finish()
+    return run_sections(__doc__, SECTIONS, seconds=300)
 
 
 if __name__ == "__main__":

@@ -429,8 +429,28 @@ void check_saved(const Tensor& dout, const Tensor& q, const Tensor& v, const Ten
   }
 }
 
-void describe_saved(BackwardParams& params, const Tensor& dout, const Tensor& out,
-                    const Tensor& softmax_lse, const std::optional<Tensor>& dlse) {
+struct BackwardCall {
+  Tensor q, k, v, out, dout, dq, dk, dv;
+  BackwardParams params;
+};
+
+// Allocates the gradients of what was checked and describes the call to a kernel.
+BackwardCall prepare_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& out, const Tensor& softmax_lse,
+                              const std::optional<Tensor>& dlse, const Scores& scores,
+                              const Options& options) {
+  BackwardCall call{q,
+                    k,
+                    v,
+                    out,
+                    dout,
+                    empty_contiguous_like(q),
+                    empty_contiguous_like(k),
+                    empty_contiguous_like(v),
+                    {}};
+  BackwardParams& params = call.params;
+  params.attention = describe(q, k, v, scores.window_left, scores.window_right, options);
+  params.attention.softmax_scale = static_cast<float>(scores.softmax_scale);
   params.attention.out = out.data_ptr();
   const auto o_strides = strides_of(out), do_strides = strides_of(dout);
   params.attention.o_batch_stride = o_strides[0];
@@ -442,6 +462,10 @@ void describe_saved(BackwardParams& params, const Tensor& dout, const Tensor& ou
   params.do_batch_stride = do_strides[0];
   params.do_row_stride = do_strides[1];
   params.do_head_stride = do_strides[2];
+  params.dq = call.dq.data_ptr();
+  params.dk = call.dk.data_ptr();
+  params.dv = call.dv.data_ptr();
+  return call;
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd_cpu_op(
@@ -469,20 +493,14 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cpu_op(
   check_inputs(q_in, k_in, v_in, options);
   check_saved(dout_in, q_in, v_in, out_in, softmax_lse, dlse);
   STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
-  const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
-  const Tensor out = last_contiguous(out_in), dout = last_contiguous(dout_in);
-  Tensor dq = empty_contiguous_like(q), dk = empty_contiguous_like(k),
-         dv = empty_contiguous_like(v);
-  BackwardParams params{};
-  params.attention = describe(q, k, v, window_left, window_right, options);
-  params.attention.softmax_scale = static_cast<float>(softmax_scale);
-  describe_saved(params, dout, out, softmax_lse, dlse);
-  params.dq = dq.data_ptr();
-  params.dk = dk.data_ptr();
-  params.dv = dv.data_ptr();
-  bwd_cpu(params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n), best_cpu_isa(),
-          torch_parallel_for_range, static_cast<int>(torch::stable::get_num_threads()));
-  return {std::move(dq), std::move(dk), std::move(dv)};
+  BackwardCall call =
+      prepare_backward(last_contiguous(dout_in), last_contiguous(q_in), last_contiguous(k_in),
+                       last_contiguous(v_in), last_contiguous(out_in), softmax_lse, dlse,
+                       {softmax_scale, window_left, window_right}, options);
+  bwd_cpu(call.params, dtype_of(q_in), static_cast<int>(block_m), static_cast<int>(block_n),
+          best_cpu_isa(), torch_parallel_for_range,
+          static_cast<int>(torch::stable::get_num_threads()));
+  return {std::move(call.dq), std::move(call.dk), std::move(call.dv)};
 }
 
 // Of calls without options, whose defaults would cost each call a microsecond.
@@ -814,36 +832,29 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
   const DType dtype = dtype_of(q_in);
   STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
 
-  const Tensor q = fetchable(q_in), k = fetchable(k_in), v = fetchable(v_in);
-  const Tensor out = fetchable(out_in), dout = fetchable(dout_in);
-  Tensor dq = empty_contiguous_like(q), dk = empty_contiguous_like(k),
-         dv = empty_contiguous_like(k);
-  BackwardParams params{};
-  params.attention = describe(q, k, v, window_left, window_right, options);
-  params.attention.softmax_scale = static_cast<float>(softmax_scale);
-  describe_saved(params, dout, out, softmax_lse, dlse);
-  params.dq = dq.data_ptr();
-  params.dk = dk.data_ptr();
-  params.dv = dv.data_ptr();
+  BackwardCall call = prepare_backward(fetchable(dout_in), fetchable(q_in), fetchable(k_in),
+                                       fetchable(v_in), fetchable(out_in), softmax_lse, dlse,
+                                       {softmax_scale, window_left, window_right}, options);
   // Where either side has no rows, nothing adds to the gradients of the other.
-  if (is_empty(params.attention) || params.attention.seqlen_kv == 0) {
-    torch::stable::zero_(dq);
-    torch::stable::zero_(dk);
-    torch::stable::zero_(dv);
+  if (is_empty(call.params.attention) || call.params.attention.seqlen_kv == 0) {
+    torch::stable::zero_(call.dq);
+    torch::stable::zero_(call.dk);
+    torch::stable::zero_(call.dv);
   } else {
     if (seqused_k) {
       // Keys that are not used have no gradient, and no block of keys.
-      torch::stable::zero_(dk);
-      torch::stable::zero_(dv);
+      torch::stable::zero_(call.dk);
+      torch::stable::zero_(call.dv);
     }
     const Tensor workspace = empty_workspace(
-        sm90_backward::workspace_bytes(kernel->tile, kernel->variant, params.attention), q);
-    const cudaError_t error = launch_backward(*kernel, params, dtype, device,
+        sm90_backward::workspace_bytes(kernel->tile, kernel->variant, call.params.attention),
+        call.q);
+    const cudaError_t error = launch_backward(*kernel, call.params, dtype, device,
                                               current_stream(device), workspace.data_ptr());
     STD_TORCH_CHECK(error == cudaSuccess,
                     "launching the backward kernel failed: ", cudaGetErrorString(error));
   }
-  return {std::move(dq), std::move(dk), std::move(dv)};
+  return {std::move(call.dq), std::move(call.dk), std::move(call.dv)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const Tensor& q,
@@ -863,9 +874,9 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const T
 // node in C++, whose kernels are others' to bring: ours run those calls of it whose dropout_p is no
 // probability but the number of a TrainingPlan.
 
-// What such a call runs: handles of kernels. On a CPU `forward` is block_m. A `backward` of -1 is
-// the op `attention_backward`, and so is every backward that torch asks to be deterministic where
-// the plan is not.
+// What such a call runs: handles of kernels. On a CPU `forward` is block_m. The op
+// `attention_backward` runs where `backward` is -1, and where torch asks for deterministic
+// gradients and the plan has none.
 struct TrainingPlan {
   int64_t window_left, window_right, forward, backward;
   bool deterministic;

@@ -162,7 +162,7 @@ MaskTilesParams describe_mask_tiles(const AttentionParams& p, int block_queries,
     std::swap(x.block_m, x.block_n);
   }
   x.rows_are_keys = of_keys;
-  // Keys that do not exist have to be told from others, queries need not.
+  // What is past the end may pass for what is not where rows are queries, not where they are keys.
   const bool rows_alike = !of_keys && x.attn_mask.row_stride == 0 && x.window.is_full();
   const bool columns_alike = of_keys && x.attn_mask.key_stride == 0 && x.window.is_full();
   const int batches = x.attn_mask.batch_stride == 0 ? 1 : p.batch;
