@@ -6,7 +6,7 @@ import sys
 
 from flashmoe.machine.environment import TOOL_PACKAGES, missing_packages
 
-# As in cli/exits.py, which needs the packages.
+# As in cli/arguments.py, which needs the packages.
 BAD_USAGE, INTERRUPTED = 2, 130
 
 

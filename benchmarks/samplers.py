@@ -80,11 +80,15 @@ def neighbours(grid: Grid, space: Space, seed: int, prior: Values) -> Propose:
     """A free tile one step from the fastest that has one; half of a batch at random."""
     by_chance = ordered(grid, space, seed, {})
 
+    def one_step(a: Tile, b: Tile) -> bool:
+        steps = np.abs(np.subtract(space.position(a), space.position(b)))
+        return a.kernel == b.kernel and steps.sum() == 1
+
     def propose(known: Values, in_flight: Sequence[Tile]) -> Tile:
         if len(in_flight) % 2 == 0:
             for best in sorted(known, key=known.__getitem__):
-                for _, tile in space.neighbours(best):
-                    if tile not in known and tile not in in_flight:
+                for tile in space.tiles:
+                    if one_step(tile, best) and tile not in known and tile not in in_flight:
                         return tile
         return by_chance(known, in_flight)
 

@@ -6,11 +6,8 @@ import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flashmoe.autotune.cli.arguments import PROG, Parser, UsageError
-from flashmoe.autotune.cli.arguments import device as parse_device
-from flashmoe.autotune.cli.exits import DONE
+from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name
 from flashmoe.autotune.report import instances
-from flashmoe.machine import device
 from flashmoe.planning import database
 from flashmoe.tiles import Tile
 
@@ -20,17 +17,14 @@ _LISTS = {"sm80": "sm80.txt", "sm90": "covering.txt"}
 
 def run(words: Sequence[str]) -> int:
     """Put each head dimension's winners first in csrc/instances."""
-    parser = Parser(
-        prog=f"python -m {PROG} apply",
-        description="Write the winning CUDA tiles of a device into the lists of tiles that are "
+    parser = command_parser(
+        "apply",
+        "Write the winning CUDA tiles of a device into the lists of tiles that are "
         "compiled in, first of their head dimension; build again afterwards. The first is the "
         "default of the mma.sync kernel; the Hopper kernel has its defaults by length in "
         "flashmoe/backends/cuda.py. Where winners of one head dimension differ, the one that won "
         "the most problems comes first.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU)")
-    parser.add_argument("--model", metavar="NAME", help="a device model that is not here, by name")
     parser.add_argument(
         "--instances",
         type=Path,
@@ -39,9 +33,8 @@ def run(words: Sequence[str]) -> int:
         help="folder of the lists (default: %(default)s, from the repository's root)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only tell what would change")
-    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
     args = parser.parse_args(words)
-    name = args.model or device.arch(parse_device(args.device, None)).name
+    name = device_name(args)
     # What won in a shipped database is compiled in already where it is worth it.
     winners = winning_lines(database.load(database.user_path(name)))
     if not winners:

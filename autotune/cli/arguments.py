@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from flashmoe.autotune.search.sampler import SAMPLERS
+from flashmoe.machine.device import arch
 from flashmoe.spec.options import DEFAULTS, add_options, whole
 
 PROG = "flashmoe.autotune"
+DONE, NOTHING_MEASURED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 _BACKENDS_WITH_TILES = ("cuda", "decode", "triton", "cpu")
 
 _DESCRIPTION = """\
@@ -58,6 +61,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+def warn(text: str) -> None:
+    print(f"{PROG}: warning: {text}", file=sys.stderr)
 
 
 def _seed(text: str) -> int:
@@ -167,6 +174,23 @@ def parser() -> Parser:
     output.add_argument("--json", action="store_true", help="one JSON document on stdout")
     output.add_argument("--debug", action="store_true", help="tracebacks with errors")
     return made
+
+
+def command_parser(name: str, description: str, *, of_device: bool = True) -> Parser:
+    """Of a command beside tuning; `of_device`: about what is stored for one device model."""
+    made = Parser(prog=f"python -m {PROG} {name}", description=description, allow_abbrev=False)
+    if of_device:
+        made.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU)")
+        made.add_argument(
+            "--model", metavar="NAME", help="a device model that is not here, by name"
+        )
+    made.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    return made
+
+
+def device_name(args: argparse.Namespace) -> str:
+    """The device model that --model or --device names. Raises UsageError."""
+    return args.model or arch(device(args.device, None)).name
 
 
 def device(text: str | None, backend: str | None) -> torch.device:

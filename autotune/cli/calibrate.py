@@ -13,8 +13,7 @@ from rich.console import Console
 from flashmoe import api
 from flashmoe.autotune.calibration.fit import calibrated
 from flashmoe.autotune.calibration.measure import measured
-from flashmoe.autotune.cli.arguments import UsageError
-from flashmoe.autotune.cli.exits import DONE, NOTHING_MEASURED
+from flashmoe.autotune.cli.arguments import DONE, NOTHING_MEASURED, UsageError
 from flashmoe.autotune.cli.progress import shown
 from flashmoe.machine.cache import make_folder, require_writable
 from flashmoe.machine.device import arch

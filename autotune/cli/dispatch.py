@@ -11,8 +11,14 @@ from typing import TextIO
 from flashmoe.autotune.cli import apply as command_apply
 from flashmoe.autotune.cli import show as command_show
 from flashmoe.autotune.cli import tune as command_tune
-from flashmoe.autotune.cli.arguments import PROG, UsageError
-from flashmoe.autotune.cli.exits import BAD_USAGE, INTERRUPTED, NOTHING_MEASURED, warn
+from flashmoe.autotune.cli.arguments import (
+    BAD_USAGE,
+    INTERRUPTED,
+    NOTHING_MEASURED,
+    PROG,
+    UsageError,
+    warn,
+)
 from flashmoe.machine.cache import NoCacheFolder
 from flashmoe.machine.terminal import lenient
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flashmoe.autotune.cli.arguments import PROG, Parser, UsageError
-from flashmoe.autotune.cli.arguments import device as parse_device
-from flashmoe.autotune.cli.exits import DONE
-from flashmoe.autotune.report.texts import duration
-from flashmoe.machine import device
+from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name
+from flashmoe.autotune.report.texts import duration, ratio
 from flashmoe.measure.fingerprint import kernel_hash
+from flashmoe.measure.stats import Interval
 from flashmoe.planning import database
 
 _WIDTH = 200
@@ -23,10 +20,12 @@ _WIDTH = 200
 
 def show(words: Sequence[str]) -> int:
     """A table of what is stored for a device, yours before what is shipped."""
-    parser = _parser("show", "Show what is tuned for a device: your results, then shipped ones.")
+    parser = command_parser(
+        "show", "Show what is tuned for a device: your results, then shipped ones."
+    )
     parser.add_argument("--json", action="store_true", help="the entries as JSON, without samples")
     args = parser.parse_args(words)
-    name = _device_name(args)
+    name = device_name(args)
     rows = [
         (source, entry)
         for source, path in (
@@ -51,8 +50,8 @@ def show(words: Sequence[str]) -> int:
             f"the default, {entry.default} then" if entry.kept else entry.tile or entry.backend,
             entry.runner_up or "-",
             duration(entry.seconds[0]) if entry.seconds else "-",
-            _triple(entry.speedup_default),
-            _triple(entry.speedup_sdpa),
+            ratio(entry.speedup_default and Interval(*entry.speedup_default)),
+            ratio(entry.speedup_sdpa and Interval(*entry.speedup_sdpa)),
             source if entry.judged in kernels else f"{source}, of other kernels: not used",
         )
     console = Console()
@@ -63,10 +62,10 @@ def show(words: Sequence[str]) -> int:
 
 def export(words: Sequence[str]) -> int:
     """The user's database of a device as one file, or on stdout."""
-    parser = _parser("export", "Write your tuned database of a device to a file.")
+    parser = command_parser("export", "Write your tuned database of a device to a file.")
     parser.add_argument("file", type=Path, help="the file to write; - for stdout")
     args = parser.parse_args(words)
-    name = _device_name(args)
+    name = device_name(args)
     entries = database.load(database.user_path(name))
     if not entries:
         raise UsageError(f"nothing is tuned for {name} in {database.user_path(name)}")
@@ -86,15 +85,14 @@ def export(words: Sequence[str]) -> int:
 
 def import_(words: Sequence[str]) -> int:
     """Entries of a file into the user's database of the device they were measured on."""
-    parser = Parser(
-        prog=f"python -m {PROG} import",
-        description="Take over a file that export wrote, into the database of the device model it "
+    parser = command_parser(
+        "import",
+        "Take over a file that export wrote, into the database of the device model it "
         "was measured on. What is stored already stays, unless --replace.",
-        allow_abbrev=False,
+        of_device=False,
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("--replace", action="store_true", help="prefer the file's results")
-    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     try:
         entries = database.parse(args.file.read_text(encoding="utf-8"))
@@ -123,27 +121,7 @@ def import_(words: Sequence[str]) -> int:
     return DONE
 
 
-def _parser(command: str, description: str) -> Parser:
-    parser = Parser(prog=f"python -m {PROG} {command}", description=description, allow_abbrev=False)
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU)")
-    parser.add_argument("--model", metavar="NAME", help="a device model that is not here, by name")
-    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
-    return parser
-
-
-def _device_name(args: argparse.Namespace) -> str:
-    if args.model is not None:
-        return str(args.model)
-    return device.arch(parse_device(args.device, None)).name
-
-
 def _without_samples(entry: database.Entry) -> dict[str, object]:
     data = entry.to_json()
     del data["samples"]
     return data
-
-
-def _triple(interval: tuple[float, float, float] | None) -> str:
-    if interval is None:
-        return "-"
-    return "{:.2f}x [{:.2f}, {:.2f}]".format(*interval)

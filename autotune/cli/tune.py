@@ -8,7 +8,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,14 @@ from rich.console import Console
 
 from flashmoe import api
 from flashmoe.autotune.cli import arguments, calibrate, dry_run
-from flashmoe.autotune.cli.arguments import PROG, UsageError
-from flashmoe.autotune.cli.exits import DONE, INTERRUPTED, NOTHING_MEASURED, warn
+from flashmoe.autotune.cli.arguments import (
+    DONE,
+    INTERRUPTED,
+    NOTHING_MEASURED,
+    PROG,
+    UsageError,
+    warn,
+)
 from flashmoe.autotune.cli.progress import shown
 from flashmoe.autotune.report import html as report_html
 from flashmoe.autotune.report import texts as report
@@ -60,14 +67,10 @@ def run(words: Sequence[str]) -> int:
     patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
     workers = arguments.worker_devices(args.workers, target)
     processes = Processes(target, workers=len(workers))
+    make_bench = partial(IsolatedBench, processes=processes, seed=args.seed, patience=patience)
     if args.dry_run:
         try:
-            for line in dry_run.lines(
-                groups,
-                target,
-                args.backend,
-                lambda group: IsolatedBench(group, processes, args.seed, patience),
-            ):
+            for line in dry_run.lines(groups, target, args.backend, make_bench):
                 print(line, flush=True)
         finally:
             processes.close()
@@ -108,7 +111,7 @@ def run(words: Sequence[str]) -> int:
                 options,
                 watch,
                 time.perf_counter,
-                lambda group: IsolatedBench(group, processes, args.seed, patience),
+                make_bench,
                 spent=time.perf_counter() - start,
             ):
                 # A second turn that was interrupted leaves what the first one found.
@@ -116,7 +119,8 @@ def run(words: Sequence[str]) -> int:
                     found[result.problem] = result
                 # At once, so that an interruption loses only the problem at hand.
                 if result.store:
-                    written &= _store(path, result, here, command)
+                    entry = {result.problem.bucket: result.entry(here, command)}
+                    written &= _written(path, partial(database.update, path, entry))
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -130,9 +134,10 @@ def run(words: Sequence[str]) -> int:
 
     measured = any(result.best for result in results)
     if measured:
-        written &= _write(suggestions, report.suggestions_text(results, here, path, command))
+        text = report.suggestions_text(results, here, path, command)
+        written &= _written(suggestions, partial(files.write_whole, suggestions, text))
         text = report_html.html(results, here, limits, command=command, database=str(path))
-        written &= _write(page, text)
+        written &= _written(page, partial(files.write_whole, page, text))
     for line in report.rejections(results):
         warn(line)
     seconds = time.perf_counter() - start
@@ -272,15 +277,6 @@ def _require_writable_database(path: Path) -> None:
         raise UsageError(f"{error}: set FLASHMOE_CACHE_DIR to another folder") from None
 
 
-def _write(path: Path, text: str) -> bool:
-    try:
-        files.write_whole(path, text)
-    except OSError as error:
-        warn(f"{path} could not be written: {error.strerror}")
-        return False
-    return True
-
-
 def _load(path: Path) -> dict[str, database.Entry]:
     try:
         return database.load(path)
@@ -288,16 +284,17 @@ def _load(path: Path) -> dict[str, database.Entry]:
         raise RuntimeError(f"{path} could not be read: {error.strerror}") from error
 
 
-def _store(path: Path, result: Result, here: Fingerprint, command: str) -> bool:
+def _written(path: Path, write: Callable[[], object]) -> bool:
+    """Whether `write` could; warns otherwise."""
     try:
-        database.update(path, {result.problem.bucket: result.entry(here, command)})
+        write()
     except OSError as error:
         warn(f"{path} could not be written: {error.strerror}")
-        return False
     except database.NewerDatabase as error:
         warn(f"{error}: nothing was stored")
-        return False
-    return True
+    else:
+        return True
+    return False
 
 
 def _print_report(results: Sequence[Result], told: Mapping[str, Path], seconds: float) -> None:

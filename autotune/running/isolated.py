@@ -20,7 +20,7 @@ from flashmoe.autotune.running.candidate import (
 )
 from flashmoe.autotune.running.compilers import Compilers
 from flashmoe.autotune.running.process import START_PATIENCE, Child, ChildFailed, Steps
-from flashmoe.autotune.running.runner import DeviceRunner, GroupRunner, Runner
+from flashmoe.autotune.running.runner import DeviceRunner, GroupRunner
 from flashmoe.autotune.schedule.suite import Group
 from flashmoe.autotune.search.typical import Typical
 from flashmoe.autotune.verdict.final import PROCESSES
@@ -34,7 +34,8 @@ _MOST_COMPILERS = 32
 
 
 class Session:
-    """In the child: a Runner of the problem that was opened last, telling each step."""
+    """In the child: a Runner of the problem that was opened last, telling each step. open() comes
+    first."""
 
     def __init__(self, steps: Steps, device: torch.device, runs: bool = True) -> None:
         self._steps = steps
@@ -42,29 +43,30 @@ class Session:
         # Who only compiles may do without: NVRTC needs no GPU, and a context takes memory, too.
         if device.type == "cuda" and runs:
             torch.zeros(1, device=device)  # makes the context, which takes a second
-        self._runner: Runner | None = None
 
     def open(self, group: Group, seed: int, order: int, *, reference: bool) -> float:
         """Seconds that the reference took."""
         runners = [self._make(problem, seed, order) for problem in group.problems]
-        self._runner = runners[0] if len(runners) == 1 else GroupRunner(runners, group.weights)
+        self._runner: DeviceRunner | GroupRunner = runners[0]
+        if len(runners) > 1:
+            self._runner = GroupRunner(runners, group.weights)
         start = time.perf_counter()
         if reference:
             self._runner.reference()
         return time.perf_counter() - start
 
     def prepare(self, candidate: Candidate) -> Measurement:
-        return self._opened().prepare(candidate)
+        return self._runner.prepare(candidate)
 
     def verify(self, candidate: Candidate) -> Measurement:
-        return self._opened().verify(candidate)
+        return self._runner.verify(candidate)
 
     def measure(
         self, candidates: Mapping[str, Candidate], **options: Any
     ) -> dict[str, Measurement]:
         numbers = {name: number for number, name in enumerate(candidates)}
         self._steps(0)
-        return self._opened().measure(
+        return self._runner.measure(
             candidates, before_sample=lambda name: self._steps(numbers[name]), **options
         )
 
@@ -73,12 +75,8 @@ class Session:
         if isinstance(backend, Precompiles) and candidate.tile is not None:
             backend.precompile(candidate.tile, problem, self._device)
 
-    def _make(self, problem: Problem, seed: int, order: int) -> Runner:
+    def _make(self, problem: Problem, seed: int, order: int) -> DeviceRunner:
         return DeviceRunner(problem, self._device, seed, order)
-
-    def _opened(self) -> Runner:
-        assert self._runner is not None, "open() comes first"
-        return self._runner
 
 
 class Processes:

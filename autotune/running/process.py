@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import mmap
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -85,7 +86,8 @@ class Child:
         self._connection = Connection(ours.detach())
         self._connection.send((os.getpid(), sys.path, nice, target, tuple(arguments)))
         self._open = True
-        self._up = False
+        # Whether it is known that the target exists.
+        self.up = False
 
     def request(self, method: str, *arguments: Any, patience: float, **options: Any) -> Any:
         """Call a method there and return what it returns, or raise what it raises.
@@ -104,9 +106,7 @@ class Child:
 
     def receive(self, patience: float) -> Any:
         """The next answer, as request() returns it."""
-        if not self._up:
-            self._up = True
-            self.receive(patience)  # the making of the target answers first
+        self.wait_until_up(patience)  # the making of the target answers first
         try:
             self._await(patience)
             status, answer = self._connection.recv()
@@ -122,15 +122,10 @@ class Child:
         """Whether there is something to receive by then, if only that the child is gone."""
         return not self._open or self._connection.poll(max(seconds, 0.0))
 
-    @property
-    def up(self) -> bool:
-        """Whether it is known that the target exists."""
-        return self._up
-
     def wait_until_up(self, patience: float) -> None:
         """Until the target exists. Raises what its making raised, and ChildFailed."""
-        if not self._up:
-            self._up = True
+        if not self.up:
+            self.up = True
             self.receive(patience)
 
     def close(self) -> None:
@@ -212,8 +207,6 @@ def _answer(
 
 def _portable(error: Exception) -> Exception:
     """The error if it can be sent, else its text."""
-    import pickle
-
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - whatever cannot be pickled

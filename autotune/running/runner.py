@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,36 +23,6 @@ from flashmoe.spec.call import Saved
 from flashmoe.spec.problem import Problem
 
 
-class Runner(Protocol):
-    """Checks and times the candidates of one problem on one device, in the process that runs them.
-    May raise timing.DeviceLost."""
-
-    def reference(self) -> None:
-        """Compute what results are compared with. Raises when that does not fit."""
-        ...
-
-    def prepare(self, candidate: Candidate) -> Measurement:
-        """Compile and check `candidate`, on the tensors that will be timed: `ok`, or `wrong` or
-        `failed` with the reason. The one sample is how long that took when it was first asked."""
-        ...
-
-    def verify(self, candidate: Candidate) -> Measurement:
-        """The check for finalists: odd sizes and guarded memory; statuses as in prepare."""
-        ...
-
-    def measure(
-        self,
-        candidates: Mapping[str, Candidate],
-        *,
-        rounds: int,
-        warmup: int,
-        max_seconds: float | None = None,
-        before_sample: Callable[[str], None] | None = None,
-    ) -> dict[str, Measurement]:
-        """Interleaved samples by name, as flashmoe.measure.quiet.measure_quietly takes them."""
-        ...
-
-
 class Bench(Protocol):
     """What the search needs to know about one problem on one device. Survives every candidate:
     one that crashes is `failed`, one that hangs is a `timeout`."""
@@ -67,25 +37,24 @@ class Bench(Protocol):
     @property
     def fresh_seconds(self) -> float:
         """What refresh would cost now."""
-        ...
 
     @property
     def compile_seconds(self) -> float | None:
         """What compiling one candidate takes; None: nobody knows yet."""
-        ...
 
     def precompile(self, candidates: Sequence[Candidate]) -> None:
         """Begin to compile, beside whatever is timed."""
-        ...
 
     def compiled(self, candidate: Candidate, until: float) -> bool:
         """Wait until what precompile began is there, but not past `until` on the clock; whether it
         is. What was never begun need not be waited for."""
-        ...
 
-    def prepare(self, candidate: Candidate) -> Measurement: ...
+    def prepare(self, candidate: Candidate) -> Measurement:
+        """Compile and check `candidate`, on the tensors that will be timed: `ok`, or `wrong` or
+        `failed` with the reason. The one sample is how long that took when it was first asked."""
 
-    def verify(self, candidate: Candidate) -> Measurement: ...
+    def verify(self, candidate: Candidate) -> Measurement:
+        """The check for finalists: odd sizes and guarded memory; statuses as in prepare."""
 
     def measure(
         self,
@@ -94,24 +63,21 @@ class Bench(Protocol):
         rounds: int,
         warmup: int,
         max_seconds: float | None = None,
-    ) -> dict[str, Measurement]: ...
+    ) -> dict[str, Measurement]:
+        """Interleaved samples by name, as flashmoe.measure.quiet.measure_quietly takes them."""
 
     def refresh(self, candidates: Mapping[str, Candidate]) -> None:
         """Run what follows in a fresh process, in which `candidates` ran once: what first calls
         take (modules, cuDNN's plans) is part of its start."""
-        ...
 
     def now(self) -> float:
         """Seconds on a clock that only goes forward."""
-        ...
 
     def wait(self, seconds: float) -> None:
         """Do nothing for so long."""
-        ...
 
     def close(self) -> None:
         """End what runs for this bench."""
-        ...
 
 
 # out and softmax_lse (None where a backend does not return it), or dq, dk and dv.
@@ -166,7 +132,9 @@ class _Data:
 
 
 class DeviceRunner:
-    """The Runner of a real device. `order` varies the order of timing and nothing else."""
+    """Checks and times the candidates of one problem on one device, as a Bench does, in the process
+    that runs them: may raise timing.DeviceLost. `order` varies the order of timing and nothing
+    else."""
 
     def __init__(self, problem: Problem, device: torch.device, seed: int, order: int = 0) -> None:
         self._problem = problem
@@ -181,6 +149,7 @@ class DeviceRunner:
         return _Data(ragged(self._problem), self._device, self._seed + 1, GUARD_ROWS)
 
     def reference(self) -> None:
+        """Compute what results are compared with. Raises when that does not fit."""
         assert self._timed.expected
 
     def prepare(self, candidate: Candidate) -> Measurement:
@@ -192,25 +161,13 @@ class DeviceRunner:
         return self._checked(candidate, "_ragged")
 
     def measure(
-        self,
-        candidates: Mapping[str, Candidate],
-        *,
-        rounds: int,
-        warmup: int,
-        max_seconds: float | None = None,
-        before_sample: Callable[[str], None] | None = None,
+        self, candidates: Mapping[str, Candidate], **options: Any
     ) -> dict[str, Measurement]:
+        """`options` as flashmoe.measure.quiet.measure_quietly has them."""
         self._looks += 1
-        measured, _ = measure_quietly(
-            {name: self._call(self._timed, candidate) for name, candidate in candidates.items()},
-            self._device,
-            rounds=rounds,
-            warmup=warmup,
-            seed=self._seed + self._looks,
-            max_seconds=max_seconds,
-            before_sample=before_sample,
-        )
-        return measured
+        calls = {name: self._call(self._timed, candidate) for name, candidate in candidates.items()}
+        seed = self._seed + self._looks
+        return measure_quietly(calls, self._device, seed=seed, **options)[0]
 
     def _call(self, data: _Data, candidate: Candidate) -> _Results:
         """What runs a candidate, bound by its first call: where that fails, the candidate does."""
@@ -236,7 +193,7 @@ class GroupRunner:
     """Several problems that will share a tile, as one: a sample is the weighted sum of theirs, each
     timed in the same round, so a tile is behind when it is behind for them all together."""
 
-    def __init__(self, runners: Sequence[Runner], weights: Sequence[float]) -> None:
+    def __init__(self, runners: Sequence[DeviceRunner], weights: Sequence[float]) -> None:
         self._runners = runners
         self._weights = weights
 
@@ -257,7 +214,7 @@ class GroupRunner:
         rounds: int,
         warmup: int,
         max_seconds: float | None = None,
-        before_sample: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> dict[str, Measurement]:
         deadline = None if max_seconds is None else time.perf_counter() + max_seconds
         samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -266,12 +223,8 @@ class GroupRunner:
             sums = dict.fromkeys(candidates, 0.0)
             for runner, weight in zip(self._runners, self._weights, strict=True):
                 alive = {name: c for name, c in candidates.items() if name not in failed}
-                for name, measured in runner.measure(
-                    alive,
-                    rounds=1,
-                    warmup=0 if number else warmup,
-                    before_sample=before_sample,
-                ).items():
+                wanted = {"rounds": 1, "warmup": 0 if number else warmup}
+                for name, measured in runner.measure(alive, **wanted, **options).items():
                     if measured.status == "ok":
                         sums[name] += weight * measured.samples[0]
                     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from flashmoe.autotune.running.isolated import IsolatedBench, Processes
 from flashmoe.autotune.running.process import Child, Steps
@@ -34,6 +35,9 @@ class Helper:
         assert options.helping is not None
         place = dataclasses.replace(place, storage=open_storage(storage))
         processes = Processes(place.device, workers=workers)
+        make_bench = partial(
+            IsolatedBench, processes=processes, seed=options.seed, patience=patience
+        )
         processes.warm_up()
         try:
             processes.get_ready(groups, options.backend, patience)
@@ -43,7 +47,7 @@ class Helper:
                 options,
                 Watch(),
                 time.perf_counter,
-                lambda group: IsolatedBench(group, processes, options.seed, patience),
+                make_bench,
                 # So that both are at the same problem most of the time.
                 spent=time.time() - options.helping,
             ):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from flashmoe.autotune.running.candidate import (
     SDPA,
@@ -22,7 +22,7 @@ from flashmoe.autotune.schedule.result import Result, Watch
 from flashmoe.autotune.schedule.suite import Group
 from flashmoe.autotune.search.race import AnchorFailed
 from flashmoe.autotune.search.record import Record
-from flashmoe.autotune.search.search import FINALISTS, search
+from flashmoe.autotune.search.search import FINALISTS, Walk
 from flashmoe.autotune.search.space import Space
 from flashmoe.autotune.search.study import open_study, study_name
 from flashmoe.autotune.search.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
@@ -61,60 +61,54 @@ class Starved(Unmeasurable):
     """One that the budget leaves too little time for."""
 
 
+@dataclass(eq=False)
 class Tuning:
     """One group on one device. `default` runs it untuned; the `anchor` is what all candidates are
     compared with, the default unless that does not work; `stored` is in place if not None."""
 
-    def __init__(
-        self,
-        group: Group,
-        place: Place,
-        options: Options,
-        watch: Watch,
-        found: Mapping[str, Entry],
-        bench: Bench,
-        deadline: float,
-    ) -> None:
-        self._group = group
-        self._problem = group.main
-        self._place = place
-        self._device = place.device
-        self._options = options
-        self._watch = watch
-        self._found = found
-        self._bench = bench
-        self._deadline = deadline
+    group: Group
+    place: Place
+    options: Options
+    watch: Watch
+    found: Mapping[str, Entry]
+    bench: Bench
+    deadline: float
+
+    def __post_init__(self) -> None:
+        self._problem, self._device = self.group.main, self.place.device
         # What there was when it began, and what a sample takes.
         self._seconds = self._sample_seconds = 0.0
         # What a check of odd sizes takes.
         self._verify = Typical()
         self._late: dict[Tile, Measurement] = {}
         self._right: set[Candidate] = set()
-        self._began = time.time() if options.helping is None else options.helping
+        self._began = time.time() if self.options.helping is None else self.options.helping
         self._record: Record | None = None
         self._has_sdpa = self._everywhere(SDPA)
-        self._backends = searched_backends(self._problem, self._device, options.backend)
+        self._backends = searched_backends(self._problem, self._device, self.options.backend)
         self._default = default_candidate(self._problem, self._device)
         self._anchor = self._working_anchor()
-        entry = place.stored.get(self._problem.bucket)
+        entry = self.place.stored.get(self._problem.bucket)
         self._stored = self._working_stored(entry)
-        self._current = self._stored is not None and place.is_current(self._problem.bucket)
+        self._current = self._stored is not None and self.place.is_current(self._problem.bucket)
         self._same_problem = (
-            entry is not None and entry.problem == self._problem and entry.group == group.shares
+            entry is not None
+            and entry.problem == self._problem
+            and entry.group == self.group.shares
         )
         self._searched = dict(entry.search) if entry is not None and self._current else {}
 
     def run(self) -> Result:
         self._seconds = self._left()
         self._require_time()
-        fresh = self._began if self._options.force else None
-        if self._options.helping is not None:
+        fresh = self._began if self.options.force else None
+        if self.options.helping is not None:
             self._search(self._left(), fresh)
             return Result(self._problem, "unmeasured", "another process decides")
         holds = self._current and self._same_problem and fresh is None
         goes_on = holds and self._wants_more()
         if holds and not goes_on:
-            self._watch.stage("confirming what is stored")
+            self.watch.stage("confirming what is stored")
             held = self._confirm()
             if held.decision.changed:
                 # One process alone may be at odds with all others.
@@ -123,19 +117,17 @@ class Tuning:
                 return self._result("confirmed", held, None)
             fresh = self._began  # what the study says no longer holds
             self._searched = {}
-        wanted = final.seconds_wanted(
-            self._sample_seconds, FINALISTS + 4, self._bench.fresh_seconds
-        )
+        wanted = final.seconds_wanted(self._sample_seconds, FINALISTS + 4, self.bench.fresh_seconds)
         wanted += FINALISTS * self._verify.seconds
         left = self._left()
         found = self._search(left - min(wanted, left * _FINAL_SHARE), fresh)
         self._sample_seconds = max(self._sample_seconds, found.sample_seconds)
-        self._watch.stage("measuring the finalists again")
+        self.watch.stage("measuring the finalists again")
         held = self._final(found)
         self._verify_rest(found.contenders)
         result = self._result("tuned" if held.decision.changed else "kept", held, found)
         if goes_on and not result.starved:
-            result = dataclasses.replace(result, store=True)  # it knows more than before
+            result = replace(result, store=True)  # it knows more than before
         if self._record is not None and not result.starved:
             self._record.finish({"winner": str(result.best), "reason": result.reason})
         return result
@@ -146,7 +138,7 @@ class Tuning:
         searched = self._searched
         tried, ended = int(searched.get("tried", 0)), searched.get("ended")
         if ended == TRIALS_REACHED:
-            return self._options.trials is None or self._options.trials > tried
+            return self.options.trials is None or self.options.trials > tried
         if ended != BUDGET_REACHED:
             return False
         seconds = self._left() * (1 - _FINAL_SHARE)
@@ -155,7 +147,7 @@ class Tuning:
 
     def _everywhere(self, candidate: Candidate) -> bool:
         """Whether every problem of the group can run it here."""
-        return all(runs(candidate, problem, self._device) for problem in self._group.problems)
+        return all(runs(candidate, problem, self._device) for problem in self.group.problems)
 
     def _working_anchor(self) -> Candidate:
         checked = self._checked(self._default)
@@ -184,19 +176,19 @@ class Tuning:
         """Both checks; SDPA needs none, it is what callers would run without this library."""
         if candidate == SDPA:
             return Measurement("ok")
-        prepared = self._bench.prepare(candidate)
+        prepared = self.bench.prepare(candidate)
         return self._verified(candidate) if prepared.status == "ok" else prepared
 
     def _verified(self, candidate: Candidate) -> Measurement:
-        start = self._bench.now()
-        verified = self._bench.verify(candidate)
-        self._verify.add(self._bench.now() - start)
+        start = self.bench.now()
+        verified = self.bench.verify(candidate)
+        self._verify.add(self.bench.now() - start)
         if verified.status == "ok":
             self._right.add(candidate)
         return verified
 
     def _left(self) -> float:
-        return max(self._deadline - self._bench.now(), 0.0)
+        return max(self.deadline - self.bench.now(), 0.0)
 
     def _require_time(self) -> None:
         """Raise Unmeasurable unless a final of the anchor, twice, with two others fits."""
@@ -211,9 +203,9 @@ class Tuning:
             )
 
     def _timed_once(self) -> float:
-        start = self._bench.now()
-        self._bench.measure({"once": self._anchor}, rounds=1, warmup=0)
-        return self._bench.now() - start
+        start = self.bench.now()
+        self.bench.measure({"once": self._anchor}, rounds=1, warmup=0)
+        return self.bench.now() - start
 
     def _needed(self) -> float:
         return 4 * final.seconds_needed(self._sample_seconds)
@@ -226,45 +218,45 @@ class Tuning:
         legal = dict.fromkeys(
             tile
             for tile in space(self._problem, self._device, self._backends)
-            if len(self._group.problems) == 1 or self._everywhere(Candidate.of_tile(tile))
+            if len(self.group.problems) == 1 or self._everywhere(Candidate.of_tile(tile))
         )
         # What is compiled in costs no compiler, and won somewhere.
         there = [t for b in backends for t in b.compiled_in(self._problem, here)]
         first = [tile for tile in [*defaults, *self._known_good(), *there] if tile in legal]
         if not legal:
             return Search((), (), "", 0)
-        self._watch.stage(f"searching: {legality(self._problem, self._device, self._backends)}")
-        facts = {name: getattr(self._place.fingerprint, name) for name in FINGERPRINT_FIELDS}
+        self.watch.stage(f"searching: {legality(self._problem, self._device, self._backends)}")
+        facts = {name: getattr(self.place.fingerprint, name) for name in FINGERPRINT_FIELDS}
         facts["timing"] = HOW[self._device.type]
         label = self._problem.label
-        if shares := self._group.shares:
+        if shares := self.group.shares:
             label += f" and {len(shares) - 1} more"
             facts["group"] = [[problem.to_json(), share] for problem, share in shares]
         elif self._problem.lengths:
             facts["lengths"] = self._problem.lengths
         study = open_study(
-            self._place.storage,
-            study_name(self._options.study, label, {**facts, "anchor": str(self._anchor)}),
+            self.place.storage,
+            study_name(self.options.study, label, {**facts, "anchor": str(self._anchor)}),
             {**facts, "problem": self._problem.to_json(), "anchor": str(self._anchor)},
             fresh=fresh,
         )
         tiles = Space(legal)
         self._record = Record(study, tiles)
-        return search(
+        return Walk(
             tiles,
-            self._bench,
+            self.bench,
             self._anchor,
             first,
             self._record,
             seconds=seconds,
-            trials=self._options.trials,
-            sampler=self._options.sampler,
-            seed=self._options.seed,
+            trials=self.options.trials,
+            sampler=self.options.sampler,
+            seed=self.options.seed,
             related=[self._deviations(entry) for entry in self._related()[:_RELATED]],
             prior=self._predicted(self._problem, tiles.tiles),
             watch=self._saw,
-            contend=self._options.helping is None,
-        )
+            contend=self.options.helping is None,
+        ).run()
 
     def _predicted(self, problem: Problem, tiles: Iterable[Tile]) -> dict[Tile, float]:
         """Logarithms of times over the default's, of the tiles of which one is predicted."""
@@ -285,8 +277,8 @@ class Tuning:
         return {tile: ratio / math.exp(prior.get(tile, 0.0)) for tile, ratio in ratios.items()}
 
     def _saw(self, trials: Sequence[Trial], total: int) -> None:
-        self._watch.seen = trials
-        self._watch.trials(trials, total)
+        self.watch.seen = trials
+        self.watch.trials(trials, total)
 
     def _known_good(self) -> Iterator[Tile]:
         """What is stored, and the winners of neighbouring buckets and of other devices."""
@@ -300,17 +292,17 @@ class Tuning:
         return self._related_here() + self._related_elsewhere()
 
     def _related_here(self) -> list[Entry]:
-        return nearest({**self._place.stored, **self._found}, self._problem)
+        return nearest({**self.place.stored, **self.found}, self._problem)
 
     def _related_elsewhere(self) -> list[Entry]:
-        entries = {str(number): entry for number, entry in enumerate(self._place.elsewhere)}
+        entries = {str(number): entry for number, entry in enumerate(self.place.elsewhere)}
         return nearest(entries, self._problem)
 
     def _confirm(self, processes: int = 0) -> Final:
         rivals = [SDPA] if self._has_sdpa else []
-        deadline = self._bench.now() + min(self._left(), _CONFIRM_SECONDS)
+        deadline = self.bench.now() + min(self._left(), _CONFIRM_SECONDS)
         return final.hold(
-            self._bench,
+            self.bench,
             self._anchor,
             self._stored,
             rivals,
@@ -328,14 +320,14 @@ class Tuning:
         rivals += self._finalists(found, min(max(room, 1), FINALISTS))
         least = final.seconds_needed(self._sample_seconds) * (others + len(rivals))
         processes = final.PROCESSES
-        while processes and processes * (self._bench.fresh_seconds + least / 2) > self._left():
+        while processes and processes * (self.bench.fresh_seconds + least / 2) > self._left():
             processes -= 1
         return final.hold(
-            self._bench,
+            self.bench,
             self._anchor,
             self._stored,
             rivals,
-            self._deadline,
+            self.deadline,
             processes=processes,
             grace=self._grace(others + len(rivals)),
         )
@@ -401,7 +393,7 @@ class Tuning:
                 for t in found.trials
                 for late in [self._late.get(t.tile)]
             ]
-            found = dataclasses.replace(found, trials=tuple(trials))
+            found = replace(found, trials=tuple(trials))
         return Result(
             problem=self._problem,
             status=status,
@@ -420,12 +412,12 @@ class Tuning:
             search=found,
             # What holds with this software stays as it is; what was found with another is renewed.
             store=status == "tuned" or (status == "kept" and not self._current and not starved),
-            storage=self._place.storage_name,
-            weight=sum(self._group.weights),
+            storage=self.place.storage_name,
+            weight=sum(self.group.weights),
             verified=frozenset(str(candidate) for candidate in self._right),
             search_seconds=float(self._searched.get("seconds", 0.0))
             + (found.seconds if found else 0.0),
-            group=self._group.shares,
+            group=self.group.shares,
             starved=starved,
         )
 

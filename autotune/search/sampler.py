@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -23,45 +24,40 @@ SAMPLERS = ("model", "brute")
 _DOUBT_EVERY = 6
 
 
+@dataclass(eq=False)
 class TileSampler(BaseSampler):
     """Asks for a tile of `space` that is not in `taken()`: first those of `first`, then by `name`,
     one of SAMPLERS. `prior` and `related` as Model takes them."""
 
-    def __init__(
-        self,
-        name: str,
-        space: Space,
-        first: Sequence[Tile],
-        taken: Callable[[], Collection[Tile]],
-        seed: int,
-        related: Sequence[Mapping[Tile, float]] = (),
-        prior: Mapping[Tile, float] | None = None,
-    ) -> None:
-        self._name = name
-        self._space = space
-        self._first = list(first)
-        self._taken = taken
-        self._related = related
-        self._prior = prior or {}
-        self._rng = random.Random(seed)
+    name: str
+    space: Space
+    first: Sequence[Tile]
+    taken: Callable[[], Collection[Tile]]
+    seed: int
+    related: Sequence[Mapping[Tile, float]] = ()
+    prior: Mapping[Tile, float] | None = None
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random(self.seed)
         self._models: dict[bool, Model] = {}
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return self._space.distributions
+        return self.space.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        taken = self._taken()
-        tile = next((tile for tile in self._first if tile not in taken), None)
-        if tile is None and self._name == "model":
+        taken = self.taken()
+        tile = next((tile for tile in self.first if tile not in taken), None)
+        if tile is None and self.name == "model":
             tile = self._model(study, trial, taken)
         if tile is None:
-            free = [tile for tile in self._space.tiles if tile not in taken] or self._space.tiles
-            tile = min(free, key=lambda tile: (self._prior.get(tile, 0.0), self._rng.random()))
-        return self._space.params(tile)
+            free = [tile for tile in self.space.tiles if tile not in taken] or self.space.tiles
+            prior = self.prior or {}
+            tile = min(free, key=lambda tile: (prior.get(tile, 0.0), self._rng.random()))
+        return self.space.params(tile)
 
     def sample_independent(
         self,
@@ -77,18 +73,18 @@ class TileSampler(BaseSampler):
         known: dict[Tile, float] = {}
         in_flight: list[Tile] = []
         for other in study.get_trials(deepcopy=False):
-            tile = self._space.tile_of(other.params)
+            tile = self.space.tile_of(other.params)
             if tile is None or other.number == trial.number:
                 continue
             if other.value is not None:
                 known[tile] = other.value
             elif other.state == TrialState.RUNNING:
                 in_flight.append(tile)
-        if not (known or self._related):
+        if not (known or self.related):
             return None
         asked = len(known) + len(in_flight)
         believes = not known or asked % _DOUBT_EVERY < _DOUBT_EVERY - 1
         if believes not in self._models:
-            related = self._related if believes else ()
-            self._models[believes] = Model(self._space, related, self._prior)
+            related = self.related if believes else ()
+            self._models[believes] = Model(self.space, related, self.prior)
         return self._models[believes].promising(known, in_flight, taken)

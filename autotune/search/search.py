@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import optuna
 
@@ -45,39 +46,6 @@ _COMPILER_SECONDS = 0.02
 _DEAD_SECONDS = 2.0
 
 
-Watch = Callable[[Sequence[Trial], int], None]
-
-
-def search(
-    space: Space,
-    bench: Bench,
-    anchor: Candidate,
-    first: Sequence[Tile],
-    record: Record,
-    *,
-    seconds: float,
-    trials: int | None = None,
-    sampler: str | None = None,
-    seed: int = 0,
-    related: Sequence[Mapping[Tile, float]] = (),
-    prior: Mapping[Tile, float] | None = None,
-    watch: Watch = lambda trials, total: None,
-    contend: bool = True,
-) -> Search:
-    """Find the contenders among the tiles of `space` within `seconds` and `trials` tiles, those
-    that `record` holds already among them.
-
-    The tiles `first` are tried before the sampler's. `sampler` is one of SAMPLERS; without one, all
-    tiles are tried where that fits (brute), otherwise the model chooses, starting from `prior` and
-    `related`, as Model takes them. `watch` sees the trials so far and how many there
-    may be. `anchor` is known to be right; AnchorFailed when it cannot be timed. Without `contend`
-    the trials are all that counts, for another worker looks again at the contenders.
-    """
-    return _Walk(
-        space, bench, anchor, first, record, seconds, trials, sampler, seed, related, prior, watch
-    ).run(contend)
-
-
 def estimate(tiles: int, prepare_seconds: float, sample_seconds: float) -> float:
     """Seconds that trying so many tiles takes, one after the other."""
     rounds = _first_rounds(sample_seconds)
@@ -90,93 +58,93 @@ def _first_rounds(sample_seconds: float) -> int:
     return min(max(round(_FIRST_SECONDS / max(sample_seconds, 1e-9)), low), high)
 
 
-class _Walk:
-    """One worker's way through the space."""
+@dataclass(eq=False)
+class Walk:
+    """One worker's search for the contenders among the tiles of `space`, within `seconds` and
+    `trials` tiles, those that `record` holds already among them.
 
-    def __init__(
-        self,
-        space: Space,
-        bench: Bench,
-        anchor: Candidate,
-        first: Sequence[Tile],
-        record: Record,
-        seconds: float,
-        trials: int | None,
-        sampler: str | None,
-        seed: int,
-        related: Sequence[Mapping[Tile, float]],
-        prior: Mapping[Tile, float] | None,
-        watch: Watch,
-    ) -> None:
-        self._space = space
-        self._bench = bench
-        self._first = list(dict.fromkeys(first))
-        self._record = record
-        self._wanted = sampler
-        self._seed = seed
-        self._related, self._prior = related, prior
-        self._watch = watch
-        self._seconds = seconds
-        self._began = bench.now()
-        self._deadline = self._began + seconds
-        self._limit = len(space) if trials is None else min(trials, len(space))
-        self._race = Race(bench, anchor)
+    The tiles `first` are tried before the sampler's. `sampler` is one of SAMPLERS; without one, all
+    tiles are tried where that fits (brute), otherwise the model chooses, starting from `prior` and
+    `related`, as Model takes them. `watch` sees the trials so far and how many there may be.
+    `anchor` is known to be right; AnchorFailed when it cannot be timed. Without `contend` the
+    trials are all that counts, for another worker looks again at the contenders.
+    """
+
+    space: Space
+    bench: Bench
+    anchor: Candidate
+    first: Sequence[Tile]
+    record: Record
+    _: KW_ONLY
+    seconds: float
+    trials: int | None = None
+    sampler: str | None = None
+    seed: int = 0
+    related: Sequence[Mapping[Tile, float]] = ()
+    prior: Mapping[Tile, float] | None = None
+    watch: Callable[[Sequence[Trial], int], None] = lambda trials, total: None
+    contend: bool = True
+
+    def __post_init__(self) -> None:
+        self._began = self._looked_for_dead = self.bench.now()
+        self._deadline = self._began + self.seconds
+        self._limit = min(len(self.space), len(self.space) if self.trials is None else self.trials)
+        self._race = Race(self.bench, self.anchor)
         self._known: dict[Tile, Trial] = {}
         self._tried = 0
         # By kernel, what compiling and checking a tile took.
         self._prepare: collections.defaultdict[str, Typical] = collections.defaultdict(Typical)
         # What this process has prepared: asked again, that costs nothing.
-        self._checked = {anchor}
+        self._checked = {self.anchor}
         self._pending: list[tuple[Tile, optuna.Trial]] = []
-        self._sampler = ""
-        self._looked_for_dead = bench.now()
+        # Who chooses the tiles now.
+        self._chooses = ""
         # Whether the next tile takes longer than there is time.
         self._spent = False
-        self._race.look([anchor], rounds=3, max_seconds=self._left())
+        self._race.look([self.anchor], rounds=3, max_seconds=self._left())
         self._rounds = _first_rounds(self._race.sample_seconds)
 
-    def run(self, contend: bool) -> Search:
-        self._record.fail_dead()
+    def run(self) -> Search:
+        self.record.fail_dead()
         self._recall()
         try:
             ended = self._try_all()
         finally:
             for _, trial in self._pending:
-                self._record.tell(trial, None)
+                self.record.tell(trial, None)
         contenders: list[Candidate] = []
-        if contend:
+        if self.contend:
             self._await_others()
             contenders = self._second_look()
         return Search(
             tuple(self._known.values()),
             tuple(contenders),
-            self._sampler,
-            len(self._space),
+            self._chooses,
+            len(self.space),
             self._race.sample_seconds,
             ended,
-            self._record.name,
-            tuple((when, o.value) for when, o in self._record.times() if o.value is not None),
-            self._record.importances(),
+            self.record.name,
+            tuple((when, o.value) for when, o in self.record.times() if o.value is not None),
+            self.record.importances(),
             self._tried,
-            self._bench.now() - self._began,
+            self.bench.now() - self._began,
         )
 
     def _try_all(self) -> str:
         """Try tiles until there is a reason to stop, and return that."""
-        name = ""
         while True:
             self._recall()
-            self._watch(list(self._known.values()), self._limit)
+            self.watch(list(self._known.values()), self._limit)
             if len(self._known) >= self._limit:
-                return "all tiles tried" if self._limit == len(self._space) else TRIALS_REACHED
+                return "all tiles tried" if self._limit == len(self.space) else TRIALS_REACHED
             if self._late() or self._spent:
                 return BUDGET_REACHED
-            wanted = self._wanted or ("brute" if self._all_fit() else "model")
-            if wanted != name:
-                name = wanted
-                self._sampler = name
-                self._record.use(name, self._first, self._seed, self._related, self._prior)
-            if name != "brute" and self._stale() and self._first_done():
+            wanted = self.sampler or ("brute" if self._all_fit() else "model")
+            if wanted != self._chooses:
+                self._chooses = wanted
+                self.record.use(wanted, self.first, self.seed, self.related, self.prior)
+            tried_first = all(tile in self._known for tile in self.first)
+            if wanted != "brute" and tried_first and self._stale():
                 return "no better tile for long"
             if not self._ask():
                 return "all tiles tried or in flight"
@@ -190,29 +158,29 @@ class _Walk:
         """Fill the pending trials: a batch, and the next ones where they can be compiled meanwhile.
         Whether there are any."""
         depth = BATCH
-        if self._bench.compiles_ahead:
-            depth = max(_AHEAD * BATCH, self._bench.compilers + 2 * BATCH)
-        if self._bench.now() - self._looked_for_dead >= _DEAD_SECONDS:
+        if self.bench.compiles_ahead:
+            depth = max(_AHEAD * BATCH, self.bench.compilers + 2 * BATCH)
+        if self.bench.now() - self._looked_for_dead >= _DEAD_SECONDS:
             self._fail_dead()
-        left = self._limit - len(self._known) - self._record.running()
+        left = self._limit - len(self._known) - self.record.running()
         if left <= 0 and not self._pending and self._fail_dead():
-            left = self._limit - len(self._known) - self._record.running()
-        if others := self._record.others():
+            left = self._limit - len(self._known) - self.record.running()
+        if others := self.record.others():
             # Leave them their share, and keep the last ones small: all shall end together. Not
             # smaller than that takes, for the anchor is timed along with every batch.
             left = -(-2 * left // (3 * (others + 1)))
         for _ in range(min(depth - len(self._pending), left)):
-            asked = self._record.ask()
+            asked = self.record.ask()
             if asked is None:
                 break
             self._pending.append(asked)
-            self._bench.precompile([Candidate.of_tile(asked[0])])
+            self.bench.precompile([Candidate.of_tile(asked[0])])
         return bool(self._pending)
 
     def _fail_dead(self) -> int:
         """Give up what dead workers were trying, so that others try it; how many trials."""
-        self._looked_for_dead = self._bench.now()
-        dead = self._record.fail_dead()
+        self._looked_for_dead = self.bench.now()
+        dead = self.record.fail_dead()
         if dead:
             self._recall()
         return dead
@@ -222,11 +190,11 @@ class _Walk:
         compiling meanwhile. Waits for one; empty when there is none in time."""
         until = self._deadline - self._reserve()
         while True:
-            now = self._bench.now()
-            found = [x for x in self._pending if self._bench.compiled(Candidate.of_tile(x[0]), now)]
+            now = self.bench.now()
+            found = [x for x in self._pending if self.bench.compiled(Candidate.of_tile(x[0]), now)]
             if found or now >= until:
                 return found[:BATCH]
-            self._bench.wait(min(_COMPILER_SECONDS, until - now))
+            self.bench.wait(min(_COMPILER_SECONDS, until - now))
 
     def _try(self, batch: Sequence[tuple[Tile, optuna.Trial]]) -> None:
         """Check, time and tell a batch; what time does not allow is told as not tried."""
@@ -243,7 +211,7 @@ class _Walk:
                 if self._expected(tile) > self._left() - self._reserve():
                     self._spent = True
                     break
-                prepared = self._bench.prepare(candidate)
+                prepared = self.bench.prepare(candidate)
                 self._checked.add(candidate)
                 took = prepared.samples[0]
                 self._prepare[tile.kernel].add(took)
@@ -257,7 +225,7 @@ class _Walk:
                 found[outcome.tile] = outcome
         finally:
             for tile, trial in batch:
-                self._record.tell(trial, found.get(tile))
+                self.record.tell(trial, found.get(tile))
                 if tile in found:
                     self._learn(found[tile])
                     self._tried += 1
@@ -289,7 +257,7 @@ class _Walk:
 
     def _recall(self) -> None:
         """Take over what the study holds: earlier runs' trials, other workers', and our own."""
-        for outcome in self._record.outcomes():
+        for outcome in self.record.outcomes():
             tile = outcome.tile
             if tile in self._known:
                 continue
@@ -305,11 +273,11 @@ class _Walk:
 
     def _await_others(self) -> None:
         """Until other workers have told what they are trying, but not for long."""
-        end = self._bench.now() + _POLL_SHARE * max(self._left(), 0.0)
+        end = self.bench.now() + _POLL_SHARE * max(self._left(), 0.0)
         self._recall()
-        while self._record.running() and self._bench.now() < end:
-            self._bench.wait(_POLL_SECONDS)
-            self._record.fail_dead()
+        while self.record.running() and self.bench.now() < end:
+            self.bench.wait(_POLL_SECONDS)
+            self.record.fail_dead()
             self._recall()
 
     def _second_look(self) -> list[Candidate]:
@@ -333,22 +301,22 @@ class _Walk:
             rounds *= 2
             seconds += self._race.cost(field, rounds)
             field = max(FINALISTS, field // 2)
-        return min(seconds, _SECOND_SHARE * self._seconds)
+        return min(seconds, _SECOND_SHARE * self.seconds)
 
     def _prepared(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that this process has checked or, if another did, finds right as well while there
         is time."""
         unknown = [c for c in candidates if c not in self._checked]
-        self._bench.precompile(unknown)
+        self.bench.precompile(unknown)
         found = []
         for candidate in candidates:
             expected = self._expected(candidate.tile)
             if candidate in unknown and (
-                expected > self._left() or not self._bench.compiled(candidate, self._deadline)
+                expected > self._left() or not self.bench.compiled(candidate, self._deadline)
             ):
                 continue
             self._checked.add(candidate)
-            if self._bench.prepare(candidate).status == "ok":
+            if self.bench.prepare(candidate).status == "ok":
                 found.append(candidate)
         return found
 
@@ -359,7 +327,7 @@ class _Walk:
         return known.seconds if len(known) > 1 else 0.0
 
     def _left(self) -> float:
-        return self._deadline - self._bench.now()
+        return self._deadline - self.bench.now()
 
     def _late(self) -> bool:
         """Whether what is left belongs to the second look."""
@@ -367,26 +335,23 @@ class _Walk:
 
     def _all_fit(self) -> bool:
         """Whether the time allows a first look at every tile, going by those tried."""
-        if self._limit < len(self._space):
+        if self._limit < len(self.space):
             return False
-        rest = [tile for tile in self._space.tiles if tile not in self._known]
+        rest = [tile for tile in self.space.tiles if tile not in self._known]
         prepare = sum(map(self._expected, rest))
         look = self._race.cost(BATCH, self._rounds) / BATCH * len(rest)
-        left = self._left() - _SECOND_SHARE * self._seconds
-        if not self._bench.compiles_ahead:
+        left = self._left() - _SECOND_SHARE * self.seconds
+        if not self.bench.compiles_ahead:
             return prepare + look <= left
-        compiled = self._bench.compile_seconds
+        compiled = self.bench.compile_seconds
         if compiled is None:
             return False  # nobody knows yet
-        return max(prepare + look, compiled * len(rest) / self._bench.compilers) <= left
-
-    def _first_done(self) -> bool:
-        return all(tile in self._known for tile in self._first)
+        return max(prepare + look, compiled * len(rest) / self.bench.compilers) <= left
 
     def _stale(self) -> bool:
         """Whether the last many tiles brought no gain."""
         low, high = _STALE_TILES
-        patience = min(max(round(_STALE_SHARE * len(self._space)), low), high)
+        patience = min(max(round(_STALE_SHARE * len(self.space)), low), high)
         values = [
             trial.ratio.value if trial.ratio else float("inf") for trial in self._known.values()
         ]

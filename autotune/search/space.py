@@ -109,19 +109,6 @@ class Space:
         self._positions[tile] = found
         return found
 
-    def neighbours(self, tile: Tile) -> Iterator[tuple[str, Tile]]:
-        """(axis, tile) for every tile that differs from `tile` by one step along one axis."""
-        params = self.params(tile)
-        for axis in AXES:
-            name = f"{tile.kernel}.{axis}"
-            values = self._values.get(name, [])
-            for step in (-1, 1):
-                index = values.index(int(params[name])) + step if values else -1
-                if 0 <= index < len(values):
-                    other = self.tile_of({**params, name: values[index]})
-                    if other is not None:
-                        yield axis, other
-
 
 def _key(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(params.items()))

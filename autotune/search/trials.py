@@ -44,11 +44,6 @@ class Search:
     tried: int = 0
     seconds: float = 0.0
 
-    @property
-    def cut_short(self) -> bool:
-        """Whether more time would have tried more tiles."""
-        return self.ended == BUDGET_REACHED
-
 
 def best_so_far(trials: Sequence[Trial]) -> str:
     """The fastest trial, with how its time compares with the default's; empty without any."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.running.isolated import Session
-from flashmoe.autotune.running.runner import DeviceRunner, Runner, _Data
+from flashmoe.autotune.running.runner import DeviceRunner, _Data
 from flashmoe.measure.timing import DeviceLost
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
@@ -51,7 +51,7 @@ class FaultySession(Session):
             threading.Event().wait()
         super().precompile(problem, candidate)
 
-    def _make(self, problem: Problem, seed: int, order: int) -> Runner:
+    def _make(self, problem: Problem, seed: int, order: int) -> DeviceRunner:
         torch.set_num_threads(1)
         return FaultyRunner(problem, self._device, seed, order)
 

@@ -29,7 +29,7 @@ from optuna.storages import InMemoryStorage
 
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.search.record import Record
-from flashmoe.autotune.search.search import FINALISTS, search
+from flashmoe.autotune.search.search import FINALISTS, Walk
 from flashmoe.autotune.search.space import AXES, Space
 from flashmoe.autotune.search.study import open_study
 from flashmoe.autotune.verdict import final
@@ -264,7 +264,7 @@ def ours(
     anchor = Candidate.of_tile(grid.default)
     record = Record(open_study(InMemoryStorage(), "replay", {}), space)
     known = [grid.default, *(tile for tile in first if tile in grid.tiles)]
-    found = search(
+    found = Walk(
         space,
         bench,
         anchor,
@@ -276,7 +276,7 @@ def ours(
         sampler=sampler,
         related=related,
         prior=prior,
-    )
+    ).run()
     held = final.hold(bench, anchor, None, found.contenders[:FINALISTS], 2e6)
     tile = held.decision.winner.tile
     assert tile is not None

@@ -11,7 +11,7 @@ from autotune_simulated import DEFAULT, GRID, SimulatedBench, bowl
 
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.search.record import Record
-from flashmoe.autotune.search.search import search
+from flashmoe.autotune.search.search import Walk
 from flashmoe.autotune.search.space import Space
 from flashmoe.autotune.search.storage import open_storage
 from flashmoe.autotune.search.study import open_study
@@ -104,7 +104,7 @@ def run(
     space: Space = SPACE,
 ) -> Search:
     study = open_study(open_storage(where), "study", {})
-    return search(
+    return Walk(
         space,
         bench,
         Candidate.of_tile(DEFAULT),
@@ -115,7 +115,7 @@ def run(
         sampler="brute",
         seed=seed,
         contend=contend,
-    )
+    ).run()
 
 
 def in_process(

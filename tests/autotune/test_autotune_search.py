@@ -7,7 +7,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.search.race import AnchorFailed
 from flashmoe.autotune.search.record import Record
-from flashmoe.autotune.search.search import CONTENDERS, search
+from flashmoe.autotune.search.search import CONTENDERS, Walk
 from flashmoe.autotune.search.space import Space
 from flashmoe.autotune.search.study import open_study
 from flashmoe.autotune.search.trials import Search, Trial
@@ -29,7 +29,7 @@ LARGE = grid(
 def run(bench: SimulatedBench, tiles: list[Tile] = GRID, **options: object) -> Search:
     space = Space(tiles)
     arguments = {"seconds": 60.0, "seed": 0, "record": record(space), **options}
-    return search(space, bench, ANCHOR, [DEFAULT], **arguments)  # type: ignore[arg-type]
+    return Walk(space, bench, ANCHOR, [DEFAULT], **arguments).run()  # type: ignore[arg-type]
 
 
 def record(space: Space, storage: BaseStorage | None = None) -> Record:
@@ -53,9 +53,8 @@ def test_large_space_is_sampled_within_the_trials(seed: int) -> None:
     bench = SimulatedBench(true, noise=0.005, seed=seed)
     anchor = Candidate.of_tile(LARGE[0])
     space = Space(LARGE)
-    found = search(
-        space, bench, anchor, [LARGE[0]], record(space), seconds=60, trials=48, seed=seed
-    )
+    walk = Walk(space, bench, anchor, [LARGE[0]], record(space), seconds=60, trials=48, seed=seed)
+    found = walk.run()
     assert found.sampler == "model"
     assert len(found.trials) == len(bench.prepared) <= 48
     # A quarter of the tiles finds one that is within two steps of the best.

@@ -14,7 +14,7 @@ from flashmoe.autotune.schedule.budget import tune
 from flashmoe.autotune.schedule.place import Options, Place
 from flashmoe.autotune.schedule.result import Result, Watch
 from flashmoe.autotune.schedule.suite import SUITES, Group, grouped
-from flashmoe.autotune.search.trials import Search
+from flashmoe.autotune.search.trials import BUDGET_REACHED, Search
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning.database import Entry
 from flashmoe.tiles import Tile
@@ -141,7 +141,7 @@ def test_a_search_that_was_cut_short_has_no_second_turn() -> None:
     options = Options(budget=160.0)
     results = list(tune(groups, Place(CPU, HERE), options, Watch(), bench.now, lambda _: bench))
     assert len(results) == len(groups)
-    assert any(result.search and result.search.cut_short for result in results)
+    assert any(result.search and result.search.ended == BUDGET_REACHED for result in results)
     assert bench.clock < 0.8 * options.budget
 
 

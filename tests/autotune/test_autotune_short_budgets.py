@@ -15,6 +15,7 @@ from flashmoe.autotune.schedule.budget import tune
 from flashmoe.autotune.schedule.place import Options, Place
 from flashmoe.autotune.schedule.result import Result, Watch
 from flashmoe.autotune.schedule.suite import SUITES, Group, grouped
+from flashmoe.autotune.search.trials import BUDGET_REACHED
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.planning.database import Entry
@@ -89,7 +90,7 @@ def test_a_search_that_was_cut_short_goes_on_when_there_is_more_time() -> None:
     bench = slow_compilers()
     (short,) = run(bench, 30.0, storage=storage)
     assert short.search is not None
-    assert short.search.cut_short
+    assert short.search.ended == BUDGET_REACHED
     entry = short.entry(HERE, "")
     stored = {PROBLEM.bucket: entry}
     assert entry.search["tried"] == tried(short)
@@ -101,7 +102,7 @@ def test_a_search_that_was_cut_short_goes_on_when_there_is_more_time() -> None:
     assert longer.search.study == short.search.study
     assert len(longer.search.trials) == tried(short) + tried(longer)
     assert tried(longer) > 0
-    assert not longer.search.cut_short
+    assert longer.search.ended != BUDGET_REACHED
     assert longer.store
     assert longer.entry(HERE, "").search["seconds"] > entry.search["seconds"]
 
