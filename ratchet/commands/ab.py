@@ -76,15 +76,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     sites = zip(SIDES, (base_site, head_site), strict=True)
     sources = [builds.source(side, site, cuda=kind == "cuda") for side, site in sites]
     with common.progress(2 * len(cases) * chosen.least) as step:
-        old, new = bench(
-            cases,
-            chosen,
-            common.command(argv),
-            step,
-            sources=sources,
-            commits=(builds.commit_of(base), builds.commit_of(head)),
-            debug=arguments.debug,
-        )
+        command = common.command(argv)
+        old, new = bench(cases, chosen, command, step, sources=sources, debug=arguments.debug)
     for side, results in zip(SIDES, (old, new), strict=True):
         save(results, arguments.output / f"{side}.json")
     decision = decide(new, old, thresholds)

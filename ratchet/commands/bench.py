@@ -145,20 +145,12 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             print(f"--build {name}")
             return EXIT_PASS
         source = builds.source("this", site, cuda=kind == "cuda")
-        revision = builds.commit_of(name)
     else:
         job = {"yardstick": arguments.yardstick} if arguments.yardstick else {}
-        source, revision = Source("this", job=job), commit()
+        source = Source("this", job=job, commit=commit())
     with common.progress(len(cases) * chosen.least) as step:
-        (results,) = bench(
-            cases,
-            chosen,
-            common.command(argv),
-            step,
-            sources=(source,),
-            commits=(revision,),
-            debug=arguments.debug,
-        )
+        command = common.command(argv)
+        (results,) = bench(cases, chosen, command, step, sources=(source,), debug=arguments.debug)
     save(results, arguments.output)
     common.stdout().print(console.results_table(results))
     print(cost_line(results.duration, arguments.price_per_hour))

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashmoe.ratchet.commands import common
-from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.decide import EXIT_INCONCLUSIVE, EXIT_PASS
 from flashmoe.ratchet.machine_code.ncu import CannotProfile, Profile, differences, profile
 from flashmoe.ratchet.measuring import builds
 from flashmoe.ratchet.measuring.run import THIS
 from flashmoe.ratchet.measuring.suite import parse
-from flashmoe.ratchet.results.files import write_text
+from flashmoe.ratchet.results.files import read_text, write_text
 
 HELP = "explain regressed and improved cases by Nsight Compute"
 DESCRIPTION = """Profile one call of each case with `ncu --clock-control none`: this build's, or
@@ -42,7 +41,7 @@ def writes(arguments: argparse.Namespace) -> list[Path]:
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    names = [*arguments.case, *(targets(arguments.targets) if arguments.targets else [])]
+    names = [*arguments.case, *(read_text(arguments.targets).split() if arguments.targets else [])]
     names = [parse(name).name for name in dict.fromkeys(names)]
     if not names:
         text, code = "nothing to profile: no case regressed or improved much", EXIT_PASS
@@ -53,13 +52,6 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         write_text(arguments.report, f"{old}\n{text}\n" if old else f"{text}\n")
     print(text)
     return code
-
-
-def targets(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _profiled(names: Sequence[str], arguments: argparse.Namespace) -> tuple[str, int]:

@@ -142,15 +142,10 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     slow, expected = _slow_source(cases, torch.device(device), slowdown, thresholds)
     sources = (Source("base"), Source("same"), slow)
     with common.progress(len(sources) * len(cases) * chosen.least) as step:
-        base, same, slowed = bench(
-            cases,
-            chosen,
-            common.command(argv),
-            step,
-            sources=sources,
-            commits=("",) * len(sources),
-            debug=arguments.debug,
+        runs = bench(
+            cases, chosen, common.command(argv), step, sources=sources, debug=arguments.debug
         )
+    base, same, slowed = runs
     outcome = Outcome(
         decide(same, base, thresholds), decide(slowed, base, thresholds), frozenset(expected)
     )

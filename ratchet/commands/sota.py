@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +19,7 @@ from flashmoe.ratchet.measuring.programs import commit
 from flashmoe.ratchet.measuring.suite import select
 from flashmoe.ratchet.measuring.worker import limits_of
 from flashmoe.ratchet.report import svg
-from flashmoe.ratchet.results.files import write_json, write_text
+from flashmoe.ratchet.results.files import read_json, write_json, write_text
 from flashmoe.ratchet.sota import figures, providers
 from flashmoe.ratchet.sota.comparison import (
     OURS,
@@ -80,7 +79,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.rounds < 10:
         raise UserError(f"rounds must be at least 10, got {arguments.rounds}")
     earlier = arguments.earlier
-    comparison = _read(earlier) if earlier else _measure(arguments, common.command(argv))
+    comparison = (
+        read_json(earlier, from_json) if earlier else _measure(arguments, common.command(argv))
+    )
     folder = arguments.output.with_suffix("")
     name = slug(comparison.fingerprint.device)
     write_json(folder / f"{name}.json", to_json(comparison))
@@ -118,16 +119,6 @@ def _measure(arguments: argparse.Namespace, command: str) -> Comparison:
         limits,
         measured,
     )
-
-
-def _read(path: Path) -> Comparison:
-    """Raises UserError when it is not a file that this command wrote."""
-    try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def document(comparison: Comparison, links: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,16 @@ from flashmoe.ratchet.measuring.programs import captured
 
 # Counted by the first part of the name: HMMA.16816.F32 is HMMA.
 INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU", "LDL", "STL")
-_KERNEL = re.compile(r"^\s*Function : (\S+)$")
-_ARCH = re.compile(r"^arch = (sm_\w+)$")
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)")
+# Either an architecture, or a kernel of the last one.
+_KERNEL = re.compile(r"^arch = (sm_\w+)|^\s*Function : (\S+)$", re.MULTILINE)
+_USAGE = re.compile(
+    r"^arch = (sm_\w+)|^ *Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", re.MULTILINE
+)
+_LINE = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", re.MULTILINE
+)
 # A of a wgmma in registers, and whether B is V (MN-major).
 _A_OPERAND = re.compile(r"HGMMA\.\S+ R\d+, R(\d+), gdesc\[\w+\](\.tnspB)?")
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ def find_cuobjdump() -> Path:
 
 def kernels(extension: Path) -> list[Kernel]:
     """Every kernel compiled into `extension`, by architecture and name."""
-    usage = parse_usage(_dump(extension, "-res-usage").splitlines())
-    counted = parse_code(_dump(extension, "-sass").splitlines())
+    usage = parse_usage(_dump(extension, "-res-usage"))
+    counted = parse_code(_dump(extension, "-sass"))
     if set(usage) != set(counted):
         odd = sorted(set(usage) ^ set(counted))[0]
         raise UserError(f"cuobjdump tells usage or code, but not both, of {odd}")
@@ -97,51 +100,30 @@ def _dump(extension: Path, what: str) -> str:
     return done.stdout
 
 
-def parse_usage(lines: list[str]) -> dict[tuple[str, str], tuple[int, int, int]]:
+def parse_usage(text: str) -> dict[tuple[str, str], tuple[int, int, int]]:
     """Registers, stack and shared memory by (arch, name), from cuobjdump -res-usage."""
-    found, arch, name = {}, "", ""
-    for line in lines:
-        if match := re.match(r"^arch = (sm_\w+)", line.strip()):
-            arch = match[1]
-        elif match := re.match(r"^ *Function (\S+):$", line):
-            name = match[1]
-        elif match := _USAGE.search(line):
-            registers, stack, shared, _ = map(int, match.groups())
-            if name:
-                found[arch, name] = (registers, stack, shared)
-            name = ""
+    found, arch = {}, ""
+    for of, name, *numbers in _USAGE.findall(text):
+        arch = of or arch
+        if name:
+            registers, stack, shared = map(int, numbers)
+            found[arch, name] = (registers, stack, shared)
     return found
 
 
-def parse_code(lines: list[str]) -> dict[tuple[str, str], tuple[int, dict[str, int]]]:
+def parse_code(text: str) -> dict[tuple[str, str], tuple[int, dict[str, int]]]:
     """Bytes of code and counted instructions by (arch, name), from cuobjdump -sass."""
-    found = {}
-    for arch, name, body in _functions(lines):
-        counts: Counter[str] = Counter()
-        last = 0
-        for address, instruction in body:
-            counts[instruction] += 1
-            last = address
-        # Each instruction has 16 bytes.
-        found[arch, name] = (last + 16, {key: counts[key] for key in INSTRUCTIONS})
+    found, arch = {}, ""
+    _, *parts = _KERNEL.split(text)
+    for of, name, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        arch = of or arch
+        if name:
+            lines = _LINE.findall(body)
+            counts = Counter(instruction for _, instruction in lines)
+            # Each instruction has 16 bytes.
+            last = int(lines[-1][0], 16) if lines else 0
+            found[arch, name] = (last + 16, {key: counts[key] for key in INSTRUCTIONS})
     return found
-
-
-def _functions(lines: list[str]) -> Iterator[tuple[str, str, list[tuple[int, str]]]]:
-    arch, name, body = "", "", list[tuple[int, str]]()
-    for line in lines:
-        if match := _ARCH.match(line.strip()):
-            if name:
-                yield arch, name, body
-            arch, name, body = match[1], "", []
-        elif match := _KERNEL.match(line):
-            if name:
-                yield arch, name, body
-            name, body = match[1], []
-        elif name and (match := _LINE.match(line)):
-            body.append((int(match[1], 16), match[2]))
-    if name:
-        yield arch, name, body
 
 
 def demangled(names: list[str]) -> dict[str, str]:

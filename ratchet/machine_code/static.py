@@ -7,16 +7,15 @@ or larger code may well be faster, which is for `gate` to judge.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.machine_code.cubins import INSTRUCTIONS, Kernel, demangled
 from flashmoe.ratchet.results.fields import get
+from flashmoe.ratchet.results.files import read_json
 from flashmoe.tiles import (
     Tile,
     columns,
@@ -185,21 +184,19 @@ def _numbers(kernel: Kernel) -> list[int]:
 
 def load(path: Path) -> Snapshot:
     """Raises UserError naming the path and what is wrong; the file stays."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if (schema := get(data, "schema", int)) != SCHEMA:
-            raise ValueError(f"schema must be {SCHEMA}, got {schema}")
-        columns = get(data, "columns", str).split()
-        if columns != [*_COLUMNS, *INSTRUCTIONS]:
-            raise ValueError(f"columns must be {[*_COLUMNS, *INSTRUCTIONS]}, got {columns}")
-        found = [_kernel(k, x) for k, x in get(data, "kernels", dict).items()]
-        if not found:
-            raise ValueError("kernels is empty: nothing was compiled")
-        return Snapshot(get(data, "compiler", str), get(data, "commit", str), tuple(found))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    return read_json(path, _snapshot)
+
+
+def _snapshot(data: Any) -> Snapshot:
+    if (schema := get(data, "schema", int)) != SCHEMA:
+        raise ValueError(f"schema must be {SCHEMA}, got {schema}")
+    columns = get(data, "columns", str).split()
+    if columns != [*_COLUMNS, *INSTRUCTIONS]:
+        raise ValueError(f"columns must be {[*_COLUMNS, *INSTRUCTIONS]}, got {columns}")
+    found = [_kernel(k, x) for k, x in get(data, "kernels", dict).items()]
+    if not found:
+        raise ValueError("kernels is empty: nothing was compiled")
+    return Snapshot(get(data, "compiler", str), get(data, "commit", str), tuple(found))
 
 
 def _kernel(key: str, numbers: Sequence[Any]) -> Kernel:

@@ -93,7 +93,8 @@ def source(name: str, site: Path, *, cuda: bool) -> Source:
         "PYTHONPATH": os.pathsep.join([str(site), *others]),
         "FLASHMOE_CACHE_DIR": str(cache),
     }
-    return Source(name, worker, str(site), environment)
+    commit = commit_of(site.parent.name)
+    return Source(name, worker, str(site), environment, commit=commit)
 
 
 def _commit(ref: str) -> str:
@@ -156,7 +157,7 @@ def _copy_harness(target: Path) -> None:
     for room in ROOMS:
         # In an editable install `ratchet` is not inside the package's folder.
         origin = Path(__file__).resolve().parents[1] if room == "ratchet" else _PACKAGE / room
-        for path in origin.rglob("*.py"):
+        for path in (*origin.rglob("*.py"), *origin.rglob("*.ini")):
             copy = target / room / path.relative_to(origin)
             copy.parent.mkdir(parents=True, exist_ok=True)
             text = path.read_text(encoding="utf-8")

@@ -25,13 +25,14 @@ _SILENCE = 300.0
 @dataclass(frozen=True, slots=True)
 class Source:
     """Something to measure: the command that starts its worker, the folder it starts in, variables
-    of its environment, and what its jobs have besides (see worker.run)."""
+    of its environment, what its jobs have besides (see worker.run), and its commit."""
 
     name: str
     command: tuple[str, ...] = WORKER
     folder: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     job: Mapping[str, Any] = field(default_factory=dict)
+    commit: str = ""
 
 
 class Process:

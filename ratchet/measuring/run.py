@@ -190,11 +190,10 @@ def bench(
     progress: Callable[[str], None],
     *,
     sources: Sequence[Source] = (THIS,),
-    commits: Sequence[str] = ("",),
     debug: bool = False,
 ) -> tuple[Results, ...]:
-    """Measure `cases` of each of `sources` (of the same number of `commits`), whose processes take
-    turns in an order drawn anew each time. `progress` hears a line before each case of each
+    """Measure `cases` of each of `sources`, whose processes take turns in an order drawn anew each
+    time. `progress` hears a line before each case of each
     process. A case that is wrong, fails or kills its process has that as its result, and the
     others go on. Where something disturbed a process, another one measures those cases again, up
     to twice as many in all, and the least disturbed ones count.
@@ -223,10 +222,7 @@ def bench(
         if waiting is not None:
             waiting.kill()
     duration = time.monotonic() - begun
-    return tuple(
-        _results(run, settings, started, duration / len(runs), command, commit)
-        for run, commit in zip(runs, commits, strict=True)
-    )
+    return tuple(_results(run, settings, started, duration / len(runs), command) for run in runs)
 
 
 def _turns(
@@ -262,9 +258,7 @@ def _heading(run: _Run, number: int, sides: int, case: str) -> str:
     return f"{side}process {number + 1}: {case}"
 
 
-def _results(
-    run: _Run, settings: Settings, started: str, duration: float, command: str, commit: str
-) -> Results:
+def _results(run: _Run, settings: Settings, started: str, duration: float, command: str) -> Results:
     assert run.fingerprint is not None, "a process that starts tells its fingerprint"
     told = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
     told["budget"] = None if math.isinf(settings.budget) else settings.budget
@@ -272,7 +266,7 @@ def _results(
     cases = tuple(c.result(settings.least) for c in run.collected.values())
     return Results(
         uuid.uuid4().hex,
-        commit,
+        run.source.commit,
         started,
         round(duration, 3),
         command,

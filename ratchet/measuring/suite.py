@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from flashmoe.ratchet.errors import UserError
 from flashmoe.spec.mask import FULL
@@ -148,131 +150,20 @@ def parse(name: str) -> Case:
         raise UserError(f"case {name!r}: {error}") from None
 
 
-# Sizes that 2 cores finish in about two minutes of 16 processes.
-_CPU_QUICK = (
-    # Stands in for the GPU suite's fwd-b32-h8-s512-d64, at a batch a CPU can finish.
-    "fwd-b2-h8-s512-d64-float32",
-    "fwd-b2-h8-s512-d64-float32-causal",
-    "fwd-b1-h8-s1024-d64-float32",
-    "fwd-b4-h8-s128-d64-float32",
-    "fwd-b1-h4-s1024-d128-float32-causal",
-    "fwd-b1-h4-s512-d256-float32",
-    "fwd-b1-h8k2-s512-d64-float32-causal",
-    "fwd-b2-h8-s512-d64-bfloat16",
-    "fwd-b1-h8-s1024-d64-bfloat16-causal",
-    # Few queries over many keys, but not one: that is bound by memory, which others share (from
-    # process to process its speedup varied by 10 %), and without GQA it is SDPA that runs it.
-    "fwd-b1-h8k2-s64x4096-d64-float32",
-    "fwd-b4-h8k2-s8x2048-d64-float32-paged",
-    "fwd-b4-h8-s512-d64-float32-causal-packed",
-    "fwd-b1-h8-s1024-d64-float32-window-256-0-sink",
-    "fwd-b1-h8-s512-d64-float32-causal-softcap",
-    "bwd-b1-h4-s256-d64-float32",
-    "bwd-b4-h4-s256-d64-float32-causal-packed",
-)
-_CPU_MORE = (
-    "fwd-b1-h1-s4096-d64-float32-causal",
-    "fwd-b1-h8-s2048-d128-float32",
-    "fwd-b1-h8-s1000-d80-float32",
-    "fwd-b2-h8-s512-d64-float16",
-    "fwd-b1-h8k1-s1024-d64-bfloat16",
-    "fwd-b2-h8-s512-d64-float32-causal-alibi",
-    "fwd-b4-h8k2-s512x1024-d64-float32-causal-packed-cache",
-    "fwd-b1-h8-s2048-d64-float32-window-256-0",
-    "bwd-b1-h4-s256-d64-float32-causal",
-    "bwd-b1-h4-s512-d64-float32-window-64-0",
-    "fwdbwd-b2-h8-s512-d64-float32",
-    "fwdbwd-b1-h8k2-s512-d128-float32",
-)
-_CUDA_QUICK = (
-    "fwd-b32-h8-s512-d64-bfloat16",
-    "fwd-b32-h8-s512-d64-float16",
-    "fwd-b32-h8-s512-d64-bfloat16-causal",
-    "fwd-b4-h16-s2048-d128-float16-causal",
-    "fwd-b2-h16-s8192-d128-bfloat16-causal",
-    "fwd-b2-h32-s8192-d64-bfloat16",
-    "fwd-b4-h8-s2048-d256-bfloat16",
-    "fwd-b2-h32k8-s4096-d128-bfloat16-causal",
-    "fwd-b16-h32k8-s1x8192-d128-bfloat16",
-    "fwd-b32-h32k8-s1x8192-d128-bfloat16-paged",
-    "fwd-b16-h16-s2048-d128-bfloat16-causal-packed",
-    "fwd-b2-h16-s8192-d64-bfloat16-window-1024-0-sink",
-    "fwd-b4-h16-s2048-d128-bfloat16-causal-softcap",
-    "bwd-b32-h8-s512-d64-float16",
-    "bwd-b4-h16-s4096-d128-bfloat16-causal",
-    "bwd-b16-h16-s2048-d128-bfloat16-causal-packed",
-)
-_CUDA_MORE = (
-    "fwd-b4-h16-s2048-d128-bfloat16",
-    "fwd-b2-h16-s8192-d128-bfloat16",
-    "fwd-b8-h16-s128-d64-bfloat16",
-    "fwd-b4-h8-s2048-d256-float16-causal",
-    "fwd-b1-h16-s16384-d128-bfloat16-causal",
-    "fwd-b2-h32k1-s4096-d128-bfloat16",
-    "fwd-b4-h16-s2000-d80-bfloat16",
-    "fwd-b4-h16-s2048-d128-bfloat16-causal-alibi",
-    "fwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
-    "fwd-b2-h32-s8192-d64-bfloat16-window-128-0",
-    "fwd-b32-h32k8-s1x8192-d128-bfloat16-cache",
-    "fwd-b8-h32k8-s4x32768-d128-bfloat16-causal-paged",
-    "fwd-b16-h32k8-s256x8192-d128-bfloat16-causal-packed-paged",
-    "bwd-b4-h8-s2048-d256-bfloat16-causal",
-    "bwd-b2-h32k8-s4096-d128-bfloat16-causal",
-    "bwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
-    "bwd-b4-h16-s2048-d128-bfloat16-causal-softcap",
-    "fwdbwd-b32-h8-s512-d64-float16-causal",
-    "fwdbwd-b4-h16-s4096-d128-bfloat16-causal",
-)
-# For `sota`: what papers and other libraries show.
-_CPU_SOTA = (
-    *_CPU_QUICK[:7],
-    "fwd-b1-h8-s1024-d64-float32-causal",
-    "fwd-b1-h4-s1024-d128-float32",
-    "fwd-b4-h8-s1x2048-d64-float32",
-    "fwd-b4-h8k2-s1x2048-d64-float32-paged",
-    "fwd-b4-h8-s512-d64-float32-causal-packed",
-    "fwd-b1-h8-s1024-d64-float32-window-256-0",
-    "fwd-b1-h8-s1024-d64-float32-window-256-0-sink",
-    "fwdbwd-b2-h8-s512-d64-float32",
-    "fwdbwd-b1-h8-s512-d64-float32-causal",
-    "fwdbwd-b4-h4-s256-d64-float32-causal-packed",
-)
-_CUDA_SOTA = (
-    "fwd-b32-h16-s512-d64-bfloat16",
-    "fwd-b32-h16-s512-d64-bfloat16-causal",
-    "fwd-b16-h16-s1024-d128-bfloat16-causal",
-    "fwd-b4-h16-s4096-d64-bfloat16",
-    "fwd-b4-h16-s4096-d128-bfloat16",
-    "fwd-b4-h16-s4096-d128-bfloat16-causal",
-    "fwd-b4-h16-s4096-d128-float16-causal",
-    "fwd-b1-h16-s16384-d128-bfloat16",
-    "fwd-b1-h16-s16384-d128-bfloat16-causal",
-    "fwd-b1-h8-s16384-d256-bfloat16-causal",
-    "fwd-b2-h32k8-s4096-d128-bfloat16-causal",
-    "fwd-b16-h16-s2048-d128-bfloat16-causal-packed",
-    "fwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
-    "fwd-b2-h64k8-s4096-d64-bfloat16-causal-sink",
-    "fwd-b2-h64k8-s4096-d64-bfloat16-window-127-0-sink",
-    "fwd-b4-h16-s2048-d128-bfloat16-causal-softcap",
-    "fwdbwd-b4-h16-s4096-d64-bfloat16-causal",
-    "fwdbwd-b4-h16-s4096-d128-bfloat16",
-    "fwdbwd-b4-h16-s4096-d128-bfloat16-causal",
-    "fwdbwd-b1-h16-s16384-d128-bfloat16-causal",
-    "fwdbwd-b2-h32k8-s4096-d128-bfloat16-causal",
-    "fwdbwd-b16-h16-s2048-d128-bfloat16-causal-packed",
-    "fwdbwd-b2-h16-s8192-d128-bfloat16-window-1024-0",
-    "fwd-b16-h32k8-s1x8192-d128-bfloat16",
-    "fwd-b1-h32k8-s1x32768-d128-bfloat16",
-    "fwd-b32-h32k8-s1x8192-d128-bfloat16-cache",
-    "fwd-b32-h32k8-s1x8192-d128-bfloat16-paged",
-    "fwd-b128-h32k8-s1x2048-d128-bfloat16-paged",
-    "fwd-b8-h32k8-s4x32768-d128-bfloat16-causal-paged",
-)
-SUITES: dict[str, dict[str, tuple[str, ...]]] = {
-    "quick": {"cpu": _CPU_QUICK, "cuda": _CUDA_QUICK},
-    "full": {"cpu": _CPU_QUICK + _CPU_MORE, "cuda": _CUDA_QUICK + _CUDA_MORE},
-    "sota": {"cpu": _CPU_SOTA, "cuda": _CUDA_SOTA},
-}
+def _suites() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The cases' names by suite and kind of device."""
+    text = Path(__file__).with_name("suites.ini").read_text(encoding="utf-8")
+    read = configparser.ConfigParser(allow_no_value=True)
+    read.read_string(text)
+    found: dict[str, dict[str, tuple[str, ...]]] = {"quick": {}, "full": {}, "sota": {}}
+    for section in read.sections():
+        suite, kind = section.split()
+        found[suite][kind] = tuple(read[section])
+    found["full"] = {kind: found["quick"][kind] + more for kind, more in found["full"].items()}
+    return found
+
+
+SUITES = _suites()
 
 
 def select(suite: str, device_type: str, wanted: Sequence[str] = ()) -> tuple[Case, ...]:

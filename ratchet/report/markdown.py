@@ -28,6 +28,11 @@ _HEADER = (
     "| case | | speedup over SDPA: baseline | now | change | 95 % interval |",
     "|:--|:--|--:|--:|--:|--:|",
 )
+# Of a case, for programs.
+_FIGURES = (
+    *("name", "kind", "verdict", "reason", "percent", "change", "ours", "sdpa"),
+    *("p_slower", "p_faster", "detectable"),
+)
 
 
 def profile_targets(decision: Decision) -> tuple[str, ...]:
@@ -161,8 +166,8 @@ def _exceptions(thresholds: Thresholds) -> list[str]:
 def as_json(decision: Decision, current: Results, baseline: Results) -> dict[str, Any]:
     """For programs: the outcome and each case's figures, ratios as current / baseline."""
 
-    def bounds(interval: Interval | None) -> list[float] | None:
-        return None if interval is None else interval.to_json()
+    def plain(x: Any) -> Any:
+        return x.to_json() if isinstance(x, Interval) else x
 
     return {
         "exit_code": decision.exit_code,
@@ -173,20 +178,7 @@ def as_json(decision: Decision, current: Results, baseline: Results) -> dict[str
         "environment": list(decision.environment),
         "skipped": list(decision.skipped),
         "cases": [
-            {
-                "name": v.name,
-                "kind": v.kind,
-                "verdict": v.verdict,
-                "reason": v.reason,
-                "percent": v.percent,
-                "change": bounds(v.change),
-                "ours": bounds(v.ours),
-                "sdpa": bounds(v.sdpa),
-                "p_slower": v.p_slower,
-                "p_faster": v.p_faster,
-                "detectable": v.detectable,
-            }
-            for v in ranked(decision.verdicts)
+            {name: plain(getattr(v, name)) for name in _FIGURES} for v in ranked(decision.verdicts)
         ],
     }
 

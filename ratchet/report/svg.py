@@ -152,6 +152,12 @@ def line(x1: float, y1: float, x2: float, y2: float, colour: str = GRAY, more: s
     )
 
 
+def rect(x: float, y: float, width: float, height: float, colour: str) -> str:
+    return (
+        f"<rect x='{x:.1f}' y='{y:.1f}' width='{width:.1f}' height='{height:g}' fill='{colour}'/>"
+    )
+
+
 def picture(width: float, height: float, content: str, title: str = "") -> str:
     told = f"<title>{escape(title)}</title>" if title else ""
     return (

@@ -5,32 +5,44 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flashmoe.machine.files import require_writable, write_whole
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.results.schema import from_json, to_json
 from flashmoe.ratchet.results.values import Results
 
+T = TypeVar("T")
 
-def load(path: Path) -> Results:
-    """Read and validate. Raises UserError naming the path and what is wrong; the file stays."""
+
+def read_text(path: Path) -> str:
+    """Raises UserError where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is damaged: it is not UTF-8 text") from None
+
+
+def read_json(path: Path, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of it. Raises UserError naming the path and what is wrong; the file
+    stays."""
+    text = read_text(path)
     try:
         if not text.strip():
             raise ValueError("the file is empty")
-        return from_json(json.loads(text))
+        return parse(json.loads(text))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged: no whole JSON document ({error})") from None
     except (ValueError, UserError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def load(path: Path) -> Results:
+    return read_json(path, from_json)
 
 
 def save(results: Results, path: Path) -> None:

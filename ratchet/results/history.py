@@ -12,6 +12,7 @@ from flashmoe.measure.stats import Interval
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.integrity import COMPARED, FORMERLY, how_timed
 from flashmoe.ratchet.results.fields import get, positive
+from flashmoe.ratchet.results.files import read_text
 from flashmoe.ratchet.results.values import Results
 
 
@@ -70,14 +71,8 @@ def append(path: Path, new: Entry) -> bool:
 
 def load(path: Path) -> list[Entry]:
     """In the order of time. Raises UserError naming the path, the line and what is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is not UTF-8 text") from None
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             found.append(_entry(json.loads(line)))
         except (ValueError, RecursionError) as error:

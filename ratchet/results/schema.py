@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 from flashmoe.measure.fingerprint import Fingerprint
@@ -30,37 +30,18 @@ _SHORTEST, _LONGEST = 1e-9, 1e6
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "run": results.run,
-        "commit": results.commit,
-        "started": results.started,
-        "duration": results.duration,
-        "command": results.command,
-        "settings": dict(results.settings),
-        "fingerprint": results.fingerprint.to_json(),
-        "limits": {dtype: asdict(limits) for dtype, limits in results.limits.items()},
-        "cases": [_case_to_json(case, results.limits) for case in results.cases],
-    }
+    cases = [_case_to_json(case, results.limits) for case in results.cases]
+    return {"schema": SCHEMA, **asdict(replace(results, cases=())), "cases": cases}
 
 
 def _case_to_json(result: CaseResult, limits: Mapping[str, Limits]) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "name": result.name,
-        "problem": result.case.problem.to_json(),
-        "plans": [asdict(plan) for plan in result.plans],
-        "error": result.error,
-        "sdpa_backend": result.sdpa_backend,
-        "disturbed": result.disturbed,
-        "telemetry": [asdict(telemetry) for telemetry in result.telemetry],
-        "origin": asdict(result.origin) if result.origin else None,
-    }
-    for side in SIDES:
-        series: Series = getattr(result, side)
-        data[side] = asdict(series)
-        if result.ok:
-            data[side]["summary"] = summary(result.case, series, limits)
+    fields = asdict(result)
+    sides = {side: fields.pop(side) for side in SIDES}
+    del fields["case"]
+    data = {"name": result.name, "problem": result.case.problem.to_json(), **fields, **sides}
     if result.ok:
+        for side in SIDES:
+            data[side]["summary"] = summary(result.case, getattr(result, side), limits)
         data["speedup"] = result.speedup.to_json()
     return data
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -145,32 +145,24 @@ def _differs(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], case: Cas
 def with_significance(measured: Sequence[Compared]) -> list[Compared]:
     """Ratios to ours with their intervals, and p-values of Wilcoxon's signed-rank test on rounds,
     adjusted by Holm over all comparisons."""
-    pairs = [
-        (i, row, compared.row(OURS))
-        for i, compared in enumerate(measured)
-        for row in compared.rows
-        if row.samples and row.provider != OURS and compared.row(OURS).samples
-    ]
-    values = [_p(row.samples, ours.samples) for _, row, ours in pairs]
-    adjusted = {
-        (i, row.provider): (paired_ratio(row.samples, ours.samples), p)
-        for (i, row, ours), p in zip(pairs, stats.holm(values), strict=True)
-    }
-    return [
-        Compared(
-            compared.case,
-            tuple(_decided(row, adjusted.get((i, row.provider))) for row in compared.rows),
-            compared.floor,
-            compared.watts,
+
+    def others(compared: Compared) -> list[Row]:
+        ran = compared.row(OURS).samples
+        return [row for row in compared.rows if ran and row.samples and row.provider != OURS]
+
+    values = [_p(row.samples, c.row(OURS).samples) for c in measured for row in others(c)]
+    adjusted = iter(stats.holm(values))
+    found = []
+    for compared in measured:
+        ours, ran = compared.row(OURS).samples, others(compared)
+        rows = tuple(
+            replace(row, ratio=paired_ratio(row.samples, ours), p=next(adjusted))
+            if row in ran
+            else row
+            for row in compared.rows
         )
-        for i, compared in enumerate(measured)
-    ]
-
-
-def _decided(row: Row, found: tuple[Interval, float] | None) -> Row:
-    if found is None:
-        return row
-    return Row(row.provider, row.samples, row.reason, *found)
+        found.append(replace(compared, rows=rows))
+    return found
 
 
 def _p(theirs: Sequence[float], ours: Sequence[float]) -> float:
@@ -193,14 +185,10 @@ def conclusion(row: Row) -> str:
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """With raw samples, six digits each."""
+    told = asdict(replace(comparison, measured=()))
+    del told["measured"]
     return {
-        "started": comparison.started,
-        "command": comparison.command,
-        "commit": comparison.commit,
-        "timing": comparison.timing,
-        "fingerprint": comparison.fingerprint.to_json(),
-        "versions": dict(comparison.versions),
-        "limits": {dtype: asdict(x) for dtype, x in comparison.limits.items()},
+        **told,
         "cases": [
             {
                 "name": compared.case.name,
@@ -225,11 +213,25 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def from_json(data: Any) -> Comparison:
-    """What `to_json` told; what follows from a case is computed anew. Raises ValueError, KeyError,
-    TypeError, AttributeError or UserError where it is something else."""
-    limits = {dtype: Limits(**rates) for dtype, rates in data["limits"].items()}
+    """What `to_json` told; what follows from a case is computed anew. Raises ValueError or
+    UserError where it is something else."""
+    try:
+        return _comparison(**data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _comparison(
+    *,
+    fingerprint: dict[str, Any],
+    versions: dict[str, Any],
+    limits: dict[str, Any],
+    cases: list[Any],
+    **texts: Any,
+) -> Comparison:
+    rates = {dtype: Limits(**x) for dtype, x in limits.items()}
     measured = []
-    for told in data["cases"]:
+    for told in cases:
         case = parse(told["name"])
         rows = tuple(
             Row(
@@ -241,15 +243,12 @@ def from_json(data: Any) -> Comparison:
             )
             for name, row in told["providers"].items()
         )
-        floor = limits[case.problem.dtype].floor(case.flops, case.bytes)
+        floor = rates[case.problem.dtype].floor(case.flops, case.bytes)
         measured.append(Compared(case, rows, floor, told["watts"]))
     return Comparison(
-        started=str(data["started"]),
-        command=str(data["command"]),
-        commit=str(data["commit"]),
-        timing=str(data["timing"]),
-        fingerprint=Fingerprint(**data["fingerprint"]),
-        versions={name: str(version) for name, version in data["versions"].items()},
-        limits=limits,
+        **{name: str(text) for name, text in texts.items()},
+        fingerprint=Fingerprint(**fingerprint),
+        versions={name: str(version) for name, version in versions.items()},
+        limits=rates,
         measured=tuple(measured),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from flashmoe.measure.timing import Limits
-from flashmoe.ratchet.report.svg import GRAY, line, picture, text
+from flashmoe.ratchet.report.svg import GRAY, line, picture, rect, text
 from flashmoe.ratchet.sota.comparison import OURS, Compared
 from flashmoe.ratchet.sota.providers import PROVIDERS
 
@@ -17,7 +17,6 @@ _COLOURS = (
     *("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#8b949e", "#E69F00"),
     *("#CC79A7", "#F0E442", "#6e40c9", "#999933", "#44AA99"),
 )
-_FONT = "font-family='system-ui,sans-serif' font-size='12'"
 
 
 def colour(provider: str) -> str:
@@ -44,10 +43,8 @@ def lead(measured: Sequence[Compared]) -> str:
     for compared, row, ratio in shown:
         start, end = sorted((x(1), x(ratio)))
         parts.append(text(left - 10, y + height - 2, "end", compared.case.name))
-        parts.append(
-            f"<rect x='{start:.1f}' y='{y}' width='{end - start:.1f}' height='{height}' "
-            f"fill='{colour(OURS if ratio >= 1 else row.provider)}'/>"
-        )
+        faster = OURS if ratio >= 1 else row.provider
+        parts.append(rect(start, y, end - start, height, colour(faster)))
         words = f"{ratio:.2f} {row.provider}"
         parts.append(text(left + width + 10, y + height - 2, "start", words))
         y += height + gap
@@ -63,19 +60,12 @@ def bars(measured: Sequence[Compared]) -> str:
     for compared in measured:
         present = [n for n in shown if compared.row(n).samples]
         middle = y + bar * len(present) / 2 + 4
-        parts.append(
-            f"<text x='{left - 10}' y='{middle:.0f}' text-anchor='end' fill='currentColor' "
-            f"{_FONT}>{escape(compared.case.name)}</text>"
-        )
+        parts.append(text(left - 10, middle, "end", compared.case.name))
         for name in present:
             rate = _rate(compared, name)
             length = width * rate / most
-            parts.append(
-                f"<rect x='{left}' y='{y}' width='{length:.1f}' height='{bar - 2}' "
-                f"fill='{colour(name)}'/><text x='{left + length + 5:.1f}' y='{y + bar - 3}' "
-                f"fill='currentColor' font-size='10' font-family='system-ui,sans-serif'>"
-                f"{rate:.3g}</text>"
-            )
+            parts.append(rect(left, y, length, bar - 2, colour(name)))
+            parts.append(text(left + length + 5, y + bar - 3, "start", f"{rate:.3g}"))
             y += bar
         y += gap
     return picture(left + width + 60, y + 4, "".join(parts), "TFLOP/s by case and implementation")
@@ -132,7 +122,7 @@ def _rate(compared: Compared, provider: str) -> float:
 def _legend(shown: Sequence[str], left: float) -> str:
     parts, x = [], 12.0
     for name in shown:
-        parts.append(f"<rect x='{x}' y='8' width='10' height='10' fill='{colour(name)}'/>")
+        parts.append(rect(x, 8, 10, 10, colour(name)))
         parts.append(text(x + 14, 17, "start", name))
         x += 26 + 7.2 * len(name)
     return "".join(parts)

@@ -168,12 +168,9 @@ class Fake:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, *runs: Results) -> None:
         self.sources: Sequence[Any] = ()
-        self.commits: Sequence[str] = ()
 
-        def bench(
-            *_: Any, sources: Sequence[Any], commits: Sequence[str], **__: Any
-        ) -> tuple[Results, ...]:
-            self.sources, self.commits = sources, commits
+        def bench(*_: Any, sources: Sequence[Any], **__: Any) -> tuple[Results, ...]:
+            self.sources = sources
             return runs
 
         monkeypatch.setattr(module, "bench", bench)
@@ -299,7 +296,7 @@ def test_bench_measures_a_commits_build(
     fake = Fake(monkeypatch, command_bench, replace(synthetic.results(), commit=commit))
     assert cli.main(command) == 0
     assert [source.folder for source in fake.sources] == [str(tmp_path / build / "site")]
-    assert fake.commits == (commit,)
+    assert [source.commit for source in fake.sources] == [commit]
     assert load(output).commit == commit
     for wrong in (["--build-only"], ["--build", build, "--yardstick", "x"]):
         with contextlib.suppress(SystemExit):

@@ -78,8 +78,7 @@ def measured(
 ) -> list[dict[str, CaseResult]]:
     lines: list[str] = []
     cases = [parse(name) for name in names]
-    commits = [""] * len(sources)
-    runs = bench(cases, settings, "command", lines.append, sources=sources, commits=commits)
+    runs = bench(cases, settings, "command", lines.append, sources=sources)
     return [run.by_name() for run in runs]
 
 
@@ -222,9 +221,10 @@ def test_where_nothing_is_quiet_the_least_disturbed_count(tmp_path: Path) -> Non
 
 def test_sides_take_turns_in_random_order(tmp_path: Path) -> None:
     a, b = fake(tmp_path, "a"), fake(tmp_path, "b", NOISE="0.5 * (name == BAD)")
+    sources = replace(a, commit="aaa"), replace(b, commit="bbb")
     heard: list[str] = []
     settings = replace(SETTINGS, least=8, most=8)
-    runs = bench([parse(GOOD)], settings, "c", heard.append, sources=(a, b), commits=("aaa", "bbb"))
+    runs = bench([parse(GOOD)], settings, "c", heard.append, sources=sources)
     assert [run.commit for run in runs] == ["aaa", "bbb"]
     assert runs[0].run != runs[1].run
     pairs = [(x[0], y[0]) for x, y in zip(heard[::2], heard[1::2], strict=True)]

@@ -31,7 +31,6 @@ def test_a_slower_backward_and_a_slower_decode_fail_and_are_named() -> None:
         "command",
         lambda line: None,
         sources=(source("base", 1), source("head", 3)),
-        commits=("", ""),
     )
     decision = decide(head, base, DEFAULTS["cpu"])
     assert decision.exit_code == EXIT_REGRESSION

@@ -77,12 +77,12 @@ def counted(**more: int) -> dict[str, int]:
 
 
 def test_cuobjdump_is_read() -> None:
-    assert cubins.parse_usage(USAGE.splitlines()) == {
+    assert cubins.parse_usage(USAGE) == {
         ("sm_80", "_Zfirst"): (254, 32, 1024),
         ("sm_90a", "_Zfirst"): (168, 0, 0),
         ("sm_90a", "_Zother"): (16, 0, 0),
     }
-    assert cubins.parse_code(CODE.splitlines()) == {
+    assert cubins.parse_code(CODE) == {
         ("sm_80", "_Zfirst"): (0x12350, counted(HMMA=1, MUFU=1, LDL=1, STL=1)),
         ("sm_90a", "_Zfirst"): (0x20, counted(HGMMA=1)),
         ("sm_90a", "_Zother"): (0x10, counted()),
@@ -278,6 +278,6 @@ def test_the_installed_extension_is_read_whole() -> None:
     (extension,) = Path(flashmoe.__file__).parent.glob("_C*.so")
     if not cubins.compiler(extension):
         pytest.skip("this build has no CUDA kernels")
-    usage = cubins.parse_usage(cubins._dump(extension, "-res-usage").splitlines())
+    usage = cubins.parse_usage(cubins._dump(extension, "-res-usage"))
     assert len(usage) >= 50
     assert all(0 < registers <= 255 for registers, _, _ in usage.values())
