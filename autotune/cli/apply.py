@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import runpy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name
 from flashmoe.autotune.report import instances
+from flashmoe.autotune.running.candidate import known_tile
 from flashmoe.planning import database
-from flashmoe.tiles import Tile
 
 # Where the tiles of a kernel are added; sm90.txt is generated from its list.
 _LISTS = {"sm80": "sm80.txt", "sm90": "covering.txt"}
@@ -68,23 +69,20 @@ def run(words: Sequence[str]) -> int:
 def winning_lines(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, list[str]]]:
     """By kernel and head dimension of its instances, the lines of the tiles that won, most frequent
     first."""
-    counts: dict[str, dict[int, dict[str, int]]] = {}
+    counts: dict[str, dict[int, Counter[str]]] = {}
     for entry in entries.values():
-        try:
-            tile = Tile.parse(entry.best_tile)
-        except ValueError:
-            continue  # sdpa without a tile, or of another version
-        if tile.kernel not in instances.COLUMNS:
+        tile = known_tile(entry.best_tile)
+        if tile is None or tile.kernel not in instances.COLUMNS:
             continue
         line = instances.line_of(entry.problem, tile)
-        of_head_dim = counts.setdefault(tile.kernel, {}).setdefault(int(line.split()[0]), {})
-        of_head_dim[line] = of_head_dim.get(line, 0) + 1
+        of_kernel = counts.setdefault(tile.kernel, {})
+        of_kernel.setdefault(int(line.split()[0]), Counter()).update([line])
     return {
         kernel: {
-            head_dim: sorted(lines, key=lambda line: -lines[line])
-            for head_dim, lines in sorted(of_head_dim.items())
+            head_dim: [line for line, _ in lines.most_common()]
+            for head_dim, lines in sorted(of_kernel.items())
         }
-        for kernel, of_head_dim in counts.items()
+        for kernel, of_kernel in counts.items()
     }
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from flashmoe.autotune.search.sampler import SAMPLERS
-from flashmoe.machine.device import arch
+from flashmoe.machine.device import arch, named
 from flashmoe.spec.options import DEFAULTS, add_options, whole
 
 PROG = "flashmoe.autotune"
@@ -198,21 +198,9 @@ def device(text: str | None, backend: str | None) -> torch.device:
     if text is None:
         text = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
     try:
-        chosen = torch.device(text)
-    except RuntimeError:
-        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {text!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise UsageError(f"--device must be cpu, for torch finds no CUDA device, got {text!r}")
-    if chosen.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    if chosen.index >= count:
-        raise UsageError(f"--device must be cuda:0 to cuda:{count - 1}, got {text!r}")
-    return chosen
+        return named(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def worker_devices(count: int, first: torch.device) -> list[torch.device]:

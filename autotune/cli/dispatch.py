@@ -19,6 +19,7 @@ from flashmoe.autotune.cli.arguments import (
     UsageError,
     warn,
 )
+from flashmoe.autotune.search.storage import StorageError
 from flashmoe.machine.cache import NoCacheFolder
 from flashmoe.machine.terminal import lenient
 
@@ -44,7 +45,7 @@ def _main(words: list[str]) -> int:
         if words and words[0] in _COMMANDS:
             return _COMMANDS[words[0]](words[1:])
         return command_tune.run(words)
-    except (UsageError, NoCacheFolder) as error:
+    except (UsageError, NoCacheFolder, StorageError) as error:
         return _fail(error, BAD_USAGE, debug)
     except KeyboardInterrupt:
         return _fail(RuntimeError("interrupted"), INTERRUPTED, debug)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.storages import BaseStorage
 from rich.console import Console
 
 from flashmoe import api
@@ -30,7 +29,6 @@ from flashmoe.autotune.cli.progress import shown
 from flashmoe.autotune.report import html as report_html
 from flashmoe.autotune.report import texts as report
 from flashmoe.autotune.running.isolated import IsolatedBench, Processes
-from flashmoe.autotune.running.process import Child
 from flashmoe.autotune.schedule import helper
 from flashmoe.autotune.schedule.budget import tune
 from flashmoe.autotune.schedule.place import Options, Place
@@ -41,7 +39,7 @@ from flashmoe.backends import BACKENDS
 from flashmoe.machine import cache, files
 from flashmoe.machine.environment import variable
 from flashmoe.measure.fingerprint import Fingerprint, fingerprint
-from flashmoe.measure.timing import Limits, measure_limits
+from flashmoe.measure.timing import Limits, limits_of
 from flashmoe.planning import database
 from flashmoe.spec import shapes
 from flashmoe.spec.options import BOTH, given_options, problems_of, spelled
@@ -55,14 +53,18 @@ _PATIENCE_SHARE, _PATIENCE = 0.1, (10.0, 60.0)
 
 def run(words: Sequence[str]) -> int:
     """`python -m flashmoe.autotune [options]`; returns the exit code."""
-    start = time.perf_counter()
+    clock = time.perf_counter
+    start = clock()
     args = arguments.parser().parse_args(words)
     target = arguments.device(args.device, args.backend)
     command = shlex.join(["python", "-m", PROG, *words])
     if args.calibrate:
         return calibrate.run(target, command)
     groups = _groups(args, target)
-    _require_backend(args.backend, target)
+    if args.backend and (reason := BACKENDS[args.backend].unavailable(target)):
+        raise UsageError(
+            f"--backend must be one that runs on {target}, got {args.backend!r}: {reason}"
+        )
     low, high = _PATIENCE
     patience = min(max(args.budget * _PATIENCE_SHARE, low), high)
     workers = arguments.worker_devices(args.workers, target)
@@ -84,9 +86,9 @@ def run(words: Sequence[str]) -> int:
     here = fingerprint(target)
     path = database.user_path(here.device)
     where = args.storage or str(storage.journal_path(here.device))
-    opened = _storage(where) if args.storage else None
+    opened = storage.open_storage(where) if args.storage else None
     _require_writable_database(path)
-    place = _place(target, here, path, opened or _storage(where), storage.shown(where))
+    place = _place(target, here, path, opened or storage.open_storage(where), storage.shown(where))
     options = Options(
         args.backend, args.trials, args.budget, args.seed, args.force, args.sampler, args.study
     )
@@ -96,24 +98,18 @@ def run(words: Sequence[str]) -> int:
     found: dict[Problem, Result] = {}
     interrupted, written = False, True
     limits: dict[str, Limits] = {}
-    helpers = _helpers(searched, place, workers, where, options, patience)
+    others = [device for device in workers if device != target]
+    helpers = helper.start(searched, place, others, where, options, patience)
     with shown(Console(stderr=True)) as watch:
         try:
             # First, so that the budget knows what it took.
             watch.stage("measuring the device's limits")
-            limits = _limits(target, {group.main.dtype for group in groups})
+            limits = limits_of(target, (group.main.dtype for group in groups))
             if searched:
                 watch.stage("starting processes")
                 processes.get_ready(searched, args.backend, patience)
-            for result in tune(
-                groups,
-                place,
-                options,
-                watch,
-                time.perf_counter,
-                make_bench,
-                spent=time.perf_counter() - start,
-            ):
+            spent = clock() - start
+            for result in tune(groups, place, options, watch, clock, make_bench, spent):
                 # A second turn that was interrupted leaves what the first one found.
                 if result.best is not None or result.problem not in found:
                     found[result.problem] = result
@@ -140,7 +136,7 @@ def run(words: Sequence[str]) -> int:
         written &= _written(page, partial(files.write_whole, page, text))
     for line in report.rejections(results):
         warn(line)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     if args.json:
         document = report.document(
             results,
@@ -150,8 +146,8 @@ def run(words: Sequence[str]) -> int:
             budget=args.budget,
             seconds=seconds,
             interrupted=interrupted,
-            database=path,
-            suggestions=suggestions if measured else None,
+            database=str(path),
+            suggestions=str(suggestions) if measured else None,
         )
         print(json.dumps(document, indent=1))
     else:
@@ -196,13 +192,6 @@ def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
     return grouped(weighted)
 
 
-def _storage(where: str) -> BaseStorage:
-    try:
-        return storage.open_storage(where)
-    except storage.StorageError as error:
-        raise UsageError(str(error)) from None
-
-
 def _place(
     target: torch.device, here: Fingerprint, path: Path, studies: BaseStorage, name: str
 ) -> Place:
@@ -220,38 +209,6 @@ def _place(
         for entry in _load(other).values()
     ]
     return Place(target, here, stored, elsewhere, studies, name)
-
-
-def _helpers(
-    groups: Sequence[Group],
-    place: Place,
-    workers: Sequence[torch.device],
-    where: str,
-    options: Options,
-    patience: float,
-) -> list[Child]:
-    """Workers for the other devices, unless nothing is searched."""
-    if len(workers) == 1 or not groups:
-        return []
-    places = [
-        dataclasses.replace(place, device=other, storage=InMemoryStorage())
-        for other in workers
-        if other != place.device
-    ]
-    return helper.start(groups, places, where, options, patience)
-
-
-def _limits(target: torch.device, dtypes: set[str]) -> dict[str, Limits]:
-    """What the device sustains, by dtype. A CPU's are always float32's: most have no 16-bit matrix
-    units, and torch's own 16-bit matmul is no limit of any kind."""
-    if target.type == "cpu":
-        return dict.fromkeys(dtypes, measure_limits(target, torch.float32))
-    return {name: measure_limits(target, getattr(torch, name)) for name in sorted(dtypes)}
-
-
-def _require_backend(name: str | None, target: torch.device) -> None:
-    if name is not None and (reason := BACKENDS[name].unavailable(target)):
-        raise UsageError(f"--backend must be one that runs on {target}, got {name!r}: {reason}")
 
 
 def _require_writable(*paths: Path) -> None:

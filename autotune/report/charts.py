@@ -21,6 +21,13 @@ def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(text)}</text>'
 
 
+def _shape(tag: str, style: str, told: str = "", **numbers: float) -> str:
+    """`told` is its tooltip; numbers are attributes."""
+    shown = " ".join(f'{name.replace("_", "-")}="{x:.2f}"' for name, x in numbers.items())
+    title = f"<title>{escape(told)}</title>" if told else ""
+    return f'<{tag} class="{style}" {shown}>{title}</{tag}>'
+
+
 def heat_map(
     title: str,
     rows: Sequence[int],
@@ -41,22 +48,16 @@ def heat_map(
         for j, n in enumerate(columns):
             value, told = cells.get((m, n), (None, ""))
             x = left + j * cell_width
-            box = f'x="{x + 1}" y="{y + 1}" width="{cell_width - 2}" height="{cell_height - 2}"'
+            box = {"x": x + 1, "y": y + 1, "width": cell_width - 2, "height": cell_height - 2}
+            label, style = "n/a" if told else "", "axis"
             if value is None:
-                if told:
-                    body.append(f'<rect class="none" {box}><title>{escape(told)}</title></rect>')
-                    body.append(_text(x + cell_width / 2, y + 17, "n/a", "middle", "axis"))
-                else:
-                    body.append(f'<rect class="none" {box}/>')
-                continue
-            strength = 0.08 + 0.92 * (worst - value) / max(worst - best, 1e-9)
-            strength = min(max(strength, 0.08), 1.0)
-            style = "on" if strength > 0.55 else "off"
-            body.append(
-                f'<rect class="heat" fill-opacity="{strength:.2f}" {box}>'
-                f"<title>{escape(told)}</title></rect>"
-            )
-            body.append(_text(x + cell_width / 2, y + 17, f"{value:.2f}", "middle", style))
+                body.append(_shape("rect", "none", told, **box))
+            else:
+                strength = 0.08 + 0.92 * (worst - value) / max(worst - best, 1e-9)
+                strength = min(max(strength, 0.08), 1.0)
+                body.append(_shape("rect", "heat", told, **box, fill_opacity=strength))
+                label, style = f"{value:.2f}", "on" if strength > 0.55 else "off"
+            body.append(_text(x + cell_width / 2, y + 17, label, "middle", style))
     height = top + 16 + len(rows) * cell_height + 4
     width = left + max(len(columns) * cell_width, 8 * len(title)) + 4
     return _svg(width, height, title, body)
@@ -83,15 +84,10 @@ def strips(rows: Sequence[tuple[str, Sequence[float], float, float, float]], uni
         body.append(_text(left, y + 10, labels[i]))
         for x in samples[:: max(len(samples) // 150, 1)]:
             if x <= high:
-                body.append(
-                    f'<line class="sample" x1="{at(x):.1f}" x2="{at(x):.1f}" y1="{y + 16}" '
-                    f'y2="{y + 32}"/>'
-                )
-        body.append(
-            f'<rect class="interval" x="{at(bottom):.1f}" y="{y + 21}" '
-            f'width="{max(at(up) - at(bottom), 1.5):.1f}" height="6"/>'
-        )
-        body.append(f'<circle class="median" cx="{at(median):.1f}" cy="{y + 24}" r="4"/>')
+                body.append(_shape("line", "sample", x1=at(x), x2=at(x), y1=y + 16, y2=y + 32))
+        wide = max(at(up) - at(bottom), 1.5)
+        body.append(_shape("rect", "interval", x=at(bottom), y=y + 21, width=wide, height=6))
+        body.append(_shape("circle", "median", cx=at(median), cy=y + 24, r=4))
     y = top + len(rows) * 46
     body.append(_text(left, y + 6, f"{low:.4g}", style="axis"))
     body.append(_text(width - left, y + 6, f"{high:.4g} {unit}", "end", "axis"))
@@ -116,12 +112,11 @@ def best_so_far(points: Sequence[tuple[float, float]]) -> str:
     body = []
     path, so_far = "", math.inf
     for seconds, value in points:
-        body.append(f'<circle class="trial" cx="{x(seconds):.1f}" cy="{y(value):.1f}" r="3"/>')
-        so_far_before, so_far = so_far, min(so_far, value)
-        if not path:
-            path = f"M{x(seconds):.1f} {y(so_far):.1f}"
-        else:
-            path += f"L{x(seconds):.1f} {y(so_far_before):.1f}L{x(seconds):.1f} {y(so_far):.1f}"
+        body.append(_shape("circle", "trial", cx=x(seconds), cy=y(value), r=3))
+        if path:
+            path += f"L{x(seconds):.1f} {y(so_far):.1f}"
+        so_far = min(so_far, value)
+        path += f"{'L' if path else 'M'}{x(seconds):.1f} {y(so_far):.1f}"
     body.append(f'<path class="best" d="{path}"/>')
     for value in dict.fromkeys((best, worst)):
         body.append(_text(left - 6, y(value) + 4, f"{value:.2f}", "end", "axis"))
@@ -138,7 +133,7 @@ def bars(shares: Mapping[str, float]) -> str:
         y = 4 + i * _ROW
         body.append(_text(left - 8, y + 14, name, "end", "axis"))
         length = max(share * (width - left - 56), 1.0)
-        body.append(f'<rect class="bar" x="{left}" y="{y + 3}" width="{length:.1f}" height="14"/>')
+        body.append(_shape("rect", "bar", x=left, y=y + 3, width=length, height=14))
         body.append(_text(left + length + 6, y + 14, f"{share:.0%}", style="axis"))
     return _svg(width, 8 + len(shares) * _ROW, "importances", body)
 
@@ -170,14 +165,11 @@ def roofline(
     ]
     taken: list[float] = []
     for name, intensity, rate in points:
-        body.append(f'<circle class="median" cx="{x(intensity):.1f}" cy="{y(rate):.1f}" r="4"/>')
+        body.append(_shape("circle", "median", cx=x(intensity), cy=y(rate), r=4))
         label = y(rate) + 4
         while any(abs(label - other) < 13 for other in taken):
             label += 13
         taken.append(label)
-        told = f"{name} {rate / 1e12:.3g}"
-        right = x(intensity) < width / 2
-        body.append(
-            _text(x(intensity) + (8 if right else -8), label, told, "start" if right else "end")
-        )
+        beside, anchor = (8, "start") if x(intensity) < width / 2 else (-8, "end")
+        body.append(_text(x(intensity) + beside, label, f"{name} {rate / 1e12:.3g}", anchor))
     return _svg(width, height, "roofline", body)

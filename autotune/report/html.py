@@ -100,18 +100,14 @@ def _kept_together(text: str) -> str:
 
 
 def _problem(kind: str, result: Result, limits: Limits | None) -> str:
-    panels = [
-        *_heat_maps(result),
-        _final(result),
-        _progress(result),
-        _importances(result),
-        _sensitivity(result),
-        _roofline(result, limits),
-        _rejected(result),
-    ]
-    search = result.search
-    told = ""
-    if search is not None:
+    told, searched = "", []
+    if search := result.search:
+        if search.told:
+            chart = charts.best_so_far(search.told)
+            searched.append(f"<h3>Best so far, over the default's time</h3>{chart}")
+        if search.importances:
+            bars = charts.bars(search.importances)
+            searched.append(f"<h3>What matters (PED-ANOVA)</h3>{bars}")
         told = (
             f'<p class="soft">{len(search.trials)} of {search.space} legal tiles tried '
             f"({escape(search.sampler or 'all known')}; {escape(search.ended)}), "
@@ -119,6 +115,8 @@ def _problem(kind: str, result: Result, limits: Limits | None) -> str:
             f"Study <code>{escape(search.study)}</code> in "
             f"<code>{escape(result.storage or 'memory')}</code>.</p>"
         )
+    rest = _sensitivity(result), _roofline(result, limits), _rejected(result)
+    panels = [*_heat_maps(result), _final(result), *searched, *rest]
     body = "".join(f'<div class="panel">{panel}</div>' for panel in panels if panel)
     return (
         f"<section><h2>{kind}: {escape(result.problem.label)}</h2>"
@@ -170,18 +168,6 @@ def _final(result: Result) -> str:
     rows.sort(key=lambda row: row[2])
     noise = f"noise floor {result.noise:.1%}"
     return f"<h3>The final: samples, median, 95 % interval; {noise}</h3>{charts.strips(rows, 'µs')}"
-
-
-def _progress(result: Result) -> str:
-    if result.search is None or not result.search.told:
-        return ""
-    return f"<h3>Best so far, over the default's time</h3>{charts.best_so_far(result.search.told)}"
-
-
-def _importances(result: Result) -> str:
-    if result.search is None or not result.search.importances:
-        return ""
-    return f"<h3>What matters (PED-ANOVA)</h3>{charts.bars(result.search.importances)}"
 
 
 def _sensitivity(result: Result) -> str:

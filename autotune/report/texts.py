@@ -12,7 +12,6 @@ from rich.table import Table
 from flashmoe.autotune.report import instances
 from flashmoe.autotune.report.sensitivity import steps
 from flashmoe.autotune.schedule.result import STATUSES, Result
-from flashmoe.autotune.search.trials import Trial
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import Interval
 from flashmoe.spec.problem import Problem
@@ -106,29 +105,13 @@ def rejections(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def document(
-    results: Sequence[Result],
-    fingerprint: Fingerprint,
-    *,
-    command: str,
-    seed: int,
-    budget: float,
-    seconds: float,
-    interrupted: bool,
-    database: Path,
-    suggestions: Path | None,
-) -> dict[str, Any]:
-    """Everything known about a run. Times in seconds; intervals are [value, low, high]."""
+def document(results: Sequence[Result], fingerprint: Fingerprint, **run: object) -> dict[str, Any]:
+    """Everything known about a run, of which `run` tells how it went. Times in seconds; intervals
+    are [value, low, high]."""
     return {
         "schema": SCHEMA,
-        "command": command,
-        "seed": seed,
-        "budget": budget,
-        "seconds": seconds,
-        "interrupted": interrupted,
+        **run,
         "fingerprint": fingerprint.to_json(),
-        "database": str(database),
-        "suggestions": None if suggestions is None else str(suggestions),
         "results": [_result_json(result) for result in results],
     }
 
@@ -224,43 +207,38 @@ def _sensitivity_lines(result: Result) -> list[str]:
 
 
 def _result_json(result: Result) -> dict[str, Any]:
-    search = result.search
+    problem, best, search = result.problem, result.best, result.search
+    intervals = ("seconds", "speedup_default", "speedup_sdpa")
     return {
-        "problem": result.problem.to_json(),
-        "label": result.problem.label,
-        "bucket": result.problem.bucket,
-        "status": result.status,
-        "reason": result.reason,
-        "default": None if result.default is None else str(result.default),
-        "best": None if result.best is None else str(result.best),
-        "backend": None if result.best is None else result.best.backend,
-        "tile": None if result.best is None or result.best.tile is None else str(result.best.tile),
+        "problem": problem.to_json(),
+        "label": problem.label,
+        "bucket": problem.bucket,
+        "default": result.default and str(result.default),
+        "best": best and str(best),
+        "backend": best and best.backend,
+        "tile": best and best.tile and str(best.tile),
         "tile_with_lse": result.tile_with_lse or None,
-        "seconds": _interval_json(result.seconds),
-        "speedup_default": _interval_json(result.speedup_default),
-        "speedup_sdpa": _interval_json(result.speedup_sdpa),
-        "noise": result.noise,
+        **{name: getattr(result, name) for name in ("status", "reason", "noise", "elapsed")},
+        **{name: _interval_json(getattr(result, name)) for name in intervals},
         "stored": result.store,
-        "elapsed": result.elapsed,
         "samples": {name: [*map(list, runs)] for name, runs in result.samples.items()},
-        "sampler": None if search is None else search.sampler,
-        "space": None if search is None else search.space,
-        "tried": 0 if search is None else search.tried,
+        "sampler": search and search.sampler,
+        "space": search and search.space,
+        "tried": search.tried if search else 0,
         "seconds_per_candidate": (
-            result.elapsed / search.tried if search is not None and search.tried else None
+            result.elapsed / search.tried if search and search.tried else None
         ),
-        "trials": [] if search is None else [_trial_json(trial) for trial in search.trials],
-    }
-
-
-def _trial_json(trial: Trial) -> dict[str, Any]:
-    return {
-        "tile": str(trial.tile),
-        "status": trial.status,
-        "time_over_default": _interval_json(trial.ratio),
-        "reason": trial.reason,
+        "trials": [
+            {
+                "tile": str(trial.tile),
+                "status": trial.status,
+                "time_over_default": _interval_json(trial.ratio),
+                "reason": trial.reason,
+            }
+            for trial in (search.trials if search else ())
+        ],
     }
 
 
 def _interval_json(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else interval.to_json()
+    return interval and interval.to_json()

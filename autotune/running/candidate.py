@@ -39,6 +39,14 @@ class Candidate:
 SDPA = Candidate("sdpa")
 
 
+def known_tile(name: str) -> Tile | None:
+    """A stored tile; None where there is none, as for SDPA, and for one of another version."""
+    try:
+        return Tile.parse(name)
+    except ValueError:
+        return None
+
+
 def default_candidate(problem: Problem, device: torch.device) -> Candidate:
     """What runs `problem` untuned. Raises NotImplementedError when nothing does."""
     return Candidate.of_plan(heuristic(problem, device))

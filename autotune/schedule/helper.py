@@ -7,6 +7,9 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+from optuna.storages import InMemoryStorage
+
 from flashmoe.autotune.running.isolated import IsolatedBench, Processes
 from flashmoe.autotune.running.process import Child, Steps
 from flashmoe.autotune.schedule.budget import tune
@@ -41,16 +44,9 @@ class Helper:
         processes.warm_up()
         try:
             processes.get_ready(groups, options.backend, patience)
-            for _ in tune(
-                groups,
-                place,
-                options,
-                Watch(),
-                time.perf_counter,
-                make_bench,
-                # So that both are at the same problem most of the time.
-                spent=time.time() - options.helping,
-            ):
+            # So that both are at the same problem most of the time.
+            spent = time.time() - options.helping
+            for _ in tune(groups, place, options, Watch(), time.perf_counter, make_bench, spent):
                 pass
         finally:
             processes.close()
@@ -58,18 +54,20 @@ class Helper:
 
 def start(
     groups: Sequence[Group],
-    places: Sequence[Place],
+    place: Place,
+    devices: Sequence[torch.device],
     storage: str,
     options: Options,
     patience: float,
 ) -> list[Child]:
-    """A helper at each of `places`; who started them ends them with close()."""
-    helping = dataclasses.replace(options, helping=time.time())
+    """A helper on each of `devices`, for whoever searches at `place` and ends them with close().
+    None where nothing is searched."""
+    options = dataclasses.replace(options, helping=time.time())
     children = []
-    for place in places:
+    for device in devices if groups else ():
         child = Child("flashmoe.autotune.schedule.helper:Helper")
-        workers = len(places) + 1
-        child.send("help", tuple(groups), place, storage, helping, patience, workers)
+        there = dataclasses.replace(place, device=device, storage=InMemoryStorage())
+        child.send("help", tuple(groups), there, storage, options, patience, len(devices) + 1)
         children.append(child)
     return children
 

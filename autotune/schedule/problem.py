@@ -11,6 +11,7 @@ from flashmoe.autotune.running.candidate import (
     SDPA,
     Candidate,
     default_candidate,
+    known_tile,
     legality,
     runs,
     searched_backends,
@@ -161,16 +162,12 @@ class Tuning:
         """What the database has for this bucket, if it can run and is right."""
         if entry is None:
             return None
-        if entry.kept:
-            stored = self._default
-        else:
-            try:
-                stored = Candidate(entry.backend, Tile.parse(entry.tile) if entry.tile else None)
-            except ValueError:
-                return None
-        if not self._everywhere(stored):
+        tile = known_tile(entry.tile)
+        if entry.tile and tile is None:
             return None
-        return stored if self._checked(stored).status == "ok" else None
+        stored = self._default if entry.kept else Candidate(entry.backend, tile)
+        works = self._everywhere(stored) and self._checked(stored).status == "ok"
+        return stored if works else None
 
     def _checked(self, candidate: Candidate) -> Measurement:
         """Both checks; SDPA needs none, it is what callers would run without this library."""
@@ -424,22 +421,11 @@ class Tuning:
 
 def winners(entries: Sequence[Entry]) -> list[Tile]:
     """The best tiles of the first few of these entries that differ."""
-    names = dict.fromkeys(entry.best_tile for entry in entries)
-    found = []
-    for name in list(filter(None, names))[:_TRANSFERRED]:
-        try:
-            found.append(Tile.parse(name))
-        except ValueError:
-            continue  # of another version
-    return found
+    names = dict.fromkeys(entry.best_tile for entry in entries if entry.best_tile)
+    return [*filter(None, map(known_tile, [*names][:_TRANSFERRED]))]
 
 
 def _ratios(entry: Entry) -> dict[Tile, float]:
     """What an entry knows about tiles: their times over the default's."""
-    found: dict[Tile, float] = {}
-    for name, ratio in entry.over_default.items():
-        try:
-            found[Tile.parse(name)] = ratio
-        except ValueError:
-            continue  # sdpa, or of another version
-    return found
+    known = {known_tile(name): ratio for name, ratio in entry.over_default.items()}
+    return {tile: ratio for tile, ratio in known.items() if tile is not None}

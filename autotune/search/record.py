@@ -57,7 +57,7 @@ class Record:
     """The study of one space of tiles, as one worker sees it."""
 
     def __init__(self, study: optuna.Study, space: Space) -> None:
-        self._study = study
+        self.study = study
         self._space = space
         self._worker = worker_name()
         self.name = study.study_name
@@ -72,7 +72,7 @@ class Record:
 
     def fail_dead(self) -> int:
         """Fail the trials that dead processes left running; how many there were."""
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self.study.get_trials(deepcopy=False)
         heard: dict[str, float] = {}
         for trial in trials:
             owner = trial.user_attrs.get("worker", {})
@@ -143,7 +143,7 @@ class Record:
     ) -> None:
         """Ask the sampler of that name (one of SAMPLERS) from now on, the tiles `first` before it;
         `related` and `prior` as search.model.Model takes them."""
-        self._study.sampler = TileSampler(
+        self.study.sampler = TileSampler(
             sampler, self._space, first, lambda: self._taken, seed, related, prior
         )
 
@@ -153,7 +153,7 @@ class Record:
         while True:
             if len(self._taken) >= len(self._space):
                 return None
-            trial = self._study.ask()
+            trial = self.study.ask()
             # At once: should this process die, the next one knows whose trial it was.
             trial.set_user_attr("worker", {"name": self._worker, "asked": time.time()})
             tile = self._space.suggest(trial)
@@ -207,13 +207,13 @@ class Record:
         the two has lost nothing."""
         value = found.get("value")
         if value is None:
-            self._study.tell(number, state=TrialState.FAIL)
+            self.study.tell(number, state=TrialState.FAIL)
         elif found["pruned"]:
-            storage = self._study._storage
+            storage = self.study._storage
             storage.set_trial_intermediate_value(self._id(number), len(found["samples"]), value)
-            self._study.tell(number, state=TrialState.PRUNED)
+            self.study.tell(number, state=TrialState.PRUNED)
         else:
-            self._study.tell(number, value)
+            self.study.tell(number, value)
 
     def importances(self) -> dict[str, float]:
         """How much each parameter matters among the tiles of its kernel, by PED-ANOVA: shares that
@@ -223,7 +223,7 @@ class Record:
             with contextlib.suppress(ValueError, RuntimeError), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found |= optuna.importance.get_param_importances(
-                    self._study, evaluator=PedAnovaImportanceEvaluator(), params=names
+                    self.study, evaluator=PedAnovaImportanceEvaluator(), params=names
                 )
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
@@ -239,16 +239,12 @@ class Record:
     def _note(self, key: str, value: Mapping[str, Any]) -> None:
         """A note about what is decided: no reason to lose that."""
         try:
-            self._study.set_user_attr(key, value)
+            self.study.set_user_attr(key, value)
         except Exception as error:  # noqa: BLE001 - of whatever database
             warnings.warn(f"{failure(error) or error}: {key!r} was not noted", stacklevel=2)
 
-    @property
-    def study(self) -> optuna.Study:
-        return self._study
-
     def _trials(self) -> list[FrozenTrial]:
-        self._seen = self._study.get_trials(deepcopy=False)
+        self._seen = self.study.get_trials(deepcopy=False)
         return self._seen
 
     def _owners(self, trials: Sequence[FrozenTrial]) -> dict[Tile, int]:
@@ -291,14 +287,14 @@ class Record:
         """Fail a trial without a result; whether it was still unfinished."""
         found = {"status": status, "reason": reason, "prepare_seconds": 0.0}
         try:
-            self._study._storage.set_trial_user_attr(self._id(number), "outcome", found)
-            self._study.tell(number, state=TrialState.FAIL)
+            self.study._storage.set_trial_user_attr(self._id(number), "outcome", found)
+            self.study.tell(number, state=TrialState.FAIL)
         except (RuntimeError, ValueError):
             return False  # another worker was faster
         return True
 
     def _id(self, number: int) -> int:
-        study = self._study
+        study = self.study
         return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
 
 

@@ -67,6 +67,26 @@ def _bandwidth(properties: Any) -> float:
     return clock * 1e3 * 2 * getattr(properties, "memory_bus_width", 0) / 8
 
 
+def named(text: str) -> torch.device:
+    """The device that --device names, which is here. Raises ValueError for any other."""
+    try:
+        chosen = torch.device(text)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ValueError(f"--device must be cpu, for torch finds no CUDA device, got {text!r}")
+    if chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if chosen.index >= count:
+        raise ValueError(f"--device must be cuda:0 to cuda:{count - 1}, got {text!r}")
+    return chosen
+
+
 def slug(name: str) -> str:
     """A device name as part of a file name: `NVIDIA H200` -> `nvidia-h200`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

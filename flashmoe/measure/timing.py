@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -181,3 +181,12 @@ def measure_limits(device: torch.device, dtype: torch.dtype, rounds: int = 10) -
             raise RuntimeError(f"measuring the {name} limit failed: {measurement.reason}")
     matmul, copy = (sorted(measured[x].samples)[rounds // 2] for x in ("matmul", "copy"))
     return Limits(2.0 * n**3 / matmul, 2.0 * nbytes / copy)
+
+
+def limits_of(device: torch.device, dtypes: Iterable[str]) -> dict[str, Limits]:
+    """Limits by dtype. A CPU's are always float32's: most have no 16-bit matrix units, where
+    torch's own 16-bit matmul is a hundred times slower than any kernel here."""
+    names = sorted({*dtypes})
+    if device.type == "cpu":
+        return dict.fromkeys(names, measure_limits(device, torch.float32))
+    return {name: measure_limits(device, getattr(torch, name)) for name in names}

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flashmoe.machine.device import named
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.thresholds import DEFAULTS, Thresholds, with_cases
 from flashmoe.ratchet.measuring.suite import NAME_FORM, SUITES
@@ -98,18 +99,11 @@ def thresholds(arguments: argparse.Namespace, kind: str) -> Thresholds:
 
 def device(name: str | None) -> str:
     """A device that exists; cuda where there is one and none was named."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(name)
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    if found.type == "cuda":
-        count = torch.cuda.device_count()
-        if (found.index or 0) >= count:
-            raise UserError(f"--device {name} does not exist; there are {count} CUDA devices here")
+        named(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return name
 
 
@@ -159,9 +153,3 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
         yield step
         bar.update(task, description="done", completed=begun)
-
-
-def existing(path: Path, what: str) -> Path:
-    if not path.exists():
-        raise UserError(f"there is no {what} {path}")
-    return path

@@ -85,15 +85,25 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
+        return self._ending[0]
+
+    def told(self) -> str:
+        return self._ending[1]
+
+    @property
+    def _ending(self) -> tuple[int, str]:
         if EXIT_INTEGRITY in (self.same.exit_code, self.slowed.exit_code):
-            return EXIT_INTEGRITY
-        if self.same.exit_code == EXIT_REGRESSION or self.unexpected:
-            return EXIT_REGRESSION
+            return EXIT_INTEGRITY, "the runs are not comparable"
         if self.passed_over:
-            return EXIT_REGRESSION
+            missed = ", ".join(self.passed_over)
+            return EXIT_REGRESSION, f"the gate missed a slowdown: {missed}"
+        if alarms := self.unexpected or [v.name for v in self.same.named(FAIL)]:
+            return EXIT_REGRESSION, f"the gate raised a false alarm: {', '.join(alarms)}"
         if self.same.exit_code == EXIT_INCONCLUSIVE or self.missed:
-            return EXIT_INCONCLUSIVE
-        return EXIT_PASS
+            what = ", ".join(self.missed) or "same against same"
+            told = f"too noisy for this threshold and budget: {what} is inconclusive"
+            return EXIT_INCONCLUSIVE, told
+        return EXIT_PASS, f"the gate fails on {', '.join(sorted(self.failed))}, and only there"
 
     @property
     def failed(self) -> frozenset[str]:
@@ -111,19 +121,6 @@ class Outcome:
     @property
     def unexpected(self) -> list[str]:
         return sorted(self.failed - self.expected)
-
-    def told(self) -> str:
-        if self.exit_code == EXIT_PASS:
-            return f"the gate fails on {', '.join(sorted(self.failed))}, and only there"
-        if self.exit_code == EXIT_REGRESSION:
-            if self.passed_over:
-                return f"the gate missed a slowdown: {', '.join(self.passed_over)}"
-            alarms = self.unexpected or [v.name for v in self.same.named(FAIL)]
-            return f"the gate raised a false alarm: {', '.join(alarms)}"
-        if self.exit_code == EXIT_INCONCLUSIVE:
-            what = ", ".join(self.missed) or "same against same"
-            return f"too noisy for this threshold and budget: {what} is inconclusive"
-        return "the runs are not comparable"
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:

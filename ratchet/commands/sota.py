@@ -12,12 +12,11 @@ import torch
 
 from flashmoe.machine.device import slug
 from flashmoe.measure.fingerprint import fingerprint
-from flashmoe.measure.timing import HOW
+from flashmoe.measure.timing import HOW, limits_of
 from flashmoe.ratchet.commands import common
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.measuring.programs import commit
 from flashmoe.ratchet.measuring.suite import select
-from flashmoe.ratchet.measuring.worker import limits_of
 from flashmoe.ratchet.report import svg
 from flashmoe.ratchet.results.files import read_json, write_json, write_text
 from flashmoe.ratchet.sota import figures, providers
@@ -105,7 +104,7 @@ def _measure(arguments: argparse.Namespace, command: str) -> Comparison:
     device = torch.device(common.device(arguments.device))
     cases = select(arguments.suite, device.type, arguments.case)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    limits = limits_of(cases, device)
+    limits = limits_of(device, (case.problem.dtype for case in cases))
     with common.progress(len(cases)) as step:
         measured = compare(cases, device, limits, arguments.rounds, step)
     prints = fingerprint(device)

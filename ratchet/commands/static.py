@@ -54,7 +54,8 @@ def writes(arguments: argparse.Namespace) -> list[Path]:
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     extension = arguments.extension or installed()
-    common.existing(extension, "extension")
+    if not extension.exists():
+        raise UserError(f"there is no extension {extension}")
     version = compiler(extension)
     if not version:
         raise UserError(f"{extension} has no CUDA kernels: build it where nvcc is")

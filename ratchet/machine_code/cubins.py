@@ -14,6 +14,8 @@ from flashmoe.ratchet.measuring.programs import captured
 
 # Counted by the first part of the name: HMMA.16816.F32 is HMMA.
 INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU", "LDL", "STL")
+# What is known of a kernel, in this order.
+COLUMNS = ("registers", "stack", "shared", "code", *INSTRUCTIONS)
 # Either an architecture, or a kernel of the last one.
 _KERNEL = re.compile(r"^arch = (sm_\w+)|^\s*Function : (\S+)$", re.MULTILINE)
 _USAGE = re.compile(
@@ -39,6 +41,11 @@ class Kernel:
     shared: int
     code: int
     instructions: dict[str, int]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """By COLUMNS."""
+        return {x: self.instructions.get(x, getattr(self, x, 0)) for x in COLUMNS}
 
     @property
     def spills(self) -> int:

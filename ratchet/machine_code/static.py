@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe.ratchet.machine_code.cubins import INSTRUCTIONS, Kernel, demangled
+from flashmoe.ratchet.machine_code.cubins import COLUMNS, INSTRUCTIONS, Kernel, demangled
 from flashmoe.ratchet.results.fields import get
 from flashmoe.ratchet.results.files import read_json
 from flashmoe.tiles import (
@@ -130,24 +130,15 @@ def dynamic_shared(name: str) -> int:
 
 
 def _change(label: str, new: Kernel, old: Kernel) -> Change:
-    told = []
-    for name in ("registers", "stack", "shared", "code"):
-        a, b = getattr(old, name), getattr(new, name)
-        if a != b:
-            told.append(f"{name} {a} to {b}")
-    for name in INSTRUCTIONS:
-        a, b = old.instructions[name], new.instructions[name]
-        if a != b:
-            told.append(f"{name} {a} to {b}")
-    lost = _tensor(old) > 0 and _tensor(new) == 0
+    before, now = old.numbers, new.numbers
+    told = [f"{name} {before[name]} to {now[name]}" for name in now if now[name] != before[name]]
+    lost = any(old.instructions[x] for x in _TENSOR_CORES) and not any(
+        new.instructions[x] for x in _TENSOR_CORES
+    )
     verdict = FAIL if new.spills > old.spills or lost else CHANGED
     if verdict != FAIL and new.spills < old.spills:
         verdict = IMPROVED
     return Change(label, verdict, ", ".join(told))
-
-
-def _tensor(kernel: Kernel) -> int:
-    return sum(kernel.instructions[name] for name in _TENSOR_CORES)
 
 
 def markdown(comparison: Comparison) -> str:
@@ -163,23 +154,15 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-_COLUMNS = ("registers", "stack", "shared", "code")
-
-
 def to_json(snapshot: Snapshot) -> dict[str, Any]:
     """A list of numbers a kernel, in the order of `columns`."""
     return {
         "schema": SCHEMA,
         "compiler": snapshot.compiler,
         "commit": snapshot.commit,
-        "columns": " ".join((*_COLUMNS, *INSTRUCTIONS)),
-        "kernels": {kernel.key: _numbers(kernel) for kernel in snapshot.kernels},
+        "columns": " ".join(COLUMNS),
+        "kernels": {kernel.key: [*kernel.numbers.values()] for kernel in snapshot.kernels},
     }
-
-
-def _numbers(kernel: Kernel) -> list[int]:
-    fixed = [getattr(kernel, name) for name in _COLUMNS]
-    return [*fixed, *(kernel.instructions[name] for name in INSTRUCTIONS)]
 
 
 def load(path: Path) -> Snapshot:
@@ -191,8 +174,8 @@ def _snapshot(data: Any) -> Snapshot:
     if (schema := get(data, "schema", int)) != SCHEMA:
         raise ValueError(f"schema must be {SCHEMA}, got {schema}")
     columns = get(data, "columns", str).split()
-    if columns != [*_COLUMNS, *INSTRUCTIONS]:
-        raise ValueError(f"columns must be {[*_COLUMNS, *INSTRUCTIONS]}, got {columns}")
+    if columns != [*COLUMNS]:
+        raise ValueError(f"columns must be {[*COLUMNS]}, got {columns}")
     found = [_kernel(k, x) for k, x in get(data, "kernels", dict).items()]
     if not found:
         raise ValueError("kernels is empty: nothing was compiled")
@@ -201,10 +184,10 @@ def _snapshot(data: Any) -> Snapshot:
 
 def _kernel(key: str, numbers: Sequence[Any]) -> Kernel:
     arch, colon, name = key.partition(":")
-    wanted = len(_COLUMNS) + len(INSTRUCTIONS)
     whole = isinstance(numbers, list) and all(type(x) is int and x >= 0 for x in numbers)
-    if not colon or not whole or len(numbers) != wanted:
-        raise ValueError(f"kernel {key!r} must be ARCH:NAME with {wanted} numbers, got {numbers!r}")
-    registers, stack, shared, code, *counts = numbers
-    counted = dict(zip(INSTRUCTIONS, counts, strict=True))
-    return Kernel(arch, name, registers, stack, shared, code, counted)
+    if not colon or not whole or len(numbers) != len(COLUMNS):
+        raise ValueError(
+            f"kernel {key!r} must be ARCH:NAME with {len(COLUMNS)} numbers, got {numbers!r}"
+        )
+    fixed, counts = numbers[: -len(INSTRUCTIONS)], numbers[-len(INSTRUCTIONS) :]
+    return Kernel(arch, name, *fixed, dict(zip(INSTRUCTIONS, counts, strict=True)))

@@ -217,7 +217,8 @@ def bench(
                 if answer["event"] == "case" and (taken := len(answer["ours"]["samples"])):
                     rounds_of.setdefault(answer["case"], taken)
                 if answer["event"] == "begin":
-                    progress(_heading(run, number, len(runs), answer["case"]))
+                    side = f"{run.source.name}, " if len(runs) > 1 else ""
+                    progress(f"{side}process {number + 1}: {answer['case']}")
     finally:
         if waiting is not None:
             waiting.kill()
@@ -251,11 +252,6 @@ def _turns(
 def _done(runs: Sequence[_Run], case: Case, settings: Settings) -> bool:
     same = [run.collected[case.name] for run in runs]
     return any(c.broken for c in same) or all(c.done(settings) for c in same)
-
-
-def _heading(run: _Run, number: int, sides: int, case: str) -> str:
-    side = f"{run.source.name}, " if sides > 1 else ""
-    return f"{side}process {number + 1}: {case}"
 
 
 def _results(run: _Run, settings: Settings, started: str, duration: float, command: str) -> Results:

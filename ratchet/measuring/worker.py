@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 import flashmoe
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.quiet import measure_quietly
-from flashmoe.measure.timing import Limits, measure, measure_limits
+from flashmoe.measure.timing import limits_of, measure
 from flashmoe.ratchet.gate.stats import rounds_wanted
 from flashmoe.ratchet.measuring.processes import answer
 from flashmoe.ratchet.measuring.slow import delayed
@@ -65,7 +65,7 @@ def run(job: dict[str, Any], emit: Emit) -> None:
     alone is timed."""
     device = torch.device(job["device"])
     cases = [parse(name) for name in job["cases"]]
-    limits = limits_of(cases, device) if job["first"] else {}
+    limits = limits_of(device, (case.problem.dtype for case in cases)) if job["first"] else {}
     emit(
         {
             "event": "start",
@@ -84,15 +84,6 @@ def run(job: dict[str, Any], emit: Emit) -> None:
             waiting.append((case, "again", steps))
         else:
             emit({"event": "case", "case": case.name, **told})
-
-
-def limits_of(cases: Sequence[Case], device: torch.device) -> dict[str, Limits]:
-    """Limits by the dtypes of the cases. A CPU's are always float32's: most have no 16-bit matrix
-    units, where torch's own 16-bit matmul is a hundred times slower than any kernel here."""
-    dtypes = sorted({case.problem.dtype for case in cases})
-    if device.type == "cpu":
-        return dict.fromkeys(dtypes, measure_limits(device, torch.float32))
-    return {dtype: measure_limits(device, getattr(torch, dtype)) for dtype in dtypes}
 
 
 def _measure(

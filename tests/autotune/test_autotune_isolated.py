@@ -119,7 +119,7 @@ def test_a_helper_searches_and_decides_nothing(tmp_path: Path) -> None:
     where = str(tmp_path / "x.journal")
     place = Place(CPU, fingerprint(CPU))
     groups = [Group((PROBLEM,), (1.0,))]
-    (child,) = helper.start(groups, [place], where, Options(trials=2), patience=60.0)
+    (child,) = helper.start(groups, place, [CPU], where, Options(trials=2), patience=60.0)
     try:
         child.receive(120.0)
     finally:
@@ -163,7 +163,7 @@ def test_a_helper_that_fails_says_so(tmp_path: Path) -> None:
     groups = [Group((PROBLEM,), (1.0,))]
     where = str(tmp_path / "missing" / "x.journal" / "below-a-file")
     (tmp_path / "missing").write_text("")
-    (child,) = helper.start(groups, [place], where, Options(trials=2), patience=60.0)
+    (child,) = helper.start(groups, place, [CPU], where, Options(trials=2), patience=60.0)
     try:
         assert child.answers_within(120.0)
         child.wait_until_up(60.0)

@@ -36,7 +36,7 @@ for backend in BACKENDS.values():
         setattr(backend, name, repeated(getattr(backend, name)))
 timing.time = SimpleNamespace(perf_counter=time.process_time)
 worker.measure_quietly = lambda *calls, **options: (timing.measure(*calls, **options), 0.0)
-worker.measure_limits = lambda *_: timing.Limits(1e12, 1e11)
+timing.measure_limits = lambda *_: timing.Limits(1e12, 1e11)
 
 if __name__ == "__main__":
     sys.exit(worker.main())

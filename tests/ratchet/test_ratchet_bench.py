@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from flashmoe.measure import timing
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.timing import Limits, Measurement
 from flashmoe.ratchet.errors import UserError
@@ -263,7 +264,7 @@ def test_bad_settings(bad: dict[str, int]) -> None:
 @pytest.fixture(autouse=True)
 def _no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this process: they take longer than what is tested here."""
-    monkeypatch.setattr(worker, "measure_limits", lambda *_: Limits(1e12, 1e11))
+    monkeypatch.setattr(timing, "measure_limits", lambda *_: Limits(1e12, 1e11))
 
 
 def run_worker(*names: str, first: bool = True, **more: Any) -> list[dict[str, Any]]:

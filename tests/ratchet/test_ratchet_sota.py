@@ -159,9 +159,7 @@ def test_the_command(
 ) -> None:
     some = tuple(p for p in providers.PROVIDERS if p.name in ("sdpa-flash", "sdpa-math"))
     monkeypatch.setattr(sota, "PROVIDERS", some)
-    monkeypatch.setattr(
-        "flashmoe.ratchet.measuring.worker.measure_limits", lambda *_: Limits(1e11, 1e10)
-    )
+    monkeypatch.setattr("flashmoe.measure.timing.measure_limits", lambda *_: Limits(1e11, 1e10))
     document = tmp_path / "docs" / "performance.md"
     command = ["sota", "--device", "cpu", "--case", *CASES, "--rounds", "10"]
     # A provider in the list that was not measured is no row.
