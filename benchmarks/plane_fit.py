@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashmoe.autotune.calibration.fit import SPREAD, START, Fit, Pair, fit_one
+from flashmoe.autotune.calibration import SPREAD, START, Fit, Pair, fit_one
 from flashmoe.prediction import kernels
 from flashmoe.prediction.costs import Table, from_logs, to_logs
 from flashmoe.prediction.predict import Work

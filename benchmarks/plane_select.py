@@ -23,10 +23,9 @@ from typing import NamedTuple
 from hopper.rows import ROWS
 from plane_fit import Row, load
 
-from flashmoe.autotune.report import instances
 from flashmoe.prediction.kernels import tile_name
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile
+from flashmoe.tiles import Tile, instances
 
 # 48, 160 and 224 would save less than more tiles for the others do.
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)

@@ -4,6 +4,7 @@ options where there is another linker."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,20 @@ def test_the_sdist_has_all_that_a_build_and_the_tests_need(tree: Path, tmp_path:
     ]
     # Far enough to have read csrc/build_config.py and generated the registry.
     run(unpacked, "setup.py", "-q", "egg_info", "-e", str(tmp_path))
+
+
+def test_a_wheel_has_every_package(tree: Path) -> None:
+    listed = set(
+        re.findall(r'^    "(flashmoe[\w.]*)",$', (tree / "pyproject.toml").read_text(), re.M)
+    )
+    folders = {"flashmoe": "flashmoe", **{t: f"flashmoe.{t}" for t in ("autotune", "ratchet")}}
+    found = {
+        ".".join([prefix, *path.parent.relative_to(tree / folder).parts])
+        for folder, prefix in folders.items()
+        for path in (tree / folder).rglob("__init__.py")
+    }
+    assert found - listed == {"flashmoe.ratchet.ci"}  # what only this repository's CI runs
+    assert listed <= found
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from flashmoe import _extension
-from flashmoe.autotune.report import instances
 from flashmoe.autotune.running.candidate import default_candidate
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch
 from flashmoe.planning import database, plan
 from flashmoe.planning.database import Entry
 from flashmoe.spec.problem import Problem
-from flashmoe.tiles import Tile
+from flashmoe.tiles import Tile, instances
 
 ROOT = Path(__file__).resolve().parents[1]
 # The GPUs of which a database may ship, and what tiles must fit there.

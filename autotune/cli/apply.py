@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name
-from flashmoe.autotune.report import instances
 from flashmoe.autotune.running.candidate import known_tile
 from flashmoe.planning import database
+from flashmoe.tiles import instances
 
 # Where the tiles of a kernel are added; sm90.txt is generated from its list.
 _LISTS = {"sm80": "sm80.txt", "sm90": "covering.txt"}
@@ -87,7 +87,7 @@ def winning_lines(entries: Mapping[str, database.Entry]) -> dict[str, dict[int, 
 
 
 def with_first(text: str, winners: Mapping[int, Sequence[str]]) -> str:
-    """A list of instances (autotune/report/instances.py says what a line is) with the winners first
+    """A list of instances (flashmoe/tiles/instances.py says what a line is) with the winners first
     of their head dimension; other lines, comments among them, stay where they are."""
     lines = text.splitlines()
     for head_dim, wanted in winners.items():

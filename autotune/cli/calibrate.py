@@ -11,8 +11,7 @@ import torch
 from rich.console import Console
 
 from flashmoe import api
-from flashmoe.autotune.calibration.fit import calibrated
-from flashmoe.autotune.calibration.measure import measured
+from flashmoe.autotune.calibration import calibrated, measured
 from flashmoe.autotune.cli.arguments import DONE, NOTHING_MEASURED, UsageError
 from flashmoe.autotune.cli.progress import shown
 from flashmoe.machine.cache import make_folder, require_writable

@@ -6,7 +6,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TextIO
 
 from flashmoe.autotune.cli import apply as command_apply
 from flashmoe.autotune.cli import show as command_show
@@ -61,13 +60,6 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
     return code
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """One line a warning; where it was raised, which Python would add, helps no user."""
     warn(" ".join(str(message).split()))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
+
+import numpy as np
 
 _ROW = 22
 
@@ -74,10 +77,7 @@ def strips(rows: Sequence[tuple[str, Sequence[float], float, float, float]], uni
     high = min(limit, max(max(samples) for _, samples, *_ in rows))
     span = max(high - low, low * 0.02)
     low, high = low - 0.03 * span, high + 0.03 * span
-
-    def at(x: float) -> float:
-        return left + (x - low) / (high - low) * (width - 2 * left)
-
+    at = partial(np.interp, xp=(low, high), fp=(left, width - left))
     body: list[str] = []
     for i, (_, samples, median, bottom, up) in enumerate(rows):
         y = top + i * 46
@@ -101,14 +101,9 @@ def best_so_far(points: Sequence[tuple[float, float]]) -> str:
     best = min(value for _, value in points)
     worst = min(max(value for _, value in points), best * 2)
     span = max(worst - best, 0.01)
-
-    def x(seconds: float) -> float:
-        return left + seconds / last * (width - left - 12)
-
-    def y(value: float) -> float:
-        shown = min(value, worst)
-        return 12 + (worst - shown) / span * (height - bottom - 24)
-
+    x = partial(np.interp, xp=(0, last), fp=(left, width - 12))
+    # What is worse than the worst that is shown is drawn there.
+    y = partial(np.interp, xp=(worst - span, worst), fp=(height - bottom - 12, 12))
     body = []
     path, so_far = "", math.inf
     for seconds, value in points:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import chain
+from pathlib import Path
 
 from flashmoe.autotune.report import charts
 from flashmoe.autotune.report.sensitivity import steps
@@ -16,32 +17,7 @@ from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import median_by_process
 from flashmoe.measure.timing import Limits
 
-_STYLE = """
-:root{--page:#fff;--ink:#1c2430;--soft:#5b6675;--line:#d9dee5;--panel:#f6f8fa;--accent:#1f6fb5;
---on:#fff;--second:#b4530a}
-@media (prefers-color-scheme:dark){:root{--page:#14181d;--ink:#e6eaef;--soft:#9aa5b1;
---line:#313a44;--panel:#1c2229;--accent:#5ba7e6;--on:#0c1116;--second:#f0a35e}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1560px;padding:16px;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,sans-serif}
-h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem;border-top:1px solid var(--line);
-padding-top:1rem}h3{font-size:.95rem;margin:0 0 .5rem}
-p,code{overflow-wrap:anywhere}.soft{color:var(--soft)}
-.panels{display:flex;flex-wrap:wrap;gap:12px;align-items:flex-start}
-.panel{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:12px;
-min-width:0;max-width:100%;flex:0 1 auto}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
-th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid var(--line);
-vertical-align:top;overflow-wrap:break-word}
-td code{overflow-wrap:break-word}td>h3{margin:.8rem 0 0}
-th{color:var(--soft);font-weight:600}svg{max-width:100%;height:auto;display:block}
-text{font:12px system-ui,sans-serif;fill:var(--ink)}text.axis{fill:var(--soft)}
-text.title{font-weight:600}text.on{fill:var(--on)}
-.heat{fill:var(--accent)}.none{fill:none;stroke:var(--line)}.bar{fill:var(--accent)}
-.sample{stroke:var(--soft);stroke-opacity:.35}.interval{fill:var(--second);fill-opacity:.6}
-.median{fill:var(--second)}.trial{fill:var(--soft);fill-opacity:.6}
-.best,.roof{fill:none;stroke:var(--accent);stroke-width:2}
-"""
+_STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 def html(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from flashmoe.autotune.schedule.result import Result
 from flashmoe.tiles import Tile
@@ -30,13 +31,12 @@ def steps(result: Result) -> list[Step]:
     mine = ratios.get(best)
     found: list[Step] = []
     for axis in AXES:
-        others = [t for t in ratios if _same_but(t, best, axis)]
-        value = getattr(best, axis)
-        below = [t for t in others if getattr(t, axis) < value]
-        above = [t for t in others if getattr(t, axis) > value]
-        nearest = [max(below, key=lambda t: getattr(t, axis))] if below else []
-        nearest += [min(above, key=lambda t: getattr(t, axis))] if above else []
-        for tile in nearest:
+        value = attrgetter(axis)
+        # All that differ along this axis alone.
+        others = [t for t in ratios if t != best and replace(t, **{axis: value(best)}) == best]
+        below = sorted((t for t in others if value(t) < value(best)), key=value)
+        above = sorted((t for t in others if value(t) > value(best)), key=value)
+        for tile in (*below[-1:], *above[:1]):
             ratio = ratios[tile]
             loss = ratio.value / mine.value - 1 if ratio is not None and mine is not None else None
             found.append(Step(axis, tile, loss))
@@ -48,10 +48,3 @@ def best_tile(result: Result) -> Tile | None:
     if result.best is not None and result.best.tile is not None:
         return result.best.tile
     return Tile.parse(result.tile_with_lse) if result.tile_with_lse else None
-
-
-def _same_but(tile: Tile, other: Tile, axis: str) -> bool:
-    if getattr(tile, axis) == getattr(other, axis) or tile.kernel != other.kernel:
-        return False
-    names = [field.name for field in fields(Tile) if field.name != axis]
-    return all(getattr(tile, name) == getattr(other, name) for name in names)

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe.autotune.report import instances
 from flashmoe.autotune.report.sensitivity import steps
 from flashmoe.autotune.schedule.result import STATUSES, Result
 from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import Interval
 from flashmoe.spec.problem import Problem
+from flashmoe.tiles import instances
 
 SCHEMA = 2
 # Fewer queries than these over more keys are decoding.
@@ -241,4 +241,4 @@ def _result_json(result: Result) -> dict[str, Any]:
 
 
 def _interval_json(interval: Interval | None) -> list[float] | None:
-    return interval and interval.to_json()
+    return None if interval is None else interval.to_json()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flashmoe.autotune.running.candidate import (
@@ -217,9 +217,14 @@ class Tuning:
             for tile in space(self._problem, self._device, self._backends)
             if len(self.group.problems) == 1 or self._everywhere(Candidate.of_tile(tile))
         )
+        # Of this device, then of others, each the nearest buckets first.
+        near = nearest({**self.place.stored, **self.found}, self._problem)
+        far = nearest({str(n): x for n, x in enumerate(self.place.elsewhere)}, self._problem)
+        stored = [self._stored.tile] if self._stored is not None else []
+        good = [*defaults, *stored, *winners(near), *winners(far)]
         # What is compiled in costs no compiler, and won somewhere.
         there = [t for b in backends for t in b.compiled_in(self._problem, here)]
-        first = [tile for tile in [*defaults, *self._known_good(), *there] if tile in legal]
+        first = [tile for tile in [*good, *there] if tile in legal]
         if not legal:
             return Search((), (), "", 0)
         self.watch.stage(f"searching: {legality(self._problem, self._device, self._backends)}")
@@ -249,7 +254,7 @@ class Tuning:
             trials=self.options.trials,
             sampler=self.options.sampler,
             seed=self.options.seed,
-            related=[self._deviations(entry) for entry in self._related()[:_RELATED]],
+            related=[self._deviations(entry) for entry in (near + far)[:_RELATED]],
             prior=self._predicted(self._problem, tiles.tiles),
             watch=self._saw,
             contend=self.options.helping is None,
@@ -276,24 +281,6 @@ class Tuning:
     def _saw(self, trials: Sequence[Trial], total: int) -> None:
         self.watch.seen = trials
         self.watch.trials(trials, total)
-
-    def _known_good(self) -> Iterator[Tile]:
-        """What is stored, and the winners of neighbouring buckets and of other devices."""
-        if self._stored is not None and self._stored.tile is not None:
-            yield self._stored.tile
-        for entries in (self._related_here(), self._related_elsewhere()):
-            yield from winners(entries)
-
-    def _related(self) -> list[Entry]:
-        """Entries of this device, then of others, each the nearest buckets first."""
-        return self._related_here() + self._related_elsewhere()
-
-    def _related_here(self) -> list[Entry]:
-        return nearest({**self.place.stored, **self.found}, self._problem)
-
-    def _related_elsewhere(self) -> list[Entry]:
-        entries = {str(number): entry for number, entry in enumerate(self.place.elsewhere)}
-        return nearest(entries, self._problem)
 
     def _confirm(self, processes: int = 0) -> Final:
         rivals = [SDPA] if self._has_sdpa else []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flashmoe.spec.options import add_options, given_options, problems_of
 from flashmoe.spec.problem import Problem
@@ -69,42 +71,17 @@ def _typical(bucket: Mapping[Problem, float]) -> Mapping[Problem, float]:
     return found
 
 
-def _problem(*options: str, kind: str = "cuda") -> Problem:
+def _suites() -> dict[str, tuple[Problem, ...]]:
+    """What is tuned when nothing is named, by the kind of device."""
     parser = argparse.ArgumentParser()
     add_options(parser)
-    (problem,) = problems_of(given_options(parser.parse_args(options)), kind)
-    return problem
+    lists = configparser.ConfigParser(allow_no_value=True)
+    lists.read_string(Path(__file__).with_name("suites.ini").read_text(encoding="utf-8"))
+    found: dict[str, tuple[Problem, ...]] = {}
+    for kind in lists.sections():
+        given = [given_options(parser.parse_args(words.split())) for words in lists[kind]]
+        found[kind] = tuple(problem for one in given for problem in problems_of(one, kind))
+    return found
 
 
-# What is tuned when nothing is named, as the command line names it.
-SUITES: dict[str, tuple[Problem, ...]] = {
-    kind: tuple(_problem(*line.split(), kind=kind) for line in lines.strip().splitlines())
-    for kind, lines in {
-        # Sizes that a laptop's CPU finishes in a tenth of a second.
-        "cpu": """
-            --batch 4 --seqlen 128
-            --seqlen 1024
-            --seqlen 1024 --causal
-            --seqlen 2048 --head-dim 128
-            --batch 4 --kv-heads 2 --seqlen 1 --seqlen-kv 2048 --layout cache
-            --seqlen 512 --causal --direction bwd
-        """,
-        # Short and long sequences, a prompt in chunks, cross attention, few heads; training, also
-        # of a packed batch; and decoding, of many sequences in pages and of one.
-        "cuda": """
-            --batch 2048 --heads 16 --seqlen 34 --causal
-            --batch 1024 --heads 16 --seqlen 128 --head-dim 64 --causal
-            --batch 1 --heads 32 --kv-heads 8 --seqlen 512 --seqlen-kv 8192 --causal
-            --heads 8 --seqlen 4096 --seqlen-kv 77 --head-dim 40
-            --batch 1 --heads 2 --seqlen 16384 --causal
-            --seqlen 8192
-            --batch 4 --heads 32 --kv-heads 8 --causal
-            --batch 1 --heads 32 --kv-heads 8 --seqlen 8192 --causal --window 1023,0 --sinks
-            --batch 8 --seqlen 1024 --head-dim 64 --causal --direction bwd
-            --batch 4 --heads 32 --kv-heads 8 --causal --direction bwd
-            --heads 16 --layout packed --lengths 4096,1500*2,700*6,200*10 --causal --direction bwd
-            --heads 32 --kv-heads 8 --layout paged --lengths 1x8192*4,1x3000*20,1x1000*40 --causal
-            --batch 1 --heads 32 --kv-heads 8 --seqlen 1 --seqlen-kv 16384 --layout cache --causal
-        """,
-    }.items()
-}
+SUITES = _suites()

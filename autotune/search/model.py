@@ -8,7 +8,6 @@ tasks (Bonilla et al. 2007), so what neighbouring problems showed is where it st
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 
@@ -31,6 +30,9 @@ _RELATED = 0.8
 _SPREAD = 0.15
 # Of thousands of tiles those that are predicted to be fastest are judged; the others never won.
 _JUDGED = 600
+
+# Of the libraries above, which are loaded.
+_BLAS = ThreadpoolController()
 
 Matrix = NDArray[np.float64]
 # A tile in a task: 0 is the problem at hand, the others are related ones.
@@ -82,7 +84,7 @@ class Model:
         # The variance does not ask for values, so tiles in flight are points, too.
         points = [*self._elsewhere, *((tile, 0) for tile in (*known, *in_flight))]
         # One thread: many would wait for one another on cores that are busy compiling, for seconds.
-        with _threads().limit(limits=1, user_api="blas"):
+        with _BLAS.limit(limits=1, user_api="blas"):
             here, there, variance = self._factor.posterior(points, y)
         mean = here + level + self._means
         expected = there + level + [self._prior.get(tile, 0.0) for tile in in_flight]
@@ -136,11 +138,6 @@ class _Factor:
         self._lower = np.block([[lower, np.zeros((same, len(added)))], [border, corner]])
         self._half = np.concatenate([half, rest])
         self._at, self._task = np.concatenate([old, new]), np.concatenate([old_task, task])
-
-
-@functools.cache
-def _threads() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 def _positions(space: Space, tiles: Sequence[Tile]) -> Matrix:

@@ -32,7 +32,8 @@ class Race:
         self._anchor = anchor
         # By the process that took them: Bench.process, below 0 where that is another's.
         self._pairs: dict[Candidate, dict[int, list[tuple[float, float]]]] = {}
-        self._ratios: dict[Candidate, Interval] = {}
+        # Times over the anchor's.
+        self.ratios: dict[Candidate, Interval] = {}
         self._sample = Typical()
 
     @property
@@ -69,10 +70,6 @@ class Race:
             self._add(candidate, measurement, anchor, self._bench.process)
         return results
 
-    def ratio(self, candidate: Candidate) -> Interval:
-        """The candidate's time over the anchor's."""
-        return self._ratios[candidate]
-
     def samples(self, candidate: Candidate) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Seconds of the candidate, and of the anchor in the same rounds."""
         taken = self._pairs[candidate]
@@ -88,8 +85,8 @@ class Race:
 
     def behind(self, candidate: Candidate) -> bool:
         """Whether it is clearly behind the fastest so far."""
-        best = min(self._ratios.values(), key=lambda ratio: ratio.value)
-        ratio = self._ratios[candidate]
+        best = min(self.ratios.values(), key=lambda ratio: ratio.value)
+        ratio = self.ratios[candidate]
         return ratio.above(best) and ratio.value > best.value * (1 + _MARGIN)
 
     def contenders(self, limit: int) -> list[Candidate]:
@@ -98,22 +95,22 @@ class Race:
         ranked = self.ranked()
         if not ranked:
             return []
-        fastest = self._ratios[ranked[0]]
-        return [c for c in ranked if not self._ratios[c].above(fastest)][:limit]
+        fastest = self.ratios[ranked[0]]
+        return [c for c in ranked if not self.ratios[c].above(fastest)][:limit]
 
     def ranked(self) -> list[Candidate]:
         """All that were timed, fastest first."""
-        return sorted(self._ratios, key=lambda candidate: self._ratios[candidate].value)
+        return sorted(self.ratios, key=lambda candidate: self.ratios[candidate].value)
 
     def _add(
         self, candidate: Candidate, measurement: Measurement, anchor: Measurement, process: int
     ) -> None:
         if measurement.status != "ok":
             self._pairs.pop(candidate, None)
-            self._ratios.pop(candidate, None)
+            self.ratios.pop(candidate, None)
             return
         taken = self._pairs.setdefault(candidate, {})
         pairs = zip(measurement.samples, anchor.samples, strict=True)
         taken.setdefault(process, []).extend(pairs)
         times, anchor_times = zip(*(zip(*x, strict=True) for x in taken.values()), strict=True)
-        self._ratios[candidate] = ratio_by_process(times, anchor_times)
+        self.ratios[candidate] = ratio_by_process(times, anchor_times)

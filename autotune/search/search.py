@@ -249,7 +249,7 @@ class Walk:
         if measurement.status != "ok":
             return Outcome(tile, measurement.status, measurement.reason, prepare_seconds=took)
         samples, anchor = self._race.samples(candidate)
-        ratio = self._race.ratio(candidate)
+        ratio = self._race.ratios[candidate]
         pruned = self._race.behind(candidate)
         return Outcome(
             tile, "ok", "", samples, anchor, ratio.value, pruned=pruned, prepare_seconds=took
@@ -268,7 +268,7 @@ class Walk:
 
     def _learn(self, outcome: Outcome) -> None:
         tile = outcome.tile
-        ratio = self._race.ratio(Candidate.of_tile(tile)) if outcome.value is not None else None
+        ratio = self._race.ratios[Candidate.of_tile(tile)] if outcome.value is not None else None
         self._known[tile] = Trial(tile, outcome.status, ratio, outcome.reason, outcome.pruned)
 
     def _await_others(self) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flashmoe.autotune.report import instances
 from flashmoe.planning import database
-from flashmoe.tiles import Tile
+from flashmoe.tiles import Tile, instances
 
 FOLDER = Path(__file__).parent
 MIN_SPEEDUP = 1.01

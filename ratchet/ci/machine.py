@@ -31,30 +31,19 @@ WORKFLOWS = ("gpu-ratchet.yml", "baseline.yml")
 _ACTIVE = ("queued", "in_progress", "requested", "pending")
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
-    """Commands with {machine} and {zone}; `ask` prints `running` when the machine runs."""
-
-    start: str
-    stop: str
-    ask: str
-    running: str
-
-
+# Commands with {machine} and {zone}; `ask` prints RUNNING, in whatever case, when the machine runs.
 PROVIDERS = {
-    "gcloud": Provider(
-        "gcloud compute instances start {machine} --zone {zone} --quiet",
-        "gcloud compute instances stop {machine} --zone {zone} --quiet",
-        "gcloud compute instances describe {machine} --zone {zone} --format value(status)",
-        "RUNNING",
-    ),
-    "aws": Provider(
-        "aws ec2 start-instances --instance-ids {machine} --region {zone}",
-        "aws ec2 stop-instances --instance-ids {machine} --region {zone}",
-        "aws ec2 describe-instances --instance-ids {machine} --region {zone} --output text "
+    "gcloud": {
+        "start": "gcloud compute instances start {machine} --zone {zone} --quiet",
+        "stop": "gcloud compute instances stop {machine} --zone {zone} --quiet",
+        "ask": "gcloud compute instances describe {machine} --zone {zone} --format value(status)",
+    },
+    "aws": {
+        "start": "aws ec2 start-instances --instance-ids {machine} --region {zone}",
+        "stop": "aws ec2 stop-instances --instance-ids {machine} --region {zone}",
+        "ask": "aws ec2 describe-instances --instance-ids {machine} --region {zone} --output text "
         "--query Reservations[0].Instances[0].State.Name",
-        "running",
-    ),
+    },
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -108,14 +97,9 @@ def commands(provider: str, machine: str, zone: str) -> dict[str, list[str]]:
     for name, value in (("GPU_MACHINE", machine), ("GPU_ZONE", zone)):
         if not _NAME.fullmatch(value):
             raise ValueError(f"{name} must be letters, digits, dots and dashes, got {value!r}")
-    chosen = PROVIDERS[provider]
     return {
         action: [part.format(machine=machine, zone=zone) for part in template.split()]
-        for action, template in (
-            ("start", chosen.start),
-            ("stop", chosen.stop),
-            ("ask", chosen.ask),
-        )
+        for action, template in PROVIDERS[provider].items()
     }
 
 
@@ -143,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.returncode:
             print(asked.stderr, file=sys.stderr)
             return 1
-        running = asked.stdout.strip() == PROVIDERS[environment[0]].running
+        running = asked.stdout.strip().upper() == "RUNNING"
     idle = timedelta(minutes=arguments.idle_minutes)
     told = decide(arguments.action, running, work_of(get_json), datetime.now(timezone.utc), idle)
     if told not in table:

@@ -31,7 +31,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,33 +73,17 @@ def running_in(folder: Path) -> Run:
     return run
 
 
-@dataclass(frozen=True, slots=True)
 class Place:
     """Folders, absolute, and the commands of the environment in the output folder."""
 
-    baseline: Path
-    output: Path
-
-    @property
-    def python(self) -> str:
-        return str(self.output / "venv" / "bin" / "python")
-
-    @property
-    def pip(self) -> list[str]:
-        return [self.python, "-m", "pip", "install", "--disable-pip-version-check"]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of what builds and measures: no plan that was tuned on the machine by someone else."""
-        return {"FLASHMOE_CACHE_DIR": str(self.output / "cache"), "FLASHMOE_CUDA": "on"}
-
-    @property
-    def ratchet(self) -> list[str]:
-        return [self.python, "-m", "flashmoe.ratchet"]
-
-    @property
-    def builds(self) -> list[str]:
-        return ["--build-folder", str(self.output / "builds")]
+    def __init__(self, baseline: Path, output: Path) -> None:
+        self.baseline, self.output = baseline, output
+        python = str(output / "venv" / "bin" / "python")
+        self.pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+        self.ratchet = [python, "-m", "flashmoe.ratchet"]
+        self.builds = ["--build-folder", str(output / "builds")]
+        # Of what builds and measures: no plan that was tuned on the machine by someone else.
+        self.environment = {"FLASHMOE_CACHE_DIR": str(output / "cache"), "FLASHMOE_CUDA": "on"}
 
     def bench(self, suite: str, name: str) -> list[str]:
         """Measures the commit that is checked out, into the file NAME.json."""
@@ -307,13 +290,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Place(arguments.baseline.resolve(), arguments.output.resolve())
     place.output.mkdir(parents=True, exist_ok=True)
     run = running_in(place.output)
-    code = prepare(run, place)
-    if code == 0 and arguments.action == "gate":
-        code = gate(run, place, arguments.suite, arguments.price_per_hour)
-    elif code == 0 and arguments.action == "baseline":
-        code = baseline(run, place, arguments.suite)
-    elif code == 0:
-        code = static(run, place)
+    actions = {
+        "gate": lambda: gate(run, place, arguments.suite, arguments.price_per_hour),
+        "baseline": lambda: baseline(run, place, arguments.suite),
+        "static": lambda: static(run, place),
+    }
+    code = prepare(run, place) or actions[arguments.action]()
     summary, report = os.environ.get("GITHUB_STEP_SUMMARY"), place.output / REPORT
     if summary and report.exists():
         with open(summary, "a", encoding="utf-8") as opened:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,52 +74,25 @@ def add(parser: argparse.ArgumentParser) -> None:
     common.add(parser, "price-per-hour", "device", "seed")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the gate said of the same kernels, and of the slowed ones."""
-
-    same: Decision
-    slowed: Decision
-    expected: frozenset[str]
-
-    @property
-    def exit_code(self) -> int:
-        return self._ending[0]
-
-    def told(self) -> str:
-        return self._ending[1]
-
-    @property
-    def _ending(self) -> tuple[int, str]:
-        if EXIT_INTEGRITY in (self.same.exit_code, self.slowed.exit_code):
-            return EXIT_INTEGRITY, "the runs are not comparable"
-        if self.passed_over:
-            missed = ", ".join(self.passed_over)
-            return EXIT_REGRESSION, f"the gate missed a slowdown: {missed}"
-        if alarms := self.unexpected or [v.name for v in self.same.named(FAIL)]:
-            return EXIT_REGRESSION, f"the gate raised a false alarm: {', '.join(alarms)}"
-        if self.same.exit_code == EXIT_INCONCLUSIVE or self.missed:
-            what = ", ".join(self.missed) or "same against same"
-            told = f"too noisy for this threshold and budget: {what} is inconclusive"
-            return EXIT_INCONCLUSIVE, told
-        return EXIT_PASS, f"the gate fails on {', '.join(sorted(self.failed))}, and only there"
-
-    @property
-    def failed(self) -> frozenset[str]:
-        return frozenset(v.name for v in self.slowed.named(FAIL))
-
-    @property
-    def missed(self) -> list[str]:
-        return sorted(self.expected - self.failed)
-
-    @property
-    def passed_over(self) -> list[str]:
-        """Slowed, and yet let through. One that is INCONCLUSIVE is not let through."""
-        return sorted(self.expected & {v.name for v in self.slowed.named(PASS, IMPROVED)})
-
-    @property
-    def unexpected(self) -> list[str]:
-        return sorted(self.failed - self.expected)
+def ending(same: Decision, slowed: Decision, expected: Collection[str]) -> tuple[int, str]:
+    """The exit code and why: from the gates of the same kernels and of the slowed ones, which are
+    to fail in the `expected` cases."""
+    failed = {v.name for v in slowed.named(FAIL)}
+    missed = sorted({*expected} - failed)
+    # Slowed, and yet let through. One that is INCONCLUSIVE is not let through.
+    passed = sorted({*expected} & {v.name for v in slowed.named(PASS, IMPROVED)})
+    alarms = sorted(failed - {*expected}) or [v.name for v in same.named(FAIL)]
+    if EXIT_INTEGRITY in (same.exit_code, slowed.exit_code):
+        return EXIT_INTEGRITY, "the runs are not comparable"
+    if passed:
+        return EXIT_REGRESSION, f"the gate missed a slowdown: {', '.join(passed)}"
+    if alarms:
+        return EXIT_REGRESSION, f"the gate raised a false alarm: {', '.join(alarms)}"
+    if same.exit_code == EXIT_INCONCLUSIVE or missed:
+        what = ", ".join(missed) or "same against same"
+        told = f"too noisy for this threshold and budget: {what} is inconclusive"
+        return EXIT_INCONCLUSIVE, told
+    return EXIT_PASS, f"the gate fails on {', '.join(sorted(failed))}, and only there"
 
 
 def writes(arguments: argparse.Namespace) -> list[Path]:
@@ -142,18 +114,17 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         runs = bench(
             cases, chosen, common.command(argv), step, sources=sources, debug=arguments.debug
         )
-    base, same, slowed = runs
-    outcome = Outcome(
-        decide(same, base, thresholds), decide(slowed, base, thresholds), frozenset(expected)
-    )
+    base, *others = runs
+    same, slowed = (decide(run, base, thresholds) for run in others)
+    code, told = ending(same, slowed, expected)
     for name, what in expected.items():
         print(f"injected into {name}: {what}")
-    for decision in (outcome.same, outcome.slowed):
+    for decision in (same, slowed):
         show(decision)
-    print(_visible(outcome.same, base))
+    print(_visible(same, base))
     print(cost_line(3 * base.duration, arguments.price_per_hour))
-    print(f"selftest: {outcome.told()}")
-    return outcome.exit_code
+    print(f"selftest: {told}")
+    return code
 
 
 def _slow_source(

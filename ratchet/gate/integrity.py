@@ -41,14 +41,13 @@ def of_cases(current: Results, baseline: Results) -> dict[str, str]:
     missing = [name for name in old if name not in new]
     extra = [name for name in new if name not in old]
     reasons = {}
-    for name in missing:
-        reasons[name] = "missing from the current run"
-        if like := difflib.get_close_matches(name, extra, 1, _RENAMED):
-            reasons[name] += f"; renamed to {like[0]}?"
-    for name in extra:
-        reasons[name] = "not in the baseline"
-        if like := difflib.get_close_matches(name, missing, 1, _RENAMED):
-            reasons[name] += f"; renamed from {like[0]}?"
+    for names, others, reason, renamed in (
+        (missing, extra, "missing from the current run", "renamed to"),
+        (extra, missing, "not in the baseline", "renamed from"),
+    ):
+        for name in names:
+            like = difflib.get_close_matches(name, others, 1, _RENAMED)
+            reasons[name] = f"{reason}; {renamed} {like[0]}?" if like else reason
     for name in new:
         if name in old and (reason := _of_pair(new[name], old[name], current.run)):
             reasons[name] = reason

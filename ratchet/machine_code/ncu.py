@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from flashmoe.ratchet.measuring.processes import Source
 from flashmoe.ratchet.measuring.programs import captured
@@ -64,6 +63,7 @@ NOT_FOUND = (
     "ncu was not found: it comes with the CUDA toolkit (package cuda-nsight-compute) and has to be "
     "on PATH"
 )
+_LEAST = 0.05
 _UNKNOWN = "Failed to find metric"
 
 
@@ -79,14 +79,14 @@ class Profile:
     values: Mapping[str, float]
 
 
-def profile(case: str, source: Source, folder: Path | None = None) -> Profile:
+def profile(case: str, source: Source) -> Profile:
     """Profiles one call of `case` with `source`'s build. Raises CannotProfile."""
     tool = shutil.which("ncu")
     if tool is None:
         raise CannotProfile(NOT_FOUND)
     metrics = list(METRICS.values())
     while True:
-        done = _run(tool, metrics, case, source, folder)
+        done = _run(tool, metrics, case, source)
         told = done.stdout + done.stderr
         # A metric that this GPU or version of ncu does not have ends it; the others are asked for.
         unknown = [line for line in told.splitlines() if _UNKNOWN in line]
@@ -105,14 +105,14 @@ def profile(case: str, source: Source, folder: Path | None = None) -> Profile:
 
 
 def _run(
-    tool: str, metrics: Sequence[str], case: str, source: Source, folder: Path | None
+    tool: str, metrics: Sequence[str], case: str, source: Source
 ) -> subprocess.CompletedProcess[str]:
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
     interpreter, option, worker = source.command
     python = [interpreter, option, worker.removesuffix("worker") + "profiled", case]
     return captured(
         [tool, *options, "--metrics", ",".join(metrics), "--target-processes", "all", *python],
-        folder=source.folder or folder,
+        folder=source.folder,
         environment=source.environment,
     )
 
@@ -151,10 +151,8 @@ def parse(text: str) -> Profile:
     return Profile(told, {label: x for label, x in values.items() if not math.isnan(x)})
 
 
-def differences(
-    base: Profile, head: Profile, least: float = 0.05
-) -> list[tuple[str, float, float]]:
-    """(metric, base, head) for what differs by more than `least` of the larger, time always first,
+def differences(base: Profile, head: Profile) -> list[tuple[str, float, float]]:
+    """(metric, base, head) for what differs by more than _LEAST of the larger, time always first,
     then the largest relative differences."""
 
     def size(item: tuple[str, float, float]) -> float:
@@ -163,5 +161,5 @@ def differences(
 
     both = [(k, base.values[k], head.values[k]) for k in base.values if k in head.values]
     time = [item for item in both if item[0] == "time (us)"]
-    rest = [item for item in both if item not in time and size(item) > least]
+    rest = [item for item in both if item not in time and size(item) > _LEAST]
     return time + sorted(rest, key=size, reverse=True)

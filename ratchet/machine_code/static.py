@@ -189,5 +189,6 @@ def _kernel(key: str, numbers: Sequence[Any]) -> Kernel:
         raise ValueError(
             f"kernel {key!r} must be ARCH:NAME with {len(COLUMNS)} numbers, got {numbers!r}"
         )
-    fixed, counts = numbers[: -len(INSTRUCTIONS)], numbers[-len(INSTRUCTIONS) :]
-    return Kernel(arch, name, *fixed, dict(zip(INSTRUCTIONS, counts, strict=True)))
+    registers, stack, shared, code, *counts = numbers
+    counted = dict(zip(INSTRUCTIONS, counts, strict=True))
+    return Kernel(arch, name, registers, stack, shared, code, counted)

@@ -157,7 +157,7 @@ def _copy_harness(target: Path) -> None:
     for room in ROOMS:
         # In an editable install `ratchet` is not inside the package's folder.
         origin = Path(__file__).resolve().parents[1] if room == "ratchet" else _PACKAGE / room
-        for path in (*origin.rglob("*.py"), *origin.rglob("*.ini")):
+        for path in (x for x in origin.rglob("*") if x.suffix in (".py", ".ini", ".css")):
             copy = target / room / path.relative_to(origin)
             copy.parent.mkdir(parents=True, exist_ok=True)
             text = path.read_text(encoding="utf-8")

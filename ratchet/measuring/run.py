@@ -193,10 +193,10 @@ def bench(
     debug: bool = False,
 ) -> tuple[Results, ...]:
     """Measure `cases` of each of `sources`, whose processes take turns in an order drawn anew each
-    time. `progress` hears a line before each case of each
-    process. A case that is wrong, fails or kills its process has that as its result, and the
-    others go on. Where something disturbed a process, another one measures those cases again, up
-    to twice as many in all, and the least disturbed ones count.
+    time. `progress` hears a line before each case of each process. A case that is wrong, fails or
+    kills its process has that as its result, and the others go on. Where something disturbed a
+    process, another one measures those cases again, up to twice as many in all, and the least
+    disturbed ones count.
 
     Raises UserError when no process can start measuring at all, saying why.
     """

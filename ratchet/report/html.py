@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
+from flashmoe.measure.stats import Interval
 from flashmoe.ratchet.gate.decide import Decision, Verdict
 from flashmoe.ratchet.gate.thresholds import percent
 from flashmoe.ratchet.report.rows import by_kind, figures
 from flashmoe.ratchet.report.svg import COLOURS, Bar, forest
 from flashmoe.ratchet.results.values import CaseResult, Results
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
-  vertical-align: top }
-td.number, th.number { text-align: right; white-space: nowrap }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
-.verdict { font-weight: 600 } .note { opacity: .75 } svg { max-width: 100%; height: auto }
-.wide { overflow-x: auto } summary { cursor: pointer }
-"""
+_STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 def html(decision: Decision, current: Results, baseline: Results, cost: str) -> str:
     """Regressions first, as in the Markdown report."""
     kinds = by_kind(decision.verdicts)
-    bars = {kind: [_bar(v) for v in some if v.change] for kind, some in kinds.items()}
+    bars = {
+        kind: [_bar(v.name, v.change, v.verdict) for v in some if v.change]
+        for kind, some in kinds.items()
+    }
     rows = [row for kind, some in kinds.items() for row in ([kind], *map(_row, some))]
     limits = (decision.thresholds.fail, decision.thresholds.improve)
     body = [f"<h1>flashmoe ratchet {escape(decision.summary)}</h1>"]
@@ -84,10 +78,8 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"<h2>{escape(title)}</h2><ul>{items}</ul>"]
 
 
-def _bar(v: Verdict) -> Bar:
-    assert v.change is not None
-    low, value, high = (percent(x) for x in (v.change.low, v.change.value, v.change.high))
-    return Bar(v.name, value, low, high, v.verdict)
+def _bar(name: str, change: Interval, verdict: str) -> Bar:
+    return Bar(name, *map(percent, change.to_json()), verdict)
 
 
 def _row(v: Verdict) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from flashmoe.measure.fingerprint import Fingerprint
 from flashmoe.measure.stats import Interval
 from flashmoe.ratchet.gate.decide import (
     ALPHA,
@@ -17,7 +16,6 @@ from flashmoe.ratchet.gate.decide import (
     Decision,
     Verdict,
 )
-from flashmoe.ratchet.gate.thresholds import Thresholds
 from flashmoe.ratchet.report.rows import SIGNS, by_kind, figures, plans, ranked
 from flashmoe.ratchet.results.values import Results
 
@@ -50,9 +48,12 @@ def markdown(
 ) -> str:
     """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
     end, best cases first, and the report says so. `trends`: a line about a case's history."""
-    rows = {v.name: _row(v) for v in ranked(decision.verdicts)}
-    for shown in _halvings(len(rows)):
-        text = _markdown(decision, rows, shown, current, baseline, cost, trends or {})
+    cases = ranked(decision.verdicts)
+    for shown in _halvings(len(cases)):
+        kept, left_out = cases[:shown], len(cases) - shown
+        parts = _parts(decision, kept, left_out, trends or {})
+        rule = _environment(decision, current, baseline, cost)
+        text = "\n".join([*parts, *_details("Environment and rule", rule)]) + "\n"
         if len(text) < MAX_CHARACTERS:
             return text
     return f"{_heading(decision)}\n\nThe report does not fit into a comment.\n"
@@ -65,17 +66,10 @@ def _halvings(n: int) -> list[int]:
     return counts
 
 
-def _markdown(
-    decision: Decision,
-    rows: Mapping[str, str],
-    shown: int,
-    current: Results,
-    baseline: Results,
-    cost: str,
-    trends: Mapping[str, str],
-) -> str:
-    kept, left_out = ranked(decision.verdicts)[:shown], len(rows) - shown
-    listed = max(shown, _LEAST_LISTED)
+def _parts(
+    decision: Decision, kept: Sequence[Verdict], left_out: int, trends: Mapping[str, str]
+) -> list[str]:
+    listed = max(len(kept), _LEAST_LISTED)
     parts = [_heading(decision), ""]
     if decision.problems:
         parts += ["**The run and the baseline cannot be compared:**", ""]
@@ -86,13 +80,13 @@ def _markdown(
     urgent = [v for v in kept if v.verdict in (FAIL, IMPROVED)]
     quiet = [v for v in kept if v.verdict in (INCONCLUSIVE, PASS)]
     if urgent:
-        parts += [*_table(rows, urgent), ""]
+        parts += [*_table(urgent), ""]
         parts += [*(f"- `{v.name}`: {_escaped(v.reason)}" for v in urgent if v.reason), ""]
         if past := [f"- `{v.name}`: {trends[v.name]}" for v in urgent if v.name in trends]:
             parts += ["Speedup over SDPA in accepted runs:", "", *past, ""]
     if quiet:
         title = f"{len(quiet)} cases without a significant change"
-        parts += _details(title, _table(rows, quiet))
+        parts += _details(title, _table(quiet))
     if notes := [f"- `{v.name}`: {_escaped(v.reason)}" for v in quiet if v.reason]:
         parts += _details(f"{len(notes)} of them inconclusive", notes)
     if left_out:
@@ -102,8 +96,7 @@ def _markdown(
     if decision.environment:
         title = f"The environment changed in {len(decision.environment)} ways (not the kernel)"
         parts += _details(title, _list(decision.environment, listed))
-    parts += _details("Environment and rule", _environment(decision, current, baseline, cost))
-    return "\n".join(parts) + "\n"
+    return parts
 
 
 def _list(items: Sequence[str], most: int) -> list[str]:
@@ -122,10 +115,10 @@ def _row(v: Verdict) -> str:
     return f"| {' | '.join([*cells, change and f'**{change}**', bounds])} |"
 
 
-def _table(rows: Mapping[str, str], verdicts: Sequence[Verdict]) -> list[str]:
+def _table(verdicts: Sequence[Verdict]) -> list[str]:
     lines = list(_HEADER)
     for kind, some in by_kind(verdicts).items():
-        lines += [f"| **{kind}** | | | | | |", *(rows[v.name] for v in some)]
+        lines += [f"| **{kind}** | | | | | |", *map(_row, some)]
     return lines
 
 
@@ -142,8 +135,11 @@ def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
 
 def _environment(decision: Decision, current: Results, baseline: Results, cost: str) -> list[str]:
     thresholds = decision.thresholds
+    old, new = (run.fingerprint.to_json() for run in (baseline, current))
     return [
-        *_fingerprint_table(current.fingerprint, baseline.fingerprint),
+        "| | baseline | now |",
+        "|:--|:--|:--|",
+        *(f"| {k} | {_escaped(str(old[k]))} | {_escaped(str(new[k]))} |" for k in new),
         "",
         f"FAIL: a slowdown is proven, and one of {-thresholds.fail:g} % is not excluded. PASS: it "
         f"is. IMPROVED: faster by more than {thresholds.improve:g} %, and proven. Of our time as a "
@@ -151,16 +147,12 @@ def _environment(decision: Decision, current: Results, baseline: Results, cost: 
         f"Yuen's t-test, Holm over the cases, {100 * ALPHA:g} %. Intervals are 95 %, each for its "
         "case alone.",
         "",
-        *_exceptions(thresholds),
+        *(f"Thresholds of {_escaped(x)}: {own}  " for x, own in thresholds.cases),
         f"Now: {current.started}, commit {current.commit[:12] or 'unknown'}, `{current.command}`, "
         f"{cost}  ",
         f"Baseline: {baseline.started}, commit {baseline.commit[:12] or 'unknown'}, "
         f"`{baseline.command}`",
     ]
-
-
-def _exceptions(thresholds: Thresholds) -> list[str]:
-    return [f"Thresholds of {_escaped(pattern)}: {own}  " for pattern, own in thresholds.cases]
 
 
 def as_json(decision: Decision, current: Results, baseline: Results) -> dict[str, Any]:
@@ -181,12 +173,6 @@ def as_json(decision: Decision, current: Results, baseline: Results) -> dict[str
             {name: plain(getattr(v, name)) for name in _FIGURES} for v in ranked(decision.verdicts)
         ],
     }
-
-
-def _fingerprint_table(current: Fingerprint, baseline: Fingerprint) -> list[str]:
-    old, new = baseline.to_json(), current.to_json()
-    rows = ["| | baseline | now |", "|:--|:--|:--|"]
-    return rows + [f"| {k} | {_escaped(str(old[k]))} | {_escaped(str(new[k]))} |" for k in new]
 
 
 def _details(title: str, lines: Sequence[str]) -> list[str]:

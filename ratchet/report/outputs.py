@@ -15,26 +15,27 @@ from flashmoe.ratchet.results import history
 from flashmoe.ratchet.results.files import write_json, write_text
 from flashmoe.ratchet.results.values import Results
 
+# What is written, and what for.
+_REPORTS = {
+    "report": "write a Markdown report here",
+    "html": "write a self-contained HTML report here",
+    "json": "write the decision here",
+    "junit": "write the decision here as JUnit XML",
+    "profile-targets": "write the names of regressed and much improved cases here",
+}
+
 
 def add_reports(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--report", type=Path, metavar="FILE", help="write a Markdown report here")
-    add("--history", type=Path, metavar="FILE", help="of trend: adds its lines to the report")
-    add("--html", type=Path, metavar="FILE", help="write a self-contained HTML report here")
-    add("--json", type=Path, metavar="FILE", help="write the decision here")
-    add("--junit", type=Path, metavar="FILE", help="write the decision here as JUnit XML")
-    add(
-        "--profile-targets",
-        type=Path,
-        metavar="FILE",
-        help="write the names of regressed and much improved cases here",
-    )
+    for name, help in _REPORTS.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=help)
+    history = "of trend: adds its lines to the report"
+    parser.add_argument("--history", type=Path, metavar="FILE", help=history)
 
 
 def reports(arguments: argparse.Namespace) -> list[Path]:
     """The files that `write_reports` will write."""
-    names = ("report", "html", "json", "junit", "profile_targets")
-    return [path for name in names if (path := getattr(arguments, name))]
+    paths = (getattr(arguments, name.replace("-", "_")) for name in _REPORTS)
+    return [path for path in paths if path]
 
 
 def write_reports(

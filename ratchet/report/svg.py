@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
+
+import numpy as np
 
 GRAY = "#8b949e"
 COLOURS = {
@@ -37,10 +40,7 @@ def forest(groups: Mapping[str, Sequence[Bar]], marks: Sequence[float], unit: st
         lines += [group, *bars] if bars else []
     reach = [_reach(bar) for bars in groups.values() for bar in bars]
     span = 1.3 * max(*(abs(mark) for mark in marks), *reach)
-
-    def x(value: float) -> float:
-        return left + width * (min(max(value, -span), span) + span) / (2 * span)
-
+    x = partial(np.interp, xp=(-span, span), fp=(left, left + width))
     height = row * len(lines) + 40
     parts = []
     for mark in (0.0, *marks):
@@ -90,13 +90,8 @@ def series(title: str, points: Sequence[Point], reference: float = 1.0) -> str:
     highest = max(reference, *(p.high for p in points))
     margin = 0.08 * (highest - lowest or 1.0)
     lowest, highest = lowest - margin, highest + margin
-
-    def x(i: float) -> float:
-        return left + (width - left - 12) * (i + 0.5) / len(points)
-
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (highest - value) / (highest - lowest)
-
+    x = partial(np.interp, xp=(-0.5, len(points) - 0.5), fp=(left, width - 12))
+    y = partial(np.interp, xp=(lowest, highest), fp=(height - bottom, top))
     blue = COLOURS["PASS"]
     parts = [text(4, 14, "start", title)]
     for value in (reference, points[-1].value):

@@ -33,19 +33,12 @@ class Series:
 
     def points(self) -> list[Point]:
         segments = np.searchsorted(self.breaks, range(len(self.entries)), side="right")
-        return [
-            Point(
-                f"{one.started[:16]} {one.commit[:10]}",
-                value.value,
-                value.low,
-                value.high,
-                int(segment),
-                i in self.changes,
-            )
-            for i, (one, value, segment) in enumerate(
-                zip(self.entries, self.values(), segments, strict=True)
-            )
-        ]
+        points = []
+        for i, (one, value) in enumerate(zip(self.entries, self.values(), strict=True)):
+            label = f"{one.started[:16]} {one.commit[:10]}"
+            point = Point(label, *value.to_json(), int(segments[i]), i in self.changes)
+            points.append(point)
+        return points
 
 
 _TICKS = "▁▂▃▄▅▆▇█"

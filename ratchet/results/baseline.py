@@ -14,7 +14,7 @@ from flashmoe.ratchet.gate.decide import (
     Verdict,
 )
 from flashmoe.ratchet.gate.thresholds import percent
-from flashmoe.ratchet.results.values import CaseResult, Origin, Results
+from flashmoe.ratchet.results.values import Origin, Results
 
 
 def create(current: Results) -> Results:
@@ -60,8 +60,12 @@ def forward(
     before = {v.name: v for v in first.named(IMPROVED)}
     confirmed = {v.name: v for v in second.named(IMPROVED) if v.name in before}
     new = confirming.by_name()
+    origin = Origin(
+        **{name: getattr(confirming, name) for name in ("run", "started", "command", "commit")},
+        kernels=confirming.fingerprint.kernels,
+    )
     cases = tuple(
-        _with_origin(new[case.name], confirming) if case.name in confirmed else case
+        replace(new[case.name], origin=origin) if case.name in confirmed else case
         for case in baseline.cases
     )
     lines = tuple(_line(v, before[name]) for name, v in confirmed.items())
@@ -71,15 +75,8 @@ def forward(
 def _line(confirmed: Verdict, first: Verdict) -> str:
     assert confirmed.change is not None
     assert first.change is not None
-    low, value, high = (
-        percent(x) for x in (confirmed.change.low, confirmed.change.value, confirmed.change.high)
-    )
+    value, low, high = map(percent, confirmed.change.to_json())
     return (
         f"{confirmed.name}: speedup over SDPA {value:+.1f} % [{low:+.1f}, {high:+.1f}], confirmed "
         f"after {percent(first.change.value):+.1f} %"
     )
-
-
-def _with_origin(case: CaseResult, run: Results) -> CaseResult:
-    origin = Origin(run.run, run.started, run.command, run.commit, run.fingerprint.kernels)
-    return replace(case, origin=origin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,8 @@ class Entry:
         return (*(self.fingerprint.get(name) for name in COMPARED), timing)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "run": self.run,
-            "started": self.started,
-            "commit": self.commit,
-            "fingerprint": self.fingerprint,
-            "speedups": {name: interval.to_json() for name, interval in self.speedups.items()},
-        }
+        speedups = {name: interval.to_json() for name, interval in self.speedups.items()}
+        return {**asdict(self), "speedups": speedups}
 
 
 def entry(results: Results) -> Entry:

@@ -78,15 +78,14 @@ def from_json(data: Any) -> Results:
         for dtype, value in get(data, "limits", dict).items()
     }
     results = Results(
-        get(data, "run", str),
-        get(data, "commit", str),
-        get(data, "started", str),
-        finite(data, "duration"),
-        get(data, "command", str),
-        get(data, "settings", dict),
-        _made(Fingerprint, get(data, "fingerprint", dict)),
-        limits,
-        tuple(_located(f"cases[{i}]", case) for i, case in enumerate(get(data, "cases", list))),
+        **{key: get(data, key, str) for key in ("run", "commit", "started", "command")},
+        duration=finite(data, "duration"),
+        settings=get(data, "settings", dict),
+        fingerprint=_made(Fingerprint, get(data, "fingerprint", dict)),
+        limits=limits,
+        cases=tuple(
+            _located(f"cases[{i}]", case) for i, case in enumerate(get(data, "cases", list))
+        ),
     )
     if not results.cases:
         raise ValueError("cases is empty: nothing was measured")

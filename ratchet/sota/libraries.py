@@ -60,13 +60,15 @@ def flash_attn(module: str, *, unbounded: int | None = -1, cache: str = "page_ta
         function = getattr(library, name)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = function(q, k, v, **options)
-            found: Tensor = out[0] if isinstance(out, tuple) else out
-            return found
+            return _out(function(q, k, v, **options))
 
         return attend
 
     return make
+
+
+def _out(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return results[0] if isinstance(results, tuple) else results
 
 
 def xformers(case: Case, call: Call) -> Attend:
@@ -212,8 +214,7 @@ def cudnn(case: Case, call: Call) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not packed:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = attention(q, k, v, **options)
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found if packed else found.transpose(1, 2)
+        out = _out(attention(q, k, v, **options))
+        return out if packed else out.transpose(1, 2)
 
     return attend

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from flashmoe import _extension
-from flashmoe.autotune.calibration import measure
-from flashmoe.autotune.calibration.fit import Pair, calibrated
+from flashmoe.autotune import calibration
+from flashmoe.autotune.calibration import Pair, calibrated
 from flashmoe.autotune.cli.dispatch import main
 from flashmoe.backends import BACKENDS
 from flashmoe.machine.device import Arch
@@ -39,7 +39,7 @@ def work_of(name: str, problem: Problem) -> Work:
 def simulated(truth: dict[str, Costs], rng: random.Random) -> dict[str, list[Pair]]:
     """What a calibration would measure, with a noise of 1 %."""
     found: dict[str, list[Pair]] = {name: [] for name in truth}
-    for problem in measure.problems(128, HERE.sm_count):
+    for problem in calibration.problems(128, HERE.sm_count):
         for name, known in truth.items():
             work = work_of(name, problem)
             found[name].append((work, microseconds(work, known) * math.exp(rng.gauss(0, 0.01))))
@@ -138,14 +138,14 @@ def test_what_is_measured_runs(monkeypatch: Any) -> None:
     """On the CPU, whose clock stands in for a GPU's: SDPA's kernels, by their own descriptions."""
     for name in ("cuda", "triton"):
         monkeypatch.setattr(BACKENDS[name], "unavailable", lambda device: "not here")
-    monkeypatch.setattr(measure, "HEAD_DIMS", (64,))
-    monkeypatch.setattr(measure, "_SIZES", ((0.01, 128, 128), (0.01, 32, 64)))
+    monkeypatch.setattr(calibration, "HEAD_DIMS", (64,))
+    monkeypatch.setattr(calibration, "_SIZES", ((0.01, 128, 128), (0.01, 32, 64)))
     told: list[str] = []
-    pairs = measure.measured(torch.device("cpu"), HERE, 60.0, told.append)
+    pairs = calibration.measured(torch.device("cpu"), HERE, 60.0, told.append)
     assert set(pairs) == {"sdpa@64", "sdpa-split@64"} or set(pairs) == {"sdpa@64", "sdpa-flash@64"}
     assert all(us > 0 for found in pairs.values() for _, us in found)
     assert len(told) == 4
-    assert measure.measured(torch.device("cpu"), HERE, 0.0, told.append) == {}
+    assert calibration.measured(torch.device("cpu"), HERE, 0.0, told.append) == {}
 
 
 def test_a_cpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ from rich.console import Console
 
 import flashmoe
 from flashmoe.autotune.cli.progress import shown
-from flashmoe.autotune.report import instances
 from flashmoe.autotune.report import texts as report
 from flashmoe.autotune.report.html import html
 from flashmoe.autotune.running.candidate import Candidate
@@ -28,7 +27,7 @@ from flashmoe.planning import database
 from flashmoe.planning.plan import Plan, make_plan
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
 from flashmoe.spec.problem import TERMS, Problem
-from flashmoe.tiles import Tile
+from flashmoe.tiles import Tile, instances
 
 CPU = torch.device("cpu")
 HERE = fingerprint(CPU)

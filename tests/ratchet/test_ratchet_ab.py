@@ -24,7 +24,7 @@ from flashmoe.planning.plan import Plan
 from flashmoe.ratchet import cli
 from flashmoe.ratchet.commands import ab, common, selftest
 from flashmoe.ratchet.commands import bench as command_bench
-from flashmoe.ratchet.commands.selftest import Outcome
+from flashmoe.ratchet.commands.selftest import ending
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.decide import decide
 from flashmoe.ratchet.gate.thresholds import DEFAULTS
@@ -310,29 +310,29 @@ def test_bench_measures_a_commits_build(
     assert "does not build: error: x" in capsys.readouterr().out
 
 
-def outcome(same: Results, slow_run: Results, *expected: str) -> Outcome:
+def outcome(same: Results, slow_run: Results, *expected: str) -> tuple[int, str]:
     base = synthetic.results(noise=0.002, processes=8)
     first, second = (decide(run, base, DEFAULTS["cuda"]) for run in (same, slow_run))
-    return Outcome(first, second, frozenset(expected))
+    return ending(first, second, expected)
 
 
 def test_outcomes_of_a_selftest() -> None:
     same = synthetic.results(noise=0.002, processes=8, seed=30)
     slower = slowed(same, NAME, 1.06)
-    assert outcome(same, slower, NAME).exit_code == 0
+    assert outcome(same, slower, NAME)[0] == 0
     missed = outcome(same, same, NAME)
-    assert (missed.exit_code, missed.told()) == (1, f"the gate missed a slowdown: {NAME}")
+    assert missed == (1, f"the gate missed a slowdown: {NAME}")
     other = outcome(same, slowed(slower, OTHER, 1.06), NAME)
-    assert (other.exit_code, other.told()) == (1, f"the gate raised a false alarm: {OTHER}")
+    assert other == (1, f"the gate raised a false alarm: {OTHER}")
     alarm = outcome(slowed(same, OTHER, 1.06), slower, NAME)
-    assert (alarm.exit_code, alarm.told()) == (1, f"the gate raised a false alarm: {OTHER}")
+    assert alarm == (1, f"the gate raised a false alarm: {OTHER}")
     noisy = synthetic.results(noise=0.2, processes=8, seed=30)
-    assert outcome(noisy, slower, NAME).exit_code == 3
+    assert outcome(noisy, slower, NAME)[0] == 3
     unclear = outcome(same, slowed(noisy, NAME, 1.06), NAME)
-    assert unclear.exit_code == 3
-    assert f"{NAME} is inconclusive" in unclear.told()
+    assert unclear[0] == 3
+    assert f"{NAME} is inconclusive" in unclear[1]
     foreign = replace(same, fingerprint=replace(same.fingerprint, torch="2.14"))
-    assert outcome(foreign, slower, NAME).exit_code == 4
+    assert outcome(foreign, slower, NAME)[0] == 4
 
 
 def test_the_selftest_slows_one_case_and_says_what_it_sees(

@@ -1,1 +1,0 @@
-"""Measures the constants of the predictor on the GPU that is here."""
