@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from flashmoe.machine.environment import TOOL_PACKAGES, missing_packages
+from flashmoe.machine.terminal import fail
 
 # As in cli/arguments.py, which needs the packages.
 BAD_USAGE, INTERRUPTED = 2, 130
@@ -12,7 +13,7 @@ BAD_USAGE, INTERRUPTED = 2, 130
 
 def main() -> int:
     if missing := missing_packages(*TOOL_PACKAGES):
-        print(f"flashmoe.autotune: error: {missing}", file=sys.stderr)
+        fail("flashmoe.autotune", missing)
         return BAD_USAGE
     try:
         from flashmoe.autotune.cli import dispatch  # takes seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from flashmoe.machine.environment import missing_packages
+from flashmoe.machine.terminal import fail
 
 BAD_INPUT = 2
 
@@ -21,7 +22,7 @@ def main() -> int:
 
 
 def failed(why: str) -> int:
-    print(f"flashmoe.ratchet: error: {' '.join(why.split())}", file=sys.stderr)
+    fail("flashmoe.ratchet", why)
     return BAD_INPUT
 
 

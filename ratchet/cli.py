@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from flashmoe.machine.terminal import lenient
+from flashmoe.machine.terminal import fail, lenient
 from flashmoe.ratchet.commands.common import PROGRAM
 from flashmoe.ratchet.errors import UserError
 from flashmoe.ratchet.gate.decide import EXIT_BAD_INPUT
@@ -25,26 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    debug = "--debug" in argv
     try:
         arguments = parser().parse_args(argv)
         check_writable(*arguments.writes(arguments))
         code: int = arguments.run(arguments, argv)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except UserError as error:
-        return _failed(str(error), debug)
     except Exception as error:  # noqa: BLE001 - Python would exit with 1, which is a regression
+        if "--debug" in argv:
+            traceback.print_exc()
         why = f"unexpected {type(error).__name__}: {error}; --debug shows where"
-        return _failed(why, debug)
+        fail(PROGRAM, str(error) if isinstance(error, UserError) else why)
+        return EXIT_BAD_INPUT
     return code
-
-
-def _failed(why: str, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"{PROGRAM}: error: {' '.join(why.split())}", file=sys.stderr)
-    return EXIT_BAD_INPUT
 
 
 def command(name: str) -> ModuleType:

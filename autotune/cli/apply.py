@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name
+from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name, usable
 from flashmoe.autotune.running.candidate import known_tile
 from flashmoe.planning import database
 from flashmoe.tiles import instances
@@ -42,13 +42,8 @@ def run(words: Sequence[str]) -> int:
         raise UsageError(f"no CUDA tile has won on {name}: there is nothing to compile in")
     for kernel, lines in winners.items():
         path = args.instances / _LISTS[kernel]
-        try:
+        with usable(f"--instances must be the folder of {path.name}", args.instances):
             before = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"--instances must be the folder of {path.name}, got {str(args.instances)!r}: "
-                f"{error.strerror}"
-            ) from None
         after = with_first(before, lines)
         if after == before:
             print(f"{path}: as it should be")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,6 +62,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+@contextlib.contextmanager
+def usable(wanted: str, path: Path) -> Iterator[None]:
+    """Says of a path that cannot be read or written what was `wanted`."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{wanted}, got {str(path)!r}: {error.strerror}") from None
 
 
 def warn(text: str) -> None:

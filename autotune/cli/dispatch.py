@@ -20,7 +20,7 @@ from flashmoe.autotune.cli.arguments import (
 )
 from flashmoe.autotune.search.storage import StorageError
 from flashmoe.machine.cache import NoCacheFolder
-from flashmoe.machine.terminal import lenient
+from flashmoe.machine.terminal import fail, lenient
 
 # Without one of these words, the problem named by the options is tuned.
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -55,8 +55,7 @@ def _main(words: list[str]) -> int:
 def _fail(error: Exception, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"{PROG}: error: {text}", file=sys.stderr)
+    fail(PROG, str(error) or type(error).__name__)
     return code
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name
+from flashmoe.autotune.cli.arguments import DONE, UsageError, command_parser, device_name, usable
 from flashmoe.autotune.report.texts import duration, ratio
 from flashmoe.measure.fingerprint import kernel_hash
 from flashmoe.measure.stats import Interval
@@ -35,7 +35,9 @@ def show(words: Sequence[str]) -> int:
         for _, entry in sorted(database.load(path).items())
     ]
     if args.json:
-        entries = [{"source": source, **_without_samples(entry)} for source, entry in rows]
+        entries = [{"source": source, **entry.to_json()} for source, entry in rows]
+        for entry in entries:
+            del entry["samples"]
         print(json.dumps({"device": name, "entries": entries}, indent=1))
         return DONE
     table = Table(title=f"{name}: {len(rows)} problems", title_justify="left")
@@ -73,12 +75,8 @@ def export(words: Sequence[str]) -> int:
     if str(args.file) == "-":
         print(text, end="")
         return DONE
-    try:
+    with usable("file must be one that can be written", args.file):
         args.file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"file must be one that can be written, got {str(args.file)!r}: {error.strerror}"
-        ) from None
     print(f"{len(entries)} problems of {name} written to {args.file}")
     return DONE
 
@@ -95,11 +93,9 @@ def import_(words: Sequence[str]) -> int:
     parser.add_argument("--replace", action="store_true", help="prefer the file's results")
     args = parser.parse_args(words)
     try:
-        entries = database.parse(args.file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"file must be one that can be read, got {str(args.file)!r}: {error.strerror}"
-        ) from None
+        with usable("file must be one that can be read", args.file):
+            text = args.file.read_text(encoding="utf-8")
+        entries = database.parse(text)
     except (ValueError, database.NewerDatabase) as error:
         raise UsageError(f"file must be one that export wrote, got {args.file}: {error}") from None
     devices: dict[str, dict[str, database.Entry]] = {}
@@ -119,9 +115,3 @@ def import_(words: Sequence[str]) -> int:
         kept = len(found) - added
         print(f"{name}: {added} problems taken over, {kept} kept as they were, in {path}")
     return DONE
-
-
-def _without_samples(entry: database.Entry) -> dict[str, object]:
-    data = entry.to_json()
-    del data["samples"]
-    return data

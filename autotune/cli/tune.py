@@ -23,6 +23,7 @@ from flashmoe.autotune.cli.arguments import (
     NOTHING_MEASURED,
     PROG,
     UsageError,
+    usable,
     warn,
 )
 from flashmoe.autotune.cli.progress import shown
@@ -173,12 +174,8 @@ def _groups(args: argparse.Namespace, target: torch.device) -> list[Group]:
             names = spelled(sorted(others))
             raise UsageError(f"--shapes names the problems already, got {names} too")
         try:
-            weighted = shapes.read(args.shapes)
-        except OSError as error:
-            raise UsageError(
-                f"--shapes must be a file that can be read, got {str(args.shapes)!r}: "
-                f"{error.strerror}"
-            ) from None
+            with usable("--shapes must be a file that can be read", args.shapes):
+                weighted = shapes.read(args.shapes)
         except shapes.ShapesError as error:
             raise UsageError(f"--shapes: {error}") from None
     elif given.keys() - {"direction"}:

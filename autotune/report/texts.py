@@ -42,10 +42,9 @@ def outcome(result: Result) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits with a unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError("unreachable: the last unit takes everything")
+    larger = (("s", 1.0), ("ms", 1e3))
+    unit, factor = next((x for x in larger if seconds * x[1] >= 1), ("µs", 1e6))
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def ratio(interval: Interval | None) -> str:
@@ -159,22 +158,12 @@ def _suggestion(result: Result) -> list[str]:
     ]
     if result.problem.direction == "bwd":  # which no argument and no variable names a tile of
         return lines + _sensitivity_lines(result)
-    lines += [
-        "",
-        "```sh",
-        f"export FLASHMOE_BACKEND={best.backend}",
-    ]
+    lines += ["", "```sh", f"export FLASHMOE_BACKEND={best.backend}"]
     if best.tile is not None:
         lines.append(f"export FLASHMOE_TILE={best.tile}")
     call = call_text(result.problem)
     tile = f', tile="{best.tile}"' if best.tile is not None else ""
-    lines += [
-        "```",
-        "",
-        "```python",
-        f'flashmoe.{call}, backend="{best.backend}"{tile})',
-        "```",
-    ]
+    lines += ["```", "", "```python", f'flashmoe.{call}, backend="{best.backend}"{tile})', "```"]
     return lines + _sensitivity_lines(result)
 
 

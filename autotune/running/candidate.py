@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -91,20 +92,18 @@ class Legality:
 def legality(problem: Problem, device: torch.device, backends: Sequence[str]) -> Legality:
     """What is left of the tiles that these backends consider."""
     here = arch(device)
-    exact: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for name in backends:
         backend = BACKENDS[name]
         if isinstance(backend, Enumerates):
-            exact.update(backend.reasons(problem, here).values())
+            reasons.update(map(_kind, backend.reasons(problem, here).values()))
         else:
-            exact[""] += len(backend.tiles(problem, here))
-    considered, legal = exact.total(), exact.pop("", 0)
-    kinds: Counter[str] = Counter()
-    for reason, count in exact.items():
-        kinds[_kind(reason)] += count
-    return Legality(legal, considered, kinds)
+            reasons[""] += len(backend.tiles(problem, here))
+    considered, legal = reasons.total(), reasons.pop("", 0)
+    return Legality(legal, considered, reasons)
 
 
+@functools.cache
 def _kind(reason: str) -> str:
     """A reason without the numbers that differ from tile to tile."""
     reason = re.sub(r",? got .*|\d+ a thread, | of \d+ bytes", "", reason)

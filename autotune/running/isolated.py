@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,9 @@ class Processes:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # One core belongs to the process that times.
         count = min(max((cores or 1) // workers - 1, 1), _MOST_COMPILERS)
-        self.compilers = Compilers(self._start_compiler, count)
+        # The processes that time, or start to, need their cores when they need them.
+        start = partial(Child, session, (device, False), nice=10)
+        self.compilers = Compilers(start, count)
 
     def warm_up(self) -> None:
         """Start on a GPU what a search will want at once, while something else is done."""
@@ -197,10 +200,6 @@ class Processes:
     def _start_spares(self) -> None:
         while len(self._spares) < PROCESSES:
             self._spares.append((self._start(), time.perf_counter()))
-
-    def _start_compiler(self) -> Child:
-        # The processes that time, or start to, need their cores when they need them.
-        return Child(self._session, (self.device, False), nice=10)
 
 
 class IsolatedBench:

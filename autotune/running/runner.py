@@ -201,12 +201,6 @@ class GroupRunner:
         for runner in self._runners:
             runner.reference()
 
-    def prepare(self, candidate: Candidate) -> Measurement:
-        return self._all(candidate, "prepare")
-
-    def verify(self, candidate: Candidate) -> Measurement:
-        return self._all(candidate, "verify")
-
     def measure(
         self,
         candidates: Mapping[str, Candidate],
@@ -237,7 +231,7 @@ class GroupRunner:
             name: failed.get(name) or Measurement("ok", tuple(samples[name])) for name in candidates
         }
 
-    def _all(self, candidate: Candidate, method: str) -> Measurement:
+    def _all(self, method: str, candidate: Candidate) -> Measurement:
         seconds = 0.0
         for runner in self._runners:
             found: Measurement = getattr(runner, method)(candidate)
@@ -245,3 +239,6 @@ class GroupRunner:
             if found.status != "ok":
                 return Measurement(found.status, (seconds,), found.reason)
         return Measurement("ok", (seconds,))
+
+    prepare = functools.partialmethod(_all, "prepare")
+    verify = functools.partialmethod(_all, "verify")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from flashmoe.autotune.running.runner import Bench
 from flashmoe.autotune.schedule.place import Options, Place
@@ -93,17 +94,9 @@ def tune(
                 if result.best is not None and not result.starved:
                     watch.result(result)
                     yield result.after(first)
-    except _Interrupted as interrupted:
-        yield interrupted.result
-        raise KeyboardInterrupt from None
-
-
-class _Interrupted(Exception):
-    """Ctrl-C, with what was known of the problem at hand."""
-
-    def __init__(self, result: Result) -> None:
-        super().__init__()
-        self.result = result
+    except KeyboardInterrupt as interrupted:
+        yield from interrupted.args  # what was known of the problem at hand
+        raise
 
 
 def _tune_one(
@@ -116,6 +109,7 @@ def _tune_one(
     now: Callable[[], float],
     make_bench: MakeBench,
 ) -> Result:
+    unmeasured = partial(Result, group.main, "unmeasured", weight=sum(group.weights))
     bench: Bench | None = None
     watch.seen = ()
     try:
@@ -130,21 +124,14 @@ def _tune_one(
     except KeyboardInterrupt:
         best = best_so_far(watch.seen) or "nothing timed yet"
         reason = f"interrupted after {len(watch.seen)} tiles: {best}, not confirmed"
-        weight = sum(group.weights)
-        raise _Interrupted(Result(group.main, "unmeasured", reason, weight=weight)) from None
+        raise KeyboardInterrupt(unmeasured(reason)) from None
     except Exception as error:  # noqa: BLE001 - one problem's, and others may do better
         reason = failure(error)
         if not reason:
             reason = str(error).strip().split("\n")[0]
             if not isinstance(error, _SAY_ALL):
                 reason = f"{type(error).__name__}: {reason}"
-        return Result(
-            group.main,
-            "unmeasured",
-            reason,
-            weight=sum(group.weights),
-            starved=isinstance(error, Starved),
-        )
+        return unmeasured(reason, starved=isinstance(error, Starved))
     finally:
         if bench is not None:
             bench.close()

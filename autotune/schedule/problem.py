@@ -25,7 +25,7 @@ from flashmoe.autotune.search.race import AnchorFailed
 from flashmoe.autotune.search.record import Record
 from flashmoe.autotune.search.search import FINALISTS, Walk
 from flashmoe.autotune.search.space import Space
-from flashmoe.autotune.search.study import open_study, study_name
+from flashmoe.autotune.search.storage import open_study, study_name
 from flashmoe.autotune.search.trials import BUDGET_REACHED, TRIALS_REACHED, Search, Trial
 from flashmoe.autotune.search.typical import Typical
 from flashmoe.autotune.verdict import final
@@ -332,10 +332,8 @@ class Tuning:
         for candidate in found.contenders:
             if len(finalists) == count:
                 break
-            mine, first = (
-                ratios.get(candidate.tile),
-                ratios.get(finalists[0].tile if finalists else None),
-            )
+            mine = ratios.get(candidate.tile)
+            first = ratios.get(finalists[0].tile) if finalists else None
             if mine is not None and first is not None and mine.above(first):
                 break
             if self._verify.seconds + least > self._left():

@@ -34,16 +34,12 @@ class Race:
         self._pairs: dict[Candidate, dict[int, list[tuple[float, float]]]] = {}
         # Times over the anchor's.
         self.ratios: dict[Candidate, Interval] = {}
-        self._sample = Typical()
-
-    @property
-    def sample_seconds(self) -> float:
-        """What one sample costs on the clock, with what surrounds it."""
-        return self._sample.seconds
+        # What one costs on the clock, with what surrounds it.
+        self.sample = Typical()
 
     def cost(self, candidates: int, rounds: int) -> float:
         """Seconds that a look at so many candidates takes, the anchor and the warm-up included."""
-        return (candidates + 1) * (rounds + 1) * self.sample_seconds
+        return (candidates + 1) * (rounds + 1) * self.sample.seconds
 
     def look(
         self, candidates: Sequence[Candidate], rounds: int, max_seconds: float
@@ -62,7 +58,7 @@ class Race:
         if anchor.status != "ok":
             raise AnchorFailed(f"{self._anchor}: {anchor.reason}")
         taken = sum(len(m.samples) + 1 for m in measured.values()) + len(anchor.samples) + 1
-        self._sample.add((self._bench.now() - start) / taken)
+        self.sample.add((self._bench.now() - start) / taken)
         results = {rivals[name]: measurement for name, measurement in measured.items()}
         if self._anchor in candidates:
             results[self._anchor] = anchor

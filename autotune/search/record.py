@@ -22,8 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from flashmoe.autotune.search.identity import is_dead, worker_name
 from flashmoe.autotune.search.sampler import TileSampler
 from flashmoe.autotune.search.space import Space
-from flashmoe.autotune.search.storage import failure
-from flashmoe.autotune.search.study import FINISHED
+from flashmoe.autotune.search.storage import FINISHED, failure
 from flashmoe.tiles import Tile
 
 # Before the name of a tile, a study's attribute: it was told as right, and is not.
@@ -196,8 +195,9 @@ class Record:
             "prepare_seconds": round(outcome.prepare_seconds, 4),
         }
         if outcome.value is not None:
-            found["samples"] = _rounded(outcome.samples)
-            found["anchor"] = _rounded(outcome.anchor)
+            # To the nanosecond: no clock tells more, and storages stay small.
+            found["samples"] = [round(x, 9) for x in outcome.samples]
+            found["anchor"] = [round(x, 9) for x in outcome.anchor]
             found["value"], found["pruned"] = outcome.value, outcome.pruned
         trial.set_user_attr("outcome", found)
         self._conclude(trial.number, found)
@@ -304,8 +304,3 @@ def _status(trial: FrozenTrial) -> str:
 
 def _is_taken(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() or trial.user_attrs["worker"].get("has", False)
-
-
-def _rounded(seconds: Sequence[float]) -> list[float]:
-    """To the nanosecond: no clock tells more, and storages stay small."""
-    return [round(x, 9) for x in seconds]

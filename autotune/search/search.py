@@ -102,7 +102,7 @@ class Walk:
         # Whether the next tile takes longer than there is time.
         self._spent = False
         self._race.look([self.anchor], rounds=3, max_seconds=self._left())
-        self._rounds = _first_rounds(self._race.sample_seconds)
+        self._rounds = _first_rounds(self._race.sample.seconds)
 
     def run(self) -> Search:
         self.record.fail_dead()
@@ -121,7 +121,7 @@ class Walk:
             tuple(contenders),
             self._chooses,
             len(self.space),
-            self._race.sample_seconds,
+            self._race.sample.seconds,
             ended,
             self.record.name,
             tuple((when, o.value) for when, o in self.record.times() if o.value is not None),
@@ -218,9 +218,7 @@ class Walk:
                 if prepared.status == "ok":
                     ready[candidate] = took
                 else:
-                    found[tile] = Outcome(
-                        tile, prepared.status, prepared.reason, prepare_seconds=took
-                    )
+                    found[tile] = self._outcome(candidate, prepared, took)
             for outcome in self._look(ready):
                 found[outcome.tile] = outcome
         finally:
@@ -352,9 +350,7 @@ class Walk:
         """Whether the last many tiles brought no gain."""
         low, high = _STALE_TILES
         patience = min(max(round(_STALE_SHARE * len(self.space)), low), high)
-        values = [
-            trial.ratio.value if trial.ratio else float("inf") for trial in self._known.values()
-        ]
+        values = [t.ratio.value if t.ratio else float("inf") for t in self._known.values()]
         if len(values) <= patience:
             return False
         before = min(values[:-patience])

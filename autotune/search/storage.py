@@ -1,19 +1,23 @@
-"""Where studies live: Optuna's journal file beside the tuned database, or any Optuna storage."""
+"""Where studies live: Optuna's journal file beside the tuned database, or any Optuna storage; and
+how one problem's study is found again there."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import random
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
 import optuna
+from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
@@ -22,6 +26,8 @@ from optuna.storages.journal._storage import JournalStorageReplayResult
 from flashmoe.machine import cache
 from flashmoe.planning import database
 
+# A study's attribute: set once its winner was decided and stored.
+FINISHED = "finished"
 _FORMS = "a path of a journal file, a database URL (DIALECT://...), or grpc://HOST:PORT"
 # Workers that start together may create the tables together; all but one then fail.
 _ATTEMPTS = 5
@@ -212,3 +218,49 @@ def _database(text: str) -> BaseStorage:
                 raise StorageError(f"--storage {shown(text)} cannot be used: {reason}") from error
         time.sleep(random.uniform(0.1, 0.3) * (attempt + 1))
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def open_study(
+    storage: BaseStorage, name: str, facts: Mapping[str, Any], *, fresh: float | None = None
+) -> optuna.Study:
+    """The study `name`, made if need be with `facts` as its attributes.
+
+    `fresh` wants none that was finished before that time, in seconds since the epoch: then the next
+    generation `name#2`, `name#3`... is used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    generation = 1
+    while True:
+        full = name if generation == 1 else f"{name}#{generation}"
+        study = optuna.create_study(
+            storage=storage,
+            study_name=full,
+            sampler=RandomSampler(),
+            direction="minimize",
+            load_if_exists=True,
+        )
+        finished = float(study.user_attrs.get(FINISHED, {}).get("at", math.inf))
+        stale = fresh is not None and finished < fresh
+        if not stale and not (finished < math.inf and _exists(storage, name, generation)):
+            break
+        generation += 1
+    known = study.user_attrs
+    for key, value in facts.items():
+        if key not in known:
+            study.set_user_attr(key, value)
+    return study
+
+
+def _exists(storage: BaseStorage, name: str, generation: int) -> bool:
+    """Whether there is a generation after this one."""
+    try:
+        storage.get_study_id_from_name(f"{name}#{generation + 1}")
+    except KeyError:
+        return False
+    return True
+
+
+def study_name(prefix: str, problem: str, facts: Mapping[str, Any]) -> str:
+    """A study's name: prefix, problem, and a digest of what its times depend on."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{prefix}/{problem}/{digest}"

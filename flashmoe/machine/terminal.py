@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 
+def fail(program: str, why: str) -> None:
+    """One line on stderr."""
+    print(f"{program}: error: {' '.join(why.split())}", file=sys.stderr)
+
+
 class Lenient:
     """A text stream that shows what it can: `?` for what `stream` cannot encode, and nothing any
     more once a write has failed. In all else it is `stream`."""

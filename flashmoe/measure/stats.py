@@ -8,7 +8,7 @@ about the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,10 @@ class Interval:
     def above(self, other: Interval) -> bool:
         """Whether it lies above all of the other."""
         return self.low > other.high
+
+    def map(self, function: Callable[[float], float]) -> Interval:
+        """Of what an increasing function makes of the value."""
+        return Interval(*(function(x) for x in self.to_json()))
 
     def to_json(self) -> list[float]:
         return [self.value, self.low, self.high]

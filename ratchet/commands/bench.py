@@ -68,12 +68,7 @@ _MOST = {"cpu": 40, "cuda": 30}
 def add(parser: argparse.ArgumentParser) -> None:
     common.add_cases(parser)
     add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        default=Path("results/current.json"),
-        help="default: %(default)s",
-    )
+    add("--output", type=Path, default=Path("results/current.json"), help="default: %(default)s")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--build",

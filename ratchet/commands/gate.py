@@ -43,12 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="move improved cases of the baseline forward, which takes a confirming run "
         "(--confirm); without a baseline, create it",
     )
-    add(
-        "--confirm",
-        type=Path,
-        metavar="FILE",
-        help="what a second bench of the same source wrote",
-    )
+    add("--confirm", type=Path, metavar="FILE", help="what a second bench of the same source wrote")
     common.add(parser, "price-per-hour")
 
 

@@ -109,14 +109,7 @@ def _measure(arguments: argparse.Namespace, command: str) -> Comparison:
         measured = compare(cases, device, limits, arguments.rounds, step)
     prints = fingerprint(device)
     return Comparison(
-        started,
-        command,
-        commit(),
-        HOW[prints.kind],
-        prints,
-        providers.found(),
-        limits,
-        measured,
+        started, command, commit(), HOW[prints.kind], prints, providers.found(), limits, measured
     )
 
 

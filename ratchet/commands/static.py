@@ -36,12 +36,7 @@ changed into the baseline, except what fails."""
 def add(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--extension", type=Path, help="default: the installed package's")
-    add(
-        "--baseline",
-        type=Path,
-        default=Path("baselines/static.json"),
-        help="default: %(default)s",
-    )
+    add("--baseline", type=Path, default=Path("baselines/static.json"), help="default: %(default)s")
     add("--report", type=Path, metavar="FILE", help="write a Markdown report here")
     add("--update", action="store_true", help="write the baseline anew; without one, create it")
     common.add(parser)

@@ -41,19 +41,9 @@ METRICS: Mapping[str, str] = {
     },
 }
 _TOTAL = ("time (us)", "memory (MB)", "L2 (MB)")
-# Of ncu's units, to ours.
-_SCALE = {
-    "nsecond": 1e-3,
-    "ns": 1e-3,
-    "usecond": 1.0,
-    "us": 1.0,
-    "msecond": 1e3,
-    "ms": 1e3,
-    "byte": 1e-6,
-    "Kbyte": 1e-3,
-    "Mbyte": 1.0,
-    "Gbyte": 1e3,
-}
+# Of ncu's units, to ours; it writes `usecond` or `us`.
+_SCALE = {"ns": 1e-3, "us": 1.0, "ms": 1e3}
+_SCALE |= {"byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1.0, "Gbyte": 1e3}
 NOT_PERMITTED = (
     "the driver lets only administrators read GPU counters here. To permit it: put `options nvidia "
     "NVreg_RestrictProfilingToAdminUsers=0` into /etc/modprobe.d/nvidia-profiling.conf, rebuild "
@@ -120,22 +110,20 @@ def _run(
 def parse(text: str) -> Profile:
     """From ncu's raw page as CSV: a row of names, a row of units, and a row for each kernel. Raises
     CannotProfile when it is not that."""
-    lines = [line for line in text.splitlines() if line.startswith('"')]
-    rows = list(csv.reader(lines))
-    if len(rows) < 3 or "Kernel Name" not in rows[0]:
+    rows = list(csv.DictReader(line for line in text.splitlines() if line.startswith('"')))
+    if len(rows) < 2 or "Kernel Name" not in rows[0]:
         raise CannotProfile("ncu profiled no kernel")
-    names, units, *kernels = rows
-    column = {name: i for i, name in enumerate(names)}
+    units, *kernels = rows
     # Metrics that this GPU or version of ncu does not have are left out.
-    found = {label: column[metric] for label, metric in METRICS.items() if metric in column}
+    found = [label for label, metric in METRICS.items() if metric in units]
 
-    def value(row: Sequence[str], label: str) -> float:
-        i = found[label]
-        scale = _SCALE.get(units[i].split("/")[0], 1.0)
+    def value(row: Mapping[str, str], label: str) -> float:
+        metric = METRICS[label]
+        scale = _SCALE.get(units[metric].split("/")[0].replace("second", "s"), 1.0)
         if label == "shared memory (KB)":
             scale *= 1e3
         try:
-            return float(row[i].replace(",", "")) * scale
+            return float(row[metric].replace(",", "")) * scale
         except ValueError:
             return math.nan
 
@@ -147,7 +135,7 @@ def parse(text: str) -> Profile:
             values[label] = math.fsum(each)
         else:
             values[label] = sum(x * t for x, t in zip(each, times, strict=True)) / sum(times)
-    told = tuple(row[column["Kernel Name"]].partition("(")[0] for row in kernels)
+    told = tuple(row["Kernel Name"].partition("(")[0] for row in kernels)
     return Profile(told, {label: x for label, x in values.items() if not math.isnan(x)})
 
 

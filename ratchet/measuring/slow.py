@@ -26,21 +26,21 @@ def delayed(
     measured = measure(timed, device, rounds=15, warmup=3)
     seconds = {name: statistics.median(m.samples) for name, m in measured.items()}
     wanted = seconds["call"] * percent / 100
-    if device.type == "cuda":
+
+    def on_gpu() -> None:
         cycles = max(1, round(wanted / seconds["sleep"] * _CYCLES))
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
-        def on_gpu() -> object:
-            result = call()
-            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
-            return result
-
-        return on_gpu
-
-    def on_cpu() -> object:
-        result = call()
+    def on_cpu() -> None:
         end = time.perf_counter() + wanted
         while time.perf_counter() < end:
             pass
+
+    delay = on_gpu if device.type == "cuda" else on_cpu
+
+    def slower() -> object:
+        result = call()
+        delay()
         return result
 
-    return on_cpu
+    return slower

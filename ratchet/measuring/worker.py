@@ -168,9 +168,8 @@ def _yardstick(
 ) -> dict[str, Any]:
     """SDPA alone, where ours cannot run for `reason`."""
     rounds, warmup, seed = (job[name] for name in ("rounds", "warmup", "seed"))
-    measured = measure({"sdpa": workload.sdpa}, device, rounds=rounds, warmup=warmup, seed=seed)[
-        "sdpa"
-    ]
+    calls = {"sdpa": workload.sdpa}
+    (measured,) = measure(calls, device, rounds=rounds, warmup=warmup, seed=seed).values()
     told = answer("failed", reason=reason)
     told["sdpa"]["samples"] = list(measured.samples)
     return {**told, "sdpa_backend": workload.sdpa_backend()}

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from flashmoe.measure.stats import Interval
 from flashmoe.ratchet.gate.decide import Decision, Verdict
 from flashmoe.ratchet.gate.thresholds import percent
 from flashmoe.ratchet.report.rows import by_kind, figures
@@ -20,7 +19,7 @@ def html(decision: Decision, current: Results, baseline: Results, cost: str) -> 
     """Regressions first, as in the Markdown report."""
     kinds = by_kind(decision.verdicts)
     bars = {
-        kind: [_bar(v.name, v.change, v.verdict) for v in some if v.change]
+        kind: [Bar(v.name, v.change.map(percent), v.verdict) for v in some if v.change]
         for kind, some in kinds.items()
     }
     rows = [row for kind, some in kinds.items() for row in ([kind], *map(_row, some))]
@@ -76,10 +75,6 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
         return []
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return [f"<h2>{escape(title)}</h2><ul>{items}</ul>"]
-
-
-def _bar(name: str, change: Interval, verdict: str) -> Bar:
-    return Bar(name, *map(percent, change.to_json()), verdict)
 
 
 def _row(v: Verdict) -> list[str]:

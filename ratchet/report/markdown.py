@@ -49,7 +49,8 @@ def markdown(
     """Below MAX_CHARACTERS whatever the number of cases: what does not fit is left out from the
     end, best cases first, and the report says so. `trends`: a line about a case's history."""
     cases = ranked(decision.verdicts)
-    for shown in _halvings(len(cases)):
+    # All of them, half as many, and so on down to none.
+    for shown in (len(cases) >> halvings for halvings in range(len(cases).bit_length() + 1)):
         kept, left_out = cases[:shown], len(cases) - shown
         parts = _parts(decision, kept, left_out, trends or {})
         rule = _environment(decision, current, baseline, cost)
@@ -57,13 +58,6 @@ def markdown(
         if len(text) < MAX_CHARACTERS:
             return text
     return f"{_heading(decision)}\n\nThe report does not fit into a comment.\n"
-
-
-def _halvings(n: int) -> list[int]:
-    counts = [n]
-    while counts[-1] > 0:
-        counts.append(counts[-1] // 2)
-    return counts
 
 
 def _parts(

@@ -9,6 +9,8 @@ from html import escape
 
 import numpy as np
 
+from flashmoe.measure.stats import Interval
+
 GRAY = "#8b949e"
 COLOURS = {
     "FAIL": "#d1242f",
@@ -25,9 +27,7 @@ class Bar:
     """One line of a forest plot: an estimate with its interval, and the name of its colour."""
 
     label: str
-    value: float
-    low: float
-    high: float
+    at: Interval
     colour: str
 
 
@@ -38,7 +38,9 @@ def forest(groups: Mapping[str, Sequence[Bar]], marks: Sequence[float], unit: st
     lines: list[str | Bar] = []
     for group, bars in groups.items():
         lines += [group, *bars] if bars else []
-    reach = [_reach(bar) for bars in groups.values() for bar in bars]
+    # How far bars reach, with no regard to very long intervals.
+    intervals = [bar.at for bars in groups.values() for bar in bars]
+    reach = [min(max(abs(x.low), abs(x.high)), 2 * abs(x.value) + 10) for x in intervals]
     span = 1.3 * max(*(abs(mark) for mark in marks), *reach)
     x = partial(np.interp, xp=(-span, span), fp=(left, left + width))
     height = row * len(lines) + 40
@@ -54,19 +56,14 @@ def forest(groups: Mapping[str, Sequence[Bar]], marks: Sequence[float], unit: st
         if isinstance(bar, str):
             parts.append(text(left - 12, y + 4, "end", bar, more=" font-weight='600'"))
             continue
-        colour = COLOURS.get(bar.colour, GRAY)
+        colour, wide = COLOURS.get(bar.colour, GRAY), " stroke-width='3' stroke-linecap='round'"
         parts += [
             text(left - 12, y + 4, "end", bar.label),
-            line(x(bar.low), y, x(bar.high), y, colour, " stroke-width='3' stroke-linecap='round'"),
-            f"<circle cx='{x(bar.value):.1f}' cy='{y}' r='5' fill='{colour}'/>",
-            text(left + width + 12, y + 4, "start", f"{bar.value:+.1f}{unit}", colour),
+            line(x(bar.at.low), y, x(bar.at.high), y, colour, wide),
+            f"<circle cx='{x(bar.at.value):.1f}' cy='{y}' r='5' fill='{colour}'/>",
+            text(left + width + 12, y + 4, "start", f"{bar.at.value:+.1f}{unit}", colour),
         ]
     return picture(left + width + 90, height, "".join(parts))
-
-
-def _reach(bar: Bar) -> float:
-    """How far a bar reaches, with no regard to very long intervals."""
-    return min(max(abs(bar.low), abs(bar.high)), 2 * abs(bar.value) + 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +72,7 @@ class Point:
     next. `changed`: the series takes another level from here on."""
 
     label: str
-    value: float
-    low: float
-    high: float
+    at: Interval
     segment: int
     changed: bool
 
@@ -86,15 +81,15 @@ def series(title: str, points: Sequence[Point], reference: float = 1.0) -> str:
     """One small picture: values over time with intervals, changes of level as triangles, changes of
     environment as dashed lines, and a line at `reference`. Runs are evenly spaced."""
     width, height, left, top, bottom = 440, 170, 44, 28, 16
-    lowest = min(reference, *(p.low for p in points))
-    highest = max(reference, *(p.high for p in points))
+    lowest = min(reference, *(p.at.low for p in points))
+    highest = max(reference, *(p.at.high for p in points))
     margin = 0.08 * (highest - lowest or 1.0)
     lowest, highest = lowest - margin, highest + margin
     x = partial(np.interp, xp=(-0.5, len(points) - 0.5), fp=(left, width - 12))
     y = partial(np.interp, xp=(lowest, highest), fp=(height - bottom, top))
     blue = COLOURS["PASS"]
     parts = [text(4, 14, "start", title)]
-    for value in (reference, points[-1].value):
+    for value in (reference, points[-1].at.value):
         parts.append(text(left - 6, y(value) + 4, "end", f"{value:.2f}", GRAY))
     thin = " stroke-width='0.5'"
     parts.append(line(left, y(reference), width - 8, y(reference), more=thin))
@@ -104,15 +99,15 @@ def series(title: str, points: Sequence[Point], reference: float = 1.0) -> str:
             dash = " stroke-dasharray='4 3'"
             parts.append(line(x(i - 0.5), top, x(i - 0.5), height - bottom, more=dash))
         elif before:
-            parts.append(line(x(i - 1), y(before.value), x(i), y(point.value), blue))
+            parts.append(line(x(i - 1), y(before.at.value), x(i), y(point.at.value), blue))
         wide = " opacity='0.5' stroke-width='3'"
-        parts.append(line(x(i), y(point.low), x(i), y(point.high), blue, wide))
+        parts.append(line(x(i), y(point.at.low), x(i), y(point.at.high), blue, wide))
         parts.append(
-            f"<circle cx='{x(i):.1f}' cy='{y(point.value):.1f}' r='2.5' fill='{blue}'>"
-            f"<title>{escape(point.label)}: {point.value:.3f}</title></circle>"
+            f"<circle cx='{x(i):.1f}' cy='{y(point.at.value):.1f}' r='2.5' fill='{blue}'>"
+            f"<title>{escape(point.label)}: {point.at.value:.3f}</title></circle>"
         )
         if point.changed and before:
-            colour = COLOURS["IMPROVED" if point.value > before.value else "FAIL"]
+            colour = COLOURS["IMPROVED" if point.at.value > before.at.value else "FAIL"]
             parts.append(
                 f"<path d='M {x(i):.1f} {height - bottom - 8} l 5 8 l -10 0 z' fill='{colour}'/>"
             )

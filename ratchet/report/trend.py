@@ -36,7 +36,7 @@ class Series:
         points = []
         for i, (one, value) in enumerate(zip(self.entries, self.values(), strict=True)):
             label = f"{one.started[:16]} {one.commit[:10]}"
-            point = Point(label, *value.to_json(), int(segments[i]), i in self.changes)
+            point = Point(label, value, int(segments[i]), i in self.changes)
             points.append(point)
         return points
 

@@ -75,8 +75,8 @@ def forward(
 def _line(confirmed: Verdict, first: Verdict) -> str:
     assert confirmed.change is not None
     assert first.change is not None
-    value, low, high = map(percent, confirmed.change.to_json())
+    change = confirmed.change.map(percent)
     return (
-        f"{confirmed.name}: speedup over SDPA {value:+.1f} % [{low:+.1f}, {high:+.1f}], confirmed "
-        f"after {percent(first.change.value):+.1f} %"
+        f"{confirmed.name}: speedup over SDPA {change.value:+.1f} % [{change.low:+.1f}, "
+        f"{change.high:+.1f}], confirmed after {percent(first.change.value):+.1f} %"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
@@ -49,14 +49,11 @@ def _case_to_json(result: CaseResult, limits: Mapping[str, Limits]) -> dict[str,
 def summary(case: Case, series: Series, limits: Mapping[str, Limits]) -> dict[str, Any]:
     """Figures derived from the samples. Seconds, and per second; `interval` is the median's."""
     x = [sample for process in series.samples for sample in process]
-    mean = math.fsum(x) / len(x)
     middle = median_by_process(series.samples)
     data: dict[str, Any] = {
-        "mean": mean,
+        "mean": statistics.fmean(x),
         "median": middle.value,
-        "standard_deviation": math.sqrt(
-            math.fsum((sample - mean) ** 2 for sample in x) / max(len(x) - 1, 1)
-        ),
+        "standard_deviation": statistics.stdev(x) if len(x) > 1 else 0.0,
         "interval": [middle.low, middle.high],
         "gflops": case.flops / middle.value * 1e-9,
         "gbytes": case.bytes / middle.value * 1e-9,

@@ -216,39 +216,29 @@ def from_json(data: Any) -> Comparison:
     """What `to_json` told; what follows from a case is computed anew. Raises ValueError or
     UserError where it is something else."""
     try:
-        return _comparison(**data)
+        limits = {dtype: Limits(**rates) for dtype, rates in data["limits"].items()}
+        return Comparison(
+            **{name: str(data[name]) for name in ("started", "command", "commit", "timing")},
+            fingerprint=Fingerprint(**data["fingerprint"]),
+            versions={name: str(version) for name, version in data["versions"].items()},
+            limits=limits,
+            measured=tuple(_compared(told, limits) for told in data["cases"]),
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def _comparison(
-    *,
-    fingerprint: dict[str, Any],
-    versions: dict[str, Any],
-    limits: dict[str, Any],
-    cases: list[Any],
-    **texts: Any,
-) -> Comparison:
-    rates = {dtype: Limits(**x) for dtype, x in limits.items()}
-    measured = []
-    for told in cases:
-        case = parse(told["name"])
-        rows = tuple(
-            Row(
-                name,
-                tuple(map(float, row["samples"])),
-                str(row["reason"]),
-                Interval(*map(float, row["ratio"])) if row["ratio"] else None,
-                float(row["p"]),
-            )
-            for name, row in told["providers"].items()
+def _compared(told: Any, limits: Mapping[str, Limits]) -> Compared:
+    case = parse(told["name"])
+    rows = tuple(
+        Row(
+            name,
+            tuple(map(float, row["samples"])),
+            str(row["reason"]),
+            Interval(*map(float, row["ratio"])) if row["ratio"] else None,
+            float(row["p"]),
         )
-        floor = rates[case.problem.dtype].floor(case.flops, case.bytes)
-        measured.append(Compared(case, rows, floor, told["watts"]))
-    return Comparison(
-        **{name: str(text) for name, text in texts.items()},
-        fingerprint=Fingerprint(**fingerprint),
-        versions={name: str(version) for name, version in versions.items()},
-        limits=rates,
-        measured=tuple(measured),
+        for name, row in told["providers"].items()
     )
+    floor = limits[case.problem.dtype].floor(case.flops, case.bytes)
+    return Compared(case, rows, floor, told["watts"])

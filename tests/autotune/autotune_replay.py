@@ -31,7 +31,7 @@ from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.search.record import Record
 from flashmoe.autotune.search.search import FINALISTS, Walk
 from flashmoe.autotune.search.space import AXES, Space
-from flashmoe.autotune.search.study import open_study
+from flashmoe.autotune.search.storage import open_study
 from flashmoe.autotune.verdict import final
 from flashmoe.machine.device import Arch
 from flashmoe.measure.timing import Measurement

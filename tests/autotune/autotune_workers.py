@@ -13,8 +13,7 @@ from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.search.record import Record
 from flashmoe.autotune.search.search import Walk
 from flashmoe.autotune.search.space import Space
-from flashmoe.autotune.search.storage import open_storage
-from flashmoe.autotune.search.study import open_study
+from flashmoe.autotune.search.storage import open_storage, open_study
 from flashmoe.autotune.search.trials import Search
 from flashmoe.tiles import Tile
 

@@ -9,7 +9,7 @@ from flashmoe.autotune.search.race import AnchorFailed
 from flashmoe.autotune.search.record import Record
 from flashmoe.autotune.search.search import CONTENDERS, Walk
 from flashmoe.autotune.search.space import Space
-from flashmoe.autotune.search.study import open_study
+from flashmoe.autotune.search.storage import open_study
 from flashmoe.autotune.search.trials import Search, Trial
 from flashmoe.autotune.search.typical import Typical
 from flashmoe.measure.timing import Measurement

@@ -23,8 +23,7 @@ from autotune_workers import BEST, SPACE, WIDE, Turns, finished, in_process, run
 from support import missing
 
 from flashmoe.autotune.search.record import Record
-from flashmoe.autotune.search.storage import StorageError, open_storage
-from flashmoe.autotune.search.study import open_study
+from flashmoe.autotune.search.storage import StorageError, open_storage, open_study
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed")
 

@@ -23,8 +23,14 @@ from optuna.trial import TrialState
 
 from flashmoe.autotune.search import identity
 from flashmoe.autotune.search.record import LOST, Outcome, Record
-from flashmoe.autotune.search.storage import StorageError, failure, open_storage, shown
-from flashmoe.autotune.search.study import open_study, study_name
+from flashmoe.autotune.search.storage import (
+    StorageError,
+    failure,
+    open_storage,
+    open_study,
+    shown,
+    study_name,
+)
 from flashmoe.planning import database
 from flashmoe.tiles import Tile
 
