@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import chain
@@ -116,13 +117,11 @@ def _heat_maps(result: Result) -> list[str]:
         rows = sorted({t.tile.block_m for t in trials if t.tile.kernel == kernel})
         columns = sorted({t.tile.block_n for t in trials if t.tile.kernel == kernel})
         cells: dict[tuple[int, int], tuple[float | None, str]] = {}
-        for trial in of_map:
-            place = trial.tile.block_m, trial.tile.block_n
+        # The fastest of a cell first, and those without a time last.
+        for trial in sorted(of_map, key=lambda t: t.ratio.value if t.ratio else math.inf):
             value = trial.ratio.value if trial.ratio else None
             told = f"{trial.tile}: {f'{value:.3f}' if value else trial.status + trial.reason}"
-            known = cells.get(place, (None, ""))[0]
-            if known is None or (value is not None and value < known):
-                cells[place] = value, told
+            cells.setdefault((trial.tile.block_m, trial.tile.block_n), (value, told))
         name = f"{kernel}, {stages} stage{'s' if stages > 1 else ''}"
         chart = charts.heat_map(name, rows, columns, cells, best, worst)
         found.append(f"<h3>Time over the default's, block_m down, block_n across</h3>{chart}")

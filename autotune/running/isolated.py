@@ -258,9 +258,8 @@ class IsolatedBench:
         self,
         candidates: Mapping[str, Candidate],
         *,
-        rounds: int,
-        warmup: int,
         max_seconds: float | None = None,
+        **rounds: int,
     ) -> dict[str, Measurement]:
         """Whoever ends the process is out, and the others are measured anew."""
         alive = dict(candidates)
@@ -270,7 +269,7 @@ class IsolatedBench:
             left = None if end is None else max(end - self.now(), 0.0)
             try:
                 measured: dict[str, Measurement] = self._ask(
-                    "measure", alive, rounds=rounds, warmup=warmup, max_seconds=left
+                    "measure", alive, max_seconds=left, **rounds
                 )
             except ChildFailed as failure:
                 name = list(alive)[failure.step]

@@ -49,10 +49,8 @@ def tune(
     make_bench: MakeBench,
     spent: float = 0.0,
 ) -> Iterator[Result]:
-    """Results as they come, the cheapest group first: the time it leaves goes to the others, and
-    its winner is tried early by them. What is left in the end goes to those that had too little to
-    be decided, whose result then comes a second time. `now` is the clock of the budget, of which
-    `spent` seconds are gone already."""
+    """Results as they come; a second turn's comes after the first's. `now` is the clock of the
+    budget, of which `spent` seconds are gone already."""
     deadline = now() + (options.budget - spent)
     watch.begin(options.budget)
     order = sorted(groups, key=lambda group: group.cost)
@@ -73,8 +71,6 @@ def tune(
     kept_back = _KEPT_BACK * (deadline - now())
     try:
         for number, group in enumerate(order):
-            # A part of the time by what they cost, the rest to all alike: all compile as many
-            # tiles, and start processes.
             rest = order[number:]
             by_cost = group.cost / sum(other.cost for other in rest)
             share = _BY_COST * by_cost + (1 - _BY_COST) / len(rest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from flashmoe.ratchet.gate.decide import FAIL, IMPROVED, INCONCLUSIVE, INTEGRITY, Decision
-from flashmoe.ratchet.report.rows import by_kind, figures, plans, speedup
+from flashmoe.ratchet.report.rows import by_kind, figures, plan, speedup
 from flashmoe.ratchet.results.schema import summary
 from flashmoe.ratchet.results.values import CaseResult, Results
 
@@ -28,7 +28,6 @@ def results_table(results: Results) -> Table:
 
 
 def _result_row(case: CaseResult, results: Results) -> list[str]:
-    (plan,) = plans([case])
     if not case.ok:
         alone = sorted(x for process in case.sdpa.samples for x in process)
         yardstick = milliseconds(alone[len(alone) // 2]) if alone else case.sdpa.status
@@ -43,7 +42,7 @@ def _result_row(case: CaseResult, results: Results) -> list[str]:
         f"{ours['gflops']:,.0f}",
         f"{ours['gbytes']:,.1f}",
         f"{ours['efficiency']:.0%}" if "efficiency" in ours else "",
-        f"{plan} ({case.plans[0].source})" if case.plans else "",
+        f"{plan(case)} ({case.plans[0].source})" if case.plans else "",
     ]
 
 

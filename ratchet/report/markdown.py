@@ -16,7 +16,7 @@ from flashmoe.ratchet.gate.decide import (
     Decision,
     Verdict,
 )
-from flashmoe.ratchet.report.rows import SIGNS, by_kind, figures, plans, ranked
+from flashmoe.ratchet.report.rows import SIGNS, by_kind, figures, plan, ranked
 from flashmoe.ratchet.results.values import Results
 
 # What GitHub accepts in a comment.
@@ -121,7 +121,7 @@ def _plan_changes(verdicts: Sequence[Verdict]) -> list[str]:
     for v in verdicts:
         if v.current is None or v.baseline is None:
             continue
-        old, new = plans((v.baseline, v.current))
+        old, new = plan(v.baseline), plan(v.current)
         if old != new:
             lines.append(f"- `{v.name}`: {old} before, {new} now")
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from flashmoe.measure.stats import Interval
@@ -53,8 +53,8 @@ def bounds(interval: Interval) -> str:
     return f"[{percent(interval.low):+.1f}, {percent(interval.high):+.1f}]"
 
 
-def plans(cases: Sequence[CaseResult]) -> list[str]:
-    return [", ".join(map(str, case.plans)) for case in cases]
+def plan(case: CaseResult) -> str:
+    return ", ".join(map(str, case.plans))
 
 
 def speedup(case: CaseResult) -> str:

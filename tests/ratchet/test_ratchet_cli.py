@@ -276,7 +276,7 @@ def test_a_check_of_a_place_leaves_what_is_there(tmp_path: Path) -> None:
         (["bench", "--rounds", "0"], "rounds must be at least 1, got 0"),
         (["bench", "--case", "nonsense"], "case must look like"),
         (["bench", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
-        (["bench", "--device", "cuda:99"], "--device cuda:99 does not exist"),
+        (["bench", "--device", "cuda:99"], "got 'cuda:99'"),
         (["gate", "absent.json", "--baseline", "x"], "cannot read absent.json: No such file or"),
         (["selftest", "--device", "cpu", "--threshold-fail", "3"], "threshold-fail"),
         (["selftest", "--device", "cpu", "--threshold", "a"], "threshold must look"),
