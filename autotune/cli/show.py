@@ -35,9 +35,8 @@ def show(words: Sequence[str]) -> int:
         for _, entry in sorted(database.load(path).items())
     ]
     if args.json:
-        entries = [{"source": source, **entry.to_json()} for source, entry in rows]
-        for entry in entries:
-            del entry["samples"]
+        told = [{"source": source, **entry.to_json()} for source, entry in rows]
+        entries = [{key: x for key, x in one.items() if key != "samples"} for one in told]
         print(json.dumps({"device": name, "entries": entries}, indent=1))
         return DONE
     table = Table(title=f"{name}: {len(rows)} problems", title_justify="left")
