@@ -67,6 +67,9 @@ def _bandwidth(properties: Any) -> float:
     return clock * 1e3 * 2 * getattr(properties, "memory_bus_width", 0) / 8
 
 
+_BETWEEN_WORDS = re.compile(r"[^a-z0-9]+")
+
+
 def slug(name: str) -> str:
     """A device name as part of a file name: `NVIDIA H200` -> `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return _BETWEEN_WORDS.sub("-", name.lower()).strip("-")
