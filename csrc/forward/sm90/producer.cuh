@@ -100,7 +100,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   // Whose tiles plain kernels must not see, either.
   auto load_K = [&](int n) {
     if constexpr (VARIANT.mask) {
-      n = listed_at(params.mask_tiles, list, n + 1) >> 1;
+      n = ListedTile{listed_at(params.mask_tiles, list, n + 1)}.tile();
       load(S::PANELS, &params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n, k_ring);
     } else {
       load(S::PANELS, &params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n,
@@ -109,7 +109,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   };
   auto load_V = [&](int n) {
     if constexpr (VARIANT.mask) {
-      n = listed_at(params.mask_tiles, list, n + 1) >> 1;
+      n = ListedTile{listed_at(params.mask_tiles, list, n + 1)}.tile();
       load(S::O_PANELS, &params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n, v_ring);
     } else {
       load(S::O_PANELS, &params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n,
