@@ -577,7 +577,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
   if (!is_empty(call.params)) {
     std::optional<Tensor> workspace;
-    if (const int64_t bytes = forward_workspace_bytes(*kernel, call.params)) {
+    if (const int64_t bytes = forward_workspace_bytes(*kernel, call.params, device)) {
       workspace = empty_workspace(bytes, call.q);
     }
     const cudaError_t error =

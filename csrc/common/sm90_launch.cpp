@@ -92,16 +92,11 @@ const Device& device_properties(int device) {
   return devices[device & 63];
 }
 
-namespace {
-
-// How many blocks a packed batch has at most.
 long long packed_blocks(int total, int batch, int max_seqlen, int block) {
   if (block == 0) return 0;
   const long long by_rows = total / block + std::min(batch, total);
   return std::min(by_rows, static_cast<long long>(batch) * ((max_seqlen + block - 1) / block));
 }
-
-}  // namespace
 
 Schedule plan_schedule(const AttentionParams& p, int block_queries, int block_keys, void* memory) {
   const Sequences& s = p.sequences;

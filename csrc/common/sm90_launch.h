@@ -87,6 +87,9 @@ struct Device {
 };
 const Device& device_properties(int device);
 
+// How many blocks of rows the sequences of a packed tensor have at most; 0 of blocks of 0 rows.
+long long packed_blocks(int total, int batch, int max_seqlen, int block);
+
 // A Schedule of p's packed batch in `memory`, by blocks of so many queries and keys (0: these are
 // not listed); and the bytes that it takes there, a multiple of 16.
 Schedule plan_schedule(const AttentionParams& p, int block_queries, int block_keys, void* memory);
