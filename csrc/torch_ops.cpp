@@ -115,9 +115,6 @@ BackwardCall Arguments::take<BackwardCall>() {
   return {{q, k, v, number(), integer(), integer(), {}}, dout, out, softmax_lse, dlse};
 }
 
-// Of calls that have none: all of them, as None, would cost each call a microsecond.
-Options no_options(Arguments& /*given*/) { return {}; }
-
 #define FLASHMOE_OPTIONS                                                             \
   "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "               \
   "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "            \
@@ -182,22 +179,22 @@ Options backward_options(Arguments& given) {
           .max_seqlen_q = given.integer()};
 }
 
-template <typename Result, typename Asked, typename... Integers>
-Result run_on(Arguments& given, Options (*options)(Arguments&),
-              Result (*run)(Asked&, Integers...)) {
+template <auto options, typename Result, typename Asked, typename... Integers>
+Result run_on(Arguments& given, Result (*run)(Asked&, Integers...)) {
   Asked call = given.take<Asked>();
   const std::tuple<Integers...> integers{given.take<Integers>()...};
-  call.options = options(given);
+  if constexpr (options != nullptr) call.options = options(given);
   given.check_end();
   return std::apply([&](Integers... x) { return run(call, x...); }, integers);
 }
 
 // The kernel of an op whose arguments are the fields of `run`'s call, its integers, and then what
-// `options` takes.
-template <auto run, auto options>
+// `options` takes. Calls that have no options have ops without, for all those that are None would
+// cost each call a microsecond.
+template <auto run, auto options = nullptr>
 void boxed(StableIValue* stack, uint64_t num_inputs, uint64_t /*num_outputs*/) {
   Arguments given(stack, num_inputs);
-  const auto results = run_on(given, options, run);
+  const auto results = run_on<options>(given, run);
   std::apply([&](const auto&... x) { ((*stack++ = from(x)), ...); }, results);
 }
 
@@ -285,8 +282,9 @@ Tensor empty_contiguous(const std::array<int64_t, N>& sizes, int32_t dtype, cons
   return Tensor(handle);
 }
 
-Tensor last_contiguous(const Tensor& x) {
-  return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+Tensor last_contiguous(Tensor x) {
+  if (x.stride(x.dim() - 1) != 1) return torch::stable::contiguous(x);
+  return x;
 }
 
 int32_t dtype_code(const Tensor& x) {
@@ -460,7 +458,7 @@ struct Prepared {
 // Checks, makes tensors such that kernels read them, allocates the outputs and describes the call.
 Prepared prepare(Call& call) {
   check_inputs(call);
-  for (Tensor* x : {&call.q, &call.k, &call.v}) *x = last_contiguous(*x);
+  for (Tensor* x : {&call.q, &call.k, &call.v}) *x = last_contiguous(std::move(*x));
   const Tensor& q = call.q;
   const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(call.v);
   const int32_t dtype = dtype_code(q), float32 = aoti_torch_dtype_float32();
@@ -535,8 +533,8 @@ struct PreparedBackward {
 };
 
 // Of a checked call: makes tensors `readable`, allocates the gradients and describes the call.
-PreparedBackward prepare_backward(BackwardCall& call, Tensor (*readable)(const Tensor&)) {
-  for (Tensor* x : {&call.q, &call.k, &call.v, &call.dout, &call.out}) *x = readable(*x);
+PreparedBackward prepare_backward(BackwardCall& call, Tensor (*readable)(Tensor)) {
+  for (Tensor* x : {&call.q, &call.k, &call.v, &call.dout, &call.out}) *x = readable(std::move(*x));
   Tensor dq = empty_contiguous_like(call.q), dk = empty_contiguous_like(call.k),
          dv = empty_contiguous_like(call.v);
   BackwardParams params{};
@@ -598,7 +596,7 @@ cudaStream_t current_stream(int device) {
 }
 
 // x, or its copy where the TMA cannot fetch x.
-Tensor fetchable(const Tensor& x) {
+Tensor fetchable(Tensor x) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t last = x.dim() - 1;
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[last] == 1;
@@ -623,7 +621,7 @@ std::tuple<Tensor, Tensor> run_forward(Call& call, int64_t handle) {
   // there is a mask, or v has a head_dim of its own.
   const bool packed = call.options.cu_seqlens_q.has_value();
   if (packed || call.options.attn_mask || head_dim_of(call.v) != head_dim_of(call.q)) {
-    for (Tensor* x : {&call.q, &call.k, &call.v}) *x = fetchable(*x);
+    for (Tensor* x : {&call.q, &call.k, &call.v}) *x = fetchable(std::move(*x));
   }
   Prepared prepared = prepare(call);
   const Kernel* kernel = find_kernel(handle);
@@ -651,7 +649,7 @@ std::tuple<Tensor, Tensor> run_forward(Call& call, int64_t handle) {
 }
 
 // x, or its copy where cp.async cannot fetch its rows.
-Tensor with_aligned_rows(const Tensor& x) {
+Tensor with_aligned_rows(Tensor x) {
   const auto strides = x.strides();
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[x.dim() - 1] == 1;
   for (int i = 0; i < x.dim() - 1; ++i) aligned = aligned && strides[i] % 8 == 0;
@@ -670,7 +668,7 @@ std::tuple<Tensor, Tensor> run_decode(Call& call, int64_t handle, int64_t num_sp
   STD_TORCH_CHECK(!call.options.attn_mask, "the decode kernel has no attn_mask");
   STD_TORCH_CHECK(head_dim_of(call.v) == head_dim_of(call.q), "v must have q's head_dim ",
                   head_dim_of(call.q), " for the decode kernel, got ", head_dim_of(call.v));
-  for (Tensor* x : {&call.q, &call.k, &call.v}) *x = with_aligned_rows(*x);
+  for (Tensor* x : {&call.q, &call.k, &call.v}) *x = with_aligned_rows(std::move(*x));
   Prepared prepared = prepare(call);
   const DecodeKernel* kernel = find_decode_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
@@ -1071,20 +1069,20 @@ STABLE_TORCH_LIBRARY(flashmoe, m) {
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) {
   using namespace flashmoe;
   m.impl("fwd_cpu", boxed<run_cpu, all_options>);
-  m.impl("fwd_cpu_dense", boxed<run_cpu, no_options>);
+  m.impl("fwd_cpu_dense", boxed<run_cpu>);
   m.impl("bwd_cpu", boxed<run_backward_cpu, backward_options<true>>);
-  m.impl("bwd_cpu_dense", boxed<run_backward_cpu, no_options>);
+  m.impl("bwd_cpu_dense", boxed<run_backward_cpu>);
 }
 
 #ifdef FLASHMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
   using namespace flashmoe;
   m.impl("fwd_cuda", boxed<run_forward, all_options>);
-  m.impl("fwd_cuda_dense", boxed<run_forward, no_options>);
-  m.impl("bwd_cuda_dense", boxed<run_backward, no_options>);
+  m.impl("fwd_cuda_dense", boxed<run_forward>);
+  m.impl("bwd_cuda_dense", boxed<run_backward>);
   m.impl("decode_cuda", boxed<run_decode, all_options>);
   m.impl("fwd_cuda_packed", boxed<run_forward, packed_options>);
-  m.impl("decode_cuda_dense", boxed<run_decode, no_options>);
+  m.impl("decode_cuda_dense", boxed<run_decode>);
   m.impl("decode_cuda_cache", boxed<run_decode, cache_options>);
   m.impl("append_cuda", TORCH_BOX(&append_cuda_op));
   m.impl("bwd_cuda", boxed<run_backward, backward_options<false>>);

@@ -329,15 +329,15 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
         return out
 
     def call_plain(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        return attend_plain(training, Call(q, k, v, scale, terms, sequences), q, k, v)
+        return attend_plain(training, Call._make((q, k, v, scale, terms, sequences)), q, k, v)
 
     attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
-        given = q, k, v, terms.sinks, terms.attn_mask
-        out, lse = attend(training, Call(q, k, v, scale, terms, sequences), *given)
+        given = Call._make((q, k, v, scale, terms, sequences))
+        out, lse = attend(training, given, q, k, v, terms.sinks, terms.attn_mask)
         return out, lse, None
 
     if asked.return_lse:

@@ -54,12 +54,12 @@ class EagerAttention(torch.autograd.Function):
 def _forward(ctx: Any, training: Training, call: Call) -> tuple[Tensor, Tensor]:
     out, lse = training.forward(call)
     assert lse is not None, "need_lse chose a backend that does not return softmax_lse"
-    q, k, v, _, terms, sequences = call
+    q, k, v, scale, terms, sequences = call
     if terms is NO_TERMS and sequences is DENSE:
         ctx.save_for_backward(q, k, v, out, lse)
     else:  # what is changed in place before the backward is an error
         ctx.save_for_backward(q, k, v, out, lse, *terms.tensors, *sequences[:3])
-    ctx.others = training, *call[3:]
+    ctx.others = training, scale, terms, sequences
     return out, lse
 
 
@@ -68,13 +68,12 @@ def _backward(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Call, Saved]:
     """dq, dk and dv, and what they are of."""
     q, k, v, out, lse, *_ = ctx.saved_tensors
-    training, *others = ctx.others
-    saved, call = saved_of(dout, out, lse, dlse), Call(q, k, v, *others)
+    training, scale, terms, sequences = ctx.others
+    saved, call = saved_of(dout, out, lse, dlse), Call(q, k, v, scale, terms, sequences)
     if not torch.is_grad_enabled():
         return training.gradients(call, saved), call, saved
     # By create_graph: the op refuses a second derivative.
-    how = call.softmax_scale, *training.arguments, *call.terms
-    arguments = (saved.dout, q, k, v, *saved[1:], *how)
-    if call.sequences is DENSE:
+    arguments = (saved.dout, q, k, v, *saved[1:], scale, *training.arguments, *terms)
+    if sequences is DENSE:
         return attention_backward(*arguments), call, saved
-    return attention_packed_backward(*arguments, *call.sequences), call, saved
+    return attention_packed_backward(*arguments, *sequences), call, saved
