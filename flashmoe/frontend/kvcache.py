@@ -11,7 +11,7 @@ from torch import Tensor
 from flashmoe.frontend import ops
 from flashmoe.frontend.append import append, room_of, validate_new, validate_rotary
 from flashmoe.frontend.attend import MAX_CALLS, attend, is_plain, kinds_of, window_of
-from flashmoe.frontend.validation import mask_of, validate, validate_tensors
+from flashmoe.frontend.validation import Asked, validate, validate_tensors
 from flashmoe.frontend.varlen import longest_of, written_to
 from flashmoe.spec.call import Sequences
 from flashmoe.spec.terms import terms_of
@@ -127,20 +127,30 @@ def flash_attn_with_kvcache(
     where = cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table
     sequences = Sequences._make((*where, longest, 0))
     terms = terms_of(softcap, alibi_slopes, sinks)
+    asked = (
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        return_softmax_lse,
+        backend,
+        tile,
+        num_splits,
+    )
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         new = k, v, rotary_cos, rotary_sin, cu_seqlens_k_new
         kinds = None
         if not torch.compiler.is_compiling() and is_plain(q, k_cache, v_cache):
             kinds = kinds_of((q, k_cache, v_cache, *new, *terms.tensors, *sequences[:6]))
         length = None if lengths is cache_seqlens else cache_seqlens
-        key = (softmax_scale, causal, window_size, softcap, backend, tile, length, *(kinds or ()))
+        key = (asked, softcap, length, *(kinds or ()))
         rotate_by_row = None if kinds is None else _known_append(key)
         if rotate_by_row is None:
-            validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
+            _, mask = validate(q, k_cache, v_cache, Asked(*asked), terms, sequences)
             validate_new(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
             if rotary_cos is not None or rotary_sin is not None:
                 validate_rotary(rotary_cos, rotary_sin, q, k_cache, block_table)
-            rotate_by_row = not mask_of(causal, window_size).is_full
+            rotate_by_row = not mask.is_full
             if kinds is not None:
                 if len(_appends) >= MAX_CALLS:
                     _appends.clear()
@@ -165,16 +175,6 @@ def flash_attn_with_kvcache(
         )
         q = q if rotary_cos is None else rotated
         sequences = sequences._replace(seqused_k=lengths)
-    asked = (
-        softmax_scale,
-        causal,
-        window_size,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-        return_softmax_lse,
-        backend,
-        tile,
-        num_splits,
-    )
     result = attend(q, k_cache, v_cache, asked, terms, sequences)
     if out is not None:
         result = written_to(out, result)
