@@ -1,5 +1,4 @@
-"""attn_mask on a real GPU, as models have it: forward and backward against float64. Once these pass
-on a GPU, flashmoe.backends.sdpa.MASKS_ON_GPUS may be True."""
+"""attn_mask on a real GPU, as models have it: forward and backward against float64."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 
 import flashmoe
-from flashmoe import flash_attn_func
-from flashmoe.backends import BACKENDS, jit, sdpa
+from flashmoe import api, flash_attn_func
+from flashmoe.backends import BACKENDS, jit
 from flashmoe.machine.device import arch
 from flashmoe.measure.reference import attention_reference, error_bound
 from flashmoe.planning.plan import planned
@@ -270,8 +269,8 @@ def test_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize("build", [bert, t5, bias_of_heads], ids=lambda build: build.__name__)
-def test_sdpa_with_the_switch_on(build, monkeypatch):
-    monkeypatch.setattr(sdpa, "MASKS_ON_GPUS", True)
+def test_sdpa_under_a_mask(build, monkeypatch):
+    monkeypatch.setattr(api, "is_slower_under", lambda *_: True)
     call, _ = call_of(build, torch.bfloat16)
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in call[:3])
     options = {"attn_mask": call.terms.attn_mask, "enable_gqa": True}
