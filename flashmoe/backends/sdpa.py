@@ -42,9 +42,8 @@ _READ_BYTES = 16
 
 def is_slower_under(attn_mask: Tensor, scores: int) -> bool:
     """Whether torch's kernels are slower than ours where attn_mask is given for so many scores."""
-    return (
-        not attn_mask.is_cuda
-        or attn_mask.dtype == torch.bool
+    return not attn_mask.is_cuda or (
+        attn_mask.dtype == torch.bool
         and scores >= _MASKED_SCORES
         and arch(attn_mask.device).capability[0] == 9
         and not jit.unavailable()
