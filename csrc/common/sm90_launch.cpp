@@ -88,6 +88,7 @@ const Device& device_properties(int device) {
     Device& d = devices[device & 63];
     cudaDeviceGetAttribute(&d.sm_count, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, device);
+    cudaDeviceGetAttribute(&d.smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   });
   return devices[device & 63];
 }

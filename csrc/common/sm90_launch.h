@@ -83,7 +83,7 @@ bool encode(ptx::TensorMap* map, const TensorView& x, int box_rows, DType dtype)
 bool encode_rows(ptx::TensorMap* map, const float* data, int columns, long long rows);
 
 struct Device {
-  int sm_count = 0, l2_bytes = 0;
+  int sm_count = 0, l2_bytes = 0, smem_per_sm = 0;
 };
 const Device& device_properties(int device);
 

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from flashmoe.backends.base import Run
 from flashmoe.backends.padding import cut, padded
 from flashmoe.backends.sdpa import attend_by_sdpa
-from flashmoe.frontend import ops
+from flashmoe.frontend import ops, repeated
 from flashmoe.frontend.eager import EagerAttention, PlainAttention
 from flashmoe.frontend.gradients import Training, refuse_gradients
 from flashmoe.frontend.lengths import check_lengths
@@ -59,13 +59,14 @@ def new_rng_state(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
-def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q, k and v are ordinary tensors, and no transform of torch.func, no dual level and no
+def is_plain(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+    """Whether these are ordinary tensors, and no transform of torch.func, no dual level and no
     dispatch mode (fake tensors, make_fx) is active."""
     return (
         type(q) in PLAIN
         and type(k) in PLAIN
         and type(v) in PLAIN
+        and (not others or all(type(x) in PLAIN for x in others))
         and not functorch_active()
         and forward_ad._current_level < 0
         and not _dispatch_modes()
@@ -92,10 +93,25 @@ def attend(
     asked: tuple[Any, ...],
     terms: Terms = NO_TERMS,
     sequences: Sequences = DENSE,
+    lengths: tuple[Tensor, ...] | None = None,
 ) -> Result:
     """Attention of what a user gave, with out of v's head_dim. `asked` are the fields of Asked: a
-    tuple with names takes longer to make than any look-up."""
-    by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
+    tuple with names takes longer to make than any look-up. `lengths` may be the tensors of
+    `sequences`, each of them once; which they are, asked and their number say."""
+    is_compiling = torch.compiler.is_compiling()
+    kind: Any = None
+    tensors: tuple[Tensor, ...] = (q, k, v)
+    call: _Call | None
+    if not is_compiling and terms is NO_TERMS and shapes.recorder is None:
+        if sequences is DENSE:
+            kind = asked, torch.is_grad_enabled()
+        elif lengths is not None:
+            kind = asked, torch.is_grad_enabled(), sequences[6:], len(lengths)
+            tensors = (q, k, v, *lengths)
+        call = repeated.found(kind, tensors)
+        if call is not None:
+            return call(q, k, v, terms, sequences)
+    by_op = is_compiling or not is_plain(q, k, v)
     kinds: list[Any] | None = []
     if not by_op and (terms is not NO_TERMS or sequences is not DENSE):
         kinds = kinds_of(sequences[:6] if terms is NO_TERMS else (*terms.tensors, *sequences[:6]))
@@ -103,6 +119,7 @@ def attend(
     if by_op:
         validate_tensors(q, k, v)
     if by_op or any_autocast_enabled():
+        kind = None
         q, k, v, terms = _autocast(q, k, v, terms)
     if by_op:
         return _attend_op(q, k, v, Asked(*asked), terms, sequences)
@@ -138,6 +155,8 @@ def attend(
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[key] = call
+    if kind is not None:
+        repeated.remember(kind, tensors, call)
     return call(q, k, v, terms, sequences)
 
 
@@ -167,6 +186,7 @@ def attend_dropping(
 def forget_calls() -> None:
     """Decide anew at the next calls."""
     _calls.clear()
+    repeated.forget()
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:

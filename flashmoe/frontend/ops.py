@@ -322,14 +322,16 @@ def _backward_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return autograd
 
 
-for _kernel_op in (
+_FORWARD_OPS = (
     *("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "fwd_cuda_packed"),
     *("decode_cuda", "decode_cuda_dense", "decode_cuda_cache"),
-):
+)
+for _kernel_op in _FORWARD_OPS:
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
+torch.library.register_fake("flashmoe::append_cuda", _fake_append)
+for _kernel_op in (*_FORWARD_OPS, "append_cuda"):
     # They are not differentiable, and torch's kernel that says so takes each call's time.
     _library.impl(_kernel_op, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("flashmoe::append_cuda", _fake_append)
 torch.library.register_kernel("flashmoe::append", ("cpu", "cuda"), append_keys, lib=_library)
 torch.library.register_fake("flashmoe::append", _fake_append, lib=_library)
 
