@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from autotune_faulty import CRASHES, CRASHES_LATER, HANGS, LOSES, WRONG
 from flashmoe.autotune.running import isolated
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.running.isolated import IsolatedBench, Processes
-from flashmoe.autotune.running.process import Child, ChildFailed
+from flashmoe.autotune.running.process import Child, ChildFailed, _main
 from flashmoe.autotune.running.runner import GroupRunner
 from flashmoe.autotune.schedule import helper
 from flashmoe.autotune.schedule.budget import tune
@@ -81,6 +82,12 @@ def test_a_target_that_cannot_be_made_says_why() -> None:
             child.request("anything", patience=10.0)
     finally:
         child.close()
+
+
+def test_a_process_whose_parent_is_gone_ends_in_silence() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    _main(theirs.detach(), -1)
 
 
 class FixedRunner:
