@@ -237,8 +237,7 @@ def _helpers(
 
 
 def _limits(target: torch.device, dtypes: set[str]) -> dict[str, Limits]:
-    """What the device sustains, by dtype. A CPU's are always float32's: most have no 16-bit matrix
-    units, and torch's own 16-bit matmul is no limit of any kind."""
+    """What the device sustains, by dtype; a CPU's do not depend on it."""
     if target.type == "cpu":
         return dict.fromkeys(dtypes, measure_limits(target, torch.float32))
     return {name: measure_limits(target, getattr(torch, name)) for name in sorted(dtypes)}

@@ -87,8 +87,7 @@ def run(job: dict[str, Any], emit: Emit) -> None:
 
 
 def limits_of(cases: Sequence[Case], device: torch.device) -> dict[str, Limits]:
-    """Limits by the dtypes of the cases. A CPU's are always float32's: most have no 16-bit matrix
-    units, where torch's own 16-bit matmul is a hundred times slower than any kernel here."""
+    """Limits by the dtypes of the cases; a CPU's do not depend on them."""
     dtypes = sorted({case.problem.dtype for case in cases})
     if device.type == "cpu":
         return dict.fromkeys(dtypes, measure_limits(device, torch.float32))
