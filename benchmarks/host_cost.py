@@ -111,7 +111,7 @@ def rows_of(device: torch.device) -> dict[str, Row]:
 
     page_size = 16
     pages = torch.randn(2, 8, page_size, heads, head_dim, **kind)
-    one = torch.randn(batch, 1, heads, head_dim, **kind)
+    one, *new = torch.randn(3, batch, 1, heads, head_dim, **kind)
     table = torch.arange(8, dtype=torch.int32, device=device).unsqueeze(0)
     used = torch.full((1,), 9, dtype=torch.int32, device=device)
     cos, sin = torch.randn(2, 8 * page_size, head_dim // 2, **kind)
@@ -122,8 +122,8 @@ def rows_of(device: torch.device) -> dict[str, Row]:
         "forward": forward(flash_attn_func, q, k, v),
         "forward, packed": forward(packed, q[0], k[0], v[0]),
         "cache, paged": forward(cached),
-        "cache, appended to": forward(cached, one, one),
-        "cache, appended to, rotated": forward(cached, one, one, rotary_cos=cos, rotary_sin=sin),
+        "cache, appended to": forward(cached, *new),
+        "cache, appended to, rotated": forward(cached, *new, rotary_cos=cos, rotary_sin=sin),
         "step": step(flash_attn_func, inputs, torch.randn_like(q)),
         "step with softmax_lse": step(
             lambda *x: flash_attn_func(*x, return_attn_probs=True)[0], inputs, torch.randn_like(q)

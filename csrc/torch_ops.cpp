@@ -47,43 +47,156 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return types[0] == types[1] && a.get_device_index() == b.get_device_index();
 }
 
-const std::optional<Tensor> none;
-
-// What every call has besides q, k and v.
-struct Scores {
-  double softmax_scale;
-  int64_t window_left, window_right;
-};
-
 // What a call may have besides q, k, v, softmax_scale and a window; the schemas' names.
 struct Options {
   double softcap = 0;
-  const std::optional<Tensor>&alibi_slopes = none, &sinks = none;
+  std::optional<Tensor> alibi_slopes{}, sinks{};
   double dropout_p = 0;
-  const std::optional<Tensor>&rng_state = none, &attn_mask = none;
-  const std::optional<Tensor>&cu_seqlens_q = none, &cu_seqlens_k = none, &seqused_k = none,
-        &leftpad_k = none, &cache_batch_idx = none, &block_table = none;
+  std::optional<Tensor> rng_state{}, attn_mask{};
+  std::optional<Tensor> cu_seqlens_q{}, cu_seqlens_k{}, seqused_k{}, leftpad_k{}, cache_batch_idx{},
+      block_table{};
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
 };
-// As the ops have them: in a schema, as parameters, and from those an Options.
+
+// What one call asks for, as flashmoe/spec/call.py has it.
+struct Call {
+  Tensor q, k, v;
+  double softmax_scale;
+  int64_t window_left, window_right;
+  Options options;
+};
+
+// And what a backward is given of the forward.
+struct BackwardCall : Call {
+  Tensor dout, out, softmax_lse;
+  std::optional<Tensor> dlse;
+};
+
+// An op's arguments, taken from the first to the last. A schema has a call's fields one behind the
+// other, for torch's dispatcher knows no structs; from here on they travel together.
+class Arguments {
+ public:
+  Arguments(StableIValue* stack, uint64_t count) : next_(stack), end_(stack + count) {}
+
+  template <typename T>
+  T take() {
+    STD_TORCH_CHECK(next_ != end_, "the schema has fewer arguments than its kernel takes");
+    return to<T>(*next_++);
+  }
+  Tensor tensor() { return take<Tensor>(); }
+  std::optional<Tensor> optional() { return take<std::optional<Tensor>>(); }
+  double number() { return take<double>(); }
+  int64_t integer() { return take<int64_t>(); }
+
+  void check_end() const {
+    STD_TORCH_CHECK(next_ == end_, "the schema has more arguments than its kernel takes");
+  }
+
+ private:
+  StableIValue *next_, *end_;
+};
+
+#define FLASHMOE_SCORES "float softmax_scale, int window_left, int window_right"
+
+#define FLASHMOE_CALL "Tensor q, Tensor k, Tensor v, " FLASHMOE_SCORES
+template <>
+Call Arguments::take<Call>() {
+  return {tensor(), tensor(), tensor(), number(), integer(), integer(), {}};
+}
+
+#define FLASHMOE_BACKWARD_CALL                  \
+  "Tensor dout, Tensor q, Tensor k, Tensor v, " \
+  "Tensor out, Tensor softmax_lse, Tensor? dlse, " FLASHMOE_SCORES
+template <>
+BackwardCall Arguments::take<BackwardCall>() {
+  const Tensor dout = tensor(), q = tensor(), k = tensor(), v = tensor();
+  const Tensor out = tensor(), softmax_lse = tensor();
+  const std::optional<Tensor> dlse = optional();
+  return {{q, k, v, number(), integer(), integer(), {}}, dout, out, softmax_lse, dlse};
+}
+
 #define FLASHMOE_OPTIONS                                                             \
   "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "               \
   "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "            \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "   \
   "Tensor? leftpad_k=None, Tensor? cache_batch_idx=None, Tensor? block_table=None, " \
   "int max_seqlen_q=0, int max_seqlen_k=0"
-using OptionalTensor = const std::optional<Tensor>&;
-#define FLASHMOE_OPTION_PARAMETERS                                                      \
-  double softcap, OptionalTensor alibi_slopes, OptionalTensor sinks, double dropout_p,  \
-      OptionalTensor rng_state, OptionalTensor attn_mask, OptionalTensor cu_seqlens_q,  \
-      OptionalTensor cu_seqlens_k, OptionalTensor seqused_k, OptionalTensor leftpad_k,  \
-      OptionalTensor cache_batch_idx, OptionalTensor block_table, int64_t max_seqlen_q, \
-      int64_t max_seqlen_k
-#define FLASHMOE_OPTION_VALUES                                             \
-  {                                                                        \
-      softcap,         alibi_slopes, sinks,        dropout_p,   rng_state, \
-      attn_mask,       cu_seqlens_q, cu_seqlens_k, seqused_k,   leftpad_k, \
-      cache_batch_idx, block_table,  max_seqlen_q, max_seqlen_k}
+Options all_options(Arguments& given) {
+  return {.softcap = given.number(),
+          .alibi_slopes = given.optional(),
+          .sinks = given.optional(),
+          .dropout_p = given.number(),
+          .rng_state = given.optional(),
+          .attn_mask = given.optional(),
+          .cu_seqlens_q = given.optional(),
+          .cu_seqlens_k = given.optional(),
+          .seqused_k = given.optional(),
+          .leftpad_k = given.optional(),
+          .cache_batch_idx = given.optional(),
+          .block_table = given.optional(),
+          .max_seqlen_q = given.integer(),
+          .max_seqlen_k = given.integer()};
+}
+
+// Of a backward: where its kernel has no sinks, they are a part of softmax_lse.
+#define FLASHMOE_BACKWARD_OPTIONS(sinks)                                           \
+  "float softcap=0.0, Tensor? alibi_slopes=None, " sinks                           \
+  "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "          \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, " \
+  "int max_seqlen_q=0, int max_seqlen_k=0"
+template <bool has_sinks>
+Options backward_options(Arguments& given) {
+  return {.softcap = given.number(),
+          .alibi_slopes = given.optional(),
+          .sinks = has_sinks ? given.optional() : std::nullopt,
+          .dropout_p = given.number(),
+          .rng_state = given.optional(),
+          .attn_mask = given.optional(),
+          .cu_seqlens_q = given.optional(),
+          .cu_seqlens_k = given.optional(),
+          .seqused_k = given.optional(),
+          .max_seqlen_q = given.integer(),
+          .max_seqlen_k = given.integer()};
+}
+
+// Of packed batches without terms: their lengths alone.
+#define FLASHMOE_PACKED_OPTIONS \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k"
+[[maybe_unused]] Options packed_options(Arguments& given) {
+  return {.cu_seqlens_q = given.tensor(),
+          .cu_seqlens_k = given.tensor(),
+          .max_seqlen_q = given.integer(),
+          .max_seqlen_k = given.integer()};
+}
+
+// Of a cache, or pages, without padding, batch index and terms.
+#define FLASHMOE_CACHE_OPTIONS \
+  "Tensor? cu_seqlens_q, Tensor? seqused_k, Tensor? block_table, int max_seqlen_q"
+[[maybe_unused]] Options cache_options(Arguments& given) {
+  return {.cu_seqlens_q = given.optional(),
+          .seqused_k = given.optional(),
+          .block_table = given.optional(),
+          .max_seqlen_q = given.integer()};
+}
+
+template <auto options, typename Result, typename Asked, typename... Integers>
+Result run_on(Arguments& given, Result (*run)(Asked&, Integers...)) {
+  Asked call = given.take<Asked>();
+  const std::tuple<Integers...> integers{given.take<Integers>()...};
+  if constexpr (options != nullptr) call.options = options(given);
+  given.check_end();
+  return std::apply([&](Integers... x) { return run(call, x...); }, integers);
+}
+
+// The kernel of an op whose arguments are the fields of `run`'s call, its integers, and then what
+// `options` takes. Calls that have no options have ops without, for all those that are None would
+// cost each call a microsecond.
+template <auto run, auto options = nullptr>
+void boxed(StableIValue* stack, uint64_t num_inputs, uint64_t /*num_outputs*/) {
+  Arguments given(stack, num_inputs);
+  const auto results = run_on<options>(given, run);
+  std::apply([&](const auto&... x) { ((*stack++ = from(x)), ...); }, results);
+}
 
 // (batch, rows, heads, head_dim), or (rows, heads, head_dim) of a packed tensor.
 int64_t heads_of(const Tensor& x) { return x.sizes()[x.dim() - 2]; }
@@ -91,7 +204,9 @@ int64_t rows_of(const Tensor& x) { return x.sizes()[x.dim() - 3]; }
 int64_t head_dim_of(const Tensor& x) { return x.sizes()[x.dim() - 1]; }
 
 // Users meet flashmoe/api.py's errors; these keep a direct call of the op from reading wild memory.
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+void check_inputs(const Call& call) {
+  const Tensor &q = call.q, &k = call.k, &v = call.v;
+  const Options& options = call.options;
   const int q_dims = options.cu_seqlens_q ? 3 : 4, k_dims = options.cu_seqlens_k ? 3 : 4;
   STD_TORCH_CHECK(q.dim() == q_dims && k.dim() == k_dims && v.dim() == k_dims,
                   "q, k and v must have 4 dimensions, or 3 where they are packed, got ", q.dim(),
@@ -117,6 +232,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
     STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 256,
                     "head_dim must be a multiple of 8 and at most 256, got ", head_dim);
   }
+  STD_TORCH_CHECK(call.softmax_scale > 0, "softmax_scale must be positive, got ",
+                  call.softmax_scale);
 }
 
 // Data of an optional tensor that must be contiguous, of `type` and `sizes` (-1: any); null
@@ -165,8 +282,9 @@ Tensor empty_contiguous(const std::array<int64_t, N>& sizes, int32_t dtype, cons
   return Tensor(handle);
 }
 
-Tensor last_contiguous(const Tensor& x) {
-  return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+Tensor last_contiguous(Tensor x) {
+  if (x.stride(x.dim() - 1) != 1) return torch::stable::contiguous(x);
+  return x;
 }
 
 int32_t dtype_code(const Tensor& x) {
@@ -263,8 +381,9 @@ Terms terms_of(const Tensor& q, int64_t batch, int64_t keys, const Options& opti
 }
 
 // Fills what `params` says of shapes besides head_dim: sizes, sequences and mask.
-void describe_sequences(AttentionParams& params, const Tensor& q, const Tensor& k,
-                        const Options& options, int64_t window_left, int64_t window_right) {
+void describe_sequences(AttentionParams& params, const Call& call) {
+  const Tensor &q = call.q, &k = call.k;
+  const Options& options = call.options;
   const int64_t batch = options.cu_seqlens_q ? options.cu_seqlens_q->numel() - 1 : q.sizes()[0];
   STD_TORCH_CHECK(batch >= 0 && batch < INT_MAX, "cu_seqlens_q must have batch + 1 elements");
   STD_TORCH_CHECK(options.cu_seqlens_k.has_value() + options.block_table.has_value() +
@@ -297,16 +416,16 @@ void describe_sequences(AttentionParams& params, const Tensor& q, const Tensor& 
   }
   STD_TORCH_CHECK(seqlen_q >= 0 && seqlen_kv >= 0,
                   "max_seqlen_q and max_seqlen_k must be 0 or more");
-  params.mask = mask_of(seqlen_q, seqlen_kv, window_left, window_right);
+  params.mask = mask_of(seqlen_q, seqlen_kv, call.window_left, call.window_right);
   params.is_causal = params.mask.right >= 0;
   params.batch = static_cast<int>(batch);
   params.seqlen_q = static_cast<int>(seqlen_q);
   params.seqlen_kv = static_cast<int>(seqlen_kv);
 }
 
-// All but out, softmax_lse and softmax_scale.
-AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window_left,
-                         int64_t window_right, const Options& options) {
+// All but out and softmax_lse.
+AttentionParams describe(const Call& call) {
+  const Tensor &q = call.q, &k = call.k, &v = call.v;
   const auto q_strides = strides_of(q), k_strides = strides_of(k), v_strides = strides_of(v);
   AttentionParams params{};
   params.q = q.data_ptr();
@@ -325,40 +444,38 @@ AttentionParams describe(const Tensor& q, const Tensor& k, const Tensor& v, int6
   params.heads_kv = static_cast<int>(heads_of(k));
   params.head_dim = static_cast<int>(head_dim_of(q));
   params.head_dim_v = static_cast<int>(head_dim_of(v));
-  describe_sequences(params, q, k, options, window_left, window_right);
-  params.terms = terms_of(q, params.batch, params.seqlen_kv, options);
+  params.softmax_scale = static_cast<float>(call.softmax_scale);
+  describe_sequences(params, call);
+  params.terms = terms_of(q, params.batch, params.seqlen_kv, call.options);
   return params;
 }
 
-struct Call {
-  Tensor q, k, v, out, softmax_lse;
+struct Prepared {
+  Tensor out, softmax_lse;
   AttentionParams params;
 };
 
-// Checks, allocates the outputs and describes the call to a kernel.
-Call prepare(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Scores& scores,
-             const Options& options) {
-  check_inputs(q_in, k_in, v_in, options);
-  STD_TORCH_CHECK(scores.softmax_scale > 0, "softmax_scale must be positive, got ",
-                  scores.softmax_scale);
-  const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
-  const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(v);
+// Checks, makes tensors such that kernels read them, allocates the outputs and describes the call.
+Prepared prepare(Call& call) {
+  check_inputs(call);
+  for (Tensor* x : {&call.q, &call.k, &call.v}) *x = last_contiguous(std::move(*x));
+  const Tensor& q = call.q;
+  const int64_t rows = rows_of(q), heads = heads_of(q), head_dim = head_dim_of(call.v);
   const int32_t dtype = dtype_code(q), float32 = aoti_torch_dtype_float32();
-  const bool packed = options.cu_seqlens_q.has_value();
+  const bool packed = call.options.cu_seqlens_q.has_value();
   const int64_t batch = packed ? 1 : q.sizes()[0];
   Tensor out = packed ? empty_contiguous<3>({rows, heads, head_dim}, dtype, q)
                       : empty_contiguous<4>({batch, rows, heads, head_dim}, dtype, q);
   Tensor lse = packed ? empty_contiguous<2>({heads, rows}, float32, q)
                       : empty_contiguous<3>({batch, heads, rows}, float32, q);
 
-  AttentionParams params = describe(q, k, v, scores.window_left, scores.window_right, options);
-  params.softmax_scale = static_cast<float>(scores.softmax_scale);
+  AttentionParams params = describe(call);
   params.out = out.data_ptr();
   params.softmax_lse = static_cast<float*>(lse.data_ptr());
   params.o_batch_stride = packed ? 0 : rows * heads * head_dim;
   params.o_row_stride = heads * head_dim;
   params.o_head_stride = head_dim;
-  return {q, k, v, std::move(out), std::move(lse), params};
+  return {std::move(out), std::move(lse), params};
 }
 
 void torch_parallel_for_range(long long begin, long long end, long long grain, ParallelRange body,
@@ -376,41 +493,22 @@ void torch_parallel_for_range(long long begin, long long end, long long grain, P
       &bound));
 }
 
-std::tuple<Tensor, Tensor> run_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Scores& scores, int64_t block_m, int64_t block_n,
-                                   const Options& options) {
+std::tuple<Tensor, Tensor> run_cpu(Call& call, int64_t block_m, int64_t block_n) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  Call call = prepare(q, k, v, scores, options);
-  if (call.out.numel() > 0) {
-    fwd_cpu(call.params, dtype_of(q), static_cast<int>(block_m), static_cast<int>(block_n),
+  Prepared prepared = prepare(call);
+  if (prepared.out.numel() > 0) {
+    fwd_cpu(prepared.params, dtype_of(call.q), static_cast<int>(block_m), static_cast<int>(block_n),
             best_cpu_isa(), torch_parallel_for_range,
             static_cast<int>(torch::stable::get_num_threads()));
   }
-  return {std::move(call.out), std::move(call.softmax_lse)};
+  return {std::move(prepared.out), std::move(prepared.softmax_lse)};
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      double softmax_scale, int64_t window_left,
-                                      int64_t window_right, int64_t block_m, int64_t block_n,
-                                      FLASHMOE_OPTION_PARAMETERS) {
-  return run_cpu(q, k, v, {softmax_scale, window_left, window_right}, block_m, block_n,
-                 FLASHMOE_OPTION_VALUES);
-}
-
-// Of calls without options, whose defaults would cost each call a microsecond.
-std::tuple<Tensor, Tensor> fwd_cpu_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            double softmax_scale, int64_t window_left,
-                                            int64_t window_right, int64_t block_m,
-                                            int64_t block_n) {
-  return run_cpu(q, k, v, {softmax_scale, window_left, window_right}, block_m, block_n, {});
-}
-
-// What a backward is given of the forward.
-void check_saved(const Tensor& dout, const Tensor& q, const Tensor& v, const Tensor& out,
-                 const Tensor& softmax_lse, const std::optional<Tensor>& dlse) {
+void check_saved(const BackwardCall& call) {
+  const Tensor &q = call.q, &v = call.v, &softmax_lse = call.softmax_lse;
   const int64_t dims = q.dim(), batch_dims = dims - 3;
-  for (const Tensor* x : {&dout, &out}) {
+  for (const Tensor* x : {&call.dout, &call.out}) {
     STD_TORCH_CHECK(x->dim() == dims && x->scalar_type() == q.scalar_type() && same_device(*x, q),
                     "dout and out must have q's dtype, device and dimensions");
     for (int64_t i = 0; i < dims; ++i) {
@@ -418,7 +516,7 @@ void check_saved(const Tensor& dout, const Tensor& q, const Tensor& v, const Ten
                       "dout and out must have q's shape, with v's head_dim");
     }
   }
-  for (const Tensor* x : {&softmax_lse, dlse ? &*dlse : &softmax_lse}) {
+  for (const Tensor* x : {&softmax_lse, call.dlse ? &*call.dlse : &softmax_lse}) {
     const auto sizes = x->sizes();
     STD_TORCH_CHECK(
         x->dim() == dims - 1 && x->scalar_type() == ScalarType::Float && same_device(*x, q) &&
@@ -429,88 +527,46 @@ void check_saved(const Tensor& dout, const Tensor& q, const Tensor& v, const Ten
   }
 }
 
-struct BackwardCall {
-  Tensor q, k, v, out, dout, dq, dk, dv;
+struct PreparedBackward {
+  Tensor dq, dk, dv;
   BackwardParams params;
 };
 
-// Allocates the gradients of what was checked and describes the call to a kernel.
-BackwardCall prepare_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                              const Tensor& out, const Tensor& softmax_lse,
-                              const std::optional<Tensor>& dlse, const Scores& scores,
-                              const Options& options) {
-  BackwardCall call{q,
-                    k,
-                    v,
-                    out,
-                    dout,
-                    empty_contiguous_like(q),
-                    empty_contiguous_like(k),
-                    empty_contiguous_like(v),
-                    {}};
-  BackwardParams& params = call.params;
-  params.attention = describe(q, k, v, scores.window_left, scores.window_right, options);
-  params.attention.softmax_scale = static_cast<float>(scores.softmax_scale);
-  params.attention.out = out.data_ptr();
-  const auto o_strides = strides_of(out), do_strides = strides_of(dout);
+// Of a checked call: makes tensors `readable`, allocates the gradients and describes the call.
+PreparedBackward prepare_backward(BackwardCall& call, Tensor (*readable)(Tensor)) {
+  for (Tensor* x : {&call.q, &call.k, &call.v, &call.dout, &call.out}) *x = readable(std::move(*x));
+  Tensor dq = empty_contiguous_like(call.q), dk = empty_contiguous_like(call.k),
+         dv = empty_contiguous_like(call.v);
+  BackwardParams params{};
+  params.attention = describe(call);
+  params.attention.out = call.out.data_ptr();
+  const auto o_strides = strides_of(call.out), do_strides = strides_of(call.dout);
   params.attention.o_batch_stride = o_strides[0];
   params.attention.o_row_stride = o_strides[1];
   params.attention.o_head_stride = o_strides[2];
-  params.attention.softmax_lse = static_cast<float*>(softmax_lse.data_ptr());
-  params.dout = dout.data_ptr();
-  if (dlse) params.dlse = static_cast<const float*>(dlse->data_ptr());
+  params.attention.softmax_lse = static_cast<float*>(call.softmax_lse.data_ptr());
+  params.dout = call.dout.data_ptr();
+  if (call.dlse) params.dlse = static_cast<const float*>(call.dlse->data_ptr());
   params.do_batch_stride = do_strides[0];
   params.do_row_stride = do_strides[1];
   params.do_head_stride = do_strides[2];
-  params.dq = call.dq.data_ptr();
-  params.dk = call.dk.data_ptr();
-  params.dv = call.dv.data_ptr();
-  return call;
+  params.dq = dq.data_ptr();
+  params.dk = dk.data_ptr();
+  params.dv = dv.data_ptr();
+  return {std::move(dq), std::move(dk), std::move(dv), params};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd_cpu_op(
-    const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-    const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
-    double softmax_scale, int64_t window_left, int64_t window_right, int64_t block_m,
-    int64_t block_n, double softcap, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sinks, double dropout_p, const std::optional<Tensor>& rng_state,
-    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& cu_seqlens_q,
-    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k) {
+std::tuple<Tensor, Tensor, Tensor> run_backward_cpu(BackwardCall& call, int64_t block_m,
+                                                    int64_t block_n) {
   STD_TORCH_CHECK(block_m >= 1 && block_n >= 1 && block_m <= INT_MAX && block_n <= INT_MAX,
                   "block_m and block_n must be positive, got ", block_m, " and ", block_n);
-  const Options options{.softcap = softcap,
-                        .alibi_slopes = alibi_slopes,
-                        .sinks = sinks,
-                        .dropout_p = dropout_p,
-                        .rng_state = rng_state,
-                        .attn_mask = attn_mask,
-                        .cu_seqlens_q = cu_seqlens_q,
-                        .cu_seqlens_k = cu_seqlens_k,
-                        .seqused_k = seqused_k,
-                        .max_seqlen_q = max_seqlen_q,
-                        .max_seqlen_k = max_seqlen_k};
-  check_inputs(q_in, k_in, v_in, options);
-  check_saved(dout_in, q_in, v_in, out_in, softmax_lse, dlse);
-  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
-  BackwardCall call =
-      prepare_backward(last_contiguous(dout_in), last_contiguous(q_in), last_contiguous(k_in),
-                       last_contiguous(v_in), last_contiguous(out_in), softmax_lse, dlse,
-                       {softmax_scale, window_left, window_right}, options);
-  bwd_cpu(call.params, dtype_of(q_in), static_cast<int>(block_m), static_cast<int>(block_n),
+  check_inputs(call);
+  check_saved(call);
+  PreparedBackward prepared = prepare_backward(call, last_contiguous);
+  bwd_cpu(prepared.params, dtype_of(call.q), static_cast<int>(block_m), static_cast<int>(block_n),
           best_cpu_isa(), torch_parallel_for_range,
           static_cast<int>(torch::stable::get_num_threads()));
-  return {std::move(call.dq), std::move(call.dk), std::move(call.dv)};
-}
-
-// Of calls without options, whose defaults would cost each call a microsecond.
-std::tuple<Tensor, Tensor, Tensor> bwd_cpu_dense_op(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& softmax_lse, const std::optional<Tensor>& dlse, double softmax_scale,
-    int64_t window_left, int64_t window_right, int64_t block_m, int64_t block_n) {
-  const std::optional<Tensor> none;
-  return bwd_cpu_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left, window_right,
-                    block_m, block_n, 0, none, none, 0, none, none, none, none, none, 0, 0);
+  return {std::move(prepared.dq), std::move(prepared.dk), std::move(prepared.dv)};
 }
 
 #ifdef FLASHMOE_WITH_CUDA
@@ -540,7 +596,7 @@ cudaStream_t current_stream(int device) {
 }
 
 // x, or its copy where the TMA cannot fetch x.
-Tensor fetchable(const Tensor& x) {
+Tensor fetchable(Tensor x) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t last = x.dim() - 1;
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[last] == 1;
@@ -557,67 +613,43 @@ Tensor empty_workspace(int64_t bytes, const Tensor& like) {
   return empty_contiguous<1>({bytes / 4}, aoti_torch_dtype_float32(), like);
 }
 
-std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Scores& scores, int64_t handle,
-                                       const Options& options) {
-  const int device = static_cast<int>(q.get_device_index());
+std::tuple<Tensor, Tensor> run_forward(Call& call, int64_t handle) {
+  const int device = static_cast<int>(call.q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   // Of dense tensors that the TMA cannot fetch the kernel's launch finds another kernel, unless
   // there is a mask, or v has a head_dim of its own.
-  const bool packed = options.cu_seqlens_q.has_value();
-  const bool copies = packed || options.attn_mask.has_value() || head_dim_of(v) != head_dim_of(q);
-  Call call = copies ? prepare(fetchable(q), fetchable(k), fetchable(v), scores, options)
-                     : prepare(q, k, v, scores, options);
+  const bool packed = call.options.cu_seqlens_q.has_value();
+  if (packed || call.options.attn_mask || head_dim_of(call.v) != head_dim_of(call.q)) {
+    for (Tensor* x : {&call.q, &call.k, &call.v}) *x = fetchable(std::move(*x));
+  }
+  Prepared prepared = prepare(call);
   const Kernel* kernel = find_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
-  STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
-                  " takes head_dim up to ", kernel->head_dim, ", got ", call.params.head_dim);
-  const DType dtype = dtype_of(q);
+  STD_TORCH_CHECK(prepared.params.head_dim <= kernel->head_dim, "kernel ", handle,
+                  " takes head_dim up to ", kernel->head_dim, ", got ", prepared.params.head_dim);
+  const DType dtype = dtype_of(call.q);
   STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
-  if (!is_empty(call.params)) {
+  if (!is_empty(prepared.params)) {
     std::optional<Tensor> workspace;
-    if (const int64_t bytes = forward_workspace_bytes(*kernel, call.params)) {
+    if (const int64_t bytes = forward_workspace_bytes(*kernel, prepared.params, device)) {
       workspace = empty_workspace(bytes, call.q);
     }
     const cudaError_t error =
-        launch_forward(*kernel, call.params, dtype, device, current_stream(device),
+        launch_forward(*kernel, prepared.params, dtype, device, current_stream(device),
                        workspace ? workspace->data_ptr() : nullptr);
     STD_TORCH_CHECK(error == cudaSuccess,
                     "launching the forward kernel failed: ", cudaGetErrorString(error));
   } else if (packed) {
     // Rows that are in no sequence.
-    torch::stable::zero_(call.out);
-    torch::stable::fill_(call.softmax_lse, -INFINITY);
+    torch::stable::zero_(prepared.out);
+    torch::stable::fill_(prepared.softmax_lse, -INFINITY);
   }
-  return {std::move(call.out), std::move(call.softmax_lse)};
-}
-
-std::tuple<Tensor, Tensor> fwd_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       double softmax_scale, int64_t window_left,
-                                       int64_t window_right, int64_t handle,
-                                       FLASHMOE_OPTION_PARAMETERS) {
-  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle,
-                     FLASHMOE_OPTION_VALUES);
-}
-
-// Of packed batches without terms: their lengths alone.
-std::tuple<Tensor, Tensor> fwd_cuda_packed_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              double softmax_scale, int64_t window_left,
-                                              int64_t window_right, int64_t handle,
-                                              const Tensor& cu_seqlens_q,
-                                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
-                                              int64_t max_seqlen_k) {
-  const std::optional<Tensor> of_q(cu_seqlens_q), of_k(cu_seqlens_k);
-  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle,
-                     {.cu_seqlens_q = of_q,
-                      .cu_seqlens_k = of_k,
-                      .max_seqlen_q = max_seqlen_q,
-                      .max_seqlen_k = max_seqlen_k});
+  return {std::move(prepared.out), std::move(prepared.softmax_lse)};
 }
 
 // x, or its copy where cp.async cannot fetch its rows.
-Tensor with_aligned_rows(const Tensor& x) {
+Tensor with_aligned_rows(Tensor x) {
   const auto strides = x.strides();
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[x.dim() - 1] == 1;
   for (int i = 0; i < x.dim() - 1; ++i) aligned = aligned && strides[i] % 8 == 0;
@@ -626,36 +658,29 @@ Tensor with_aligned_rows(const Tensor& x) {
   return copy.data_ptr() == x.data_ptr() ? torch::stable::clone(x) : copy;
 }
 
-std::tuple<Tensor, Tensor> fwd_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                             double softmax_scale, int64_t window_left,
-                                             int64_t window_right, int64_t handle) {
-  return run_forward(q, k, v, {softmax_scale, window_left, window_right}, handle, {});
-}
-
-std::tuple<Tensor, Tensor> run_decode(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      const Scores& scores, int64_t handle, int64_t num_splits,
-                                      const Options& options) {
-  const int device = static_cast<int>(q.get_device_index());
+std::tuple<Tensor, Tensor> run_decode(Call& call, int64_t handle, int64_t num_splits) {
+  const int device = static_cast<int>(call.q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
   STD_TORCH_CHECK(num_splits >= -1, "num_splits must be -1 or more, got ", num_splits);
-  STD_TORCH_CHECK(options.dropout_p == 0, "the decode kernel has no dropout, got dropout_p ",
-                  options.dropout_p);
-  STD_TORCH_CHECK(!options.attn_mask, "the decode kernel has no attn_mask");
-  STD_TORCH_CHECK(head_dim_of(v) == head_dim_of(q), "v must have q's head_dim ", head_dim_of(q),
-                  " for the decode kernel, got ", head_dim_of(v));
-  Call call =
-      prepare(with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v), scores, options);
+  STD_TORCH_CHECK(call.options.dropout_p == 0, "the decode kernel has no dropout, got dropout_p ",
+                  call.options.dropout_p);
+  STD_TORCH_CHECK(!call.options.attn_mask, "the decode kernel has no attn_mask");
+  STD_TORCH_CHECK(head_dim_of(call.v) == head_dim_of(call.q), "v must have q's head_dim ",
+                  head_dim_of(call.q), " for the decode kernel, got ", head_dim_of(call.v));
+  for (Tensor* x : {&call.q, &call.k, &call.v}) *x = with_aligned_rows(std::move(*x));
+  Prepared prepared = prepare(call);
   const DecodeKernel* kernel = find_decode_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
-  STD_TORCH_CHECK(call.params.head_dim <= kernel->head_dim, "kernel ", handle,
-                  " takes head_dim up to ", kernel->head_dim, ", got ", call.params.head_dim);
-  const DType dtype = dtype_of(q);
+  STD_TORCH_CHECK(prepared.params.head_dim <= kernel->head_dim, "kernel ", handle,
+                  " takes head_dim up to ", kernel->head_dim, ", got ", prepared.params.head_dim);
+  const DType dtype = dtype_of(call.q);
   STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
-  if (!is_empty(call.params)) {
+  if (!is_empty(prepared.params)) {
     // Without a page, or a batch, there are no keys.
-    if (k.numel() == 0) call.params.seqlen_kv = 0;
-    const decoding::DecodeParams params = prepare_decode(*kernel, call.params, num_splits, device);
+    if (call.k.numel() == 0) prepared.params.seqlen_kv = 0;
+    const decoding::DecodeParams params =
+        prepare_decode(*kernel, prepared.params, num_splits, device);
     std::optional<Tensor> workspace;
     if (const int64_t bytes = decode_workspace_bytes(*kernel, params)) {
       workspace = empty_contiguous<1>({(bytes + 3) / 4}, aoti_torch_dtype_float32(), call.q);
@@ -665,35 +690,7 @@ std::tuple<Tensor, Tensor> run_decode(const Tensor& q, const Tensor& k, const Te
     STD_TORCH_CHECK(error == cudaSuccess,
                     "launching the decode kernel failed: ", cudaGetErrorString(error));
   }
-  return {std::move(call.out), std::move(call.softmax_lse)};
-}
-
-std::tuple<Tensor, Tensor> decode_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          double softmax_scale, int64_t window_left,
-                                          int64_t window_right, int64_t handle, int64_t num_splits,
-                                          FLASHMOE_OPTION_PARAMETERS) {
-  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits,
-                    FLASHMOE_OPTION_VALUES);
-}
-
-std::tuple<Tensor, Tensor> decode_cuda_dense_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                double softmax_scale, int64_t window_left,
-                                                int64_t window_right, int64_t handle,
-                                                int64_t num_splits) {
-  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits, {});
-}
-
-// Of a cache, or pages, without padding, batch index and terms.
-std::tuple<Tensor, Tensor> decode_cuda_cache_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window_left,
-    int64_t window_right, int64_t handle, int64_t num_splits,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& seqused_k,
-    const std::optional<Tensor>& block_table, int64_t max_seqlen_q) {
-  return run_decode(q, k, v, {softmax_scale, window_left, window_right}, handle, num_splits,
-                    {.cu_seqlens_q = cu_seqlens_q,
-                     .seqused_k = seqused_k,
-                     .block_table = block_table,
-                     .max_seqlen_q = max_seqlen_q});
+  return {std::move(prepared.out), std::move(prepared.softmax_lse)};
 }
 
 NewRows new_rows(const Tensor& x, const int* cu_seqlens) {
@@ -799,72 +796,43 @@ std::tuple<Tensor, Tensor> append_cuda_op(
   return {std::move(*rotated), std::move(lengths_out)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd_cuda_op(
-    const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-    const Tensor& out_in, const Tensor& softmax_lse, const std::optional<Tensor>& dlse,
-    double softmax_scale, int64_t window_left, int64_t window_right, int64_t handle, double softcap,
-    const std::optional<Tensor>& alibi_slopes, double dropout_p,
-    const std::optional<Tensor>& rng_state, const std::optional<Tensor>& attn_mask,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& seqused_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  const int device = static_cast<int>(q_in.get_device_index());
+std::tuple<Tensor, Tensor, Tensor> run_backward(BackwardCall& call, int64_t handle) {
+  const int device = static_cast<int>(call.q.get_device_index());
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard.emplace(device);
-  const Options options{.softcap = softcap,
-                        .alibi_slopes = alibi_slopes,
-                        .dropout_p = dropout_p,
-                        .rng_state = rng_state,
-                        .attn_mask = attn_mask,
-                        .cu_seqlens_q = cu_seqlens_q,
-                        .cu_seqlens_k = cu_seqlens_k,
-                        .seqused_k = seqused_k,
-                        .max_seqlen_q = max_seqlen_q,
-                        .max_seqlen_k = max_seqlen_k};
-  check_inputs(q_in, k_in, v_in, options);
-  STD_TORCH_CHECK(head_dim_of(v_in) == head_dim_of(q_in), "v must have q's head_dim ",
-                  head_dim_of(q_in), " for the backward kernel, got ", head_dim_of(v_in));
-  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale must be positive, got ", softmax_scale);
-  check_saved(dout_in, q_in, v_in, out_in, softmax_lse, dlse);
+  check_inputs(call);
+  const int64_t head_dim = head_dim_of(call.q);
+  STD_TORCH_CHECK(head_dim_of(call.v) == head_dim, "v must have q's head_dim ", head_dim,
+                  " for the backward kernel, got ", head_dim_of(call.v));
+  check_saved(call);
   const BackwardKernel* kernel = find_backward_kernel(handle);
   STD_TORCH_CHECK(kernel != nullptr, "kernel must be a handle, got ", handle);
-  STD_TORCH_CHECK(head_dim_of(q_in) <= kernel->tile.head_dim, "kernel ", handle,
-                  " takes head_dim up to ", kernel->tile.head_dim, ", got ", head_dim_of(q_in));
-  const DType dtype = dtype_of(q_in);
+  STD_TORCH_CHECK(head_dim <= kernel->tile.head_dim, "kernel ", handle, " takes head_dim up to ",
+                  kernel->tile.head_dim, ", got ", head_dim);
+  const DType dtype = dtype_of(call.q);
   STD_TORCH_CHECK(dtype != DType::float32, "q must be float16 or bfloat16 on a cuda device");
 
-  BackwardCall call = prepare_backward(fetchable(dout_in), fetchable(q_in), fetchable(k_in),
-                                       fetchable(v_in), fetchable(out_in), softmax_lse, dlse,
-                                       {softmax_scale, window_left, window_right}, options);
+  PreparedBackward prepared = prepare_backward(call, fetchable);
+  const AttentionParams& attention = prepared.params.attention;
   // Where either side has no rows, nothing adds to the gradients of the other.
-  if (is_empty(call.params.attention) || call.params.attention.seqlen_kv == 0) {
-    torch::stable::zero_(call.dq);
-    torch::stable::zero_(call.dk);
-    torch::stable::zero_(call.dv);
+  if (is_empty(attention) || attention.seqlen_kv == 0) {
+    torch::stable::zero_(prepared.dq);
+    torch::stable::zero_(prepared.dk);
+    torch::stable::zero_(prepared.dv);
   } else {
-    if (seqused_k) {
+    if (call.options.seqused_k) {
       // Keys that are not used have no gradient, and no block of keys.
-      torch::stable::zero_(call.dk);
-      torch::stable::zero_(call.dv);
+      torch::stable::zero_(prepared.dk);
+      torch::stable::zero_(prepared.dv);
     }
     const Tensor workspace = empty_workspace(
-        sm90_backward::workspace_bytes(kernel->tile, kernel->variant, call.params.attention),
-        call.q);
-    const cudaError_t error = launch_backward(*kernel, call.params, dtype, device,
+        sm90_backward::workspace_bytes(kernel->tile, kernel->variant, attention), call.q);
+    const cudaError_t error = launch_backward(*kernel, prepared.params, dtype, device,
                                               current_stream(device), workspace.data_ptr());
     STD_TORCH_CHECK(error == cudaSuccess,
                     "launching the backward kernel failed: ", cudaGetErrorString(error));
   }
-  return {std::move(call.dq), std::move(call.dk), std::move(call.dv)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> bwd_cuda_dense_op(const Tensor& dout, const Tensor& q,
-                                                     const Tensor& k, const Tensor& v,
-                                                     const Tensor& out, const Tensor& softmax_lse,
-                                                     const std::optional<Tensor>& dlse,
-                                                     double softmax_scale, int64_t window_left,
-                                                     int64_t window_right, int64_t handle) {
-  return bwd_cuda_op(dout, q, k, v, out, softmax_lse, dlse, softmax_scale, window_left,
-                     window_right, handle, 0, none, 0, none, none, none, none, none, 0, 0);
+  return {std::move(prepared.dq), std::move(prepared.dk), std::move(prepared.dv)};
 }
 
 #endif  // FLASHMOE_WITH_CUDA
@@ -935,28 +903,30 @@ StableIValue undefined() {
   return reinterpret_cast<StableIValue>(handle);
 }
 
-std::tuple<Tensor, Tensor> training_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            double softmax_scale, const TrainingPlan& plan) {
+std::tuple<Tensor, Tensor> training_forward(Call& call, const TrainingPlan& plan) {
 #ifdef FLASHMOE_WITH_CUDA
-  if (!is_cpu(q)) {
-    return fwd_cuda_dense_op(q, k, v, softmax_scale, plan.window_left, plan.window_right,
-                             plan.forward);
-  }
+  if (!is_cpu(call.q)) return run_forward(call, plan.forward);
 #endif
-  return fwd_cpu_dense_op(q, k, v, softmax_scale, plan.window_left, plan.window_right, plan.forward,
-                          128);
+  return run_cpu(call, plan.forward, 128);
 }
 
 // The kernel of _scaled_dot_product_fused_attention_overrideable(q, k, v, attn_bias, dropout_p,
 // is_causal, return_debug_mask, scale) -> output, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k,
 // philox_seed, philox_offset, debug_attn_mask.
 void node_forward(StableIValue* stack, uint64_t /*num_inputs*/, uint64_t /*num_outputs*/) {
-  const Tensor q = to<Tensor>(stack[0]), k = to<Tensor>(stack[1]), v = to<Tensor>(stack[2]);
+  Tensor q = to<Tensor>(stack[0]), k = to<Tensor>(stack[1]), v = to<Tensor>(stack[2]);
   to<std::optional<Tensor>>(stack[3]);
   const auto softmax_scale = to<std::optional<double>>(stack[7]);
   const TrainingPlan& plan = training_plan(to<double>(stack[4]));
   STD_TORCH_CHECK(softmax_scale, "scale must be given");
-  const auto [out, lse] = training_forward(q, k, v, *softmax_scale, plan);
+  Call call{std::move(q),
+            std::move(k),
+            std::move(v),
+            *softmax_scale,
+            plan.window_left,
+            plan.window_right,
+            {}};
+  const auto [out, lse] = training_forward(call, plan);
   stack[0] = from(out), stack[1] = from(lse);
   for (const int i : {2, 3, 6, 7, 8}) stack[i] = undefined();
   stack[4] = stack[5] = from(int64_t{0});
@@ -1069,80 +1039,52 @@ FLASHMOE_EXPORT double flashmoe_training_plan(const long long* fields, int deter
 }
 
 STABLE_TORCH_LIBRARY(flashmoe, m) {
-  m.def(
-      "fwd_cpu_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int block_m, int block_n) -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "fwd_cuda_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int kernel) -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "bwd_cuda_dense(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel) -> "
-      "(Tensor dq, Tensor dk, Tensor dv)");
-  m.def(
-      "bwd_cpu_dense(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int block_m, "
-      "int block_n) -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def(
-      "bwd_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int block_m, "
-      "int block_n, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-      "float dropout_p=0.0, Tensor? rng_state=None, Tensor? attn_mask=None, "
-      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, "
-      "int max_seqlen_q=0, int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def(
-      "fwd_cpu(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int block_m, int block_n, " FLASHMOE_OPTIONS
-      ") -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "fwd_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int kernel, " FLASHMOE_OPTIONS ") -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "decode_cuda(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int kernel, int num_splits, " FLASHMOE_OPTIONS
-      ") -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "fwd_cuda_packed(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int kernel, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
-      "int max_seqlen_k) -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "decode_cuda_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int kernel, int num_splits) -> (Tensor out, Tensor softmax_lse)");
-  m.def(
-      "decode_cuda_cache(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, int kernel, int num_splits, Tensor? cu_seqlens_q, Tensor? seqused_k, "
-      "Tensor? block_table, int max_seqlen_q) -> (Tensor out, Tensor softmax_lse)");
+  const auto forward = [&](const char* arguments) {
+    m.def((std::string(arguments) + " -> (Tensor out, Tensor softmax_lse)").c_str());
+  };
+  const auto backward = [&](const char* arguments) {
+    m.def((std::string(arguments) + " -> (Tensor dq, Tensor dk, Tensor dv)").c_str());
+  };
+  forward("fwd_cpu(" FLASHMOE_CALL ", int block_m, int block_n, " FLASHMOE_OPTIONS ")");
+  forward("fwd_cpu_dense(" FLASHMOE_CALL ", int block_m, int block_n)");
+  forward("fwd_cuda(" FLASHMOE_CALL ", int kernel, " FLASHMOE_OPTIONS ")");
+  forward("fwd_cuda_dense(" FLASHMOE_CALL ", int kernel)");
+  forward("fwd_cuda_packed(" FLASHMOE_CALL ", int kernel, " FLASHMOE_PACKED_OPTIONS ")");
+  forward("decode_cuda(" FLASHMOE_CALL ", int kernel, int num_splits, " FLASHMOE_OPTIONS ")");
+  forward("decode_cuda_dense(" FLASHMOE_CALL ", int kernel, int num_splits)");
+  forward("decode_cuda_cache(" FLASHMOE_CALL ", int kernel, int num_splits, " FLASHMOE_CACHE_OPTIONS
+          ")");
+  backward("bwd_cpu(" FLASHMOE_BACKWARD_CALL
+           ", int block_m, int block_n, " FLASHMOE_BACKWARD_OPTIONS("Tensor? sinks=None, ") ")");
+  backward("bwd_cpu_dense(" FLASHMOE_BACKWARD_CALL ", int block_m, int block_n)");
+  backward("bwd_cuda(" FLASHMOE_BACKWARD_CALL ", int kernel, " FLASHMOE_BACKWARD_OPTIONS("") ")");
+  backward("bwd_cuda_dense(" FLASHMOE_BACKWARD_CALL ", int kernel)");
   m.def(
       "append_cuda(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k_new, Tensor? cache_batch_idx, "
       "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
       "bool rotate_by_row) -> (Tensor q_rotated, Tensor seqused_k_after)");
-  m.def(
-      "bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-      "Tensor? dlse, float softmax_scale, int window_left, int window_right, int kernel, "
-      "float softcap=0.0, Tensor? alibi_slopes=None, float dropout_p=0.0, "
-      "Tensor? rng_state=None, Tensor? attn_mask=None, Tensor? cu_seqlens_q=None, "
-      "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, int max_seqlen_q=0, "
-      "int max_seqlen_k=0) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CPU, m) {
-  m.impl("fwd_cpu", TORCH_BOX(&flashmoe::fwd_cpu_op));
-  m.impl("fwd_cpu_dense", TORCH_BOX(&flashmoe::fwd_cpu_dense_op));
-  m.impl("bwd_cpu", TORCH_BOX(&flashmoe::bwd_cpu_op));
-  m.impl("bwd_cpu_dense", TORCH_BOX(&flashmoe::bwd_cpu_dense_op));
+  using namespace flashmoe;
+  m.impl("fwd_cpu", boxed<run_cpu, all_options>);
+  m.impl("fwd_cpu_dense", boxed<run_cpu>);
+  m.impl("bwd_cpu", boxed<run_backward_cpu, backward_options<true>>);
+  m.impl("bwd_cpu_dense", boxed<run_backward_cpu>);
 }
 
 #ifdef FLASHMOE_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flashmoe, CUDA, m) {
-  m.impl("fwd_cuda", TORCH_BOX(&flashmoe::fwd_cuda_op));
-  m.impl("fwd_cuda_dense", TORCH_BOX(&flashmoe::fwd_cuda_dense_op));
-  m.impl("bwd_cuda_dense", TORCH_BOX(&flashmoe::bwd_cuda_dense_op));
-  m.impl("decode_cuda", TORCH_BOX(&flashmoe::decode_cuda_op));
-  m.impl("fwd_cuda_packed", TORCH_BOX(&flashmoe::fwd_cuda_packed_op));
-  m.impl("decode_cuda_dense", TORCH_BOX(&flashmoe::decode_cuda_dense_op));
-  m.impl("decode_cuda_cache", TORCH_BOX(&flashmoe::decode_cuda_cache_op));
-  m.impl("append_cuda", TORCH_BOX(&flashmoe::append_cuda_op));
-  m.impl("bwd_cuda", TORCH_BOX(&flashmoe::bwd_cuda_op));
+  using namespace flashmoe;
+  m.impl("fwd_cuda", boxed<run_forward, all_options>);
+  m.impl("fwd_cuda_dense", boxed<run_forward>);
+  m.impl("bwd_cuda_dense", boxed<run_backward>);
+  m.impl("decode_cuda", boxed<run_decode, all_options>);
+  m.impl("fwd_cuda_packed", boxed<run_forward, packed_options>);
+  m.impl("decode_cuda_dense", boxed<run_decode>);
+  m.impl("decode_cuda_cache", boxed<run_decode, cache_options>);
+  m.impl("append_cuda", TORCH_BOX(&append_cuda_op));
+  m.impl("bwd_cuda", boxed<run_backward, backward_options<false>>);
 }
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -9,8 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from flashmoe.backends import sdpa
-from flashmoe.backends.sdpa import torch_sdpa
+from flashmoe.backends.sdpa import is_slower_under, torch_sdpa
 from flashmoe.frontend import flops  # noqa: F401 - registers what torch's counter reads
 from flashmoe.frontend.attend import (
     PLAIN,
@@ -69,9 +69,9 @@ def scaled_dot_product_attention(
     (batch, heads_q, seqlen_q, seqlen_kv): bool, True where a query sees a key, or added to scores.
     A row that sees no key is 0, where torch's kernels differ: 0 or NaN.
 
-    What our kernels do not compute goes to torch's own: an attn_mask on a GPU (until ours have run
-    on one with masks: flashmoe.backends.sdpa.MASKS_ON_GPUS), beside is_causal (an
-    error there), or of a dtype that is neither bool nor float32 nor query's, a scale that
+    Under an attn_mask on a GPU ours run where they are faster: boolean ones of many scores, on
+    Hopper. What our kernels do not compute goes to torch's own, too: an attn_mask beside is_causal
+    (an error there), or of a dtype that is neither bool nor float32 nor query's, a scale that
     flash_attn_func refuses, other ranks, dtypes and head dimensions, value's head_dim differing
     from query's, a causal query longer than its keys, subclasses of Tensor (nested, distributed,
     fake), and what runs under torch.func's transforms, forward-mode AD, make_fx or torch.jit.trace.
@@ -145,11 +145,10 @@ def _is_our_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool)
         return False
     if attn_mask.is_nested or attn_mask.layout != torch.strided or attn_mask.dim() > 4:
         return False
-    if query.is_cuda and not sdpa.MASKS_ON_GPUS:
-        return False
     full = (*query.shape[:3], key.shape[2])
     return (
-        attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
+        is_slower_under(attn_mask, math.prod(full))
+        and attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
         and attn_mask.device == query.device
         and all(n in (1, m) for n, m in zip(attn_mask.shape[::-1], full[::-1], strict=False))
     )

@@ -1,4 +1,5 @@
-"""Without a GPU, Triton's kernels run in its interpreter: it must be chosen before Triton loads."""
+"""What must be chosen before torch and Triton load: how many threads work, and without a GPU
+Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,6 +7,13 @@ import os
 import zlib
 
 import pytest
+
+# pytest-xdist's workers share the cores, and so do processes that they start. Threads of torch that
+# find no core free wait for one another, busily, and take several times as long as one thread.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max((os.cpu_count() or 1) // int(workers), 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 import torch
 
 if not torch.cuda.is_available():

@@ -301,6 +301,12 @@ def used_rows(call: Call) -> tuple[Tensor, Tensor]:
     return used_q, used_k
 
 
+def _known_lse(lse: Tensor) -> Tensor:
+    """Hopper's kernel adds no mask's value below about -1e38, whatever the scale: of rows that see
+    none but such, softmax_lse is some very low number."""
+    return torch.where(lse.isfinite(), lse.clamp(min=-1e36), lse)
+
+
 def assert_forward_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Mask = FULL) -> None:
     """tests/support.py's rule for any call: at most twice the error of the same-dtype computation,
     plus rounding: of the result, and in float32, which is all that kernels compute scores in, of
@@ -312,7 +318,8 @@ def assert_forward_matches(out: Tensor, lse: Tensor | None, call: Call, mask: Ma
     if lse is not None:
         assert lse.shape == expected_lse.shape
         assert lse.dtype == torch.float32
-        torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
+        found, wanted = map(_known_lse, (lse.double(), expected_lse))
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-5)
     assert not out[expected == 0].any()
     error = _largest(out.double() - expected)
     tried = [sequences_reference(_shuffled(call, x), mask, out.dtype)[0] for x in _orders(call)]

@@ -264,3 +264,52 @@ def test_a_planted_violation_is_found(tree: Path, file: str, line: str, message:
     found = import_violations(tree) + include_violations(tree)
     assert len(found) == 1
     assert message in found[0]
+
+
+# Whose parameters a call's fields are, one by one: Triton's compiler and torch's dispatcher know no
+# structs, and the reference is called with loose tensors. Everybody else has them in one piece.
+TAKE_SOFTMAX_SCALE = {
+    "flashmoe/backends/triton_bwd.py: _backward_dkdv_kernel",
+    "flashmoe/backends/triton_bwd.py: _backward_dq_kernel",
+    "flashmoe/frontend/ops.py: a schema",
+    "flashmoe/measure/reference.py: attention_reference",
+    "csrc/torch_ops.cpp: a schema",
+}
+
+
+def softmax_scale_takers(root: Path) -> Iterator[str]:
+    """The functions with that parameter, and the texts of schemas, but for users' functions and
+    those that have flash-attn's names."""
+    for path in (path for _, path in modules(root)):
+        name = path.relative_to(root).as_posix()
+        if name.startswith("flashmoe/integrations/flash_attn/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Constant) and "float softmax_scale" in str(node.value):
+                yield f"{name}: a schema"
+            if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+                function = getattr(node, "name", "lambda")
+                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if any(x.arg == "softmax_scale" for x in arguments) and not function.startswith(
+                    "flash_attn_"
+                ):
+                    yield f"{name}: {function}"
+    for path in sorted((root / "csrc").rglob("*.[ch]*")):
+        for line in path.read_text().splitlines():
+            if re.search(r"\b(float|double)&? softmax_scale\b(?!;)", line):
+                kind = "a schema" if '"' in line else line.strip()
+                yield f"{path.relative_to(root).as_posix()}: {kind}"
+
+
+def test_what_a_call_carries_travels_in_one_piece(tmp_path: Path) -> None:
+    assert sorted(softmax_scale_takers(ROOT)) == sorted(TAKE_SOFTMAX_SCALE)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cpp").write_text(
+        "void f(int a,\n       double softmax_scale, int b);\n"
+    )
+    (tmp_path / "flashmoe").mkdir()
+    (tmp_path / "flashmoe" / "a.py").write_text("def f(q, *, softmax_scale=1.0): ...\n")
+    assert list(softmax_scale_takers(tmp_path)) == [
+        "flashmoe/a.py: f",
+        "csrc/a.cpp: double softmax_scale, int b);",
+    ]

@@ -58,6 +58,21 @@ def test_forward_matches_reference(backend, dtype, causal, seqlen_q, seqlen_kv, 
     assert_matches_reference(out, lse, q, k, v, causal=causal)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="threads are the cpu backend's")
+def test_any_number_of_threads_gives_the_same_bits():
+    q, k, v = (torch.randn(2, n, heads, 40) for n, heads in ((130, 4), (257, 2), (257, 2)))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            found.append(flash_attn_func(q, k, v, causal=True, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_matches_reference(found[0], None, q, k, v, causal=True)
+    assert all(torch.equal(out, found[0]) for out in found[1:])
+
+
 # On a GPU every float32 shape compiles a Triton kernel of its own.
 @settings(max_examples=60 if DEVICE.type == "cpu" else 20, deadline=None)
 @given(data=st.data())

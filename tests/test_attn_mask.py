@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,11 @@ from random_calls import attn_masks, backends_for
 from support import DEVICE
 
 import flashmoe
-from flashmoe import api, flash_attn_func
+from flashmoe import flash_attn_func
 from flashmoe.backends import BACKENDS, sdpa
 from flashmoe.backends.sdpa import torch_sdpa
 from flashmoe.frontend import ops
+from flashmoe.machine.device import arch
 from flashmoe.measure.reference import attention_reference
 from flashmoe.spec.call import Call, Terms
 from flashmoe.spec.mask import CAUSAL, FULL, Mask
@@ -330,14 +332,22 @@ def test_patched_sdpa_runs_masks():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("ours", [False, True])
-def test_masks_on_gpus_are_ours_when_the_switch_says_so(ours, monkeypatch):
-    monkeypatch.setattr(sdpa, "MASKS_ON_GPUS", ours)
-    mask = torch.ones(5, 7, dtype=torch.bool)
-    on_gpu = SimpleNamespace(
-        is_cuda=True, shape=(2, 4, 5, 16), dtype=torch.bfloat16, device=mask.device
-    )
-    key = SimpleNamespace(shape=(2, 2, 7, 16))
-    assert api._is_our_mask(mask, on_gpu, key, False) is ours
-    on_cpu = SimpleNamespace(**{**vars(on_gpu), "is_cuda": False})
-    assert api._is_our_mask(mask, on_cpu, key, False)
+@pytest.mark.parametrize(
+    ("dtype", "scores", "capability", "why_no_compiler", "ours"),
+    [
+        (torch.bool, 1 << 26, (9, 0), "", True),
+        (torch.bool, (1 << 26) - 1, (9, 0), "", False),
+        (torch.bool, 1 << 26, (8, 0), "", False),
+        (torch.bool, 1 << 26, (9, 0), "none", False),
+        (torch.bfloat16, 1 << 26, (9, 0), "", False),
+    ],
+)
+def test_masks_on_a_gpu_are_ours_where_that_is_faster(
+    dtype, scores, capability, why_no_compiler, ours, monkeypatch
+):
+    here = replace(arch(torch.device("cpu")), capability=capability)
+    monkeypatch.setattr(sdpa, "arch", lambda device: here)
+    monkeypatch.setattr(sdpa.jit, "unavailable", lambda: why_no_compiler)
+    mask = SimpleNamespace(is_cuda=True, dtype=dtype, device=None)
+    assert sdpa.is_slower_under(mask, scores) is ours
+    assert sdpa.is_slower_under(torch.ones(1, dtype=dtype), scores)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe.autotune import __main__ as tuner
 from flashmoe.machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,14 +58,28 @@ def test_attention_needs_nothing_of_the_tools() -> None:
     assert done.stdout == "torch.Size([1, 2, 33, 40])\n", done.stderr
 
 
-@pytest.mark.parametrize("module", environment.TOOL_PACKAGES)
-def test_the_tuner_names_the_packages_that_are_missing(module: str) -> None:
-    code = f"import runpy, sys\nsys.modules[{module!r}] = None\n"
+def test_the_tuner_names_the_packages_that_are_missing() -> None:
+    """All of them: it asks for them before it imports any."""
+    code = f"import runpy, sys\nsys.modules.update(dict.fromkeys({[*environment.TOOL_PACKAGES]}))\n"
     done = python(f"{code}runpy.run_module('flashmoe.autotune', run_name='__main__')")
     assert (done.returncode, done.stdout) == (2, "")
-    package = environment.TOOL_PACKAGES[module]
+    names = [*environment.TOOL_PACKAGES.values()]
     (line,) = done.stderr.splitlines()
-    assert line == (f"flashmoe.autotune: error: not installed: {package}; pip install {package}")
+    missing = f"not installed: {', '.join(names)}; pip install {' '.join(names)}"
+    assert line == f"flashmoe.autotune: error: {missing}"
+
+
+@pytest.mark.parametrize("module", environment.TOOL_PACKAGES)
+def test_the_tuner_names_a_package_that_is_missing(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert tuner.main() == tuner.BAD_USAGE == 2
+    package = environment.TOOL_PACKAGES[module]
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert told.out == ""
+    assert line == f"flashmoe.autotune: error: not installed: {package}; pip install {package}"
 
 
 def test_the_extra_brings_what_the_tools_need() -> None:

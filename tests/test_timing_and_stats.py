@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmoe.measure import timing
 from flashmoe.measure.instruction_cache import INSTRUCTIONS, ptx
 from flashmoe.measure.stats import (
     Interval,
@@ -77,6 +78,19 @@ def test_limits():
     measured = measure_limits(CPU, torch.float32, rounds=2)
     assert measured.matmul_flops > 0
     assert measured.copy_bytes > 0
+
+
+def test_limits_of_a_cpu_are_those_of_float32(monkeypatch):
+    """Most have no 16-bit matrix units."""
+    dtypes = []
+
+    def matmul_once(candidates, *_, **__):
+        dtypes.append(candidates["matmul"]().dtype)
+        return dict.fromkeys(candidates, Measurement("ok", (1.0,)))
+
+    monkeypatch.setattr(timing, "measure", matmul_once)
+    measure_limits(CPU, torch.bfloat16, rounds=1)
+    assert dtypes == [torch.float32]
 
 
 times = st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=40)

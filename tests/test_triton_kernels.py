@@ -131,7 +131,7 @@ def test_head_dims(head_dim: int) -> None:
 @pytest.mark.parametrize(
     "window", [(7, 0), (0, 0), (40, 0), (3, 9), (29, 18), (21, -1), (-1, 6)], ids=str
 )
-@pytest.mark.parametrize("seqlens", [(96, 96), (50, 83), (75, 40)])
+@pytest.mark.parametrize("seqlens", [(64, 64), (34, 67), (61, 26)])
 def test_windows(window: tuple[int, int], seqlens: tuple[int, int]) -> None:
     """Narrower than a tile or as wide as several, of one side or both; in the last problem many
     rows see nothing, in the second no row sees the first keys."""
@@ -142,7 +142,7 @@ def test_windows(window: tuple[int, int], seqlens: tuple[int, int]) -> None:
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_windows_and_tiles(tile: tuple[int, int], use_tma: bool) -> None:
     check(
-        2, 3, 1, 90, 101, 24, torch.float16, Mask(45, 13), tile=tile, use_tma=use_tma, order=4
+        2, 2, 1, 70, 75, 24, torch.float16, Mask(45, 13), tile=tile, use_tma=use_tma, order=4
     )  # fmt: skip
 
 

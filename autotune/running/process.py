@@ -173,7 +173,10 @@ def _has_fd(stream: Any) -> bool:
 
 def _main(connection_fd: int, shared_fd: int) -> None:
     connection = Connection(connection_fd)
-    parent, path, nice, target, arguments = connection.recv()
+    try:
+        parent, path, nice, target, arguments = connection.recv()
+    except EOFError:
+        return  # interrupted when it had only just started this process
     _die_with(parent)
     # The terminal's Ctrl-C is the parent's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

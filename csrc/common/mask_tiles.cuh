@@ -29,6 +29,8 @@ struct MaskSmem {
 constexpr int SEEN = 1;
 constexpr int PARTIAL = 2;  // not all rows see all of it, unchanged
 constexpr int LOWEST = 4;   // of what is seen all values are the lowest
+constexpr int ADDED = 8;    // as ListedTile::ADDED
+constexpr int UNKNOWN = -1;
 
 // Writes the bits of a tile for one list, whose first row is `m_start`: by one warp. `Element` is
 // what the mask's elements take.
@@ -106,6 +108,76 @@ __device__ __forceinline__ int look_at_tile(const MaskTilesParams& params, long 
   return SEEN + is_partial * PARTIAL + !__any_sync(0xffffffff, any_other) * LOWEST;
 }
 
+// Whether all rows of a block see all columns of a tile but for what the mask hides.
+__device__ __forceinline__ bool is_inside(const MaskTilesParams& params, int m_start, int tile) {
+  const int begin = tile * params.block_n, end = begin + params.block_n;
+  const int m_end = m_start + params.block_m;
+  if (end > params.num_columns || m_end > params.num_rows) return false;
+  const KeyRange first =
+      visible(params.window, m_start, m_start + 1, params.num_rows, params.num_columns);
+  const KeyRange last =
+      visible(params.window, m_end - 1, m_end, params.num_rows, params.num_columns);
+  return max(first.begin, last.begin) <= begin && min(first.end, last.end) >= end;
+}
+
+// What look_at_tile says of a tile that lies in memory as lines of vectors, if that is the same for
+// all of its elements; otherwise UNKNOWN. By one warp.
+template <typename Element>
+__device__ __forceinline__ int scan_tile(const MaskTilesParams& params, long long first,
+                                         int m_start, int tile, const MaskSmem& smem) {
+  constexpr int AT_ONCE = 4, WIDTH = 16 / sizeof(Element);
+  constexpr unsigned MAGNITUDE = sizeof(Element) == 2 ? 0x7fff7fff : 0x7fffffff;
+  const AttnMask& mask = params.attn_mask;
+  const int lane = threadIdx.x % 32, n_vectors = params.vectors.divisor;
+  const Element* const data = static_cast<const Element*>(mask.data) + first +
+                              m_start * mask.row_stride +
+                              static_cast<long long>(tile) * params.block_n * mask.key_stride;
+  const unsigned pattern = *reinterpret_cast<const unsigned*>(data);  // of the first elements
+  unsigned differs = 0, largest = 0;
+  const int count = params.lines * n_vectors;
+#pragma unroll 1
+  for (int begin = lane; begin < count; begin += 32 * AT_ONCE) {
+    int4 x[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int index = min(begin + 32 * i, count - 1);
+      const int line = params.vectors.divide(index);
+      x[i] = *reinterpret_cast<const int4*>(data + line * params.line_stride +
+                                            (index - line * n_vectors) * WIDTH);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const unsigned words[4] = {unsigned(x[i].x), unsigned(x[i].y), unsigned(x[i].z),
+                                 unsigned(x[i].w)};
+#pragma unroll
+      for (unsigned word : words) {
+        differs |= word ^ pattern;
+        if constexpr (sizeof(Element) == 2) largest = __vmaxu2(largest, word & MAGNITUDE);
+        if constexpr (sizeof(Element) == 4) largest = max(largest, word & MAGNITUDE);
+      }
+    }
+  }
+  const bool is_one = !__any_sync(0xffffffff, differs != 0) &&
+                      (sizeof(Element) == 4 || pattern == (pattern >> 16 | pattern << 16)) &&
+                      (sizeof(Element) != 1 || (pattern & 0xff) == (pattern >> 8 & 0xff));
+  if (is_one) {
+    const float value = mask_value(mask.kind, static_cast<Element>(pattern));
+    if (value == -INFINITY || (params.rows_are_keys && value <= LOWEST_VALUES)) return 0;
+  } else if (sizeof(Element) == 1) {
+    return UNKNOWN;
+  }
+  largest = __reduce_max_sync(0xffffffff, max(largest & (sizeof(Element) == 2 ? 0xffff : ~0u),
+                                              sizeof(Element) == 2 ? largest >> 16 : 0));
+  const bool is_zero = sizeof(Element) == 1 || largest == 0;
+  // Finite and not the lowest.
+  const float magnitude = mask_value(mask.kind, static_cast<Element>(largest));
+  if (!is_zero && !(params.adds && magnitude < -LOWEST_VALUES)) return UNKNOWN;
+  for (int row = lane; row < params.out.rows; row += 32) {
+    ptx::st_shared_b32(smem.rows + 8 * row + 4, 1);
+  }
+  return is_zero ? SEEN : SEEN + ADDED;
+}
+
 template <typename Element>
 __device__ __forceinline__ void list_tiles_of(const MaskTilesParams& params) {
   extern __shared__ __align__(1024) unsigned char smem_raw[];
@@ -140,8 +212,14 @@ __device__ __forceinline__ void list_tiles_of(const MaskTilesParams& params) {
     const int tile = base + warp;
     int kind = 0;
     if (tile < end) {
-      kind = look_at_tile<Element>(params, first, m_start, tile,
-                                   out.bits + (first_entry + tile) * bits_of_tile, smem);
+      kind = UNKNOWN;
+      if (params.lines > 0 && is_inside(params, m_start, tile)) {
+        kind = scan_tile<Element>(params, first, m_start, tile, smem);
+      }
+      if (kind == UNKNOWN) {
+        kind = look_at_tile<Element>(params, first, m_start, tile,
+                                     out.bits + (first_entry + tile) * bits_of_tile, smem);
+      }
     }
     if (threadIdx.x % 32 == 0) {
       ptx::st_shared_b32(smem.kinds + 4 * warp, kind);
@@ -154,7 +232,8 @@ __device__ __forceinline__ void list_tiles_of(const MaskTilesParams& params) {
         if (found == 0) continue;
         // Marked by its sign, for as long as it is not known whether it stays.
         const int mark = found & LOWEST ? 1 << 31 : 0;
-        entries[++count] = mark | (base + w) * 2 | (found & PARTIAL ? 1 : 0);
+        entries[++count] = mark | (base + w) << 2 | (found & PARTIAL ? ListedTile::PARTIAL : 0) |
+                           (found & ADDED ? ListedTile::ADDED : 0);
         count_lowest += mark != 0;
       }
     }

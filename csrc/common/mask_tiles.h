@@ -3,17 +3,31 @@
 // there rows are keys. Plain C++, no std headers: NVRTC has none.
 #pragma once
 
+#include "common/fast_divisor.h"
 #include "common/mask.h"
 #include "common/terms.h"
 
 namespace flashmoe {
 
+// What a list has of a tile of columns: which, and how rows see it.
+struct ListedTile {
+  // All of it, with nothing added; or not all see all; or all of it, with finite values added that
+  // lie in memory as vectors of 16 bytes.
+  enum Kind { WHOLE = 0, PARTIAL = 1, ADDED = 2 };
+  int entry = 0;
+
+  constexpr int tile() const { return entry >> 2; }
+  constexpr bool is_whole() const { return (entry & 3) == WHOLE; }
+  constexpr bool is_partial() const { return entry & PARTIAL; }
+  constexpr bool is_added() const { return entry & ADDED; }
+};
+
 // In device memory. Blocks of rows whose mask is the same share a list.
 struct MaskTiles {
-  // [list][1 + room]: how many tiles of columns some row sees, then these in rising order:
-  // tile << 1, and 1 where not all rows see all of its columns with nothing added to them.
+  // [list][1 + room]: how many tiles of columns some row sees, then these in rising order, as
+  // ListedTile says.
   int* lists;
-  // [list][room][rows][4][words], of tiles of the second kind: for a thread of a quad, which holds
+  // [list][room][rows][4][words], of partial tiles: for a thread of a quad, which holds
   // columns 8 * n + 2 * thread + i of a row, bit 2 * n + i says whether the row sees that column.
   // The window and the ends of rows and columns are in there, too.
   unsigned* bits;
@@ -36,6 +50,13 @@ struct MaskTilesParams {
   int block_m, block_n;      // rows, at most 256, and columns of a tile
   int heads, blocks, lists;  // how many lists there are of a batch, of a head, and of all
   bool rows_are_keys;
+  // Where tiles are lines of vectors of 16 bytes in memory: how many of them a line has, how far
+  // apart lines are, and whether they are rows. Otherwise lines is 0.
+  int lines;
+  FastDivisor vectors;
+  long long line_stride;
+  bool lines_are_rows;
+  bool adds;  // whether tiles may be ADDED
   MaskTiles out;
 };
 

@@ -16,7 +16,7 @@ struct alignas(16) PackedBlock {
 };
 
 // In device memory. Each sequence's blocks stand together, from its first row on, and longer
-// sequences come first.
+// sequences come first. All null where nothing is listed.
 struct Schedule {
   PackedBlock* sequences;       // [batch], scratch
   PackedBlock *queries, *keys;  // keys: null where they are not listed

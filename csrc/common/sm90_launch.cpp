@@ -88,20 +88,16 @@ const Device& device_properties(int device) {
     Device& d = devices[device & 63];
     cudaDeviceGetAttribute(&d.sm_count, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&d.l2_bytes, cudaDevAttrL2CacheSize, device);
+    cudaDeviceGetAttribute(&d.smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   });
   return devices[device & 63];
 }
 
-namespace {
-
-// How many blocks a packed batch has at most.
 long long packed_blocks(int total, int batch, int max_seqlen, int block) {
   if (block == 0) return 0;
   const long long by_rows = total / block + std::min(batch, total);
   return std::min(by_rows, static_cast<long long>(batch) * ((max_seqlen + block - 1) / block));
 }
-
-}  // namespace
 
 Schedule plan_schedule(const AttentionParams& p, int block_queries, int block_keys, void* memory) {
   const Sequences& s = p.sequences;
@@ -149,6 +145,27 @@ MaskSizes mask_sizes(const MaskTilesParams& x, bool has_seen) {
           has_seen ? rounded_up(tiles, 16) : 0};
 }
 
+void describe_lines(const AttentionParams& p, MaskTilesParams& x) {
+  const AttnMask& mask = x.attn_mask;
+  const int size = mask.is_boolean() ? 1 : mask.kind == AttnMask::Kind::float32 ? 4 : 2;
+  x.lines_are_rows = mask.key_stride == 1;
+  x.line_stride = x.lines_are_rows ? mask.row_stride : mask.key_stride;
+  const long long strides = x.line_stride | mask.batch_stride | mask.head_stride;
+  const bool is_aligned =
+      (reinterpret_cast<unsigned long long>(mask.data) | strides * size) % 16 == 0;
+  const int length = x.lines_are_rows ? x.block_n : x.block_m;
+  if (mask.row_stride * mask.key_stride != x.line_stride || x.line_stride == 0 || !is_aligned ||
+      length * size % 16 != 0) {
+    return;
+  }
+  x.lines = x.lines_are_rows ? x.block_m : x.block_n;
+  x.vectors = FastDivisor::of(length * size / 16);
+  // Not where a value in units of scores might be infinite, nor where vectors would not help.
+  const float scale = p.terms.softcap > 0 ? p.terms.softcap : p.softmax_scale;
+  x.adds = (size == 2 || (size == 4 && !x.rows_are_keys)) && x.lines_are_rows != x.rows_are_keys &&
+           scale > 1e-6f;
+}
+
 MaskTilesParams describe_mask_tiles(const AttentionParams& p, int block_queries, int block_keys,
                                     bool of_keys) {
   MaskTilesParams x{};
@@ -165,6 +182,7 @@ MaskTilesParams describe_mask_tiles(const AttentionParams& p, int block_queries,
   // What is past the end may pass for what is not where rows are queries, not where they are keys.
   const bool rows_alike = !of_keys && x.attn_mask.row_stride == 0 && x.window.is_full();
   const bool columns_alike = of_keys && x.attn_mask.key_stride == 0 && x.window.is_full();
+  describe_lines(p, x);
   const int batches = x.attn_mask.batch_stride == 0 ? 1 : p.batch;
   x.heads = x.attn_mask.head_stride == 0 ? 1 : p.heads_q;
   x.blocks = rows_alike ? 1 : (x.num_rows + x.block_m - 1) / x.block_m;

@@ -83,9 +83,12 @@ bool encode(ptx::TensorMap* map, const TensorView& x, int box_rows, DType dtype)
 bool encode_rows(ptx::TensorMap* map, const float* data, int columns, long long rows);
 
 struct Device {
-  int sm_count = 0, l2_bytes = 0;
+  int sm_count = 0, l2_bytes = 0, smem_per_sm = 0;
 };
 const Device& device_properties(int device);
+
+// How many blocks of rows the sequences of a packed tensor have at most; 0 of blocks of 0 rows.
+long long packed_blocks(int total, int batch, int max_seqlen, int block);
 
 // A Schedule of p's packed batch in `memory`, by blocks of so many queries and keys (0: these are
 // not listed); and the bytes that it takes there, a multiple of 16.

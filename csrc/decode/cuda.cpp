@@ -23,10 +23,9 @@ unsigned long long next_tag() {
 
 // Thread blocks of a kernel that run at a time.
 int slots_of(const DecodeKernel& kernel, int device) {
-  int smem_per_sm = 0;
-  cudaDeviceGetAttribute(&smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  const int fitting = smem_per_sm / (kernel.smem_bytes + 1024);
-  return sm90::device_properties(device).sm_count * std::clamp(fitting, 1, kernel.ctas_per_sm);
+  const sm90::Device& here = sm90::device_properties(device);
+  const int fitting = here.smem_per_sm / (kernel.smem_bytes + 1024);
+  return here.sm_count * std::clamp(fitting, 1, kernel.ctas_per_sm);
 }
 
 }  // namespace

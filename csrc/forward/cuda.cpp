@@ -43,8 +43,8 @@ long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, 
   return loaded_kernels.add(kernel, compiled_kernels().size());
 }
 
-long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params) {
-  return kernel.launch != nullptr ? 0 : sm90::workspace_bytes(kernel.tile, params);
+long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params, int device) {
+  return kernel.launch != nullptr ? 0 : sm90::workspace_bytes(kernel.tile, params, device);
 }
 
 cudaError_t launch_forward(const Kernel& kernel, const AttentionParams& params, DType dtype,

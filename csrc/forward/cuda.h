@@ -35,8 +35,8 @@ const Kernel* find_kernel(long long handle);
 // when the CUDA runtime cannot load it.
 long long load_kernel(const void* cubin, const Sm90Tile& tile, Variant variant, DType dtype);
 
-// Bytes of device memory that a launch needs besides its tensors: for a packed batch.
-long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params);
+// Bytes of device memory that a launch needs besides its tensors: for a packed batch, or a mask.
+long long forward_workspace_bytes(const Kernel& kernel, const AttentionParams& params, int device);
 
 // Launches `kernel`, or the default sm80 kernel where the TMA cannot fetch the tensors, unless they
 // are packed, or head_dim_v is not head_dim: cudaErrorNotSupported. Needs batch, heads_q and

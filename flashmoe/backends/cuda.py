@@ -166,7 +166,7 @@ class CudaBackend(Backend):
         handle = self.handle(problem, tile)
         assert tile is not None, "handle has one"
         _, variant = _kernel_of(tile.kernel, problem)
-        left, right = problem.mask.left, problem.mask.right
+        left, right, has_terms = problem.mask.left, problem.mask.right, bool(problem.terms)
 
         def run(call: Call) -> tuple[Tensor, Tensor]:
             result: tuple[Tensor, Tensor] = _fwd_dense(*call[:4], left, right, handle)
@@ -178,16 +178,17 @@ class CudaBackend(Backend):
 
         def run_packed(call: Call) -> tuple[Tensor, Tensor]:
             q, k, v, scale, terms, s = call
+            ends_q, ends_k, used, _, _, _, longest_q, longest_k = s
             result: tuple[Tensor, Tensor]
-            if s.seqused_k is None and not problem.terms:
-                ends = s.cu_seqlens_q, s.cu_seqlens_k
-                longest = s.max_seqlen_q, s.max_seqlen_k
-                result = _fwd_packed(q, k, v, scale, left, right, handle, *ends, *longest)
-            else:
+            if has_terms or used is not None:
                 result = _fwd(q, k, v, scale, left, right, handle, *terms, *s)
+            else:
+                result = _fwd_packed(
+                    q, k, v, scale, left, right, handle, ends_q, ends_k, longest_q, longest_k
+                )
             return result
 
-        chosen = run_with_terms if problem.terms else run
+        chosen = run_with_terms if has_terms else run
         if problem.layout == "packed":
             chosen = run_packed
         is_padded = problem.head_dim_v is not None and not variant.head_dim_v

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flashmoe.backends import jit
 from flashmoe.backends.base import (
     Backend,
     Features,
@@ -26,10 +27,9 @@ from flashmoe.spec.mask import causal_if
 from flashmoe.spec.problem import Problem
 from flashmoe.tiles import Tile
 
-# Whether scaled_dot_product_attention and transformers give masks on a GPU to our kernels, which
-# have not run on one with masks (flash_attn_func does so in any case). False: torch's kernels
-# compute them. True once tests/gpu/test_gpu_masks.py has passed on a GPU.
-MASKS_ON_GPUS = False
+# From so many scores on Hopper's kernels are faster than torch's under a boolean mask, up to 3.7
+# times; under one that is added they take 1.1 to 3.3 times as long (docs/attention.md).
+_MASKED_SCORES = 1 << 26
 
 # Not by torch.nn.functional, whose name users give to our own function.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -38,6 +38,16 @@ torch_sdpa = torch._C._nn.scaled_dot_product_attention
 _MAX_GRID_YZ = 65535
 # Its CUDA kernels read so many bytes at a time.
 _READ_BYTES = 16
+
+
+def is_slower_under(attn_mask: Tensor, scores: int) -> bool:
+    """Whether torch's kernels are slower than ours where attn_mask is given for so many scores."""
+    return not attn_mask.is_cuda or (
+        attn_mask.dtype == torch.bool
+        and scores >= _MASKED_SCORES
+        and arch(attn_mask.device).capability[0] == 9
+        and not jit.unavailable()
+    )
 
 
 class SdpaBackend(Backend):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch.autograd import forward_ad
 from flashmoe.backends.base import Run
 from flashmoe.backends.padding import cut, padded
 from flashmoe.backends.sdpa import attend_by_sdpa
-from flashmoe.frontend import ops
+from flashmoe.frontend import ops, repeated
 from flashmoe.frontend.eager import EagerAttention, PlainAttention
 from flashmoe.frontend.gradients import Training, refuse_gradients
 from flashmoe.frontend.lengths import check_lengths
 from flashmoe.frontend.node import attention_under_node
 from flashmoe.frontend.probabilities import signed_weights
-from flashmoe.frontend.validation import mask_of, validate, validate_tensors
+from flashmoe.frontend.validation import Asked, mask_of, validate, validate_tensors
 from flashmoe.machine.environment import variable
 from flashmoe.planning.plan import planned
 from flashmoe.spec import shapes
@@ -26,7 +26,6 @@ from flashmoe.spec.call import DENSE, NO_TERMS, Call, Sequences, Terms
 from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import Problem
 from flashmoe.spec.terms import as_kernels_take
-from flashmoe.tiles import Tile
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor | None]
 _Call = Callable[[Tensor, Tensor, Tensor, Terms, Sequences], Result]
@@ -48,19 +47,6 @@ functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-class Asked(NamedTuple):
-    """The arguments of a call beside its tensors, as users give them."""
-
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int | None, int | None] = (-1, -1)
-    deterministic: bool = False
-    return_lse: bool = False
-    backend: str | None = None
-    tile: Tile | str | None = None
-    num_splits: int = 0
-
-
 def window_of(causal: bool, window_size: object) -> tuple[int, int]:
     """A window that has a hash, of whatever users give."""
     mask = mask_of(causal, window_size)
@@ -73,13 +59,14 @@ def new_rng_state(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
-def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q, k and v are ordinary tensors, and no transform of torch.func, no dual level and no
+def is_plain(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+    """Whether these are ordinary tensors, and no transform of torch.func, no dual level and no
     dispatch mode (fake tensors, make_fx) is active."""
     return (
         type(q) in PLAIN
         and type(k) in PLAIN
         and type(v) in PLAIN
+        and (not others or all(type(x) in PLAIN for x in others))
         and not functorch_active()
         and forward_ad._current_level < 0
         and not _dispatch_modes()
@@ -106,10 +93,25 @@ def attend(
     asked: tuple[Any, ...],
     terms: Terms = NO_TERMS,
     sequences: Sequences = DENSE,
+    lengths: tuple[Tensor, ...] | None = None,
 ) -> Result:
     """Attention of what a user gave, with out of v's head_dim. `asked` are the fields of Asked: a
-    tuple with names takes longer to make than any look-up."""
-    by_op = torch.compiler.is_compiling() or not is_plain(q, k, v)
+    tuple with names takes longer to make than any look-up. `lengths` may be the tensors of
+    `sequences`, each of them once; which they are, asked and their number say."""
+    is_compiling = torch.compiler.is_compiling()
+    kind: Any = None
+    tensors: tuple[Tensor, ...] = (q, k, v)
+    call: _Call | None
+    if not is_compiling and terms is NO_TERMS and shapes.recorder is None:
+        if sequences is DENSE:
+            kind = asked, torch.is_grad_enabled()
+        elif lengths is not None:
+            kind = asked, torch.is_grad_enabled(), sequences[6:], len(lengths)
+            tensors = (q, k, v, *lengths)
+        call = repeated.found(kind, tensors)
+        if call is not None:
+            return call(q, k, v, terms, sequences)
+    by_op = is_compiling or not is_plain(q, k, v)
     kinds: list[Any] | None = []
     if not by_op and (terms is not NO_TERMS or sequences is not DENSE):
         kinds = kinds_of(sequences[:6] if terms is NO_TERMS else (*terms.tensors, *sequences[:6]))
@@ -117,6 +119,7 @@ def attend(
     if by_op:
         validate_tensors(q, k, v)
     if by_op or any_autocast_enabled():
+        kind = None
         q, k, v, terms = _autocast(q, k, v, terms)
     if by_op:
         return _attend_op(q, k, v, Asked(*asked), terms, sequences)
@@ -140,18 +143,20 @@ def attend(
             key = (key, terms.numbers, sequences[6:], *kinds)
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # only what is not allowed has no shape or no hash
-        _validated(q, k, v, Asked(*asked), terms, sequences)
+        validate(q, k, v, Asked(*asked), terms, sequences)
         raise
     if call is None and torch._C._is_tracing():  # whose sizes are tensors, so no key is known
         return _attend_op(q, k, v, Asked(*asked), terms, sequences)
     if shapes.recorder is not None:
-        scale, mask = _validated(q, k, v, Asked(*asked), terms, sequences)
+        scale, mask = validate(q, k, v, Asked(*asked), terms, sequences)
         shapes.record(Call(*_padded(q, k, v), scale, terms, sequences), mask)
     if call is None:
         call = _prepare(q, k, v, Asked(*asked), terms, sequences)
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[key] = call
+    if kind is not None:
+        repeated.remember(kind, tensors, call)
     return call(q, k, v, terms, sequences)
 
 
@@ -171,7 +176,7 @@ def attend_dropping(
     result = attend(q, k, v, asked, terms, sequences)
     if isinstance(result, Tensor):
         return result
-    scale, mask = _validated(q, k, v, Asked(*asked), terms, sequences)
+    scale, mask = validate(q, k, v, Asked(*asked), terms, sequences)
     terms, sequences = _as_kernels_take(terms, sequences)
     with torch.no_grad():
         call = Call(q.detach(), k.detach(), v.detach(), scale, terms, sequences)
@@ -181,6 +186,7 @@ def attend_dropping(
 def forget_calls() -> None:
     """Decide anew at the next calls."""
     _calls.clear()
+    repeated.forget()
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> bool:
@@ -216,14 +222,6 @@ def _as_kernels_take(terms: Terms, sequences: Sequences) -> tuple[Terms, Sequenc
         lengths = (None if x is None else x.contiguous() for x in sequences[:6])
         sequences = Sequences._make((*lengths, *sequences[6:]))
     return terms, sequences
-
-
-def _validated(
-    q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences
-) -> tuple[float, Mask]:
-    """The scale and the mask to use. Raises for what no kernel may see."""
-    scale = validate(q, k, v, asked.softmax_scale, asked.backend, asked.tile, terms, sequences)
-    return scale, mask_of(asked.causal, asked.window_size)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +262,7 @@ def _attend_op(
     q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences
 ) -> Result:
     """Through the differentiable, traceable op. The plan is the op's own business, at run time."""
-    scale, mask = _validated(q, k, v, asked, terms, sequences)
+    scale, mask = validate(q, k, v, asked, terms, sequences)
     if _is_padded(q, v):
         asked = asked._replace(softmax_scale=scale)
         return _cut(_attend_op(*_padded(q, k, v), asked, terms, sequences), v.shape[-1])
@@ -290,7 +288,7 @@ def _prepare(
     q: Tensor, k: Tensor, v: Tensor, asked: Asked, terms: Terms, sequences: Sequences
 ) -> _Call:
     """The call for all later tensors like these, with nothing left to decide."""
-    scale, mask = _validated(q, k, v, asked, terms, sequences)
+    scale, mask = validate(q, k, v, asked, terms, sequences)
     if _is_padded(q, v):
         head_dim_v, asked = v.shape[-1], asked._replace(softmax_scale=scale)
         padded_call = _prepare(*_padded(q, k, v), asked, terms, sequences)
@@ -346,20 +344,20 @@ def _with_gradient(like: Call, mask: Mask, asked: Asked) -> _Call:
     def call_under_node(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
         number = training.plan_number
         if not number or are_deterministic_algorithms_enabled() or shapes.recorder is not None:
-            return attend_plain(q, k, v, scale, training)
+            return attend_plain(training, Call(q, k, v, scale), q, k, v)
         out: Tensor = attention_under_node(q, k, v, None, number, scale=scale)[0]
         return out
 
     def call_plain(q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences) -> Tensor:
-        return attend_plain(q, k, v, scale, training, terms, sequences)
+        return attend_plain(training, Call._make((q, k, v, scale, terms, sequences)), q, k, v)
 
     attend: Callable[..., tuple[Tensor, Tensor]] = EagerAttention.apply
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, terms: Terms, sequences: Sequences
     ) -> tuple[Tensor, Tensor, None]:
-        given = terms.sinks, terms.attn_mask
-        out, lse = attend(q, k, v, scale, training, *given, terms, sequences)
+        given = Call._make((q, k, v, scale, terms, sequences))
+        out, lse = attend(training, given, q, k, v, terms.sinks, terms.attn_mask)
         return out, lse, None
 
     if asked.return_lse:

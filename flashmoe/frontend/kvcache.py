@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashmoe.frontend import ops
+from flashmoe.frontend import ops, repeated
 from flashmoe.frontend.append import append, room_of, validate_new, validate_rotary
-from flashmoe.frontend.attend import MAX_CALLS, attend, is_plain, kinds_of, window_of
-from flashmoe.frontend.validation import mask_of, validate, validate_tensors
+from flashmoe.frontend.attend import attend, is_plain, window_of
+from flashmoe.frontend.validation import Asked, validate, validate_tensors
 from flashmoe.frontend.varlen import longest_of, written_to
 from flashmoe.spec.call import Sequences
 from flashmoe.spec.terms import terms_of
 from flashmoe.tiles import Tile
-
-# Of appends that were valid: whether they rotate q by row.
-_appends: dict[Any, bool] = {}
 
 
 def flash_attn_with_kvcache(
@@ -127,27 +122,37 @@ def flash_attn_with_kvcache(
     where = cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table
     sequences = Sequences._make((*where, longest, 0))
     terms = terms_of(softcap, alibi_slopes, sinks)
+    asked = (
+        softmax_scale,
+        causal,
+        window_size,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        return_softmax_lse,
+        backend,
+        tile,
+        num_splits,
+    )
     if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
         new = k, v, rotary_cos, rotary_sin, cu_seqlens_k_new
-        kinds = None
-        if not torch.compiler.is_compiling() and is_plain(q, k_cache, v_cache):
-            kinds = kinds_of((q, k_cache, v_cache, *new, *terms.tensors, *sequences[:6]))
+        maybe = (*new, *terms.tensors, *sequences[:6])
+        given = (q, k_cache, v_cache, *[x for x in maybe if x is not None])
         length = None if lengths is cache_seqlens else cache_seqlens
-        key = (softmax_scale, causal, window_size, softcap, backend, tile, length, *(kinds or ()))
-        rotate_by_row = None if kinds is None else _known_append(key)
+        kind = ("append", asked, softcap, length, tuple([x is None for x in maybe]))
+        is_compiling = torch.compiler.is_compiling()
+        rotate_by_row = None if is_compiling else repeated.found(kind, given)
+        by_op = False
         if rotate_by_row is None:
-            validate(q, k_cache, v_cache, softmax_scale, backend, tile, terms, sequences)
+            by_op = is_compiling or not is_plain(*given)
+            _, mask = validate(q, k_cache, v_cache, Asked(*asked), terms, sequences)
             validate_new(q, k_cache, v_cache, k, v, cache_seqlens, cu_seqlens_k_new, sequences)
             if rotary_cos is not None or rotary_sin is not None:
                 validate_rotary(rotary_cos, rotary_sin, q, k_cache, block_table)
-            rotate_by_row = not mask_of(causal, window_size).is_full
-            if kinds is not None:
-                if len(_appends) >= MAX_CALLS:
-                    _appends.clear()
-                _appends[key] = rotate_by_row
+            rotate_by_row = not mask.is_full
+            if not by_op:
+                repeated.remember(kind, given, rotate_by_row)
         assert k is not None, "validated"
         assert v is not None, "validated"
-        rotated, lengths = (ops.append if kinds is None else append)(
+        rotated, lengths = (ops.append if by_op else append)(
             q,
             k,
             v,
@@ -164,28 +169,20 @@ def flash_attn_with_kvcache(
             rotate_by_row,
         )
         q = q if rotary_cos is None else rotated
-        sequences = sequences._replace(seqused_k=lengths)
-    asked = (
-        softmax_scale,
-        causal,
-        window_size,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-        return_softmax_lse,
-        backend,
-        tile,
-        num_splits,
-    )
-    result = attend(q, k_cache, v_cache, asked, terms, sequences)
+        where = cu_seqlens_q, None, lengths, cache_leftpad, cache_batch_idx, block_table
+        sequences = Sequences._make((*where, longest, 0))
+    tensors: tuple[Tensor, ...] | None = None
+    if cache_leftpad is None and cache_batch_idx is None:
+        if block_table is None:
+            tensors = (lengths,) if cu_seqlens_q is None else None
+        elif cu_seqlens_q is None:
+            tensors = lengths, block_table
+        else:
+            tensors = cu_seqlens_q, lengths, block_table
+    result = attend(q, k_cache, v_cache, asked, terms, sequences, tensors)
     if out is not None:
         result = written_to(out, result)
     return result if isinstance(result, Tensor) else result[:2]
-
-
-def _known_append(key: Any) -> bool | None:
-    try:
-        return _appends.get(key)
-    except TypeError:  # without a hash it is not allowed, as validation says
-        return None
 
 
 def _only(name: str, value: object, other: str, alias: Tensor) -> Tensor:

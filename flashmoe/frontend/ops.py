@@ -78,8 +78,8 @@ _SEQUENCES_END = _TERMS_END + len(Sequences._fields)
 # Where they have what gets a gradient beside q, k and v.
 _SINKS = _OWN + Terms._fields.index("sinks")
 _MASK = _OWN + Terms._fields.index("attn_mask")
-# From here on they are those of the backward's op, too.
-_SHARED = Arguments._fields.index("deterministic")
+# The one that the backward's ops do not have.
+_TILE = Arguments._fields.index("tile")
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -103,23 +103,12 @@ def _run(arguments: Arguments, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         return run(call)
 
 
-def saved_call(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dlse: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    backend: str,
-    *shared: Any,
-) -> tuple[Arguments, Saved]:
-    """What the backward ops are given."""
-    own = q, k, v, softmax_scale, window_left, window_right, backend, ""
-    return Arguments.of(*own, *shared), Saved(dout, out, softmax_lse, dlse)
+def saved_call(*given: Any) -> tuple[Arguments, Saved]:
+    """What the backward ops are given, which have no tile."""
+    dout, q, k, v, out, lse, dlse, *how = given
+    of_forward = [q, k, v, *how]
+    of_forward.insert(_TILE, "")
+    return Arguments.of(*of_forward), Saved(dout, out, lse, dlse)
 
 
 def _attention_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,13 +136,11 @@ def _arguments_of(fields: tuple[object, ...]) -> str:
 
 _TERMS = f"bool deterministic=False, {_arguments_of(NO_TERMS)}"
 _SEQUENCES = _arguments_of(DENSE)
-_FORWARD = (
-    "Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right, "
-    f"str backend, str tile, {_TERMS}"
-)
+_HOW = "float softmax_scale, int window_left, int window_right, str backend"
+_FORWARD = f"Tensor q, Tensor k, Tensor v, {_HOW}, str tile, {_TERMS}"
 _BACKWARD = (
     "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor? dlse, "
-    f"float softmax_scale, int window_left, int window_right, str backend, {_TERMS}"
+    f"{_HOW}, {_TERMS}"
 )
 for _schema in (
     f"attention({_FORWARD}) -> (Tensor out, Tensor softmax_lse)",
@@ -287,10 +274,8 @@ class _Attention(torch.autograd.Function):
                 for is_tensor, x in zip(ctx.are_tensors, ctx.others, strict=True)
             )
             saved = saved_of(dout, out, lse, dlse)
-            of_op = (
-                *(saved.dout, *arguments[:3], *saved[1:], *arguments[3:7]),
-                *arguments[_SHARED:],
-            )
+            how = arguments[3:_TILE] + arguments[_TILE + 1 :]
+            of_op = (saved.dout, *arguments[:3], *saved[1:], *how)
             gradients[:3] = ctx.op(*of_op)
             if len(gradients) > _SINKS and ctx.needs_input_grad[3 + _SINKS]:
                 gradients[_SINKS] = sinks_gradient(Arguments.of(*arguments).call, saved)
@@ -337,14 +322,16 @@ def _backward_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return autograd
 
 
-for _kernel_op in (
+_FORWARD_OPS = (
     *("fwd_cpu", "fwd_cpu_dense", "fwd_cuda", "fwd_cuda_dense", "fwd_cuda_packed"),
     *("decode_cuda", "decode_cuda_dense", "decode_cuda_cache"),
-):
+)
+for _kernel_op in _FORWARD_OPS:
     torch.library.register_fake(f"flashmoe::{_kernel_op}", _fake_forward)
+torch.library.register_fake("flashmoe::append_cuda", _fake_append)
+for _kernel_op in (*_FORWARD_OPS, "append_cuda"):
     # They are not differentiable, and torch's kernel that says so takes each call's time.
     _library.impl(_kernel_op, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("flashmoe::append_cuda", _fake_append)
 torch.library.register_kernel("flashmoe::append", ("cpu", "cuda"), append_keys, lib=_library)
 torch.library.register_fake("flashmoe::append", _fake_append, lib=_library)
 

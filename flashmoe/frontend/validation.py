@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,19 @@ from flashmoe.spec.mask import Mask
 from flashmoe.spec.problem import DTYPE_BYTES, MAX_HEAD_DIM
 from flashmoe.spec.terms import NORMAL, check_number, check_terms, is_normal
 from flashmoe.tiles import Tile
+
+
+class Asked(NamedTuple):
+    """The arguments of a call beside its tensors, as users give them."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int | None, int | None] = (-1, -1)
+    deterministic: bool = False
+    return_lse: bool = False
+    backend: str | None = None
+    tile: Tile | str | None = None
+    num_splits: int = 0
 
 
 def mask_of(causal: bool, window_size: object) -> Mask:
@@ -64,14 +79,13 @@ def validate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    softmax_scale: float | None,
-    backend: str | None,
-    tile: Tile | str | None,
+    asked: Asked,
     terms: Terms = NO_TERMS,
     sequences: Sequences = DENSE,
-) -> float:
-    """Raise for what no kernel may see; return the softmax scale to use."""
+) -> tuple[float, Mask]:
+    """The softmax scale and the mask to use. Raises for what no kernel may see."""
     validate_tensors(q, k, v)
+    softmax_scale, backend, tile = asked.softmax_scale, asked.backend, asked.tile
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if tile is not None and not isinstance(tile, (str, Tile)):
@@ -116,11 +130,12 @@ def validate(
         if terms.attn_mask is not None:
             _validate_mask(terms.attn_mask, q, k, sequences)
     if softmax_scale is None:
-        return float(head_dim**-0.5)
-    check_number("softmax_scale", softmax_scale)
-    if not is_normal(softmax_scale):
-        raise ValueError(f"softmax_scale must be {NORMAL}, got {softmax_scale}")
-    return float(softmax_scale)
+        softmax_scale = head_dim**-0.5
+    else:
+        check_number("softmax_scale", softmax_scale)
+        if not is_normal(softmax_scale):
+            raise ValueError(f"softmax_scale must be {NORMAL}, got {softmax_scale}")
+    return float(softmax_scale), mask_of(asked.causal, asked.window_size)
 
 
 def _validate_dimensions(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> None:

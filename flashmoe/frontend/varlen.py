@@ -81,8 +81,15 @@ def flash_attn_varlen_func(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table
     )
     terms = terms_of(softcap, alibi_slopes, sinks, dropout_p, rng_state)
-    run = attend if dropout_p == 0.0 else attend_dropping
-    result = run(q, k, v, asked, terms, sequences)
+    if dropout_p != 0.0:
+        result = attend_dropping(q, k, v, asked, terms, sequences)
+    else:
+        lengths: tuple[Tensor, ...] | None = None
+        if block_table is None and seqused_k is None and cu_seqlens_k is not None:
+            lengths = (
+                (cu_seqlens_q,) if cu_seqlens_q is cu_seqlens_k else (cu_seqlens_q, cu_seqlens_k)
+            )
+        result = attend(q, k, v, asked, terms, sequences, lengths)
     return result if out is None else written_to(out, result)
 
 

@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.library import Library
 
 import flashmoe
+from flashmoe.frontend.validation import Asked
+from flashmoe.frontend.varlen import packed_sequences
 from flashmoe.integrations import pair
+from flashmoe.spec.call import DENSE, NO_TERMS, Saved
+from flashmoe.spec.terms import terms_of
 
 NAME = "flashmoe"
 
@@ -94,10 +98,6 @@ def _refuse(return_debug_mask: bool, num_splits: int | None) -> None:
         raise NotImplementedError(f"num_splits must be None, 0 or 1, got {num_splits}")
 
 
-def _window(left: int | None, right: int | None, is_causal: bool) -> tuple[int, int]:
-    return -1 if left is None else left, 0 if is_causal else -1 if right is None else right
-
-
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -121,18 +121,15 @@ def _forward(
     """aten::_flash_attention_forward: (batch, seqlen, heads, head_dim), or (total, heads, head_dim)
     with cum_seq_q."""
     _refuse(return_debug_mask, num_splits)
-    options: dict[str, Any] = {
-        "softmax_scale": scale,
-        "window_size": _window(window_size_left, window_size_right, is_causal),
-        "alibi_slopes": alibi_slopes,
-        "dropout_p": dropout_p,
-    }
+    asked = Asked(scale, is_causal, (window_size_left, window_size_right))
+    sequences = DENSE
     if cum_seq_q is not None:
-        options |= {"seqused_k": seqused_k, "block_table": block_table}
+        lengths = (cum_seq_q, cum_seq_k, max_q, max_k)
+        sequences = packed_sequences(query, key, *lengths, seqused_k, block_table)
     elif seqused_k is not None or block_table is not None:
         raise NotImplementedError("seqused_k and block_table must be None without cum_seq_q")
-    packed = (cum_seq_q, cum_seq_k, max_q, max_k)
-    out, lse, _, state = pair.forward(query, key, value, *packed, **options)
+    terms = terms_of(0.0, alibi_slopes, None, dropout_p)
+    out, lse, _, state = pair.forward(query, key, value, asked, terms, sequences)
     # rng_state, unused and debug_attn_mask.
     unused = torch.zeros((), dtype=torch.uint64, device=query.device)
     return _laid_out_as(query, out), lse, state.view(torch.uint64), unused, query.new_empty(0)
@@ -166,13 +163,14 @@ def _backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten::_flash_attention_backward."""
-    packed = (cum_seq_q, cum_seq_k, max_q, max_k)
-    window = _window(window_size_left, window_size_right, is_causal)
-    saved = (grad_out, query, key, value, out, logsumexp)
-    options: Any = {"softmax_scale": scale, "window": window}
+    asked = Asked(scale, is_causal, (window_size_left, window_size_right))
+    sequences = DENSE
+    if cum_seq_q is not None:
+        sequences = packed_sequences(query, key, cum_seq_q, cum_seq_k, max_q, max_k)
+    terms, saved = NO_TERMS, Saved(grad_out, out, logsumexp)
     if dropout_p:
-        options |= {"dropout_p": dropout_p, "rng_state": rng_state.view(torch.int64)}
-    dq, dk, dv = pair.backward(*saved, *packed, **options)
+        terms = terms._replace(dropout_p=dropout_p, rng_state=rng_state.view(torch.int64))
+    dq, dk, dv = pair.backward(query, key, value, saved, asked, terms, sequences)
     return _laid_out_as(query, dq), _laid_out_as(key, dk), _laid_out_as(value, dv)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from flashmoe.backends import sdpa
+from flashmoe.backends.sdpa import is_slower_under
 from flashmoe.integrations.keys import (
     KeyMask,
     Packing,
@@ -143,8 +143,11 @@ def attention(
     terms = Terms(scaling, softcap or 0.0, s_aux, dropout)
     why = _why_by_torch(mask, dropout)
     of_keys_alone = mask if position_bias is None and isinstance(mask, KeyMask) else None
-    if q.is_cuda and of_keys_alone is None and not sdpa.MASKS_ON_GPUS:
-        why = "a mask or bias of each query and key, on a GPU"
+    if of_keys_alone is None and not why:
+        widest = mask if position_bias is None else position_bias
+        assert isinstance(widest, Tensor)
+        if not is_slower_under(widest, q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]):
+            why = "a bias, or a mask of few queries and keys, on a GPU"
     if why:
         warn_of_torch(type(module).__name__, why)
         return by_torch(q, k, v, mask, position_bias, terms), None

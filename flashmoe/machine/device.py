@@ -87,6 +87,9 @@ def named(text: str) -> torch.device:
     return chosen
 
 
+_BETWEEN_WORDS = re.compile(r"[^a-z0-9]+")
+
+
 def slug(name: str) -> str:
     """A device name as part of a file name: `NVIDIA H200` -> `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return _BETWEEN_WORDS.sub("-", name.lower()).strip("-")

@@ -167,8 +167,13 @@ class Limits:
 
 def measure_limits(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> Limits:
     """Measure both limits: on CUDA an 8192^3 matmul and a 1 GiB copy, on a CPU 1024^3 and 128 MiB
-    (an aarch64 or x86 laptop finishes that in well under a second)."""
-    n, nbytes = (8192, 1 << 30) if device.type == "cuda" else (1024, 128 << 20)
+    (an aarch64 or x86 laptop finishes that in well under a second).
+
+    A CPU's are float32's whatever the dtype: most have no 16-bit matrix units, where torch's own
+    16-bit matmul is a hundred times slower than any kernel here."""
+    n, nbytes = 8192, 1 << 30
+    if device.type != "cuda":
+        n, nbytes, dtype = 1024, 128 << 20, torch.float32
     a = torch.randn(n, n, device=device).to(dtype)
     b = torch.randn(n, n, device=device).to(dtype)
     source = torch.ones(nbytes, dtype=torch.int8, device=device)
@@ -184,8 +189,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype, rounds: int = 10) -
 
 
 def limits_of(device: torch.device, dtypes: Iterable[str]) -> dict[str, Limits]:
-    """Limits by dtype. A CPU's are always float32's: most have no 16-bit matrix units, where
-    torch's own 16-bit matmul is a hundred times slower than any kernel here."""
+    """Limits by dtype; a CPU's do not depend on it."""
     names = sorted({*dtypes})
     if device.type == "cpu":
         return dict.fromkeys(names, measure_limits(device, torch.float32))

@@ -248,9 +248,17 @@ def _cpu_decodes(problem: Problem) -> bool:
 
 
 def _has_sm90(problem: Problem, here: Arch) -> bool:
-    """Whether it is a Hopper kernel that the cuda backend would take."""
+    """Whether the cuda backend has a Hopper kernel for it."""
     cuda = BACKENDS["cuda"]
-    tile = None if cuda.unsupported(problem, here) else cuda.default_tile(problem, here)
+    if cuda.unsupported(problem, here):
+        return False
+    tiles: list[Tile | None] = [*cuda.compiled_in(problem, here)]
+    if not any(map(_is_sm90, tiles)):
+        tiles = [cuda.default_tile(problem, here)]  # to be compiled
+    return any(map(_is_sm90, tiles))
+
+
+def _is_sm90(tile: Tile | None) -> bool:
     return tile is not None and tile.kernel.startswith("sm90")
 
 

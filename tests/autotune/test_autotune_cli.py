@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,18 @@ def plan_source() -> str:
     return flashmoe.make_plan(PROBLEM, torch.device("cpu")).source
 
 
-def test_a_run_ends_with_a_table_a_database_and_suggestions(home: Path) -> None:
+def test_a_run_ends_with_a_table_a_database_and_suggestions(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a locale without UTF-8, over a damaged database and an override, which it names."""
     assert plan_source() == "heuristic"
-    done = autotune(*TINY)
+    folder = home / "Jürgen"
+    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(folder / "cache"))
+    path = database.user_path(cpu_name())
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 1, "entries"')
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = autotune(*TINY, "--output", str(folder), FLASHMOE_BACKEND="sdpa", **locale)
     assert done.returncode == 0, done.stderr
     for text in (
         PROBLEM.label,
@@ -57,35 +66,40 @@ def test_a_run_ends_with_a_table_a_database_and_suggestions(home: Path) -> None:
         "cpu:",
         ": 3 tiles tried",
         "database: ",
+        f"report: {home}/J??rgen/report.html",
     ):
         assert text in done.stdout
+    assert done.stdout.isascii()
     assert "[1/1]" in done.stderr
-    assert "export FLASHMOE_BACKEND=" in (home / "tuning" / "suggestions.md").read_text()
+    assert "µs" in (folder / "report.html").read_text(encoding="utf-8")
+    suggestions = (folder / "suggestions.md").read_text(encoding="utf-8")
+    assert "export FLASHMOE_BACKEND=" in suggestions
+    assert "tuned/" in suggestions
     assert plan_source() == "user database"
-    (entry,) = database.load(database.user_path(cpu_name())).values()
+    (entry,) = database.load(path).values()
     assert entry.problem == PROBLEM
     assert entry.command.startswith("python -m flashmoe.autotune --device cpu")
     assert entry.fingerprint["torch"] == torch.__version__
 
-
-def test_a_locale_without_utf_8_loses_no_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = home / "Jürgen"
-    folder.mkdir()
-    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(folder / "cache"))
-    done = autotune(*TINY, "--output", str(folder))
-    assert done.returncode == 0, done.stderr
-    assert f"report: {home}/J??rgen/report.html" in done.stdout
-    assert "?s" in done.stdout
-    assert "µs" in (folder / "report.html").read_text(encoding="utf-8")
-    assert "tuned/" in (folder / "suggestions.md").read_text(encoding="utf-8")
-    assert len(database.load(database.user_path(cpu_name()))) == 1
+    assert "FLASHMOE_BACKEND is set and overrides" in done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    (aside,) = path.parent.glob(f"{path.name}.damaged-*")
+    assert warning.startswith(f"flashmoe.autotune: warning: {home}/J")
+    assert f"{path.name} is damaged" in warning
+    assert aside.name in warning
+    assert aside.read_text() == '{"schema": 1, "entries"'
 
 
 def test_json_is_the_only_thing_on_stdout_and_a_second_run_confirms(home: Path) -> None:
+    """Of the problems of a model: both are of one bucket, and the larger one stands for it."""
+    q = torch.randn(1, 256, 2, 16)
+    with flashmoe.record_problems("shapes.json"):
+        flashmoe.flash_attn_func(q, q, q)
+        flashmoe.flash_attn_func(q[:, :200], q[:, :200], q[:, :200])
+
     def run() -> dict[str, Any]:
-        done = autotune(*TINY, "--json", "--output", "elsewhere")
+        words = ("--shapes", "shapes.json", "--device", "cpu", "--trials", "3")
+        done = autotune(*words, "--json", "--output", "elsewhere")
         assert done.returncode == 0, done.stderr
         document: dict[str, Any] = json.loads(done.stdout)
         return document
@@ -109,24 +123,6 @@ def test_json_is_the_only_thing_on_stdout_and_a_second_run_confirms(home: Path) 
         assert Path(first["database"]).read_text() == before
     else:
         assert again["status"] in ("kept", "tuned")
-
-
-def test_a_corrupt_database_and_an_override_are_named(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLASHMOE_BACKEND", "sdpa")
-    path = database.user_path(cpu_name())
-    path.parent.mkdir(parents=True)
-    path.write_text('{"schema": 1, "entries"')
-    done = autotune(*TINY)
-    assert done.returncode == 0
-    (warning,) = [line for line in done.stderr.splitlines() if "damaged" in line]
-    (aside,) = path.parent.glob(f"{path.name}.damaged-*")
-    assert warning.startswith(f"flashmoe.autotune: warning: {path} is damaged")
-    assert aside.name in warning
-    assert aside.read_text() == '{"schema": 1, "entries"'
-    assert len(database.load(path)) == 1
-    assert "FLASHMOE_BACKEND is set and overrides" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -220,56 +216,70 @@ def test_nothing_measured_is_code_1(home: Path) -> None:
     assert not (home / "tuning" / "suggestions.md").exists()
 
 
-def _refused(home: Path, *words: str, **variables: str) -> str:
+@pytest.fixture
+def refused(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What a run says that ends with code 2 before anything is measured."""
-    done = autotune(*TINY, *words, **variables)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert not (home / "tuning" / "suggestions.md").exists()
-    (line,) = done.stderr.splitlines()
-    return line
+
+    def run(*words: str) -> str:
+        assert main([*TINY, *words]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert not (home / "tuning" / "suggestions.md").exists()
+        (line,) = told.err.splitlines()
+        return line
+
+    return run
 
 
 @pytest.mark.parametrize("suffix", [".json", ".lock"])
 def test_a_database_that_cannot_be_written_is_told_before_measuring(
-    home: Path, suffix: str
+    refused: Callable[..., str], suffix: str
 ) -> None:
     path = database.user_path(cpu_name())
     path.with_suffix(suffix).mkdir(parents=True)
-    line = _refused(home)
+    line = refused()
     assert line.startswith(f"flashmoe.autotune: error: {path} cannot be used (Is a directory)")
     assert "FLASHMOE_CACHE_DIR" in line
 
 
-def test_the_database_of_a_newer_flashmoe_is_told_before_measuring(home: Path) -> None:
+def test_the_database_of_a_newer_flashmoe_is_told_before_measuring(
+    refused: Callable[..., str],
+) -> None:
     path = database.user_path(cpu_name())
     path.parent.mkdir(parents=True)
     path.write_text('{"schema": 99, "entries": {}}')
-    line = _refused(home)
+    line = refused()
     assert f"{path} was written by a newer flashmoe" in line
     assert "FLASHMOE_CACHE_DIR" in line
 
 
-def test_a_cache_that_cannot_be_written_is_told_before_measuring(home: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_told_before_measuring(
+    home: Path, refused: Callable[..., str]
+) -> None:
     (home / "cache").write_text("a file where the folder should be")
-    line = _refused(home)
+    line = refused()
     assert line.startswith(f"flashmoe.autotune: error: {home / 'cache'} cannot be written")
     assert "set FLASHMOE_CACHE_DIR" in line
     assert "--storage" not in line
 
 
-def test_without_a_home_the_cache_is_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_the_cache_is_asked_for(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor an entry for the user in the password database."""
     for name in ("FLASHMOE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    (home / "sitecustomize.py").write_text("import os; os.getuid = lambda: 2**31 - 7")
-    line = _refused(home, PYTHONPATH=str(home))
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    line = refused()
     assert "set FLASHMOE_CACHE_DIR" in line
 
 
 @pytest.mark.parametrize("name", ["suggestions.md", "report.html"])
-def test_a_report_that_cannot_be_written_is_told_before_measuring(home: Path, name: str) -> None:
+def test_a_report_that_cannot_be_written_is_told_before_measuring(
+    home: Path, refused: Callable[..., str], name: str
+) -> None:
     (home / "elsewhere" / name).mkdir(parents=True)
-    line = _refused(home, "--output", "elsewhere")
+    line = refused("--output", "elsewhere")
     assert "--output must be a folder that can be written, got 'elsewhere'" in line
     assert f"{name}: Is a directory" in line
 
@@ -283,26 +293,16 @@ def test_help_documents_defaults_and_exit_codes(capsys: pytest.CaptureFixture[st
         assert line in text
 
 
-def test_a_dry_run_tells_the_space_and_stores_nothing(home: Path) -> None:
-    done = autotune(*TINY, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert f"{PROBLEM.label}: " in done.stdout
-    assert " tiles are legal" in done.stdout
-    assert "s for everything" in done.stdout
+def test_a_dry_run_tells_the_space_and_stores_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert f"{PROBLEM.label}: " in told
+    assert " tiles are legal" in told
+    assert "s for everything" in told
     assert not (home / "cache").exists()
     assert not (home / "tuning").exists()
-
-
-def test_the_problems_of_a_model_are_tuned(home: Path) -> None:
-    q = torch.randn(1, 256, 2, 16)
-    with flashmoe.record_problems("shapes.json"):
-        flashmoe.flash_attn_func(q, q, q)
-        flashmoe.flash_attn_func(q[:, :200], q[:, :200], q[:, :200])
-    done = autotune("--shapes", "shapes.json", "--device", "cpu", "--trials", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    # Both are of one bucket, and the larger one stands for it.
-    (result,) = json.loads(done.stdout)["results"]
-    assert result["problem"] == PROBLEM.to_json()
 
 
 @pytest.fixture

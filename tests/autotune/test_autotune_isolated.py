@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 import torch
 from autotune_faulty import CRASHES, CRASHES_LATER, HANGS, LOSES, WRONG
 
+from flashmoe.autotune.running import isolated
 from flashmoe.autotune.running.candidate import Candidate
 from flashmoe.autotune.running.isolated import IsolatedBench, Processes
-from flashmoe.autotune.running.process import Child, ChildFailed
+from flashmoe.autotune.running.process import Child, ChildFailed, _main
 from flashmoe.autotune.running.runner import GroupRunner
 from flashmoe.autotune.schedule import helper
 from flashmoe.autotune.schedule.budget import tune
@@ -23,7 +25,6 @@ from flashmoe.autotune.schedule.place import Options, Place
 from flashmoe.autotune.schedule.result import Watch
 from flashmoe.autotune.schedule.suite import Group, grouped
 from flashmoe.autotune.search.storage import open_storage
-from flashmoe.autotune.verdict.final import PROCESSES
 from flashmoe.backends import BACKENDS
 from flashmoe.measure.fingerprint import fingerprint
 from flashmoe.measure.timing import Measurement
@@ -40,6 +41,12 @@ def processes() -> Iterator[Processes]:
     made = Processes(CPU, "autotune_faulty:FaultySession")
     yield made
     made.close()
+
+
+@pytest.fixture
+def one_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process is started ahead: each takes seconds."""
+    monkeypatch.setattr(isolated, "PROCESSES", 1)
 
 
 def test_a_run_survives_every_misbehaving_tile_and_names_it(processes: Processes) -> None:
@@ -75,6 +82,12 @@ def test_a_target_that_cannot_be_made_says_why() -> None:
             child.request("anything", patience=10.0)
     finally:
         child.close()
+
+
+def test_a_process_whose_parent_is_gone_ends_in_silence() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    _main(theirs.detach(), -1)
 
 
 class FixedRunner:
@@ -190,7 +203,7 @@ def test_what_is_compiled_waits_for_no_compiler(
 
 
 def test_a_fresh_process_is_as_dear_as_what_has_to_be_waited_for(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, one_spare: None
 ) -> None:
     bench = IsolatedBench(Group((PROBLEM,), (1.0,)), processes, seed=0, patience=60.0)
     processes.device = torch.device("cuda")  # whose next process starts ahead
@@ -199,17 +212,16 @@ def test_a_fresh_process_is_as_dear_as_what_has_to_be_waited_for(
     monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)
     processes.warm_up()
     assert bench.fresh_seconds > processes.opening.seconds > 0
-    taken = [processes.take(fresh=True) for _ in range(PROCESSES)]
-    assert all(child.up for child in taken)
-    # That the first was not up when it was wanted told how long one takes.
+    taken = processes.take(fresh=True)
+    assert taken.up
+    # That it was not up when it was wanted told how long one takes.
     assert processes.wait_seconds > 0.1
-    for child in taken:
-        child.close()
+    taken.close()
     bench.close()
 
 
 def test_no_problem_pays_for_the_start_of_the_processes(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, one_spare: None
 ) -> None:
     processes.device = torch.device("cuda")
     started: list[Child] = []
@@ -246,11 +258,11 @@ def test_a_process_is_as_nice_as_it_shall_be() -> None:
 
 
 def test_a_first_process_that_cannot_start_is_no_end_of_the_run(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, one_spare: None
 ) -> None:
     processes.device = torch.device("cuda")
     refusing = Child("autotune_faulty:Refusing", ())
-    others = (Child("autotune_faulty:FaultySession", (CPU,)) for _ in range(PROCESSES + 1))
+    others = (Child("autotune_faulty:FaultySession", (CPU,)) for _ in range(2))
     started = iter([refusing, *others])
     monkeypatch.setattr(processes, "_start", lambda: next(started))
     monkeypatch.setattr(processes.compilers, "warm_up", lambda: None)

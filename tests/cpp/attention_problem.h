@@ -48,7 +48,8 @@ class RandomMask {
   RandomMask(const Problem& x, DType dtype, std::mt19937_64& random) : mask_() {
     if (!x.masked) return;
     const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-    const bool is_padding = below(3) == 0;  // of keys
+    const bool is_bias = below(3) == 0;                 // seen everywhere
+    const bool is_padding = !is_bias && below(3) == 0;  // of keys
     int sizes[4] = {x.batch, x.heads_q, x.seqlen_q, x.seqlen_kv};
     for (int d = 0; d < 4; ++d) {
       if (d < 3 && (is_padding ? d > 0 : below(3) == 0)) sizes[d] = 1;
@@ -56,26 +57,28 @@ class RandomMask {
     if (below(8) == 0) sizes[3] = 1;
     using Kind = AttnMask::Kind;
     const Kind own = dtype == DType::float16 ? Kind::float16 : Kind::bfloat16;
-    mask_.kind = below(2) ? Kind::boolean : below(2) ? own : Kind::float32;
+    mask_.kind = below(2) && !is_bias ? Kind::boolean : below(2) ? own : Kind::float32;
     const DType stored = mask_.kind == Kind::float32 ? DType::float32 : dtype;
     const int bytes = mask_.is_boolean() ? 1 : size_of(stored);
-    // Keys side by side or rows, and a gap behind them.
+    // Keys side by side or rows, and a gap behind them, which may align the next.
     const int slow = below(4) == 0 ? 3 : 2;
+    const bool is_aligned = below(4) > 0;
     long long stride = 1, strides[4] = {};
     for (const int d : {5 - slow, slow, 1, 0}) {
       strides[d] = sizes[d] > 1 ? stride : 0;
       stride *= sizes[d];
-      if (d == 5 - slow) stride += below(2) * below(3);
+      if (d == 5 - slow) stride += is_aligned ? -stride & 15 : below(2) * below(3);
     }
     mask_.batch_stride = strides[0], mask_.head_stride = strides[1];
     mask_.row_stride = strides[2], mask_.key_stride = strides[3];
-    bytes_.emplace(static_cast<size_t>(
-        bytes * (1 + at(sizes[0] - 1, sizes[1] - 1, sizes[2] - 1, sizes[3] - 1))));
+    const long long last = at(sizes[0] - 1, sizes[1] - 1, sizes[2] - 1, sizes[3] - 1);
+    const long long size = bytes * (1 + last);
+    bytes_.emplace(static_cast<size_t>(is_aligned ? (size + 15) & ~15 : size));
     std::fill(bytes_->begin(), bytes_->end(), uint8_t{0xff});  // a NaN, between the rows
     mask_.data = bytes_->data();
     const double density[] = {0, 0.03, 0.5, 0.97, 1};
-    const double dense = density[below(5)];
-    const int block_m = 1 << below(8), block_n = 1 << below(8), pattern = below(3);
+    const double dense = is_bias ? 1 : density[below(5)];
+    const int block_m = 1 << below(8), block_n = 1 << below(8), pattern = is_bias ? 0 : below(3);
     const int begin = below(x.seqlen_kv + 1), end = below(4) ? x.seqlen_kv : below(x.seqlen_kv + 1);
     const bool lowest = below(2);
     const bool poisons = sizes[2] > 1 && sizes[3] > 1 && below(2);  // what the window hides
@@ -98,7 +101,7 @@ class RandomMask {
                 encode(stored, (i + j) % 2 ? NAN : INFINITY, element);
                 continue;
               }
-              encode(stored, seen ? (dense == 1 ? 0 : normal(random)) : low, element);
+              encode(stored, seen ? (dense == 1 && !is_bias ? 0 : normal(random)) : low, element);
             }
           }
         }

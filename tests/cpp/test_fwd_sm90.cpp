@@ -34,10 +34,12 @@ struct Instance {
       fake_device.call = run_kernel<Sm90Params>;
       unsigned counter = 0;
       unsigned* const given = random() % 4 == 0 ? nullptr : &counter;
-      const GuardedBytes workspace(static_cast<size_t>(sm90::workspace_bytes(tile, params)));
+      const int device = variant.packed && random() % 2 == 0 ? 2 : 0;
+      const GuardedBytes workspace(
+          static_cast<size_t>(sm90::workspace_bytes(tile, params, device)));
       std::fill(workspace.begin(), workspace.end(), POISON);
       const cudaError_t error = sm90::launch(tile, reinterpret_cast<const void*>(entry), params,
-                                             dtype, 0, nullptr, given, workspace.data());
+                                             dtype, device, nullptr, given, workspace.data());
       if (error == cudaSuccess && counter != 0) return std::string("the counter is not left at 0");
       return launch_error(error);
     };
@@ -64,7 +66,7 @@ long long loads_of(const Instance& x, const Problem& problem, const AttnMask& ma
   AttentionParams params = forward_params(q, k, v, out, lse, 0.1f, p.mask);
   params.terms.attn_mask = mask;
   fake_device.call = run_kernel<Sm90Params>;
-  const GuardedBytes workspace(static_cast<size_t>(sm90::workspace_bytes(x.tile, params)));
+  const GuardedBytes workspace(static_cast<size_t>(sm90::workspace_bytes(x.tile, params, 0)));
   const long long before = emulator::tma_loads;
   const auto entry = reinterpret_cast<const void*>(x.entries[1]);
   const cudaError_t error =

@@ -206,7 +206,14 @@ struct Consumer {
       const long long first =
           work.batch * mask.batch_stride + head * mask.head_stride + key * mask.key_stride;
       KeyMask of_keys{{0.f, 0.f}};
-      if (steps.is_partial) {
+      if (steps.listed.is_added()) {
+        const long long at = first + (m_start + lane / 4) * mask.row_stride +
+                             (lane % 4 * 2 - lane / 4) * mask.key_stride;
+        const AddedMask of_all(mask, at);
+        exponentiate(S_rmem, P_rmem, minus_lse, m_start, slope, dropout, head, of_all);
+        return;
+      }
+      if (steps.listed.is_partial()) {
         hide(S_rmem, steps.bits);
         if (!mask.is_boolean()) {
           // Where queries are alike, two values a tile: those of this thread's keys, if any query
@@ -234,7 +241,7 @@ struct Consumer {
   static constexpr float LOG2_E = 1.4426950408889634f;
   struct NoMask {
     static constexpr bool IS_OF_EACH = false;
-    __device__ __forceinline__ void next_queries() {}
+    __device__ __forceinline__ void next_queries(int) {}
     __device__ __forceinline__ float operator()(float minus_lse, int, int) const {
       return minus_lse;
     }
@@ -242,7 +249,7 @@ struct Consumer {
   struct KeyMask {
     static constexpr bool IS_OF_EACH = false;
     float added[2];
-    __device__ __forceinline__ void next_queries() {}
+    __device__ __forceinline__ void next_queries(int) {}
     __device__ __forceinline__ float operator()(float minus_lse, int half, int) const {
       return minus_lse + added[half];
     }
@@ -253,7 +260,7 @@ struct Consumer {
     unsigned bits[2];  // from the next 8 queries on, as their first element
     long long first;
     // Hidden, or what all of them need would be computed first, and fill registers.
-    __device__ __forceinline__ void next_queries() {
+    __device__ __forceinline__ void next_queries(int) {
       first += 8 * mask.row_stride;
       bits[0] >>= 2, bits[1] >>= 2;
       ptx::hide(first);
@@ -272,6 +279,39 @@ struct Consumer {
       }
       const float value = is_float ? __int_as_float(element) : ptx::cvt_f32_x2<T>(element).x;
       return fmaf(value, LOG2_E, minus_lse);
+    }
+  };
+  // All of a tile is seen, and its values are of 16 bits. A thread reads those of a query and two
+  // keys, as they lie in memory, two times 8 queries ahead; warps transpose them.
+  struct AddedMask {
+    static constexpr bool IS_OF_EACH = true;
+    const AttnMask& mask;
+    long long first;  // of the next 8 queries to be read
+    unsigned ahead[2][2], pairs[2];
+    __device__ __forceinline__ AddedMask(const AttnMask& mask, long long first)
+        : mask(mask), first(first) {
+      read(ahead[0]);
+      read(ahead[1]);
+      next_queries(-1);
+    }
+    __device__ __forceinline__ void read(unsigned (&x)[2]) {
+      const auto* const data = static_cast<const unsigned short*>(mask.data) + first;
+      x[0] = *reinterpret_cast<const unsigned*>(data);
+      x[1] = *reinterpret_cast<const unsigned*>(data + 8);
+      first += 8 * mask.row_stride;
+      ptx::hide(first);
+    }
+    // After the 8 queries from 8 * i on.
+    __device__ __forceinline__ void next_queries(int i) {
+      if (i + 1 == BLOCK_M / 8) return;
+      unsigned (&next)[2] = ahead[(i + 1) % 2];
+      pairs[0] = ptx::movmatrix_trans(next[0]);
+      pairs[1] = ptx::movmatrix_trans(next[1]);
+      if (i + 3 < BLOCK_M / 8) read(next);
+    }
+    __device__ __forceinline__ float operator()(float minus_lse, int half, int c) const {
+      const float2 x = ptx::cvt_f32_x2<T>(pairs[half]);
+      return fmaf(c == 0 ? x.x : x.y, LOG2_E, minus_lse);
     }
   };
   // P from S, in place and packed. In place it is multiplied by the derivative of softcap, which
@@ -318,7 +358,7 @@ struct Consumer {
           s1 *= ptx::fma_sat(-t1, t1, 1.f);
         }
       }
-      with_mask.next_queries();
+      with_mask.next_queries(i);
       // Or ptxas would keep what the derivatives are computed from while it does exponentials, and
       // load more of a mask ahead than there are registers for.
       if ((VARIANT.softcap || AnyMask::IS_OF_EACH) && i % 2 == 1) ptx::pmevent();
@@ -501,7 +541,7 @@ struct ListedSteps : Queries {
   const int first_row;  // of the warpgroup's keys among the thread block's
   int count;            // of all heads
   int index, left;      // in this head's list: the next, and how many are left
-  bool is_partial;
+  ListedTile listed;
   unsigned bits[2];  // of a thread's keys, 8 apart (MaskTiles)
 
   __device__ __forceinline__ static ListedSteps of(const Sm90BackwardParams& params,
@@ -529,12 +569,11 @@ struct ListedSteps : Queries {
       index = list.template start<VARIANT>(params, work, left);
     }
     const MaskList<TILE> list = MaskList<TILE>::of(params, work, head);
-    const int entry = uniform(list.entry(index));
+    listed.entry = uniform(list.entry(index).entry);
     --left;
     if (++index == uniform(list.count())) index = 0;
-    m = entry >> 1;
-    is_partial = entry & 1;
-    if (!is_partial) return;
+    m = listed.tile();
+    if (!listed.is_partial()) return;
     const MaskTiles& tiles = params.mask_tiles;
     const unsigned tile = list.list * static_cast<unsigned>(tiles.room) + (list.is_alike() ? 0 : m);
     const int row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;

@@ -28,7 +28,7 @@ __device__ __forceinline__ void for_each_step(const Sm90BackwardParams& params, 
       const int listed = list.count();
 #pragma unroll 1
       for (int i = 0; i < listed; ++i, ++step) {
-        const int m = list.entry(i) >> 1;
+        const int m = list.entry(i).tile();
         visit(step, turns + m, m, head_q);
       }
       continue;

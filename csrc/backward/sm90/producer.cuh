@@ -44,7 +44,7 @@ __device__ __forceinline__ void produce(const Sm90BackwardParams& params, const 
 #pragma unroll 1
     for (; i < end; ++i) {
       if constexpr (VARIANT.mask) {
-        m = list.entry(index) >> 1;
+        m = list.entry(index).tile();
         if (++index == end) index = 0;
       }
       const unsigned full_Q = smem.full_Q + 8 * q_ring.stage();

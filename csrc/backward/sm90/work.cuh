@@ -179,9 +179,8 @@ struct MaskList {
     return tiles.lists[list * (tiles.room + 1u) + index];
   }
   __device__ __forceinline__ int count() const { return at(0); }
-  // The block << 1, and 1 where not all see all.
-  __device__ __forceinline__ int entry(int index) const {
-    return is_alike() ? index << 1 | (at(1) & 1) : at(1 + index);
+  __device__ __forceinline__ ListedTile entry(int index) const {
+    return {is_alike() ? index << 2 | (at(1) & 3) : at(1 + index)};
   }
   // 1 where the block is seen, otherwise 0.
   __device__ __forceinline__ const unsigned char* seen(int m) const {

@@ -166,8 +166,8 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   // all of their keys. Before and after them the others visit `skip` and `skip_left` more.
   int skip = 0, skip_left = 0;
   int n_tile = 0, n_first = 0, n_unmasked = 0, n_left = 0;
-  float slope = 0.f;         // with ALiBi
-  TileMask<TILE> tile_mask;  // with a mask, whose tiles are counted in its list
+  float slope = 0.f;            // with ALiBi
+  TileMask<T, TILE> tile_mask;  // with a mask, whose tiles are counted in its list
   // Waits for S (O may still run), then frees its tile of K. Of a block of rows' LAST tile it frees
   // Q, or of its FIRST one where Q is in registers: that S has been computed is what says that they
   // were loaded, for an arrival does not wait for ldmatrix. Then S gets its terms.
@@ -185,7 +185,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       Work work{};
       if constexpr (VARIANT.alibi) work = read_work<VARIANT>(smem, work_ring.stage());
       const int row = work.m_start + w * 64 + warp * 16 + lane / 4;
-      const int tile = VARIANT.mask ? tile_mask.tile() : n_first + n_tile;
+      const int tile = VARIANT.mask ? tile_mask.listed.tile() : n_first + n_tile;
       const int column = tile * BLOCK_N + (lane & 3) * 2;
       add_terms<BLOCK_N, VARIANT>(S_rmem, params, slope,
                                   VisibleKeys<VARIANT>{p, work.sequence}.diagonal + row - column);
@@ -193,10 +193,9 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
   };
   auto mask = [&](auto left_only) {
     if constexpr (VARIANT.mask) {
-      if (!tile_mask.is_partial()) return;
+      if (tile_mask.listed.is_whole()) return;
       const Work work = read_work<VARIANT>(smem, work_ring.stage());
-      tile_mask.apply(S_rmem, params, work, work.m_start + w * 64 + warp * 16 + lane / 4,
-                      tile_mask.tile() * BLOCK_N + (lane & 3) * 2);
+      tile_mask.apply(S_rmem, params, work, work.m_start + w * 64 + warp * 16 + lane / 4);
       return;
     }
     const Work work = read_work<VARIANT>(smem, work_ring.stage());
@@ -215,7 +214,7 @@ __device__ __forceinline__ void consume(const Sm90Params& params, const Smem<TIL
       const Work work = read_work<VARIANT>(smem, work_ring.stage());
       drop_weights(P_rmem, warp_dropout(p.terms, work.batch, work.head),
                    work.m_start + w * 64 + warp * 16,
-                   (VARIANT.mask ? tile_mask.tile() : n_first + n_tile) * BLOCK_N);
+                   (VARIANT.mask ? tile_mask.listed.tile() : n_first + n_tile) * BLOCK_N);
     }
   };
 

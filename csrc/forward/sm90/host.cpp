@@ -30,34 +30,53 @@ int section_heads(const AttentionParams& a, long long num_m_blocks, long long gr
   return best;
 }
 
+// Thread blocks that run at a time.
+long long slots_of(const Sm90Tile& tile, int device) {
+  return static_cast<long long>(device_properties(device).sm_count) * tile.ctas_per_sm;
+}
+
+// Blocks of rows of all heads, at most.
+long long most_work(const Sm90Tile& tile, const AttentionParams& a) {
+  if (a.sequences.is_packed()) {
+    return packed_blocks(a.sequences.total_q, a.batch, a.seqlen_q, tile.block_m) * a.heads_q;
+  }
+  const long long num_m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
+  return num_m_blocks * a.batch * a.heads_q;
+}
+
+// Whether blocks of rows are listed, for they differ in length. Where they run all at once their
+// order matters to nobody, and each thread block finds its own sooner than another kernel has
+// listed them, unless there are many sequences to search.
+bool is_listed(const Sm90Tile& tile, const AttentionParams& a, int device) {
+  constexpr int SEARCHED = 128;
+  return a.sequences.is_packed() &&
+         (a.batch > SEARCHED || most_work(tile, a) > slots_of(tile, device));
+}
+
 }  // namespace
 
 bool can_run(const AttentionParams& p) {
   return is_fetchable(q_view(p)) && is_fetchable(k_view(p)) && is_fetchable(v_view(p));
 }
 
-long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& a) {
+long long workspace_bytes(const Sm90Tile& tile, const AttentionParams& a, int device) {
   if (a.terms.attn_mask.is_given()) {
     return mask_tiles_bytes(a, tile.block_m, tile.block_n, false, false);
   }
-  return a.sequences.is_packed() ? schedule_bytes(a, tile.block_m, 0) : 0;
+  return is_listed(tile, a, device) ? schedule_bytes(a, tile.block_m, 0) : 0;
 }
 
 cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionParams& a, DType dtype,
                    int device, cudaStream_t stream, unsigned* counter, void* workspace) {
-  const bool packed = a.sequences.is_packed();
+  const bool listed = is_listed(tile, a, device);
   Sm90Params params;
   std::memset(&params, 0, sizeof params);
-  if (packed) params.schedule = plan_schedule(a, tile.block_m, 0, workspace);
-  const long long batch_heads = static_cast<long long>(a.batch) * a.heads_q;
+  if (listed) params.schedule = plan_schedule(a, tile.block_m, 0, workspace);
   const long long num_m_blocks = (a.seqlen_q + tile.block_m - 1) / tile.block_m;
-  const long long num_work = packed
-                                 ? static_cast<long long>(params.schedule.room_queries) * a.heads_q
-                                 : num_m_blocks * batch_heads;
+  const long long num_work = most_work(tile, a);
   if (num_work > 0x7fffffffll) return cudaErrorInvalidConfiguration;
   const Device& here = device_properties(device);
-  const long long grid =
-      std::min<long long>(num_work, static_cast<long long>(here.sm_count) * tile.ctas_per_sm);
+  const long long grid = std::min(num_work, slots_of(tile, device));
 
   params.attention = a;
   const bool capped = a.terms.softcap > 0;
@@ -73,12 +92,12 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
   // With a window blocks of rows differ in length at its edges only, or as much as causal ones
   // where it is as wide as the sequence: one order for all of them, whose draws even out what
   // differs.
-  if (packed) {
+  if (listed) {
     // One sequence of the longest, whose heads are a section: others are shorter, and follow it.
     AttentionParams one = a;
     one.batch = 1;
     params.section_heads = FastDivisor::of(section_heads(one, num_m_blocks, grid, here.l2_bytes));
-  } else if (!a.mask.is_full()) {
+  } else if (!a.mask.is_full() && !a.sequences.is_packed()) {
     const int section = section_heads(a, num_m_blocks, grid, here.l2_bytes);
     params.section_heads = FastDivisor::of(section);
     params.per_section = FastDivisor::of(static_cast<int>(section * num_m_blocks));
@@ -103,7 +122,7 @@ cudaError_t launch(const Sm90Tile& tile, const void* kernel, const AttentionPara
     params.mask_tiles = found.out;
     if (const cudaError_t error = launch_mask_tiles(found, stream)) return error;
   }
-  if (packed) {
+  if (listed) {
     if (const cudaError_t error = launch_schedule(a, params.schedule, stream)) return error;
     return launch_overlapping(kernel, grid, tile.num_threads(), tile.smem_bytes(), arguments,
                               stream);

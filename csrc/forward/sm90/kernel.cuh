@@ -39,6 +39,9 @@ __device__ __forceinline__ void attention_forward(const Sm90Params& params) {
     }
     ptx::fence_mbarrier_init();
   }
+  if constexpr (VARIANT.packed) {
+    if (threadIdx.x / 32 == 1 && !is_listed(params)) find_work<TILE, VARIANT>(params, smem);
+  }
   __syncthreads();
   // Through a shuffle, so that the compiler knows it as uniform in a warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);

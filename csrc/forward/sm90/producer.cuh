@@ -8,8 +8,9 @@
 
 namespace flashmoe::sm90 {
 
-// How many blocks of rows a packed batch has for each head, once it is known.
+// How many blocks of rows a packed batch has for each head, once it is known; 0 without a list.
 __device__ __forceinline__ int await_list(const Sm90Params& params) {
+  if (!is_listed(params)) return 0;
   ptx::griddepcontrol_wait();
   return ptx::ld_global_cg_v4(params.schedule.counts).x;
 }
@@ -29,13 +30,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   Ring<S::WORK_SLOTS> work_ring;
   auto publish = [&](const Work& work) {
     ptx::mbarrier_wait_parity(smem.empty_work + 8 * work_ring.stage(), work_ring.parity() ^ 1);
-    ptx::st_shared_v4(smem.work + work_ring.stage() * sizeof(int4),
-                      make_int4(work.n_tiles, work.m_start, work.head, work.batch));
-    if constexpr (VARIANT.packed) {
-      const Sequence& s = work.sequence;
-      ptx::st_shared_v4(smem.sequences + work_ring.stage() * sizeof(int4),
-                        make_int4(s.q_begin, s.k_begin, s.seqlen_q, s.seqlen_kv));
-    }
+    write_work<VARIANT>(smem, work_ring.stage(), work);
     ptx::mbarrier_arrive(smem.full_work + 8 * work_ring.stage());
     work_ring.next();
   };
@@ -43,7 +38,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   const int listed = VARIANT.packed ? await_list(params) : 0;
   auto draw = [&] {
     if constexpr (VARIANT.packed) {
-      index = gridDim.x + atomicAdd(params.schedule.counts + 2, 1);
+      if (is_listed(params)) index = gridDim.x + atomicAdd(params.schedule.counts + 2, 1);
       return;
     }
     if (params.counter == nullptr) {
@@ -100,7 +95,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   // Whose tiles plain kernels must not see, either.
   auto load_K = [&](int n) {
     if constexpr (VARIANT.mask) {
-      n = listed_at(params.mask_tiles, list, n + 1) >> 1;
+      n = ListedTile{listed_at(params.mask_tiles, list, n + 1)}.tile();
       load(S::PANELS, &params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n, k_ring);
     } else {
       load(S::PANELS, &params.k, smem.K, smem.full_K, smem.empty_K, head_kv, batch, n_first + n,
@@ -109,7 +104,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   };
   auto load_V = [&](int n) {
     if constexpr (VARIANT.mask) {
-      n = listed_at(params.mask_tiles, list, n + 1) >> 1;
+      n = ListedTile{listed_at(params.mask_tiles, list, n + 1)}.tile();
       load(S::O_PANELS, &params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n, v_ring);
     } else {
       load(S::O_PANELS, &params.v, smem.V, smem.full_V, smem.empty_V, head_kv, batch, n_first + n,
@@ -119,7 +114,7 @@ __device__ __forceinline__ void produce(const Sm90Params& params, const Smem<TIL
   // The last tile of V of a block of rows is fetched with the next one's first of K.
   auto v_owed = [&] { return v_ring.state != k_ring.state; };
   bool q_ahead = false;  // Q is on its way already
-  Work work = decode();
+  Work work = VARIANT.packed && !is_listed(params) ? read_work<VARIANT>(smem, 0) : decode();
   while (true) {
     const int slot = work_ring.stage();
     publish(work);

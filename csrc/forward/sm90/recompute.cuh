@@ -124,10 +124,11 @@ __device__ __forceinline__ void mask_scores(const Sm90Params& params, const Work
     const unsigned bits =
         mask_bits(mask, work.batch * mask.batch_stride + work.head * mask.head_stride +
                             e_row * mask.row_stride + e_key * mask.key_stride);
-    if (mask_value(mask.kind, bits) == -INFINITY) {
+    const float value = mask_value(mask.kind, bits);
+    if (value == -INFINITY) {
       S[e] = -INFINITY;
     } else if (!mask.is_boolean()) {
-      S[e] += mask_term(params, mask.kind, bits);
+      S[e] += mask_term(params, value);
     }
   }
 }

@@ -284,33 +284,33 @@ __device__ __forceinline__ void drop_weights(unsigned (&P_rmem)[TILES][4], const
   }
 }
 
+constexpr float LOG2_E = 1.4426950408889634f;
+
 // What attn_mask adds to a score, in its units. Finite ones stay so, and are what P can still be
 // computed from: scaled at least -1e38, which makes minus a maximum less than NO_MAXIMUM.
-__device__ __forceinline__ float mask_term(const Sm90Params& params, AttnMask::Kind kind,
-                                           unsigned bits) {
-  const float value = mask_value(kind, bits) * (params.inverse_scale_log2 * 1.4426950408889634f);
-  return fmaxf(value, -1e38f * fminf(params.inverse_scale_log2, 1.f));
+__device__ __forceinline__ float mask_term(const Sm90Params& params, float value) {
+  return fmaxf(value * (params.inverse_scale_log2 * LOG2_E),
+               -1e38f * fminf(params.inverse_scale_log2, 1.f));
 }
 
 // The mask of a thread's part of a tile of S.
-template <Sm90Tile TILE>
+template <typename T, Sm90Tile TILE>
 struct TileMask {
   static constexpr int WORDS = MaskTiles::words(TILE.block_n);
+  using S = float[TILE.block_n / 2];
 
   unsigned list = 0;  // of the block of rows
-  int entry = 0;      // of the tile, there
+  ListedTile listed;
   unsigned bits[2][WORDS];
-
-  __device__ __forceinline__ int tile() const { return entry >> 1; }
-  __device__ __forceinline__ bool is_partial() const { return entry & 1; }
 
   // Of the n-th tile of the list; `row` is the thread's first in the block of rows.
   __device__ __forceinline__ void fetch(const MaskTiles& tiles, int n, int row) {
-    entry = listed_at(tiles, list, n + 1);
-    if (!is_partial()) return;
+    listed.entry = listed_at(tiles, list, n + 1);
+    if (!listed.is_partial()) return;
     const bool alike = tiles.rows == 1;
     const unsigned index =
-        ((list * tiles.tiles + tile()) * tiles.rows + (alike ? 0 : row)) * 4 + threadIdx.x % 4;
+        ((list * tiles.tiles + listed.tile()) * tiles.rows + (alike ? 0 : row)) * 4 +
+        threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -319,33 +319,119 @@ struct TileMask {
       }
     }
   }
-  // To S, whose first row is `row` and first column `column` in this thread.
-  __device__ __forceinline__ void apply(float (&S_rmem)[TILE.block_n / 2], const Sm90Params& params,
-                                        const Work& work, int row, int column) const {
+  // To S, whose first row is `row` in this thread.
+  __device__ __forceinline__ void apply(S& S_rmem, const Sm90Params& params, const Work& work,
+                                        int row) const {
     const AttnMask& mask = params.attention.terms.attn_mask;
-    const long long first = work.batch * mask.batch_stride + work.head * mask.head_stride +
-                            row * mask.row_stride + column * mask.key_stride;
-    const auto added = [&](unsigned element) { return mask_term(params, mask.kind, element); };
+    const int tile_column = listed.tile() * TILE.block_n,
+              column = tile_column + threadIdx.x % 4 * 2;
+    const long long row_first =
+        work.batch * mask.batch_stride + work.head * mask.head_stride + row * mask.row_stride;
+    if (listed.is_added()) {
+      // Finite values, which never overflow in units of scores.
+      const float scale = params.inverse_scale_log2 * LOG2_E;
+      const long long first = row_first + tile_column;
+      if (mask.kind == AttnMask::Kind::float32) {
+        add(S_rmem, static_cast<const float*>(mask.data) + first, mask.row_stride, scale);
+      } else {
+        add(S_rmem, static_cast<const unsigned short*>(mask.data) + first, mask.row_stride, scale);
+      }
+      return;
+    }
+    const long long first = row_first + column * mask.key_stride;
     if (mask.is_boolean()) {
       each<true>(S_rmem, [](int, int) { return -0.f; });  // which leaves all as they are
     } else if (mask.row_stride == 0) {
       each<true>(S_rmem, [&](int, int column) {
-        return added(mask_bits(mask, first + column * mask.key_stride));
+        return mask_term(params,
+                         mask_value(mask.kind, mask_bits(mask, first + column * mask.key_stride)));
       });
     } else if (mask.kind == AttnMask::Kind::float32) {
       each<false>(S_rmem, [&](int half, int column) {
-        return added(static_cast<const unsigned*>(
-            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride]);
+        const float* const data = static_cast<const float*>(mask.data) + first;
+        return mask_term(params, data[half * 8 * mask.row_stride + column * mask.key_stride]);
       });
     } else {
       each<false>(S_rmem, [&](int half, int column) {
-        return added(static_cast<const unsigned short*>(
-            mask.data)[first + half * 8 * mask.row_stride + column * mask.key_stride]);
+        const auto* const data = static_cast<const unsigned short*>(mask.data) + first;
+        const unsigned x = data[half * 8 * mask.row_stride + column * mask.key_stride];
+        return mask_term(params, ptx::cvt_f32_x2<T>(x).x);
       });
     }
   }
 
  private:
+  // To both of a thread's rows, of which the first one's mask of this tile is at `row`.
+  __device__ __forceinline__ static void add(S& S_rmem, const float* row, long long row_stride,
+                                             float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* const mine = row + half * 8 * row_stride + threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < TILE.block_n / 8; ++n) {
+        const float2 x = *reinterpret_cast<const float2*>(mine + 8 * n);
+        S_rmem[4 * n + 2 * half] = fmaf(x.x, scale, S_rmem[4 * n + 2 * half]);
+        S_rmem[4 * n + 2 * half + 1] = fmaf(x.y, scale, S_rmem[4 * n + 2 * half + 1]);
+        if (n % 4 == 3) ptx::pmevent();  // or ptxas would load more ahead than it has registers for
+      }
+    }
+  }
+  // A thread of a quad reads 8 columns of 32 at once, which is what memory is fast at; then they
+  // trade, so that each has its 2 columns of every 8.
+  __device__ __forceinline__ static void add(S& S_rmem, const unsigned short* row,
+                                             long long row_stride, float scale) {
+    const int thread = threadIdx.x % 4;
+    const auto add_pair = [&](int n, int half, unsigned pair) {
+      const float2 x = ptx::cvt_f32_x2<T>(pair);
+      S_rmem[4 * n + 2 * half] = fmaf(x.x, scale, S_rmem[4 * n + 2 * half]);
+      S_rmem[4 * n + 2 * half + 1] = fmaf(x.y, scale, S_rmem[4 * n + 2 * half + 1]);
+    };
+    constexpr int GROUPS = TILE.block_n / 32;
+    constexpr int AT_ONCE = 4;  // loads that are under way together: registers are few
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned short* const mine = row + half * 8 * row_stride;
+#pragma unroll
+      for (int first = 0; first < GROUPS; first += AT_ONCE) {
+        int4 loaded[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE && first + i < GROUPS; ++i) {
+          const unsigned short* const source = mine + (first + i) * 32 + thread * 8;
+          loaded[i] = *reinterpret_cast<const int4*>(source);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE && first + i < GROUPS; ++i) {
+          unsigned x[4] = {unsigned(loaded[i].x), unsigned(loaded[i].y), unsigned(loaded[i].z),
+                           unsigned(loaded[i].w)};
+          transpose_quad(x);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) add_pair(4 * (first + i) + n, half, x[n]);
+        }
+        ptx::pmevent();  // or ptxas would load more ahead than there are registers for
+      }
+      if constexpr (TILE.block_n % 32 != 0) {
+        const unsigned short* const rest = mine + GROUPS * 32 + thread * 2;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          add_pair(4 * GROUPS + i, half, *reinterpret_cast<const unsigned*>(rest + 8 * i));
+        }
+      }
+    }
+  }
+  // Element i of thread j for element j of thread i, of a quad.
+  __device__ __forceinline__ static void transpose_quad(unsigned (&x)[4]) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+      const bool upper = threadIdx.x & bit;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int low = bit == 1 ? 2 * i : i, high = low + bit;
+        const unsigned received = __shfl_xor_sync(0xffffffff, upper ? x[low] : x[high], bit);
+        x[low] = upper ? received : x[low];
+        x[high] = upper ? x[high] : received;
+      }
+    }
+  }
   // -infinity for keys that are not seen, whose elements are not read, and to the others what
   // `added` says: of both rows at once where they are ALIKE.
   template <bool ALIKE, typename Added>
@@ -368,6 +454,7 @@ struct TileMask {
           }
         }
       }
+      if (!ALIKE && n % 2 == 1) ptx::pmevent();
     }
   }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/packed.cuh"
+#include "common/schedule.cuh"
 #include "forward/sm90/tile.h"
 #include "ptx/ld_st.cuh"
 #include "ptx/tma.cuh"
@@ -119,6 +120,11 @@ __device__ __forceinline__ Work packed_work_at(const Sm90Params& params, int ind
   return work;
 }
 
+// Whether a packed batch has a list. Without one each thread block has one block of rows, or none.
+__device__ __forceinline__ bool is_listed(const Sm90Params& params) {
+  return params.schedule.queries != nullptr;
+}
+
 // Columns of out and v that there are, of the tile's o_columns.
 template <Sm90Tile TILE>
 __device__ __forceinline__ int out_columns(const AttentionParams& p) {
@@ -170,11 +176,48 @@ struct Ring {
 };
 
 template <Variant VARIANT, Sm90Tile TILE>
+__device__ __forceinline__ void write_work(const Smem<TILE>& smem, int slot, const Work& work) {
+  ptx::st_shared_v4(smem.work + slot * sizeof(int4),
+                    make_int4(work.n_tiles, work.m_start, work.head, work.batch));
+  if constexpr (VARIANT.packed) {
+    const Sequence& s = work.sequence;
+    ptx::st_shared_v4(smem.sequences + slot * sizeof(int4),
+                      make_int4(s.q_begin, s.k_begin, s.seqlen_q, s.seqlen_kv));
+  }
+}
+
+template <Variant VARIANT, Sm90Tile TILE>
 __device__ __forceinline__ Work read_work(const Smem<TILE>& smem, int slot) {
   const int4 x = ptx::ld_shared_v4(smem.work + slot * sizeof(int4));
   if constexpr (!VARIANT.packed) return {x.x, x.y, x.z, x.w, {}};
   const int4 s = ptx::ld_shared_v4(smem.sequences + slot * sizeof(int4));
   return {x.x, x.y, x.z, x.w, {s.x, s.y, s.z, s.w}};
+}
+
+// Finds the block of rows of this thread block without a list, for the first slot. By a warp, of
+// which each lane looks at a sequence. Heads are neighbours.
+template <Sm90Tile TILE, Variant VARIANT>
+__device__ __forceinline__ void find_work(const Sm90Params& params, const Smem<TILE>& smem) {
+  const AttentionParams& p = params.attention;
+  const int lane = threadIdx.x % 32;
+  const int index = static_cast<int>(blockIdx.x), rank = params.heads_q.divide(index);
+  Work work{NO_WORK, 0, index - rank * p.heads_q, 0, {}};
+  int blocks_before = 0;
+#pragma unroll 1
+  for (int first = 0; first < p.batch && blocks_before <= rank; first += 32) {
+    const int batch = first + lane;
+    Sequence mine{};
+    if (batch < p.batch) mine = sequence_at(p.sequences, batch, p.seqlen_q, p.seqlen_kv);
+    const int blocks = (mine.seqlen_q + TILE.block_m - 1) / TILE.block_m;
+    const int end = blocks_before + schedule::warp_sum(blocks), block = rank - (end - blocks);
+    if (block >= 0 && block < blocks) {
+      work.batch = batch, work.sequence = mine, work.m_start = block * TILE.block_m;
+      work.n_tiles = tiles_seen<TILE, VARIANT>(p, work);
+    }
+    blocks_before = __shfl_sync(0xffffffff, end, 31);
+  }
+  const bool found = work.n_tiles != NO_WORK;
+  if (__any_sync(0xffffffff, found) ? found : lane == 0) write_work<VARIANT>(smem, 0, work);
 }
 
 }  // namespace flashmoe::sm90

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 import flashmoe
+from flashmoe.frontend.validation import Asked
+from flashmoe.frontend.varlen import packed_sequences
 from flashmoe.integrations import pair
+from flashmoe.spec.call import Saved
+from flashmoe.spec.terms import terms_of
 
 __all__ = [
     "USE_TRITON_ROCM",
@@ -134,18 +138,9 @@ def _flash_attn_forward(
 ) -> _Forward:
     """Returns out, softmax_lse, S_dmask (with return_softmax) and the state of dropout."""
     _refuse(return_softmax=return_softmax and not dropout_p)
-    return pair.forward(
-        q,
-        k,
-        v,
-        dropout_p=dropout_p,
-        return_weights=return_softmax,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
+    asked = Asked(softmax_scale, causal, (window_size_left, window_size_right))
+    terms = terms_of(softcap, alibi_slopes, None, dropout_p)
+    return pair.forward(q, k, v, asked, terms, return_weights=return_softmax)
 
 
 def _flash_attn_varlen_forward(
@@ -174,24 +169,11 @@ def _flash_attn_varlen_forward(
     _refuse(return_softmax=return_softmax and not dropout_p, leftpad_k=leftpad_k)
     if num_splits > 1:
         raise NotImplementedError(f"num_splits > 1 is not supported, got {num_splits}")
-    return pair.forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=dropout_p,
-        return_weights=return_softmax,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=(window_size_left, window_size_right),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        block_table=block_table,
-        seqused_k=seqused_k,
-    )
+    asked = Asked(softmax_scale, causal, (window_size_left, window_size_right))
+    terms = terms_of(softcap, alibi_slopes, None, dropout_p)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sequences = packed_sequences(q, k, *lengths, seqused_k, block_table)
+    return pair.forward(q, k, v, asked, terms, sequences, return_softmax)
 
 
 def _flash_attn_backward(
@@ -215,21 +197,9 @@ def _flash_attn_backward(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """Writes dq, dk and dv; returns the rows' sums of dout * out (batch, heads, seqlen)."""
-    found = pair.backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        softmax_scale=softmax_scale,
-        window=(window_size_left, 0 if causal else window_size_right),
-        deterministic=deterministic,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        rng_state=rng_state,
-    )
+    asked = Asked(softmax_scale, causal, (window_size_left, window_size_right), deterministic)
+    terms = terms_of(softcap, alibi_slopes, None, dropout_p, rng_state)
+    found = pair.backward(q, k, v, Saved(dout, out, softmax_lse), asked, terms)
     return _written(found, (dq, dk, dv), dout, out)
 
 
@@ -259,25 +229,11 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """As _flash_attn_backward, of packed sequences; returns (heads, total)."""
-    found = pair.backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale=softmax_scale,
-        window=(window_size_left, 0 if causal else window_size_right),
-        deterministic=deterministic,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        rng_state=rng_state,
-    )
+    asked = Asked(softmax_scale, causal, (window_size_left, window_size_right), deterministic)
+    terms = terms_of(softcap, alibi_slopes, None, dropout_p, rng_state)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sequences = packed_sequences(q, k, *lengths)
+    found = pair.backward(q, k, v, Saved(dout, out, softmax_lse), asked, terms, sequences)
     return _written(found, (dq, dk, dv), dout, out)
 
 

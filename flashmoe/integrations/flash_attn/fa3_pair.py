@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmoe.frontend.validation import Asked
+from flashmoe.frontend.varlen import packed_sequences
 from flashmoe.integrations import pair
 from flashmoe.integrations.flash_attn import fa3
+from flashmoe.spec.call import DENSE, Saved
+from flashmoe.spec.terms import terms_of
 
 __all__ = ["_flash_attn_backward", "_flash_attn_forward"]
 
@@ -131,14 +135,13 @@ def _flash_attn_backward(
     for name, x in (("sequed_q", sequed_q), ("sequed_k", sequed_k)):
         if x is not None:
             raise NotImplementedError(f"{name} must be None (not supported), got a tensor")
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
-    found = pair.backward(
-        *(dout, q, k, v, out, softmax_lse, *lengths),
-        softmax_scale=softmax_scale,
-        window=(window_size_left, 0 if is_causal else window_size_right),
-        deterministic=deterministic,
-        softcap=softcap,
-    )
+    asked = Asked(softmax_scale, is_causal, (window_size_left, window_size_right), deterministic)
+    sequences = DENSE
+    if cu_seqlens_q is not None:
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
+        sequences = packed_sequences(q, k, *lengths)
+    saved, terms = Saved(dout, out, softmax_lse), terms_of(softcap, None, None)
+    found = pair.backward(q, k, v, saved, asked, terms, sequences)
     for place, gradient in zip((dq, dk, dv), found, strict=True):
         if place is not None:
             place.copy_(gradient)

@@ -18,9 +18,18 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 }
 
 // Device 0 has the L2 of a large GPU, others hardly any, so that sections of heads are small.
+// Device 2 has as many SMs as a problem has blocks of rows.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  const int l2_bytes = device == 0 ? 50 << 20 : 1 << 10;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? fake_device.sm_count : l2_bytes;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device == 2 ? 1 << 20 : fake_device.sm_count;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = device == 0 ? 50 << 20 : 1 << 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = 228 << 10;
+  }
   return cudaSuccess;
 }
 

@@ -35,7 +35,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrL2CacheSize,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 constexpr unsigned long long cudaEnableDefault = 0;
 

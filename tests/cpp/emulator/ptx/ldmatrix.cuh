@@ -43,6 +43,16 @@ inline void ldmatrix_x4_trans(unsigned (&rmem)[4], unsigned src_smem) {
   move_matrices<Move::LOAD_TRANSPOSED>("ldmatrix.trans", rmem, src_smem);
 }
 
+inline unsigned movmatrix_trans(unsigned x) {
+  const int row = emulator::thread_index.x % 32 / 4, column = emulator::thread_index.x % 4 * 2;
+  unsigned y = 0;
+  for (int i = 0; i < 2; ++i) {
+    const unsigned word = emulator::shuffle("movmatrix", x, (column + i) * 4 + row / 2);
+    y |= (row % 2 ? word >> 16 : word & 0xffff) << 16 * i;
+  }
+  return y;
+}
+
 inline void stmatrix_x4(unsigned dst_smem, const unsigned (&rmem)[4]) {
   unsigned copy[4] = {rmem[0], rmem[1], rmem[2], rmem[3]};
   move_matrices<Move::STORE>("stmatrix", copy, dst_smem);
