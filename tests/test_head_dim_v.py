@@ -265,3 +265,25 @@ def test_features_name_it_where_a_backend_computes_it():
     for name, backend in BACKENDS.items():
         for direction, features in backend.features.items():
             assert "head_dim_v" in features, (name, direction)
+
+
+def test_triton_pads_what_it_would_miscompile(monkeypatch):
+    """On a GPU: 16-bit values narrower than their keys, at strides that are no multiple of 16."""
+    seen = []
+
+    def forward(call, mask, **options):
+        seen.append((call.q.shape[-1], call.v.shape[-1]))
+        return call.q.new_zeros((*call.q.shape[:3], call.v.shape[-1])), None
+
+    monkeypatch.setattr("flashmoe.backends.triton_fwd.attention_forward", forward)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    tile = Tile.parse("triton:64x64-stages3-warps4")
+    for dtype, layout in (
+        (torch.float16, "padded"),
+        (torch.float16, "contiguous"),
+        (torch.float32, "padded"),
+    ):
+        call = Call(*qkv((64, 32), dtype, layout=layout), 0.125)
+        out, _ = BACKENDS["triton"].bind(Problem.of_call(call, FULL), tile)(call)
+        assert out.shape[-1] == 32
+    assert seen == [(64, 64), (64, 32), (64, 32)]

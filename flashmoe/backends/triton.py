@@ -23,7 +23,7 @@ from flashmoe.backends.base import (
     reject_illegal,
 )
 from flashmoe.backends.each import backward_of_each, forward_of_each
-from flashmoe.backends.padding import run_backward_padded
+from flashmoe.backends.padding import run_backward_padded, run_padded
 from flashmoe.machine.device import Arch
 from flashmoe.prediction import costs
 from flashmoe.spec.call import Call, Saved, Terms
@@ -188,10 +188,12 @@ class TritonBackend(Backend):
         assert tile is not None, "the triton forward needs a tile"
         mask, options = problem.mask, _options(tile)
 
-        def run(call: Call) -> tuple[Tensor, Tensor]:
+        def run(call: Call) -> tuple[Tensor, Tensor | None]:
             q, k, v = (last_contiguous(x) for x in call[:3])
             return attention_forward(call._replace(q=q, k=k, v=v), mask, **options)
 
+        if problem.head_dim_v is not None and problem.dtype != "float32":
+            run = _padded_where_miscompiled(run)
         return run if problem.layout == "dense" else lambda call: forward_of_each(call, run)
 
     def bind_backward(
@@ -212,6 +214,19 @@ class TritonBackend(Backend):
 
         chosen = run_packed if problem.layout == "packed" else run
         return chosen if problem.head_dim_v is None else run_backward_padded(chosen)
+
+
+def _padded_where_miscompiled(run: Run) -> Run:
+    """`run`, but with one head_dim on a GPU where a stride is no multiple of 16 elements. There
+    Triton 3.6 miscompiles 16-bit values that are narrower than their keys: on an H200 head_dim 64
+    and 32 came out wrong, or read where nothing is."""
+    run_of_one = run_padded(run)
+
+    def run_of_two(call: Call) -> tuple[Tensor, Tensor | None]:
+        is_ragged = any(n % 16 for x in call[:3] for n in x.stride()[:-1])
+        return (run_of_one if is_ragged and call.q.is_cuda else run)(call)
+
+    return run_of_two
 
 
 def _options(tile: Tile) -> dict[str, Any]:
