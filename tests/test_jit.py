@@ -77,9 +77,9 @@ def no_compiler(monkeypatch):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def hopper(monkeypatch, tmp_path):
     """An H200 and a build with four sm90 kernels, one of them for windows, an sm80 one, and a
-    backward."""
+    backward; nothing is shipped."""
     backward = Tile("sm90_bwd", 64, 128, 3, do_stages=2, ds_stages=2, late_dq=True)
     info = replace(
         _extension.load(),
@@ -97,6 +97,7 @@ def hopper(monkeypatch):
     )
     monkeypatch.setattr(_extension, "load", lambda: info)
     monkeypatch.setattr(plan, "arch", lambda device: H200)
+    monkeypatch.setattr(plan.database, "shipped_path", lambda name: tmp_path / "nothing.json")
     for backend in (CUDA, BACKENDS["decode"], BACKENDS["triton"]):
         monkeypatch.setattr(backend, "unavailable", lambda device: "")
     plan.reload_databases()

@@ -51,6 +51,10 @@ class Backend(Protocol):
         """The legal tiles that the package brings compiled."""
         return []
 
+    def untuned_tiles(self, problem: Problem, arch: Arch) -> list[Tile | None]:
+        """What untuned plans choose from: the compiled-in ones, or else the default."""
+        return [*self.compiled_in(problem, arch)] or [self.default_tile(problem, arch)]
+
     def predicted(self, tile: Tile | None, problem: Problem, arch: Arch) -> float | None:
         """Microseconds that `problem` is predicted to take with `tile`; None where nobody knows."""
         return None

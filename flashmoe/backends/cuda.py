@@ -117,6 +117,12 @@ class CudaBackend(Backend):
     def compiled_in(self, problem: Problem, arch: Arch) -> list[Tile]:
         return _compiled_in(problem, arch)
 
+    def untuned_tiles(self, problem: Problem, arch: Arch) -> list[Tile | None]:
+        compiled = _compiled_in(problem, arch)
+        if _has_sm90(compiled) or not _compiles(problem, arch):
+            return [*compiled]
+        return [self.default_tile(problem, arch)]  # to be compiled
+
     def ready(self, tile: Tile | None, problem: Problem, arch: Arch) -> bool:
         """FLASHMOE_COMPILE=1 asks to wait for the compiler."""
         waits = variable("FLASHMOE_COMPILE") == "1"

@@ -192,9 +192,10 @@ class TritonBackend(Backend):
             q, k, v = (last_contiguous(x) for x in call[:3])
             return attention_forward(call._replace(q=q, k=k, v=v), mask, **options)
 
+        chosen: Run = run
         if problem.head_dim_v is not None and problem.dtype != "float32":
-            run = _padded_where_miscompiled(run)
-        return run if problem.layout == "dense" else lambda call: forward_of_each(call, run)
+            chosen = _padded_where_miscompiled(run)
+        return chosen if problem.layout == "dense" else lambda call: forward_of_each(call, chosen)
 
     def bind_backward(
         self, problem: Problem, tile: Tile | None, deterministic: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,16 +179,12 @@ def candidates(problem: Problem, device: torch.device, need_lse: bool = False) -
         if (need_lse and name == "sdpa") or why_not(name, problem, device):
             continue
         backend = BACKENDS[name]
-        tiles: Sequence[Tile | None] = backend.compiled_in(problem, here)
-        if (default := backend.default_tile(problem, here)) not in tiles:
-            tiles = [default]  # to be compiled
-        if _decodes(problem):
-            tiles = []
+        tiles = [] if _decodes(problem) else backend.untuned_tiles(problem, here)
         times = [(tile, backend.predicted(tile, problem, here)) for tile in tiles]
         found = {Candidate(name, tile, time): time for tile, time in times if time is not None}
         known |= found
         if not found:
-            unknown.append(Candidate(name, default))
+            unknown.append(Candidate(name, backend.default_tile(problem, here)))
     first = fastest(known) if known else None
     return [*sorted(known, key=lambda c: (c != first, known[c])), *unknown]
 
@@ -250,16 +246,8 @@ def _cpu_decodes(problem: Problem) -> bool:
 def _has_sm90(problem: Problem, here: Arch) -> bool:
     """Whether the cuda backend has a Hopper kernel for it."""
     cuda = BACKENDS["cuda"]
-    if cuda.unsupported(problem, here):
-        return False
-    tiles: list[Tile | None] = [*cuda.compiled_in(problem, here)]
-    if not any(map(_is_sm90, tiles)):
-        tiles = [cuda.default_tile(problem, here)]  # to be compiled
-    return any(map(_is_sm90, tiles))
-
-
-def _is_sm90(tile: Tile | None) -> bool:
-    return tile is not None and tile.kernel.startswith("sm90")
+    tiles = [] if cuda.unsupported(problem, here) else cuda.untuned_tiles(problem, here)
+    return any(tile is not None and tile.kernel.startswith("sm90") for tile in tiles)
 
 
 @dataclass(frozen=True, slots=True)

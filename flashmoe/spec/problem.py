@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,12 @@ MAX_HEAD_DIM = 256
 
 def _ceil_pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length() if n > 0 else 0
+
+
+@functools.cache
+def _field_names() -> frozenset[str]:
+    """Of what describes a problem in JSON besides its mask."""
+    return frozenset(field.name for field in dataclasses.fields(Problem)) - {"mask"}
 
 
 def _require_integer(name: str, value: object, least: int) -> None:
@@ -282,9 +289,8 @@ class Problem:
         """Raises ValueError for unknown or missing fields as well as for illegal values."""
         fields = dict(data)
         causal, window = fields.pop("causal", False), fields.pop("window", None)
-        names = {field.name for field in dataclasses.fields(cls)} - {"mask"}
-        if unknown := sorted(set(fields) - names):
-            known = sorted([*names, "causal", "window"])
+        if unknown := sorted(fields.keys() - _field_names()):
+            known = sorted([*_field_names(), "causal", "window"])
             raise ValueError(f"problem has unknown fields {unknown}; known are {known}")
         if not isinstance(causal, bool):
             raise ValueError(f"causal must be true or false, got {causal!r}")

@@ -7,6 +7,7 @@ because csrc/build_config.py reads it where nothing is installed yet.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -139,6 +140,7 @@ def axes(kernel: str, kind: str = "") -> dict[str, Values]:
     }
 
 
+@functools.cache
 def bounds(kernel: str, name: str) -> tuple[int, int]:
     """The least and the greatest value of a column."""
     values = axes(kernel)[name]

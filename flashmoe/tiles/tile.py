@@ -40,7 +40,7 @@ class Tile(Fields):
 
         Raises ValueError naming the text and the form.
         """
-        match = re.fullmatch(_FORM, text)
+        match = _FORM.fullmatch(text)
         if match is None or match["kernel"] not in _RULES:
             raise ValueError(
                 f"tile must look like KERNEL:MxN{_SYNTAX} with KERNEL one of "
@@ -90,8 +90,11 @@ _OPTIONS = tuple(
     for each in fields(Fields)
     if each.metadata
 )
-_FORM = r"(?P<kernel>\w+):(?P<m>\d+)x(?P<n>\d+)" + "".join(
-    rf"(?P<{o.field}>-{o.text}{{}})?".format("" if o.is_flag else r"\d+") for o in _OPTIONS
+_FORM = re.compile(
+    r"(?P<kernel>\w+):(?P<m>\d+)x(?P<n>\d+)"
+    + "".join(
+        rf"(?P<{o.field}>-{o.text}{{}})?".format("" if o.is_flag else r"\d+") for o in _OPTIONS
+    )
 )
 _SYNTAX = "".join(f"[-{o.text}{'' if o.is_flag else o.text[0].upper()}]" for o in _OPTIONS)
 
