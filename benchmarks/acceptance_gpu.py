@@ -80,6 +80,7 @@ PARTS = (
     _tests("tests-decode", "serving", 1, 120, f"{GPU}decode.py", f"{GPU}cache.py"),
     _tests("tests-packed", "serving", 1, 120, f"{GPU}packed.py"),
     _tests("tests-terms", "terms", 1, 200, f"{GPU}terms.py", f"{GPU}dropout.py", f"{GPU}mask.py"),
+    _tests("tests-masks", "terms", 1, 120, f"{GPU}masks.py", "tests/test_head_dim_v.py"),
     _tests("tests-sdpa", "defaults", 2, 60, f"{GPU}sdpa.py", f"{GPU}counters.py"),
     Part(
         *("check-backward", "training", 1, 90),
@@ -91,6 +92,7 @@ PARTS = (
     _table("packed", "serving", 2, 150, "packed", "--only", "equal", "mixed", "short", "empty"),
     _table("terms", "terms", 2, 330, "terms"),
     _table("host", "training", 2, 60, "overhead"),
+    _table("masks", "terms", 3, 60, "masks"),
     _table("step", "training", 3, 120, "training", "--only", "step", "gqa", "windows", "memory"),
     _table("defaults", "defaults", 3, 150, "defaults"),
     _table("windows", "window", 3, 150, "windows"),

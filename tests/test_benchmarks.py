@@ -76,6 +76,13 @@ def test_terms(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_masks(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    masks = load("masks")
+    document = run(masks, monkeypatch, tmp_path)
+    assert len(document["rows"]) == 2 * len(masks.MASKS)
+    assert masks.api.is_slower_under is not masks._always
+
+
 def test_flex_attention_has_the_terms(load: Load) -> None:
     """Sinks by its lse, masks of keys, a bias, ALiBi and softcap under a window."""
     terms, sides, tables = load("terms"), load("sides"), load("tables")
