@@ -27,6 +27,7 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(plan, "arch", lambda device: H200)
     monkeypatch.setattr(explain, "arch", lambda device: H200)
+    monkeypatch.setattr(plan.database, "shipped_path", lambda name: tmp_path / "nothing.json")
     for name in ("cuda", "triton"):
         monkeypatch.setattr(BACKENDS[name], "unavailable", lambda device: "")
     plan.reload_databases()

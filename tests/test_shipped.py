@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The GPUs of which a database may ship, and what tiles must fit there.
 ARCHS = {"nvidia-h200": Arch("cuda", "NVIDIA H200", (9, 0), 132, 232448)}
 # Each tile takes some 5 s of a core to compile, and 0.2 MB of a wheel that may have 20.
-MOST_INSTANCES = 64
+MOST_INSTANCES = 72
 PROBLEM = Problem(1, 8, 8, 512, 512, 96, "bfloat16")
 TILE, OTHER = Tile.parse("sm90:128x64-stages2"), Tile.parse("sm90:128x96-stages2")
 SHIPPED = {
