@@ -195,7 +195,7 @@ class Record:
             "prepare_seconds": round(outcome.prepare_seconds, 4),
         }
         if outcome.value is not None:
-            # To the nanosecond: no clock tells more, and storages stay small.
+            # Rounded to the nanosecond: clocks are no finer, and storages stay small.
             found["samples"] = [round(x, 9) for x in outcome.samples]
             found["anchor"] = [round(x, 9) for x in outcome.anchor]
             found["value"], found["pruned"] = outcome.value, outcome.pruned

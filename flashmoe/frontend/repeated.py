@@ -58,7 +58,7 @@ def found(kind: Any, tensors: tuple[Tensor, ...]) -> Any:
         last = _lasts.get(kind)
         if last is None or last.is_like is None:
             return None
-        # A check asks for sizes and strides, and where there are none it aborts the process.
+        # A check of a tensor without sizes or strides aborts the process.
         for x in tensors:
             if x.layout is not _STRIDED or x.is_nested:
                 return None

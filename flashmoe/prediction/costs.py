@@ -149,7 +149,7 @@ def _tile_costs(tile: Tile, head_dim: int, arch: Arch) -> Costs | None:
     return None if known is None else known.of_tile(tile, head_dim)
 
 
-@functools.lru_cache(maxsize=65536)  # a plan asks several times
+@functools.lru_cache(maxsize=65536)  # a plan needs each several times
 def tile_microseconds(tile: Tile, head_dim: int, problem: Problem, arch: Arch) -> float | None:
     """The predicted time of a tile that is compiled for head_dim; None where nothing tells it."""
     costs = _tile_costs(tile, head_dim, arch)
